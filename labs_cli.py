@@ -1,0 +1,412 @@
+"""labs-gen: generate text on the command line with a Hugging Face instruct model.
+
+The answer goes to standard output, everything else to standard error. Each setting of labs.py is
+a flag here, made from labs.settings(): no default stands in this file.
+
+SPDX-License-Identifier: Apache-2.0. To copy it, take labs.py and labs_decode.py along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import sys
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import click
+import msgspec
+
+import labs
+
+EPILOG = """\b
+Examples:
+  labs-gen --prompt "What is the capital of France?"
+  echo "Name three rivers." | labs-gen --system "Be brief."
+  labs-gen --prompt - --temperature 0 --json < question.txt
+  labs-gen --prompt "Count to ten." --stop 4 --stop 5 --verbose
+  labs-gen --messages-json '[{"role": "user", "content": "Hello!"}]'
+  labs-gen --chat --system "You are a pirate." --seed 1
+  labs-gen --model your-org/your-model --load-in-4bit --prompt "Hello!"
+  labs-gen --temperature 0.2 --show-config
+
+\b
+A setting (Model, Generation, Quantization) can also stand in the environment
+or in .env as LABS_<NAME> (LABS_MODEL for --model), or in labs.toml.
+Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows where), 2 wrong usage or no
+prompt, 130 Ctrl-C.
+"""
+
+CHAT_HELP = '''\
+A line is a message; one of many lines stands between """ and """.
+Ctrl-C stops an answer.
+  /system TEXT  set the system message (without TEXT: remove it)
+  /reset        forget the conversation, keep the system message
+  /save FILE    write the conversation as JSON, for --messages-file
+  /help         show this
+  /exit         end the chat, as Ctrl-D does'''
+
+# Group, flag, type and help of what is not a setting of labs.py.
+OPTIONS: tuple[tuple[str, str, type, str], ...] = (
+    ("Input", "--prompt", str, "The prompt; - reads standard input, as a pipe does."),
+    ("Input", "--messages-json", str, "A conversation: a JSON list of role and content."),
+    ("Input", "--messages-file", str, "The same from a file; - reads standard input."),
+    ("Input", "--system", str, "A system message to begin with."),
+    ("Input", "--chat", bool, "Talk with the model; /help there tells more."),
+    ("Output", "--stream/--no-stream", bool, "Write as it comes [default: on a terminal]."),
+    ("Output", "--json", bool, "Write one JSON object: text, usage, timings, settings."),
+    ("Output", "--verbose", bool, "Tell tokens/s and where the time went."),
+    ("Output", "--show-config", bool, "Show each setting and where it comes from."),
+    ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
+)
+ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
+# At most one of each row: the others would have no effect.
+RIVALS = (
+    ("prompt", "messages_json", "messages_file"),
+    ("chat", "prompt"),
+    ("json", "chat"),
+    ("json", "stream"),
+)
+
+Flags = dict[str, Any]
+Messages = list[dict[str, str]]
+Request = dict[str, Any]
+tell = functools.partial(click.echo, err=True)  # for the person, who may not read the answer
+
+
+class Session(NamedTuple):
+    """What stays the same from one answer to the next."""
+
+    model: labs.Model
+    config: labs.Config
+    stream: bool
+    verbose: bool
+
+
+def write(text: str) -> None:
+    """Write a piece of the answer, to be seen at once."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has enough
+        raise click.exceptions.Exit(0) from None
+
+
+def read_text(name: str) -> str:
+    """Return the text of a file, or of standard input for `-`, without its last line end."""
+    if name == "-" and sys.stdin.isatty():
+        tell("Reading from the terminal; Ctrl-D ends it.")
+    with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+        data = file.read()
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as exc:
+        where = f"position {exc.start} of {'standard input' if name == '-' else name}"
+        raise labs.InputError(f"byte {data[exc.start]:#04x} at {where} is not UTF-8") from exc
+
+
+def read_messages(flags: Flags) -> Messages:
+    """Return the messages of the flags, that of --system first; the prompt is not among them."""
+    text, where = flags["messages_json"], "--messages-json"
+    if flags["messages_file"] is not None:
+        text, where = read_text(flags["messages_file"]), flags["messages_file"]
+    try:
+        messages = msgspec.json.decode("[]" if text is None else text, type=Messages)
+    except msgspec.DecodeError as exc:
+        raise labs.InputError(f"{where}: {exc}; a JSON list of role and content is due") from exc
+    if flags["system"] is None:
+        return messages
+    if any(message.get("role") == "system" for message in messages):
+        raise click.UsageError("--system is given, and the messages have a system message too")
+    return [{"role": "system", "content": flags["system"]}, *messages]
+
+
+def read_request(flags: Flags) -> Request:
+    """Return what labs.build_inputs is to be asked with: a prompt or messages."""
+    messages, prompt = read_messages(flags), flags["prompt"]
+    if flags["chat"] or flags["messages_json"] is not None or flags["messages_file"] is not None:
+        if not messages and not flags["chat"]:
+            raise click.UsageError("no prompt: the list of messages is empty")
+        return {"messages": messages}
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("no prompt: give --prompt TEXT, messages, --chat, or a pipe")
+    if prompt in (None, "-"):
+        prompt = read_text("-")
+    if not prompt.strip():
+        raise click.UsageError("no prompt: the text is empty")
+    user = {"role": "user", "content": prompt}
+    return {"messages": [*messages, user]} if messages else {"prompt": prompt}
+
+
+def check_flags(flags: Flags) -> None:
+    """Refuse two flags of one row of RIVALS."""
+    for row in RIVALS:
+        given = ["--" + name.replace("_", "-") for name in row if flags[name] not in (None, False)]
+        if len(given) > 1:
+            raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
+
+
+def build_inputs(session: Session, request: Request) -> labs.Inputs:
+    """Build the inputs with the two chat toggles of the configuration."""
+    return labs.build_inputs(
+        session.model,
+        **request,
+        use_chat_template=session.config.use_chat_template,
+        add_generation_prompt=session.config.add_generation_prompt,
+    )
+
+
+def answer(session: Session, request: Request, parts: list[str]) -> None:
+    """Write the answer as it comes or in one piece.
+
+    parts: takes the pieces of the text; what was there before an interruption stays in it.
+    """
+    inputs = build_inputs(session, request)
+    events = labs.stream_generate(session.model, inputs, session.config.generation)
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, labs.Done):
+                done = event
+            else:
+                parts.append(event.text)
+                write(event.text if session.stream else "")
+    write("\n" if session.stream else "".join(parts) + "\n")
+    report(session, done)
+
+
+def answer_json(session: Session, request: Request) -> None:
+    """Write one JSON object: the completion and the settings that made it."""
+    config = session.config
+    completion = labs.generate(session.model, build_inputs(session, request), config.generation)
+    values: dict[str, Any] = {}
+    for part in (config, config.model, config.model.quantization, config.generation):
+        values.update(msgspec.structs.asdict(part))
+    settings = {setting.key: values[setting.key] for setting in labs.settings()}
+    result = {**msgspec.structs.asdict(completion), "settings": settings}
+    write(msgspec.json.encode(result).decode() + "\n")
+    report(session, completion)
+
+
+def report(session: Session, done: labs.Done | labs.Completion) -> None:
+    """Tell a person if the answer was cut and, with --verbose, where the time went."""
+    flag = {"length": "--max-new-tokens", "timeout": "--timeout-s"}.get(done.finish_reason)
+    if flag and (session.verbose or sys.stderr.isatty()):
+        tell(f"[the answer was cut; {flag} sets the limit]")
+    if session.verbose:
+        used, spent = done.usage, done.timings
+        speed = f"{used.completion_tokens} new tokens at {spent.tokens_per_s:.1f} tokens/s"
+        parts = f"prefill {spent.prefill_s:.2f} s, decode {spent.decode_s:.2f} s"
+        tell(f"[{used.prompt_tokens} + {speed}; load {spent.load_s:.2f} s, {parts}]")
+
+
+def read_line(prompt: str) -> str:
+    """Return one line of the person; raise EOFError at the end."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)  # with readline's editing and recall
+    if sys.stdin.isatty():
+        click.echo(prompt, err=True, nl=False)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+def rest_of_message(text: str) -> str:
+    """Return the message that begins with this line, further lines read if quotes open it."""
+    if not text.startswith('"""'):
+        return text.strip()
+    text = text[3:]
+    while not text.rstrip().endswith('"""'):
+        text += "\n" + read_line("... ")
+    return text.rstrip()[:-3].strip()
+
+
+def save(history: Messages, name: str) -> None:
+    """Write the conversation to a file, whole or not at all."""
+    try:
+        with open(f"{name}.part", "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(history)) + b"\n")
+        os.replace(f"{name}.part", name)
+        tell(f"[{len(history)} messages written to {name}]")
+    except OSError as exc:
+        tell(f"Error: {sentence(exc)}")
+
+
+def obey(line: str, history: Messages) -> Messages:
+    """Run a line that begins with a slash and return the history after it."""
+    name, _, argument = line.strip().partition(" ")
+    system = [message for message in history if message["role"] == "system"]
+    if name == "/exit":
+        raise EOFError
+    if name == "/reset":
+        return system
+    if name == "/system":
+        rest = [message for message in history if message not in system]
+        return [{"role": "system", "content": argument}, *rest] if argument else rest
+    if name == "/save" and argument:
+        save(history, argument)
+    elif name in ("/help", "/save"):
+        tell(CHAT_HELP)
+    else:
+        tell(f"There is no {name}; /help lists what there is. (A space before it sends it.)")
+    return history
+
+
+def take_turn(session: Session, history: Messages, text: str) -> Messages:
+    """Answer one message; return the history with both, or as it was if there is no answer."""
+    asked = [*history, {"role": "user", "content": text}]
+    parts: list[str] = []
+    try:
+        answer(session, {"messages": asked}, parts)
+    except KeyboardInterrupt:
+        tell("\n[stopped]")
+    except labs.LabsError as exc:
+        tell(f"Error: {exc}")
+    return [*asked, {"role": "assistant", "content": "".join(parts)}] if parts else history
+
+
+def chat(session: Session, history: Messages) -> None:
+    """Talk until Ctrl-D or /exit."""
+    with contextlib.suppress(ImportError):  # absent on some platforms
+        import readline  # noqa: F401  (input() edits lines once it is imported)
+    tell("Type a message. /help tells more, Ctrl-D ends the chat.")
+    while True:
+        try:
+            line = read_line("> ")
+            if line.startswith("/"):
+                history = obey(line, history)
+            elif text := rest_of_message(line):
+                history = take_turn(session, history, text)
+        except KeyboardInterrupt:  # at the prompt: give up the line
+            tell("")
+        except EOFError:
+            break
+
+
+class Command(click.Command):
+    """A command with its options in groups, and one place where failures become exit codes."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under the titles of their groups, which are the context's object."""
+        grouped = [option for group in ctx.obj.values() for option in group]
+        other = [option for option in self.get_params(ctx) if option not in grouped]
+        for title, group in {**ctx.obj, "Other": other}.items():
+            with formatter.section(title):
+                formatter.write_dl([row for o in group if (row := o.get_help_record(ctx))])
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command; EPILOG lists the exit codes."""
+        try:
+            super().invoke(ctx)
+        except KeyboardInterrupt:
+            tell("")
+            ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as exc:
+            if os.environ.get("LABS_DEBUG") == "1":
+                raise
+            raise click.ClickException(sentence(exc)) from exc
+        finally:
+            settle_output()
+
+
+def sentence(exc: Exception) -> str:
+    """Return what a person needs to know; an error nobody foresaw keeps its name."""
+    if isinstance(exc, labs.LabsError):
+        return str(exc)
+    if isinstance(exc, OSError) and exc.strerror:
+        return f"{exc.filename or 'standard output'}: {exc.strerror}"
+    return f"{type(exc).__name__}: {exc} (LABS_DEBUG=1 shows where)"
+
+
+def settle_output() -> None:
+    """Flush standard output, or drop what nobody takes: Python would complain of it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse_json(text: str) -> Any:
+    """Decode a value written as JSON."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as exc:
+        raise click.BadParameter(f"{text!r}: {exc}") from exc
+
+
+def make_option(names: list[str], kind: Any, help: str) -> click.Option:
+    """Make the option for a value of the given type; None or () says that it was not given."""
+    inner = [part for part in get_args(kind) if part is not NoneType]
+    origin = get_origin(kind)
+    if origin is Literal:
+        return click.Option(names, type=click.Choice(inner), help=help)
+    if origin is tuple:
+        return click.Option(names, multiple=True, help=help + " Can be repeated.")
+    if origin is dict:
+        return click.Option(names, type=parse_json, metavar="JSON", help=help)
+    if inner:  # Annotated[T, ...] or T | None
+        return make_option(names, inner[0], help)
+    if kind is bool and len(names) > 1:
+        names[-1] += "/--no-" + names[-1][2:]
+    return click.Option(names, type=kind, is_flag=kind is bool, default=None, help=help)
+
+
+def make_command() -> click.Command:
+    """Assemble the command from OPTIONS and the settings of labs.py, whose bounds stay there."""
+    groups: dict[str, list[click.Parameter]] = {}
+    for title, flag, kind, help in OPTIONS:
+        groups.setdefault(title, []).append(make_option([flag], kind, help))
+    for setting in labs.settings():
+        in_spec = setting.key in labs.ModelSpec.__struct_fields__
+        title = "Model" if in_spec else setting.section.capitalize()
+        names = [setting.key, *ALIASES.get(setting.key, []), "--" + setting.key.replace("_", "-")]
+        told = f" [default: {setting.default}]" if setting.default else ""
+        option = make_option(names, setting.type, setting.description + told)
+        groups.setdefault(title, []).append(option)
+    context = {"obj": groups, "max_content_width": 80}
+    command = Command("labs-gen", context_settings=context, callback=run, epilog=EPILOG)
+    command.help, command.params = (
+        run.__doc__,
+        [option for row in groups.values() for option in row],
+    )
+    return click.version_option(labs.__version__, message="%(prog)s %(version)s")(command)
+
+
+def run(**flags: Any) -> None:
+    """Generate text with a Hugging Face instruct model."""
+    check_flags(flags)
+    keys = (setting.key for setting in labs.settings())
+    overrides = {key: flags[key] for key in keys if flags[key] not in (None, ())}
+    config = labs.load_config(flags["config"], overrides=overrides)
+    if flags["show_config"]:
+        write(labs.dump_effective_config(config).rstrip("\n") + "\n")
+        return
+    request = read_request(flags)
+    stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
+    session = Session(labs.load_model(config), config, stream, flags["verbose"])
+    if flags["chat"]:
+        chat(session, request["messages"])
+    elif flags["json"]:
+        answer_json(session, request)
+    else:
+        answer(session, request, [])
+
+
+def main() -> None:
+    """Run labs-gen as a program: UTF-8 in and out, whatever the locale says."""
+    if sys.stdout is None:
+        sys.exit("Error: standard output is closed")
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  (it was closed)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    arguments = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
+    make_command()(arguments, prog_name="labs-gen")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,847 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode batch of labs: tensors only, no configuration, no text.
+
+Rows live in left-aligned slots: row b owns columns 0..written[b] of a preallocated buffer, so that
+rows of any length join and leave at any step and nothing is copied in between. Four functions touch
+the cache; each consumes the batch it is given and returns the next one:
+
+    prefill   write the next chunk of one newcomer's prompt, alone
+    join      give the newcomer a free slot beside the others
+    step      forward one token of every row, then choose the next ones
+    keep      let rows go: the last row moves into the hole
+
+The model makes its own masks: `attend` and `see` are registered with transformers as the attention
+implementation "labs", and `see` asks the cache where the query of each row stands.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
+COLUMNS = 64  # attention reads whole blocks of columns: what lies beyond a row then keeps its bits
+MEMORY_SHARE = 0.5  # of the free memory that a newcomer's slot may take
+CANDIDATES = 1024  # logits looked at before a row needs its whole vocabulary sorted
+
+Tensor = torch.Tensor
+How = Literal["joins", "whole", "alone"]
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one row chooses its tokens, in plain values. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    seed: int = 0
+    # Each takes (ids so far, float32 logits [V]) and returns logits [V]; an error ends its row only.
+    processors: tuple[Callable[[list[int], Tensor], Tensor], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence. `ids` grows; `written` counts the columns its slot holds."""
+
+    id: Any
+    ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    prompt_length: int = 0
+    written: int = 0
+    generated: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.ids)
+
+    @property
+    def columns(self) -> int:
+        return self.prompt_length + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The token chosen for a row, with log-probabilities if the row asked, or what went wrong."""
+
+    token: int = -1
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows and their slots. `alone` stands in for the cache of a model that cannot be batched."""
+
+    rows: tuple[Row, ...]
+    cache: Slots | None = None
+    alone: Generator[Tensor, int, None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Prompt tokens that `prefill` has still to write before this newcomer can join."""
+        row = self.rows[0]
+        return 0 if self.alone is not None else max(row.prompt_length - 1 - row.written, 0)
+
+
+# ---------------------------------------------------------------- slots
+
+
+@dataclass(slots=True)
+class Cursor:
+    """Where the forward call under way writes and how far it reads, shared by all layers.
+
+    Prefill writes one row from column `start`; a step writes row b at positions[b], int64 [B].
+    """
+
+    rows: int
+    columns: int
+    top: int = 0
+    start: int = 0
+    positions: Tensor | None = None
+    index: Tensor | None = None
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values as [rows, heads, columns, head_dim], allocated once.
+
+    Invariant: the slot of a live row holds finite numbers in every column (0 * NaN is NaN).
+    """
+
+    is_sliding = False
+
+    def __init__(self, cursor: Cursor, **kwargs: Any) -> None:
+        super().__init__()
+        self.cursor = cursor
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, columns = self.cursor.rows, self.cursor.columns
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for name, states in (("keys", key_states), ("values", value_states)):
+            _, heads, _, dim = states.shape
+            buffer = states.new_empty((rows, heads, columns, dim))
+            buffer[:1] = 0
+            setattr(self, name, buffer)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        at = self.cursor
+        live = 1 if at.positions is None else len(at.positions)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if at.positions is None:
+                buffer[:1, :, at.start : at.top] = states
+            else:
+                index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
+                buffer[index, :, positions] = states[:live, :, 0]
+        return self.keys[:live, :, : at.top], self.values[:live, :, : at.top]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cursor.top, 0
+
+    def get_seq_length(self) -> int:
+        return self.cursor.start if self.cursor.positions is None else self.cursor.top - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def resize(self, live: int) -> None:
+        """Move the first `live` rows into buffers of the cursor's size."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            rows, heads, columns, dim = old.shape
+            new = old.new_empty((self.cursor.rows, heads, self.cursor.columns, dim))
+            new[:live, :, :columns] = old[:live]
+            new[:live, :, columns:] = 0
+            setattr(self, name, new)
+            del old, new  # one layer's copy at a time is what growing costs
+
+    def write(self, row: int, other: SlotLayer, columns: int) -> None:
+        """Copy the first `columns` of another layer's first row into slot `row`."""
+        if not self.is_initialized:
+            self.lazy_initialization(other.keys, other.values)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[row, :, :columns] = theirs[0, :, :columns]
+            mine[row, :, columns:] = 0
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        for buffer in (self.keys, self.values):
+            buffer[target, :, :columns] = buffer[source, :, :columns]
+
+
+class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
+    """Slots beside recurrent states, for layers that hold both."""
+
+    is_compileable = False
+
+    def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
+        SlotLayer.__init__(self, cursor)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        kind = SlotLayer if args else LinearAttentionLayer
+        kind.lazy_initialization(self, *args, **kwargs)
+
+
+class Slots(Cache):
+    """A transformers cache whose rows are slots; made from the layers its own cache would have."""
+
+    def __init__(self, config: Any, rows: int, columns: int) -> None:
+        self.config = config
+        self.cursor = Cursor(rows, columns)
+        super().__init__(layers=[_slot_layer(old, self.cursor) for old in _layers(config)])
+
+    def aim(self, start: int, length: int) -> None:
+        """Prefill writes columns start..start+length of the only row next."""
+        at = self.cursor
+        at.start, at.top, at.positions = start, start + length, None
+
+    def aim_at(self, positions: Tensor, top: int) -> None:
+        """A step writes row b at positions[b] next and reads columns below `top`."""
+        self.cursor.positions, self.cursor.top = positions, top
+        self.cursor.index = torch.arange(len(positions), device=positions.device)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        at = self.cursor
+        return at.start if at.positions is None else at.positions
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        at = self.cursor
+        return at.start if at.positions is None else at.top - 1
+
+    @property
+    def bytes_per_column(self) -> int:
+        """Bytes of one token in one row's keys and values, over all layers."""
+        slotted = [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+        buffers = [
+            b for layer in slotted if layer.is_initialized for b in (layer.keys, layer.values)
+        ]
+        return sum(buffer[0, :, 0].nbytes for buffer in buffers)
+
+    @property
+    def device(self) -> torch.device:
+        slotted = (
+            layer
+            for layer in self.layers
+            if isinstance(layer, SlotLayer) and layer.keys is not None
+        )
+        return next((layer.keys.device for layer in slotted), torch.device("cpu"))
+
+    def grow(self, rows: int, columns: int, live: int) -> None:
+        """Make room for `rows` rows of `columns` columns; rows grow by doubling."""
+        at = self.cursor
+        if rows <= at.rows and columns <= at.columns:
+            return
+        at.rows = at.rows if rows <= at.rows else max(rows, 2 * at.rows)
+        at.columns = max(columns, at.columns)
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.resize(live)
+
+
+_SLOTTED: dict[type, type | None] = {
+    DynamicLayer: SlotLayer,
+    DynamicSlidingWindowLayer: SlotLayer,  # all columns are kept; the mask makes the window
+    LinearAttentionAndFullAttentionLayer: HybridSlotLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlotLayer,
+    LinearAttentionLayer: None,
+    DummyLayer: None,
+}
+
+
+def _layers(config: Any) -> list[Any]:
+    return cast("list[Any]", DynamicCache(config=config).layers)
+
+
+def _slot_layer(old: Any, cursor: Cursor) -> Any:
+    kind = _SLOTTED[type(old)]  # by exact type: a subclass may keep more than keys and values
+    return kind(cursor, number_of_states=getattr(old, "number_of_states", 1)) if kind else old
+
+
+def _columns(length: int) -> int:
+    return math.ceil(length / COLUMNS) * COLUMNS
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        return _products(query, key, value, mask, options), None
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def attend_invariant(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Return attention that gives a row the same bits in any company, on CPU.
+
+    For one query a row, sdpa's bits depend on the thread that a row falls to: plain products do not.
+    """
+    if query.shape[2] > 1:
+        return attend(module, query, key, value, mask, **options)
+    # The copy that keeps a lone row company (see `forward`) has no slot: it takes the row's output.
+    output = _products(query[: len(key)], key, value, mask, options)
+    return output.expand(len(query), -1, -1, -1), None
+
+
+def _products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Return softmax(query @ key) @ value; query [B, heads, Q, dim], key [B, groups, T, dim]."""
+    batch, heads, queries, dim = query.shape
+    groups, total = key.shape[1], key.shape[2]
+    scores = query.reshape(batch, groups, -1, dim) @ key.transpose(2, 3)
+    scores = scores.mul_(options.get("scaling") or dim**-0.5)
+    if (cap := options.get("softcap")) is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if mask is None and queries > 1:
+        mask = scores.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
+    if mask is not None:
+        mask = _additive(mask, scores.dtype) if mask.dtype == torch.bool else mask
+        scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
+    weights = _softmax(scores, options.get("s_aux"))
+    return (weights @ value).view(batch, heads, queries, -1).transpose(1, 2)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax over T of [B, groups, heads a group * Q, T]; a sink's share is dropped."""
+    if sinks is None:
+        return scores.softmax(-1)
+    batch, groups, queries, _ = scores.shape
+    column = sinks.to(scores.dtype).view(1, groups, -1, 1)
+    column = column.repeat_interleave(queries // column.shape[2], 2).expand(batch, -1, -1, -1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+
+def see(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    **options: Any,
+) -> Tensor | None:
+    """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own `mask_function`."""
+    if not isinstance(q_offset, torch.Tensor):
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **options
+        )
+    rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
+    columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
+    seen = mask_function(rows, torch.zeros_like(rows), q_offset.view(-1, 1, 1, 1), columns)
+    # Additive, because sdpa would turn a bool mask into this again in every layer.
+    return _additive(seen, options["dtype"])
+
+
+for name, function in (("labs", attend), ("labs_invariant", attend_invariant)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, see)
+
+
+# ---------------------------------------------------------------- which models, and how
+
+
+WHOLE = frozenset({"mamba", "falcon_mamba", "jamba"})  # their scan drops its state between chunks
+ALONE = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A transformers causal model and how its rows run.
+
+    how: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
+    invariant: the text of a row does not depend on its company, in bfloat16 too.
+    """
+
+    model: Any
+    how: How
+    why: str
+    invariant: bool
+    accepts: frozenset[str]
+    weight_bytes: int
+
+    @property
+    def config(self) -> Any:
+        return self.model.config.get_text_config()
+
+
+def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
+    """Decide how the rows of `model` run, and give it the attention that this needs."""
+    how, why = how_it_runs(model)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    invariant = batch_invariant and on_cpu and how == "joins" and not _is_recurrent(model)
+    if how != "alone" and model._can_set_attn_implementation():
+        model.set_attn_implementation("labs_invariant" if invariant else "labs")
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return Decoder(model, how, why, invariant, accepts, weight_bytes)
+
+
+def _is_recurrent(model: Any) -> bool:
+    layers = _layers(model.config.get_text_config())
+    return any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+
+
+def how_it_runs(model: Any) -> tuple[How, str]:
+    """Return how the rows of a model run, and the reason in words."""
+    config = model.config.get_text_config()
+    kind = config.model_type
+    if kind in ALONE or getattr(config, "alibi", False):
+        return "alone", f"{kind} has no batch in which rows may differ in length"
+    if rope := _whole_call_rope(config):
+        return "alone", f"its {rope} positions depend on the longest row of a call"
+    unknown = {type(layer).__name__ for layer in _layers(config) if type(layer) not in _SLOTTED}
+    if unknown:
+        return (
+            "alone",
+            f"its cache has layers that labs does not know: {', '.join(sorted(unknown))}",
+        )
+    slotted = any(isinstance(_SLOTTED[type(layer)], type) for layer in _layers(config))
+    if slotted and not model._can_set_attn_implementation():
+        return "alone", f"{kind} does not take another attention implementation"
+    if kind in WHOLE:
+        return "whole", f"{kind} drops its state between the chunks of a prompt"
+    return "joins", "rows join and leave at any step"
+
+
+def _whole_call_rope(config: Any) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    kinds = {table.get("rope_type") for table in tables}
+    return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
+
+
+# ---------------------------------------------------------------- the four functions
+
+
+def enter(decoder: Decoder, row: Row) -> Batch:
+    """Return a batch of one newcomer, nothing computed yet."""
+    if decoder.how == "alone":
+        return Batch((row,), alone=_alone(decoder, row))
+    return Batch((row,), cache=Slots(decoder.config, 1, _columns(row.columns)))
+
+
+@torch.inference_mode()
+def prefill(decoder: Decoder, batch: Batch) -> Batch:
+    """Write the next chunk of the newcomer's prompt, all but its last token.
+
+    `step` makes the first token too, so there is one place that samples.
+    """
+    row, cache = batch.rows[0], cast("Slots", batch.cache)
+    chunk = batch.pending if decoder.how == "whole" else min(CHUNK, batch.pending)
+    cache.aim(row.written, chunk)
+    ids = torch.tensor([row.ids[row.written : row.written + chunk]], device=_device(decoder))
+    positions = torch.arange(row.written, row.written + chunk, device=ids.device)[None]
+    _call(decoder, ids, positions, cache)
+    row.written += chunk
+    return batch
+
+
+@torch.inference_mode()
+def join(batch: Batch | None, newcomer: Batch) -> Batch:
+    """Give the newcomer a slot of its own in `batch`."""
+    if batch is None or not batch.rows:
+        return newcomer
+    mine, theirs = cast("Slots", batch.cache), cast("Slots", newcomer.cache)
+    row, place = newcomer.rows[0], len(batch.rows)
+    mine.grow(place + 1, theirs.cursor.columns, live=place)
+    for layer, other in zip(mine.layers, theirs.layers, strict=True):
+        if isinstance(layer, SlotLayer) and other.is_initialized:
+            layer.write(place, other, row.written)
+        if isinstance(layer, LinearAttentionLayer):
+            _join_states(layer, other, place)
+    return replace(batch, rows=(*batch.rows, row))
+
+
+@torch.inference_mode()
+def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
+    """Forward one token of each row and choose the next; a step that failed may be called again."""
+    choices = choose(forward(decoder, batch), batch.rows)
+    for row, choice in zip(batch.rows, choices, strict=True):
+        row.written += 1
+        row.ids.append(choice.token)
+        row.generated[choice.token] += 1
+    return batch, choices
+
+
+@torch.inference_mode()
+def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
+    """Let all rows go but those named; the last row moves into each hole."""
+    kept, rows = set(ids), list(batch.rows)
+    order = list(range(len(rows)))
+    for hole in range(len(rows) - 1, -1, -1):
+        if rows[hole].id in kept:
+            continue
+        last, source = rows.pop(), order.pop()
+        if hole < len(rows):
+            rows[hole], order[hole] = last, source
+            _move(batch, source=len(rows), target=hole, columns=last.written)
+    if not rows:
+        return None
+    _keep_states(batch, order)
+    return replace(batch, rows=tuple(rows))
+
+
+def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
+    """Join the newcomer to the first batch that it does not slow down, or to none.
+
+    Rows of one call are read as far as the longest: that costs less than reading the weights once
+    more only while padding tokens times their bytes stay below the weights' own bytes.
+    """
+    for index, batch in enumerate(batches):
+        if newcomer.cache is not None and _padding_bytes(batch, newcomer) < decoder.weight_bytes:
+            return [*batches[:index], join(batch, newcomer), *batches[index + 1 :]]
+    return [*batches, newcomer]
+
+
+def _padding_bytes(batch: Batch, newcomer: Batch) -> int:
+    lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
+    padding = max(lengths) * len(lengths) - sum(lengths)
+    return padding * cast("Slots", newcomer.cache).bytes_per_column
+
+
+def has_room(batches: Sequence[Batch], newcomer: Batch) -> bool:
+    """Tell whether the newcomer's slot fits beside the others; a first one is always tried."""
+    if not batches or newcomer.cache is None:
+        return True
+    needed = newcomer.rows[0].columns * newcomer.cache.bytes_per_column
+    return needed < free_memory(newcomer.cache.device) * MEMORY_SHARE
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sys.maxsize  # not told here (Windows, macOS): a failed allocation will say so
+
+
+def _move(batch: Batch, *, source: int, target: int, columns: int) -> None:
+    for layer in cast("Slots", batch.cache).layers:
+        if isinstance(layer, SlotLayer) and layer.is_initialized:
+            layer.move(source, target, columns)
+
+
+def _states(layer: LinearAttentionLayer) -> Iterable[tuple[dict[int, Tensor], int]]:
+    for states in (layer.conv_states, layer.recurrent_states):
+        yield from ((states, index) for index in states)
+
+
+def _join_states(mine: LinearAttentionLayer, theirs: LinearAttentionLayer, place: int) -> None:
+    """Put a newcomer's recurrent states below; a one-token prompt has none yet, which is zero."""
+    for (states, i), (others, _) in zip(_states(mine), _states(theirs), strict=True):
+        old, new = states[i], others[i]
+        if old is None and new is None:
+            continue
+        old = new.new_zeros((place, *new.shape[1:])) if old is None else old
+        new = old.new_zeros((1, *old.shape[1:])) if new is None else new
+        states[i] = torch.cat([old, new])
+    for name in ("is_conv_states_initialized", "is_recurrent_states_initialized"):
+        flags, others = getattr(mine, name), getattr(theirs, name)
+        flags.update({i: flags[i] or others[i] for i in flags})
+    started = {
+        i: mine.has_previous_state[i] or theirs.has_previous_state[i] for i in mine.conv_states
+    }
+    mine.has_previous_state.update(started)
+    for i, size in theirs.conv_kernel_size.items():
+        mine.conv_kernel_size[i] = mine.conv_kernel_size[i] or size
+
+
+def _keep_states(batch: Batch, order: list[int]) -> None:
+    for layer in batch.cache.layers if batch.cache else ():
+        if isinstance(layer, LinearAttentionLayer):
+            for states, i in _states(layer):
+                states[i] = None if states[i] is None else states[i][order]
+
+
+# ---------------------------------------------------------------- forward
+
+
+@torch.inference_mode()
+def forward(decoder: Decoder, batch: Batch) -> Tensor:
+    """Return the float32 logits [B, V] that follow each row's last token."""
+    if batch.alone is not None:
+        row = batch.rows[0]
+        logits = batch.alone.send(row.ids[-1]) if row.generated else next(batch.alone)
+        return logits.float()
+    cache, device = cast("Slots", batch.cache), _device(decoder)
+    tokens = [row.ids[row.written] for row in batch.rows]
+    written = [row.written for row in batch.rows]
+    positions = torch.tensor(written, device=device)
+    cache.aim_at(positions, _columns(max(written) + 1))
+    ids = torch.tensor(tokens, device=device)[:, None]
+    positions = positions[:, None]
+    if (
+        len(tokens) == 1 and decoder.invariant
+    ):  # products with one row give other bits than with two
+        ids, positions = ids.expand(2, 1), positions.expand(2, 1)
+    return _call(decoder, ids, positions, cache)[: len(tokens), -1].float()
+
+
+def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Slots) -> Tensor:
+    """Call the model with the words its forward knows; return logits [B, 1 or Q, V]."""
+    words = {
+        "position_ids": positions,
+        "past_key_values": cache,
+        "cache_params": cache,
+        "logits_to_keep": 1,
+        "use_cache": True,
+    }
+    known = {name: value for name, value in words.items() if name in decoder.accepts}
+    return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
+
+
+def _device(decoder: Decoder) -> torch.device:
+    """Return the device of the input embedding, which is where ids go, sharded models included."""
+    return cast("torch.device", decoder.model.get_input_embeddings().weight.device)
+
+
+def _alone(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
+    """Yield logits [1, V] and take tokens, with the cache and inputs that the model itself makes."""
+    ids = torch.tensor([row.ids], device=_device(decoder))
+    options = {"max_new_tokens": row.max_new_tokens, "do_sample": False}
+    return cast(
+        "Generator[Tensor, int, None]",
+        decoder.model.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=_by_the_model, **options
+        ),
+    )
+
+
+def _by_the_model(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    **kwargs: Any,
+) -> Generator[Tensor, int, None]:
+    """Decode as transformers' own loop does (GenerationMixin._sample), one token a send."""
+    length = None  # the whole prompt, then one token at a time
+    while True:
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        token = yield outputs.logits[:, -1]
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], -1)
+        length = 1
+
+
+# ---------------------------------------------------------------- choose
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """Choose one token per row from float32 logits [B, V], each by its row's own options.
+
+    An error in a row's part, or logits that are not finite, become that row's Choice.error.
+    """
+    errors: dict[int, Exception] = {}
+    scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
+    for index, row in enumerate(rows):
+        try:
+            _process(scores, index, row)
+        except Exception as error:  # a processor that a request brought ends its own row only
+            errors[index] = error
+    best = scores.max(-1)
+    tokens: list[int] = best.indices.tolist()
+    for index, value in enumerate(best.values.tolist()):
+        if not math.isfinite(value):
+            errors.setdefault(index, ArithmeticError("the model gave logits that are not finite"))
+    for size in (64, CANDIDATES):  # by the row's own options: company must not change them
+        drawn = [i for i, row in enumerate(rows) if _candidates(row) == size and i not in errors]
+        for index, token in zip(drawn, draw(scores, rows, drawn, size), strict=True):
+            tokens[index] = token
+    return [
+        Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
+        for i, row in enumerate(rows)
+    ]
+
+
+def _changes_logits(s: Sampling) -> bool:
+    penalised = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
+    return penalised or bool(s.logit_bias) or bool(s.processors)
+
+
+def _process(scores: Tensor, index: int, row: Row) -> None:
+    """Apply the row's penalties, bias and processors to scores[index], in place.
+
+    repetition_penalty as transformers' RepetitionPenaltyLogitsProcessor: over prompt and answer.
+    frequency_penalty and presence_penalty as in OpenAI's API reference: over the answer.
+    """
+    s, line = row.sampling, scores[index]
+    if s.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(row.ids)), device=line.device)
+        old = line[seen]
+        line[seen] = torch.where(old < 0, old * s.repetition_penalty, old / s.repetition_penalty)
+    if (s.frequency_penalty or s.presence_penalty) and row.generated:
+        ids = torch.tensor(list(row.generated), device=line.device)
+        counts = line.new_tensor(list(row.generated.values()))
+        line[ids] -= counts * s.frequency_penalty + s.presence_penalty
+    if s.logit_bias:
+        ids = torch.tensor([token for token, _ in s.logit_bias], device=line.device)
+        line[ids] += line.new_tensor([bias for _, bias in s.logit_bias])
+    for processor in s.processors:
+        scores[index] = processor(row.ids, scores[index])
+
+
+def _choice(logits: Tensor, row: Row, token: int) -> Choice:
+    """Add what the row asked to know: the model's own log-probabilities, before any option."""
+    if row.sampling.logprobs is None:
+        return Choice(token)
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(row.sampling.logprobs)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Choice(token, float(logprobs[token]), top)
+
+
+def _candidates(row: Row) -> int:
+    """Return how many candidates a row's draw looks at first; 0 for a greedy row."""
+    if row.sampling.temperature == 0:
+        return 0
+    return 64 if 0 < row.sampling.top_k <= 64 else CANDIDATES
+
+
+def draw(scores: Tensor, rows: Sequence[Row], places: Sequence[int], size: int) -> list[int]:
+    """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
+
+    The noise is a hash of (seed, step, token id): no state, and the same numbers in any company
+    and on any device. Where no option cuts anything off, all that is no candidate takes part as
+    one lump (exact, by the maximum's own distribution) and is looked at only if the lump wins.
+    """
+    if not places:
+        return []
+    chosen = [rows[i] for i in places]
+    temperatures = scores.new_tensor([row.sampling.temperature for row in chosen])
+    scaled = scores[list(places)] / temperatures[:, None]
+    top = scaled.topk(min(size, scaled.shape[-1]))  # [N, K], descending
+    total = scaled.logsumexp(-1, keepdim=True)
+    kept = kept_candidates(top.values, total, [row.sampling for row in chosen])
+    noisy = (top.values.double() + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
+    best = noisy.max(-1)
+    tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
+    if top.values.shape[-1] < scaled.shape[-1]:
+        for n in kept[:, -1].nonzero()[:, 0].tolist():  # the kept set may go on below the last
+            row, s = chosen[n], chosen[n].sampling
+            if s.top_p < 1 or s.min_p > 0 or s.top_k > size:
+                tokens[n] = draw(scores, rows, [places[n]], scaled.shape[-1])[0]
+            elif s.top_k == 0:
+                rest = scaled[n].scatter(-1, top.indices[n], -torch.inf)
+                tokens[n] = _draw_lump(rest, row, float(best.values[n]), tokens[n])
+    return tokens
+
+
+def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> Tensor:
+    """Return which of the candidates [N, K], descending logits over temperature, the options keep.
+
+    total: their log-sum over the vocabulary, [N, 1]. The same sets as transformers' TopK-, TopP-
+    and MinPLogitsWarper in that order (ties of top_k kept, top_p over what top_k left).
+    """
+    size = top.shape[-1]
+    last = torch.tensor([min(s.top_k or size, size) - 1 for s in options], device=top.device)
+    kept = top >= top.gather(-1, last[:, None])
+    limited = torch.tensor([0 < s.top_k <= size for s in options], device=top.device)[:, None]
+    below = top.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
+    probabilities = (top - torch.where(limited, below, total)).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    kept &= before < top.new_tensor([s.top_p for s in options])[:, None]
+    floor = top.new_tensor([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options])
+    kept &= top >= top[:, :1] + floor[:, None]
+    kept[:, 0] = True
+    return kept
+
+
+def _draw_lump(rest: Tensor, row: Row, best: float, token: int) -> int:
+    """Return `token`, or a token of `rest` [V] where the lump of all of them beats `best`."""
+    lump = torch.tensor([[len(rest)]], device=rest.device)  # an id that no token has
+    if float(rest.logsumexp(-1)) + float(gumbel([row], lump)) <= best:
+        return token
+    ids = torch.arange(len(rest), device=rest.device)[None]
+    return int((rest.double() + gumbel([row], ids)[0]).argmax())
+
+
+def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
+    """Return Gumbel noise for token ids [N, K], a function of (seed, step, id) alone.
+
+    Two rounds of murmur3's finaliser over the id, keyed by a 64-bit hash of seed and step.
+    """
+    keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
+    low = torch.tensor([key & _32 for key in keys], device=ids.device)[:, None]
+    high = torch.tensor([key >> 32 for key in keys], device=ids.device)[:, None]
+    hashed = _mix((_mix(ids ^ low) + high) & _32)
+    real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
+    return -torch.log(-torch.log((hashed.to(real) + 0.5) / 2**32))
+
+
+_32 = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _32
+    return x ^ (x >> 16)
+
+
+def _key(seed: int, step: int) -> int:
+    """Return splitmix64 of seed and step."""
+    x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)

@@ -1,0 +1,627 @@
+"""Tests of labs-gen: logic on faked labs functions, a few true runs of the default model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import labs
+import labs_cli
+
+ROOT = Path(__file__).parent
+USAGE = labs.Usage(prompt_tokens=3, completion_tokens=4)
+TIMINGS = labs.Timings(load_s=1.0, prefill_s=0.25, decode_s=0.5, tokens_per_s=8.0)
+
+
+class Fake:
+    """Stands for labs: remembers what it was asked and answers with set pieces."""
+
+    def __init__(self) -> None:
+        self.pieces = ["Hello", " there"]
+        self.finish_reason = "stop"
+        self.requests: list[dict[str, Any]] = []
+        self.overrides: dict[str, Any] = {}
+        self.closed = 0
+        self.error: BaseException | None = None
+
+    def load_config(self, path: Any = None, *, env: Any = None, overrides: Any = None) -> Any:
+        self.overrides = overrides
+        return labs_load_config(path, env={}, overrides=overrides)
+
+    def build_inputs(self, model: Any, **request: Any) -> Any:
+        self.requests.append(request)
+        return labs.Inputs(input_ids=(1, 2, 3), prompt="templated")
+
+    def stream_generate(self, model: Any, inputs: Any, generation: Any) -> Any:
+        try:
+            for piece in self.pieces:
+                yield labs.Delta(text=piece)
+            if self.error:
+                error, self.error = self.error, None
+                raise error
+            yield labs.Done(finish_reason=self.finish_reason, usage=USAGE, timings=TIMINGS)
+        finally:
+            self.closed += 1
+
+    def generate(self, model: Any, inputs: Any, generation: Any) -> Any:
+        return labs.Completion(
+            text="".join(self.pieces), finish_reason="stop", usage=USAGE, timings=TIMINGS
+        )
+
+
+labs_load_config = labs.load_config
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    fake = Fake()
+    for name in ("load_config", "build_inputs", "stream_generate", "generate"):
+        monkeypatch.setattr(labs, name, getattr(fake, name))
+    monkeypatch.setattr(labs, "load_model", lambda config: object())
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def bare_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the settings of this machine out: no labs.toml, no .env, no LABS_ variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("LABS_")]:
+        if name != "LABS_CACHE_DIR":
+            monkeypatch.delenv(name)
+
+
+def invoke(*arguments: str, input: str | bytes | None = None) -> Any:
+    return CliRunner().invoke(labs_cli.make_command(), arguments, input=input)
+
+
+# What is asked
+
+
+def test_a_prompt_alone_is_passed_as_a_prompt(fake: Fake) -> None:
+    assert invoke("--prompt", "Hi").exit_code == 0
+    assert fake.requests[0]["prompt"] == "Hi"
+
+
+def test_a_pipe_is_the_prompt_when_there_is_no_flag(fake: Fake) -> None:
+    invoke(input="from a pipe\n")
+    assert fake.requests[0]["prompt"] == "from a pipe"
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(fake: Fake) -> None:
+    invoke("--prompt", "-", input="two\nlines\r\n")
+    assert fake.requests[0]["prompt"] == "two\nlines"
+
+
+def test_a_byte_order_mark_is_not_part_of_the_prompt(fake: Fake) -> None:
+    invoke(input=b"\xef\xbb\xbfHi")
+    assert fake.requests[0]["prompt"] == "Hi"
+
+
+def test_a_system_message_comes_before_the_prompt(fake: Fake) -> None:
+    invoke("--prompt", "Hi", "--system", "Be brief.")
+    assert fake.requests[0]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+    ]
+
+
+def test_messages_come_from_json(fake: Fake) -> None:
+    invoke("--messages-json", '[{"role": "user", "content": "Hi"}]')
+    assert fake.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_messages_come_from_a_file(fake: Fake, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('[{"role": "user", "content": "Grüße"}]', encoding="utf-8")
+    invoke("--messages-file", "m.json", "--system", "Be brief.")
+    assert [message["content"] for message in fake.requests[0]["messages"]] == [
+        "Be brief.",
+        "Grüße",
+    ]
+
+
+def test_messages_come_from_standard_input(fake: Fake) -> None:
+    invoke("--messages-file", "-", input='[{"role": "user", "content": "Hi"}]')
+    assert fake.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_chat_toggles_of_the_configuration_reach_build_inputs(fake: Fake, given: bool) -> None:
+    no = "" if given else "no-"
+    invoke("--prompt", "Hi", f"--{no}use-chat-template", f"--{no}add-generation-prompt")
+    assert fake.requests[0]["use_chat_template"] is given
+    assert fake.requests[0]["add_generation_prompt"] is given
+
+
+# Flags and settings
+
+
+def test_every_setting_is_a_flag() -> None:
+    flags = {name for option in labs_cli.make_command().params for name in option.opts}
+    assert {"--" + setting.key.replace("_", "-") for setting in labs.settings()} <= flags
+
+
+def test_only_given_flags_override(fake: Fake) -> None:
+    invoke("--prompt", "Hi")
+    assert fake.overrides == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides"),
+    [
+        (["--temperature", "0"], {"temperature": 0.0}),
+        (["--max-new-tokens", "7"], {"max_new_tokens": 7}),
+        (["--stop", "a", "--stop", "\n"], {"stop": ("a", "\n")}),
+        (["--load-in-4bit"], {"load_in_4bit": True}),
+        (["--no-do-sample"], {"do_sample": False}),
+        (["--do-sample"], {"do_sample": True}),
+        (["--offline"], {"local_files_only": True}),
+        (["--no-local-files-only"], {"local_files_only": False}),
+        (["--model", "a/b"], {"model_name": "a/b"}),
+        (["--logit-bias", '{"5": -1.5}'], {"logit_bias": {"5": -1.5}}),
+    ],
+)
+def test_a_flag_becomes_an_override(fake: Fake, arguments: list[str], overrides: Any) -> None:
+    result = invoke("--prompt", "Hi", *arguments)
+    assert (fake.overrides, result.exit_code) == (overrides, 0), result.stderr
+
+
+def test_show_config_needs_no_prompt_and_no_model(fake: Fake) -> None:
+    result = invoke("--show-config", "--temperature", "0.25")
+    assert (result.exit_code, fake.requests) == (0, [])
+    assert "temperature = 0.25" in result.stdout
+
+
+def test_a_value_out_of_bounds_is_one_line_and_exit_code_1() -> None:
+    result = invoke("--prompt", "Hi", "--temperature", "-3")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*temperature.*\n", result.stderr)
+
+
+def test_a_missing_config_file_is_one_line_and_exit_code_1() -> None:
+    result = invoke("--prompt", "Hi", "--config", "absent.toml")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .*absent\.toml.*\n", result.stderr)
+
+
+def test_help_fits_80_columns_of_ascii() -> None:
+    text = invoke("--help").stdout
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_has_every_option_under_a_title() -> None:
+    text = invoke("--help").stdout
+    titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert titles == ["Input", "Output", "Model", "Generation", "Quantization", "Other"]
+    for option in labs_cli.make_command().params:
+        assert option.opts[0] in text
+
+
+def test_the_examples_in_the_help_parse() -> None:
+    command = labs_cli.make_command()
+    examples = re.findall(r"labs-gen (--.*)", labs_cli.EPILOG)
+    assert len(examples) >= 6
+    for example in examples:
+        words = re.findall(r"'[^']*'|\"[^\"]*\"|[^\s<]+", example.split(" <")[0])
+        command.make_context("labs-gen", [word.strip("'\"") for word in words])
+
+
+def test_the_version_is_that_of_labs() -> None:
+    assert invoke("--version").stdout == f"labs-gen {labs.__version__}\n"
+
+
+# Wrong usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-flag"],
+        ["--temperature", "warm"],
+        ["--logit-bias", "{x"],
+        ["--prompt", ""],
+        ["--messages-json", "[]"],
+        ["--prompt", "a", "--messages-json", "[]"],
+        ["--prompt", "a", "--messages-file", "f"],
+        ["--messages-json", "[]", "--messages-file", "f"],
+        ["--chat", "--prompt", "a"],
+        ["--chat", "--json"],
+        ["--json", "--stream", "--prompt", "a"],
+        ["--system", "a", "--messages-json", '[{"role": "system", "content": "b"}]'],
+        ["an argument"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(fake: Fake, arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: " in result.stderr
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \n"])
+def test_an_empty_pipe_is_exit_code_2(fake: Fake, text: str) -> None:
+    result = invoke(input=text)
+    assert (result.exit_code, fake.requests) == (2, [])
+    assert "no prompt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--messages-json", "{"],
+        ["--messages-json", '{"role": "user"}'],
+        ["--messages-json", '[{"role": "user", "content": 5}]'],
+        ["--messages-file", "absent.json"],
+        ["--messages-file", "."],
+    ],
+)
+def test_messages_that_cannot_be_read_are_exit_code_1(fake: Fake, arguments: list[str]) -> None:
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"Error: .+\n", result.stderr)
+
+
+def test_bytes_that_are_not_utf8_are_named(fake: Fake) -> None:
+    result = invoke(input=b"ab\xff")
+    assert result.exit_code == 1
+    assert "byte 0xff at position 2 of standard input" in result.stderr
+
+
+# What is written
+
+
+def test_the_answer_alone_is_on_standard_output(fake: Fake) -> None:
+    result = invoke("--prompt", "Hi", "--verbose")
+    assert result.stdout == "Hello there\n"
+
+
+@pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
+def test_streamed_or_not_the_bytes_are_the_same(fake: Fake, flag: str) -> None:
+    assert invoke("--prompt", "Hi", flag).stdout == "Hello there\n"
+
+
+def test_a_stream_writes_what_came_before_an_error(fake: Fake) -> None:
+    fake.error = labs.GenerationError("the logits are not finite")
+    result = invoke("--prompt", "Hi", "--stream")
+    assert (result.exit_code, result.stdout) == (1, "Hello there")
+    assert result.stderr == "Error: the logits are not finite\n"
+
+
+def test_escape_sequences_of_the_model_are_not_removed(fake: Fake) -> None:
+    fake.pieces = ["\x1b[1mbold\x1b[0m"]
+    assert invoke("--prompt", "Hi").stdout == "\x1b[1mbold\x1b[0m\n"
+
+
+def test_json_is_one_object_with_text_usage_timings_and_settings(fake: Fake) -> None:
+    result = json.loads(invoke("--prompt", "Hi", "--json", "--temperature", "0.5").stdout)
+    assert result["text"] == "Hello there"
+    assert result["finish_reason"] == "stop"
+    assert result["usage"]["completion_tokens"] == 4
+    assert result["timings"]["decode_s"] == 0.5
+    assert result["settings"]["temperature"] == 0.5
+
+
+def test_json_settings_hold_every_setting_and_no_secret(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    text = invoke("--prompt", "Hi", "--json").stdout
+    assert set(json.loads(text)["settings"]) == {setting.key for setting in labs.settings()}
+    assert "hf_secret" not in text
+
+
+def test_verbose_tells_where_the_time_went(fake: Fake) -> None:
+    stderr = invoke("--prompt", "Hi", "--verbose").stderr
+    assert "8.0 tokens/s; load 1.00 s, prefill 0.25 s, decode 0.50 s" in stderr
+
+
+def test_verbose_tells_which_limit_cut_the_answer(fake: Fake) -> None:
+    fake.finish_reason = "length"
+    assert "--max-new-tokens" in invoke("--prompt", "Hi", "--verbose").stderr
+
+
+def test_without_verbose_standard_error_is_silent(fake: Fake) -> None:
+    fake.finish_reason = "length"
+    assert invoke("--prompt", "Hi").stderr == ""
+
+
+# Failures
+
+
+def test_an_error_nobody_foresaw_keeps_its_name(fake: Fake) -> None:
+    fake.error = ZeroDivisionError("oh")
+    result = invoke("--prompt", "Hi")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: ZeroDivisionError: oh (LABS_DEBUG=1 shows where)\n"
+
+
+def test_labs_debug_lets_the_traceback_through(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.error = labs.GenerationError("oh")
+    monkeypatch.setenv("LABS_DEBUG", "1")
+    result = invoke("--prompt", "Hi")
+    assert isinstance(result.exception, labs.GenerationError)
+
+
+def test_ctrl_c_is_exit_code_130_and_stops_the_computing(fake: Fake) -> None:
+    fake.error = KeyboardInterrupt()
+    result = invoke("--prompt", "Hi")
+    assert (result.exit_code, fake.closed) == (130, 1)
+
+
+def test_a_reader_who_has_enough_is_no_failure(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(labs_cli, "write", broken)
+    result = invoke("--prompt", "Hi", "--stream")
+    assert (result.exit_code, result.stderr, fake.closed) == (0, "", 1)
+
+
+# Chat
+
+
+def test_a_chat_remembers_both_sides(fake: Fake) -> None:
+    result = invoke("--chat", input="one\ntwo\n")
+    assert result.stdout == "Hello there\nHello there\n"
+    assert fake.requests[1]["messages"] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "Hello there"},
+        {"role": "user", "content": "two"},
+    ]
+
+
+def test_a_chat_begins_with_the_system_message_and_the_messages(fake: Fake) -> None:
+    start = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    invoke("--chat", "--system", "S", "--messages-json", start, input="c\n")
+    assert [m["content"] for m in fake.requests[0]["messages"]] == ["S", "a", "b", "c"]
+
+
+def test_quotes_hold_a_message_of_many_lines(fake: Fake) -> None:
+    invoke("--chat", input='"""one\n/exit\n\ntwo"""\nthree\n')
+    contents = [request["messages"][-1]["content"] for request in fake.requests]
+    assert contents == ["one\n/exit\n\ntwo", "three"]
+
+
+def test_an_empty_line_is_not_a_message(fake: Fake) -> None:
+    invoke("--chat", input='\n  \n""""""\n')
+    assert fake.requests == []
+
+
+def test_system_replaces_the_system_message(fake: Fake) -> None:
+    invoke("--chat", "--system", "S", input="/system T\none\n/system\ntwo\n")
+    roles = [[m["role"] for m in request["messages"]] for request in fake.requests]
+    assert fake.requests[0]["messages"][0]["content"] == "T"
+    assert roles == [["system", "user"], ["user", "assistant", "user"]]
+
+
+def test_reset_forgets_all_but_the_system_message(fake: Fake) -> None:
+    invoke("--chat", "--system", "S", input="one\n/reset\ntwo\n")
+    assert [m["content"] for m in fake.requests[1]["messages"]] == ["S", "two"]
+
+
+def test_exit_ends_the_chat(fake: Fake) -> None:
+    result = invoke("--chat", input="/exit\none\n")
+    assert (result.exit_code, fake.requests) == (0, [])
+
+
+def test_save_writes_messages_that_messages_file_reads(fake: Fake, tmp_path: Path) -> None:
+    invoke("--chat", input="one\n/save my talk.json\n")
+    invoke("--messages-file", "my talk.json")
+    assert [m["content"] for m in fake.requests[1]["messages"]] == ["one", "Hello there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["my talk.json"]
+
+
+def test_a_save_that_fails_does_not_end_the_chat(fake: Fake) -> None:
+    result = invoke("--chat", input="/save no/such/folder.json\none\n")
+    assert "no/such/folder.json" in result.stderr
+    assert result.stdout == "Hello there\n"
+
+
+def test_an_unknown_command_is_not_sent_to_the_model(fake: Fake) -> None:
+    result = invoke("--chat", input="/wat\n")
+    assert "/wat" in result.stderr
+    assert fake.requests == []
+
+
+def test_help_in_the_chat_lists_every_command(fake: Fake) -> None:
+    stderr = invoke("--chat", input="/help\n").stderr
+    assert all(name in stderr for name in ("/system", "/reset", "/save", "/help", "/exit"))
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(fake: Fake) -> None:
+    fake.error = KeyboardInterrupt()
+    result = invoke("--chat", "--stream", input="one\ntwo\n")
+    assert result.exit_code == 0
+    assert [m["content"] for m in fake.requests[1]["messages"]] == ["one", "Hello there", "two"]
+
+
+def test_a_turn_that_fails_is_forgotten_and_the_chat_goes_on(fake: Fake) -> None:
+    fake.pieces, fake.error = [], labs.PromptTooLong("too long")
+    result = invoke("--chat", input="one\ntwo\n")
+    assert "Error: too long" in result.stderr
+    assert [m["content"] for m in fake.requests[1]["messages"]] == ["two"]
+
+
+# The program itself, on the default model
+
+
+def labs_gen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run labs-gen as a program, greedily and on few tokens unless told otherwise."""
+    words = [sys.executable, ROOT / "labs_cli.py", "--temperature", "0", *arguments]
+    options = {"stdin": subprocess.DEVNULL, **options}
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run(words, capture_output=True, timeout=300, check=False, **options)
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, ROOT / "labs_cli.py", *arguments], **options)
+
+
+def read_until(descriptor: int, text: str, seen: str = "") -> str:
+    """Read from a descriptor until `text` comes or four minutes have gone."""
+    until = time.monotonic() + 240
+    while text not in seen:
+        ready, _, _ = select.select([descriptor], [], [], max(0, until - time.monotonic()))
+        data = os.read(descriptor, 4096) if ready else b""
+        assert data, f"{text!r} did not come; seen: {seen!r}"
+        seen += data.decode(errors="replace")
+    return seen
+
+
+def test_the_default_model_answers_and_says_nothing_else() -> None:
+    done = labs_gen("--prompt", "What is the capital of France?", "--max-new-tokens", "20")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Paris" in done.stdout
+
+
+def test_a_pipe_into_json_gives_an_object_to_parse() -> None:
+    done = labs_gen("--json", "--max-new-tokens", "4", input=b"Count to ten.\n")
+    result = json.loads(done.stdout)
+    assert result["usage"]["completion_tokens"] == 4
+    assert result["finish_reason"] == "length"
+    assert result["settings"]["max_new_tokens"] == 4
+
+
+def test_streamed_and_whole_answers_are_the_same_bytes() -> None:
+    arguments = ["--prompt", "Name three rivers.", "--max-new-tokens", "24"]
+    assert labs_gen("--stream", *arguments).stdout == labs_gen(*arguments).stdout
+
+
+def test_a_closed_pipe_ends_it_quietly() -> None:
+    process = start(
+        *("--prompt", "Count to a hundred.", "--stream", "--max-new-tokens", "4000"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
+
+
+def test_sigint_is_exit_code_130_and_no_traceback() -> None:
+    process = start(
+        *("--prompt", "Count to a hundred.", "--stream", "--max-new-tokens", "4000"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read().strip() == b""
+    assert process.wait(timeout=60) == 130
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1"])
+def test_any_locale_is_utf8(locale: str) -> None:
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    text = "Grüße 漢字 🌍"
+    done = labs_gen("--show-config", "--stop", text, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert text in done.stdout.decode()
+
+
+def test_standard_output_that_is_closed_or_full_is_one_line() -> None:
+    command = f'"{sys.executable}" "{ROOT / "labs_cli.py"}" --show-config'
+    for redirection in (">&-", ">/dev/full"):
+        done = subprocess.run(
+            f"{command} {redirection}", shell=True, capture_output=True, check=False
+        )
+        assert done.returncode == 1
+        assert re.fullmatch(rb"Error: standard output.*\n", done.stderr)
+
+
+def test_a_chat_on_a_terminal_survives_ctrl_c() -> None:
+    pty = pytest.importorskip("pty")
+    terminal, child = pty.openpty()
+    arguments = ["--chat", "--temperature", "0", "--max-new-tokens", "4000"]
+    # A session of its own with this terminal: its Ctrl-C reaches the child and not pytest.
+    process = start(
+        *arguments, stdin=child, stdout=child, stderr=child, preexec_fn=lambda: os.login_tty(child)
+    )
+    os.close(child)
+    try:
+        read_until(terminal, "> ")
+        os.write(terminal, b"Count to a hundred, one number a line.\n")
+        read_until(terminal, "3")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "> ", read_until(terminal, "[stopped]").split("[stopped]")[1])
+        os.write(terminal, b"What is the capital of France?\n")
+        read_until(terminal, "Paris")
+        os.write(terminal, b"\x03\n\x04")
+        read_until(terminal, "> ")
+        os.write(terminal, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def test_importing_labs_and_the_cli_imports_no_torch() -> None:
+    code = "import labs, labs_cli, sys; labs_cli.make_command(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert not {b"torch", b"transformers", b"numpy"} & set(done.stdout.split())
+
+
+# What is shipped
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_extra_test_and_the_group_dev_list_the_same() -> None:
+    table = project()
+    assert table["project"]["optional-dependencies"]["test"] == table["dependency-groups"]["dev"]
+
+
+def test_the_extra_quantization_is_what_the_tests_use() -> None:
+    extras = project()["project"]["optional-dependencies"]
+    assert set(extras["quantization"]) <= set(extras["test"])
+
+
+def test_the_wheel_and_the_sdist_hold_every_module() -> None:
+    targets = project()["tool"]["hatch"]["build"]["targets"]
+    modules = {path.name for path in ROOT.glob("labs*.py")}
+    assert set(targets["wheel"]["only-include"]) == modules
+    tests = {path.name for path in ROOT.glob("test_*.py")}
+    assert modules | tests <= set(targets["sdist"]["only-include"])
+    assert all((ROOT / name).exists() for name in targets["sdist"]["only-include"])
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    command = "\n    pip install uv && uv run pytest -q\n"
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert command.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_labs_toml_shows_every_setting_and_changes_none() -> None:
+    shipped = labs.load_config(ROOT / "labs.toml", env={})
+    bare = labs.load_config(env={})
+    assert (shipped.model, shipped.generation) == (bare.model, bare.generation)
+    text = (ROOT / "labs.toml").read_text(encoding="utf-8")
+    for setting in labs.settings():
+        assert re.search(rf"^#? ?{setting.key} = ", text, re.MULTILINE), setting.key
+
+
+def test_env_example_names_every_variable_and_sets_none() -> None:
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    for setting in labs.settings():
+        assert re.search(rf"^#? ?{setting.environment}=", text, re.MULTILINE), setting.environment
