@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import operator
 import os
 import sys
+import time
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -71,7 +73,7 @@ RIVALS = (
 )
 
 Flags = dict[str, Any]
-Messages = list[dict[str, str]]
+Messages = list[labs.Message]
 Request = dict[str, Any]
 tell = functools.partial(click.echo, err=True)  # for the person, who may not read the answer
 
@@ -83,6 +85,7 @@ class Session(NamedTuple):
     config: labs.Config
     stream: bool
     verbose: bool
+    imports_s: float
 
 
 def write(text: str) -> None:
@@ -118,9 +121,9 @@ def read_messages(flags: Flags) -> Messages:
         raise labs.InputError(f"{where}: {exc}; a JSON list of role and content is due") from exc
     if flags["system"] is None:
         return messages
-    if any(message.get("role") == "system" for message in messages):
+    if any(message.role == "system" for message in messages):
         raise click.UsageError("--system is given, and the messages have a system message too")
-    return [{"role": "system", "content": flags["system"]}, *messages]
+    return [labs.Message(role="system", content=flags["system"]), *messages]
 
 
 def read_request(flags: Flags) -> Request:
@@ -136,7 +139,7 @@ def read_request(flags: Flags) -> Request:
         prompt = read_text("-")
     if not prompt.strip():
         raise click.UsageError("no prompt: the text is empty")
-    user = {"role": "user", "content": prompt}
+    user = labs.Message(role="user", content=prompt)
     return {"messages": [*messages, user]} if messages else {"prompt": prompt}
 
 
@@ -164,7 +167,7 @@ def answer(session: Session, request: Request, parts: list[str]) -> None:
     parts: takes the pieces of the text; what was there before an interruption stays in it.
     """
     inputs = build_inputs(session, request)
-    events = labs.stream_generate(session.model, inputs, session.config.generation)
+    events: Any = labs.stream_generate(session.model, inputs, session.config.generation)
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, labs.Done):
@@ -180,9 +183,8 @@ def answer_json(session: Session, request: Request) -> None:
     """Write one JSON object: the completion and the settings that made it."""
     config = session.config
     completion = labs.generate(session.model, build_inputs(session, request), config.generation)
-    values: dict[str, Any] = {}
-    for part in (config, config.model, config.model.quantization, config.generation):
-        values.update(msgspec.structs.asdict(part))
+    parts = (config, config.model, config.model.quantization, config.generation)
+    values = functools.reduce(operator.or_, map(msgspec.structs.asdict, parts))
     settings = {setting.key: values[setting.key] for setting in labs.settings()}
     result = {**msgspec.structs.asdict(completion), "settings": settings}
     write(msgspec.json.encode(result).decode() + "\n")
@@ -195,10 +197,9 @@ def report(session: Session, done: labs.Done | labs.Completion) -> None:
     if flag and (session.verbose or sys.stderr.isatty()):
         tell(f"[the answer was cut; {flag} sets the limit]")
     if session.verbose:
-        used, spent = done.usage, done.timings
-        speed = f"{used.completion_tokens} new tokens at {spent.tokens_per_s:.1f} tokens/s"
-        parts = f"prefill {spent.prefill_s:.2f} s, decode {spent.decode_s:.2f} s"
-        tell(f"[{used.prompt_tokens} + {speed}; load {spent.load_s:.2f} s, {parts}]")
+        counts, times = map(msgspec.structs.asdict, (done.usage, done.timings))
+        figures = {**counts, "imports_s": session.imports_s, **times}
+        tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
 
 
 def read_line(prompt: str) -> str:
@@ -237,14 +238,14 @@ def save(history: Messages, name: str) -> None:
 def obey(line: str, history: Messages) -> Messages:
     """Run a line that begins with a slash and return the history after it."""
     name, _, argument = line.strip().partition(" ")
-    system = [message for message in history if message["role"] == "system"]
+    system = [message for message in history if message.role == "system"]
     if name == "/exit":
         raise EOFError
     if name == "/reset":
         return system
     if name == "/system":
         rest = [message for message in history if message not in system]
-        return [{"role": "system", "content": argument}, *rest] if argument else rest
+        return [labs.Message(role="system", content=argument), *rest] if argument else rest
     if name == "/save" and argument:
         save(history, argument)
     elif name in ("/help", "/save"):
@@ -256,7 +257,7 @@ def obey(line: str, history: Messages) -> Messages:
 
 def take_turn(session: Session, history: Messages, text: str) -> Messages:
     """Answer one message; return the history with both, or as it was if there is no answer."""
-    asked = [*history, {"role": "user", "content": text}]
+    asked = [*history, labs.Message(role="user", content=text)]
     parts: list[str] = []
     try:
         answer(session, {"messages": asked}, parts)
@@ -264,7 +265,8 @@ def take_turn(session: Session, history: Messages, text: str) -> Messages:
         tell("\n[stopped]")
     except labs.LabsError as exc:
         tell(f"Error: {exc}")
-    return [*asked, {"role": "assistant", "content": "".join(parts)}] if parts else history
+    said = labs.Message(role="assistant", content="".join(parts))
+    return [*asked, said] if parts else history
 
 
 def chat(session: Session, history: Messages) -> None:
@@ -387,7 +389,10 @@ def run(**flags: Any) -> None:
         return
     request = read_request(flags)
     stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
-    session = Session(labs.load_model(config), config, stream, flags["verbose"])
+    began = time.perf_counter()
+    model = labs.load_model(config)
+    imports_s = time.perf_counter() - began - model.load_s
+    session = Session(model, config, stream, flags["verbose"], imports_s)
     if flags["chat"]:
         chat(session, request["messages"])
     elif flags["json"]:

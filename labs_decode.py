@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode batch of labs: tensors only, no configuration, no text.
 
-Rows live in left-aligned slots: row b owns columns 0..written[b] of a preallocated buffer, so that
-rows of any length join and leave at any step and nothing is copied in between. Four functions touch
-the cache; each consumes the batch it is given and returns the next one:
+Rows live in left-aligned slots: row b owns the first columns of a preallocated buffer, so that rows
+of any length join and leave at any step and nothing is copied in between. Four functions touch the
+cache; each consumes the batch it is given and returns the next one:
 
     prefill   write the next chunk of one newcomer's prompt, alone
     join      give the newcomer a free slot beside the others
     step      forward one token of every row, then choose the next ones
     keep      let rows go: the last row moves into the hole
 
-The model makes its own masks: `attend` and `see` are registered with transformers as the attention
-implementation "labs", and `see` asks the cache where the query of each row stands.
+The model makes its own masks: `attend` and `see` are registered with transformers as an attention
+implementation, and `see` asks the cache where the query of each row stands.
 """
 
 from __future__ import annotations
@@ -26,24 +26,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
-COLUMNS = 64  # attention reads whole blocks of columns: what lies beyond a row then keeps its bits
-MEMORY_SHARE = 0.5  # of the free memory that a newcomer's slot may take
+COLUMNS = 64  # attention reads whole blocks of columns: what lies beyond a row keeps its bits
 CANDIDATES = 1024  # logits looked at before a row needs its whole vocabulary sorted
+MEMORY_SHARE = 0.5  # of the free memory, what a newcomer's slot may take
 
 Tensor = torch.Tensor
 How = Literal["joins", "whole", "alone"]
@@ -54,7 +45,10 @@ How = Literal["joins", "whole", "alone"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How one row chooses its tokens, in plain values. Temperature 0 is greedy."""
+    """How one row chooses its tokens, in plain values. Temperature 0 is greedy.
+
+    processors: each takes (ids so far, float32 logits [V]) and returns logits [V].
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -66,7 +60,6 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     seed: int = 0
-    # Each takes (ids so far, float32 logits [V]) and returns logits [V]; an error ends its row only.
     processors: tuple[Callable[[list[int], Tensor], Tensor], ...] = ()
 
 
@@ -102,10 +95,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows and their slots. `alone` stands in for the cache of a model that cannot be batched."""
+    """Rows and their slots. `alone` stands in for the slots of a model that cannot be batched."""
 
     rows: tuple[Row, ...]
-    cache: Slots | None = None
+    cache: Slots
     alone: Generator[Tensor, int, None] | None = None
 
     @property
@@ -122,7 +115,7 @@ class Batch:
 class Cursor:
     """Where the forward call under way writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `start`; a step writes row b at positions[b], int64 [B].
+    Prefill writes one row from column `start`; a step writes row index[b] at positions[b].
     """
 
     rows: int
@@ -132,43 +125,47 @@ class Cursor:
     positions: Tensor | None = None
     index: Tensor | None = None
 
+    @property
+    def live(self) -> int:
+        return 1 if self.positions is None else len(self.positions)
+
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values as [rows, heads, columns, head_dim], allocated once.
 
-    Invariant: the slot of a live row holds finite numbers in every column (0 * NaN is NaN).
+    The slot of a live row holds finite numbers in every column, because 0 * NaN is NaN.
     """
 
-    is_sliding = False
+    is_sliding = False  # all columns are kept; the mask makes the window
 
     def __init__(self, cursor: Cursor, **kwargs: Any) -> None:
         super().__init__()
         self.cursor = cursor
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.cursor.rows, self.cursor.columns
-        self.dtype, self.device = key_states.dtype, key_states.device
-        for name, states in (("keys", key_states), ("values", value_states)):
-            _, heads, _, dim = states.shape
-            buffer = states.new_empty((rows, heads, columns, dim))
-            buffer[:1] = 0
-            setattr(self, name, buffer)
-        self.is_initialized = True
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        return (self.keys, self.values) if self.is_initialized else ()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            states.new_empty(
+                (self.cursor.rows, states.shape[1], self.cursor.columns, states.shape[3])
+            )
+            for states in (key_states, value_states)
+        )
+        self.keys[:1], self.values[:1], self.is_initialized = 0, 0, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at = self.cursor
-        live = 1 if at.positions is None else len(at.positions)
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if at.positions is None:
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if at.positions is None or at.index is None:
                 buffer[:1, :, at.start : at.top] = states
             else:
                 index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
-                buffer[index, :, positions] = states[:live, :, 0]
-        return self.keys[:live, :, : at.top], self.values[:live, :, : at.top]
+                buffer[index, :, positions] = states[: at.live, :, 0]
+        return self.keys[: at.live, :, : at.top], self.values[: at.live, :, : at.top]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cursor.top, 0
@@ -181,31 +178,72 @@ class SlotLayer(CacheLayerMixin):
 
     def resize(self, live: int) -> None:
         """Move the first `live` rows into buffers of the cursor's size."""
-        if not self.is_initialized:
-            return
-        for name in ("keys", "values"):
+        for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
-            rows, heads, columns, dim = old.shape
+            _, heads, columns, dim = old.shape
             new = old.new_empty((self.cursor.rows, heads, self.cursor.columns, dim))
             new[:live, :, :columns] = old[:live]
             new[:live, :, columns:] = 0
-            setattr(self, name, new)
-            del old, new  # one layer's copy at a time is what growing costs
+            setattr(self, name, new)  # growing costs one layer's copy at a time
 
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
-        if not self.is_initialized:
+        if other.is_initialized and not self.is_initialized:
             self.lazy_initialization(other.keys, other.values)
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+        for mine, theirs in zip(self.buffers, other.buffers, strict=False):
             mine[row, :, :columns] = theirs[0, :, :columns]
+        for mine in self.buffers:
             mine[row, :, columns:] = 0
 
     def move(self, source: int, target: int, columns: int) -> None:
-        for buffer in (self.keys, self.values):
+        for buffer in self.buffers:
             buffer[target, :, :columns] = buffer[source, :, :columns]
 
+    def cut(self, live: int) -> None:
+        """Forget the rows from `live` on; their slots stay for newcomers."""
 
-class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
+
+class StateLayer(LinearAttentionLayer):
+    """Recurrent states, one row of each tensor per row of the batch."""
+
+    def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
+        super().__init__(number_of_states=number_of_states)
+
+    def _states(self) -> list[tuple[dict[int, Any], int]]:
+        return [(states, i) for states in (self.conv_states, self.recurrent_states) for i in states]
+
+    def write(self, row: int, other: StateLayer, columns: int) -> None:
+        """Put a newcomer's states below; before its first token there are none, which is zero."""
+        for (states, i), (others, _) in zip(self._states(), other._states(), strict=True):
+            old, new = states[i], others[i]
+            if old is None and new is None:
+                continue
+            old = new.new_zeros((row, *new.shape[1:])) if old is None else old
+            new = old.new_zeros((1, *old.shape[1:])) if new is None else new
+            states[i] = torch.cat([old[:row], new])
+        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized"):
+            self._merge(getattr(self, name), getattr(other, name))
+        self._merge(self.has_previous_state, other.has_previous_state)
+        self._merge(self.conv_kernel_size, other.conv_kernel_size)
+
+    @staticmethod
+    def _merge(mine: dict[int, Any], theirs: dict[int, Any]) -> None:
+        mine.update({i: mine[i] or theirs[i] for i in mine})
+
+    def resize(self, live: int) -> None:
+        """States have no columns, and rows are added as they come."""
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        for states, i in self._states():
+            if states[i] is not None:
+                states[i][target] = states[i][source]
+
+    def cut(self, live: int) -> None:
+        for states, i in self._states():
+            states[i] = None if states[i] is None else states[i][:live].clone()
+
+
+class HybridLayer(StateLayer, SlotLayer):
     """Slots beside recurrent states, for layers that hold both."""
 
     is_compileable = False
@@ -213,184 +251,147 @@ class HybridSlotLayer(LinearAttentionLayer, SlotLayer):
     def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
         SlotLayer.__init__(self, cursor)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.cursor = cursor
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         kind = SlotLayer if args else LinearAttentionLayer
         kind.lazy_initialization(self, *args, **kwargs)
 
+    def resize(self, live: int) -> None:
+        SlotLayer.resize(self, live)
 
-class Slots(Cache):
+    def write(self, row: int, other: Any, columns: int) -> None:
+        SlotLayer.write(self, row, other, columns)
+        StateLayer.write(self, row, other, columns)
+
+    def move(self, source: int, target: int, columns: int) -> None:
+        SlotLayer.move(self, source, target, columns)
+        StateLayer.move(self, source, target, columns)
+
+
+# By exact type: a subclass may keep more than keys and values.
+_LAYERS: dict[type, type | None] = {
+    cache_utils.DynamicLayer: SlotLayer,
+    cache_utils.DynamicSlidingWindowLayer: SlotLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer: HybridLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
+    cache_utils.LinearAttentionLayer: StateLayer,
+    cache_utils.DummyLayer: None,
+}
+
+
+class Slots(cache_utils.Cache):
     """A transformers cache whose rows are slots; made from the layers its own cache would have."""
 
-    def __init__(self, config: Any, rows: int, columns: int) -> None:
-        self.config = config
-        self.cursor = Cursor(rows, columns)
-        super().__init__(layers=[_slot_layer(old, self.cursor) for old in _layers(config)])
+    def __init__(self, config: Any, columns: int) -> None:
+        self.cursor = Cursor(rows=1, columns=_blocks(columns))
+        super().__init__(layers=[self._layer(old) for old in _layers(config)])
 
-    def aim(self, start: int, length: int) -> None:
-        """Prefill writes columns start..start+length of the only row next."""
-        at = self.cursor
-        at.start, at.top, at.positions = start, start + length, None
+    def _layer(self, old: Any) -> Any:
+        kind = _LAYERS[type(old)]
+        return (
+            kind(self.cursor, number_of_states=getattr(old, "number_of_states", 1)) if kind else old
+        )
 
-    def aim_at(self, positions: Tensor, top: int) -> None:
-        """A step writes row b at positions[b] next and reads columns below `top`."""
-        self.cursor.positions, self.cursor.top = positions, top
-        self.cursor.index = torch.arange(len(positions), device=positions.device)
+    @property
+    def filled(self) -> list[Any]:
+        """The layers that hold anything of their own."""
+        return [layer for layer in self.layers if isinstance(layer, (SlotLayer, StateLayer))]
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        at = self.cursor
-        return at.start if at.positions is None else at.positions
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        at = self.cursor
-        return at.start if at.positions is None else at.top - 1
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [b for layer in self.layers if isinstance(layer, SlotLayer) for b in layer.buffers]
 
     @property
     def bytes_per_column(self) -> int:
-        """Bytes of one token in one row's keys and values, over all layers."""
-        slotted = [layer for layer in self.layers if isinstance(layer, SlotLayer)]
-        buffers = [
-            b for layer in slotted if layer.is_initialized for b in (layer.keys, layer.values)
-        ]
-        return sum(buffer[0, :, 0].nbytes for buffer in buffers)
+        """Bytes of one token of one row, over all layers."""
+        return sum(buffer[0, :, 0].nbytes for buffer in self.buffers)
 
-    @property
-    def device(self) -> torch.device:
-        slotted = (
-            layer
-            for layer in self.layers
-            if isinstance(layer, SlotLayer) and layer.keys is not None
-        )
-        return next((layer.keys.device for layer in slotted), torch.device("cpu"))
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.cursor.start if self.cursor.positions is None else self.cursor.positions
 
-    def grow(self, rows: int, columns: int, live: int) -> None:
-        """Make room for `rows` rows of `columns` columns; rows grow by doubling."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cursor.start if self.cursor.positions is None else self.cursor.top - 1
+
+    def make_room(self, live: int, columns: int) -> None:
+        """Have a free slot after the first `live`, and `columns` columns; rows grow by doubling."""
         at = self.cursor
-        if rows <= at.rows and columns <= at.columns:
+        if live < at.rows and columns <= at.columns:
             return
-        at.rows = at.rows if rows <= at.rows else max(rows, 2 * at.rows)
-        at.columns = max(columns, at.columns)
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer):
-                layer.resize(live)
-
-
-_SLOTTED: dict[type, type | None] = {
-    DynamicLayer: SlotLayer,
-    DynamicSlidingWindowLayer: SlotLayer,  # all columns are kept; the mask makes the window
-    LinearAttentionAndFullAttentionLayer: HybridSlotLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer: HybridSlotLayer,
-    LinearAttentionLayer: None,
-    DummyLayer: None,
-}
+        at.rows, at.columns = at.rows if live < at.rows else 2 * at.rows, max(columns, at.columns)
+        for layer in self.filled:
+            layer.resize(live)
 
 
 def _layers(config: Any) -> list[Any]:
     return cast("list[Any]", DynamicCache(config=config).layers)
 
 
-def _slot_layer(old: Any, cursor: Cursor) -> Any:
-    kind = _SLOTTED[type(old)]  # by exact type: a subclass may keep more than keys and values
-    return kind(cursor, number_of_states=getattr(old, "number_of_states", 1)) if kind else old
-
-
-def _columns(length: int) -> int:
-    return math.ceil(length / COLUMNS) * COLUMNS
+def _blocks(columns: int) -> int:
+    return math.ceil(columns / COLUMNS) * COLUMNS
 
 
 # ---------------------------------------------------------------- attention
 
 
-def attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
     """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks."""
     if options.get("softcap") is not None or options.get("s_aux") is not None:
-        return _products(query, key, value, mask, options), None
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return _products(q, k, v, mask, options), None
+    return sdpa_attention_forward(module, q, k, v, mask, **options)
 
 
 def attend_invariant(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
+) -> Any:
     """Return attention that gives a row the same bits in any company, on CPU.
 
-    For one query a row, sdpa's bits depend on the thread that a row falls to: plain products do not.
+    sdpa's bits depend on the thread that a row falls to; those of plain products do not.
     """
-    if query.shape[2] > 1:
-        return attend(module, query, key, value, mask, **options)
+    if q.shape[2] > 1:
+        return attend(module, q, k, v, mask, **options)
     # The copy that keeps a lone row company (see `forward`) has no slot: it takes the row's output.
-    output = _products(query[: len(key)], key, value, mask, options)
-    return output.expand(len(query), -1, -1, -1), None
+    return _products(q[: len(k)], k, v, mask, options).expand(len(q), -1, -1, -1), None
 
 
-def _products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
-    """Return softmax(query @ key) @ value; query [B, heads, Q, dim], key [B, groups, T, dim]."""
-    batch, heads, queries, dim = query.shape
-    groups, total = key.shape[1], key.shape[2]
-    scores = query.reshape(batch, groups, -1, dim) @ key.transpose(2, 3)
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+    """Return softmax(q k) v; q: [B, heads, Q, dim], k and v: [B, groups, T, dim]."""
+    (batch, heads, queries, dim), (groups, total) = q.shape, k.shape[1:3]
+    scores = q.reshape(batch, groups, -1, dim) @ k.transpose(2, 3)
     scores = scores.mul_(options.get("scaling") or dim**-0.5)
     if (cap := options.get("softcap")) is not None:
         scores = cap * torch.tanh(scores / cap)
-    if mask is None and queries > 1:
+    if mask is None:
         mask = scores.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
-    if mask is not None:
-        mask = _additive(mask, scores.dtype) if mask.dtype == torch.bool else mask
-        scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
-    weights = _softmax(scores, options.get("s_aux"))
-    return (weights @ value).view(batch, heads, queries, -1).transpose(1, 2)
+    if mask.dtype == torch.bool:
+        mask = _additive(mask, scores.dtype)
+    scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
+    if (sinks := options.get("s_aux")) is not None:  # a sink takes its share and gives nothing
+        sinks = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(queries, 2)
+        scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], -1)
+    weights = scores.softmax(-1)[..., :total]
+    return (weights @ v).view(batch, heads, queries, -1).transpose(1, 2)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Return the softmax over T of [B, groups, heads a group * Q, T]; a sink's share is dropped."""
-    if sinks is None:
-        return scores.softmax(-1)
-    batch, groups, queries, _ = scores.shape
-    column = sinks.to(scores.dtype).view(1, groups, -1, 1)
-    column = column.repeat_interleave(queries // column.shape[2], 2).expand(batch, -1, -1, -1)
-    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-
-
-def see(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    **options: Any,
-) -> Tensor | None:
-    """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own `mask_function`."""
+def see(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **options: Any) -> Any:
+    """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own mask_function."""
     if not isinstance(q_offset, torch.Tensor):
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **options
-        )
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
-    seen = mask_function(rows, torch.zeros_like(rows), q_offset.view(-1, 1, 1, 1), columns)
+    queries = q_offset.view(-1, 1, 1, 1)
+    seen = options["mask_function"](rows, torch.zeros_like(rows), queries, columns)
     # Additive, because sdpa would turn a bool mask into this again in every layer.
     return _additive(seen, options["dtype"])
 
 
-for name, function in (("labs", attend), ("labs_invariant", attend_invariant)):
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, see)
+for _name, _function in (("labs", attend), ("labs_invariant", attend_invariant)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, see)
 
 
 # ---------------------------------------------------------------- which models, and how
@@ -405,7 +406,7 @@ class Decoder:
     """A transformers causal model and how its rows run.
 
     how: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
-    invariant: the text of a row does not depend on its company, in bfloat16 too.
+    invariant: the bits of a row do not depend on its company.
     """
 
     model: Any
@@ -419,22 +420,25 @@ class Decoder:
     def config(self) -> Any:
         return self.model.config.get_text_config()
 
+    @property
+    def device(self) -> torch.device:
+        """Where ids go: the device of the input embedding, sharded models included."""
+        return cast("torch.device", self.model.get_input_embeddings().weight.device)
+
 
 def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
     """Decide how the rows of `model` run, and give it the attention that this needs."""
     how, why = how_it_runs(model)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    invariant = batch_invariant and on_cpu and how == "joins" and not _is_recurrent(model)
+    layers = _layers(model.config.get_text_config()) if how == "joins" else []
+    recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+    parameters = list(model.parameters())
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    invariant = batch_invariant and on_cpu and how == "joins" and not recurrent
     if how != "alone" and model._can_set_attn_implementation():
         model.set_attn_implementation("labs_invariant" if invariant else "labs")
     accepts = frozenset(inspect.signature(model.forward).parameters)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weight_bytes = sum(parameter.nbytes for parameter in parameters)
     return Decoder(model, how, why, invariant, accepts, weight_bytes)
-
-
-def _is_recurrent(model: Any) -> bool:
-    layers = _layers(model.config.get_text_config())
-    return any(isinstance(layer, LinearAttentionLayer) for layer in layers)
 
 
 def how_it_runs(model: Any) -> tuple[How, str]:
@@ -445,13 +449,10 @@ def how_it_runs(model: Any) -> tuple[How, str]:
         return "alone", f"{kind} has no batch in which rows may differ in length"
     if rope := _whole_call_rope(config):
         return "alone", f"its {rope} positions depend on the longest row of a call"
-    unknown = {type(layer).__name__ for layer in _layers(config) if type(layer) not in _SLOTTED}
-    if unknown:
-        return (
-            "alone",
-            f"its cache has layers that labs does not know: {', '.join(sorted(unknown))}",
-        )
-    slotted = any(isinstance(_SLOTTED[type(layer)], type) for layer in _layers(config))
+    layers = {type(layer) for layer in _layers(config)}
+    if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
+        return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
+    slotted = layers - {cache_utils.LinearAttentionLayer, cache_utils.DummyLayer}
     if slotted and not model._can_set_attn_implementation():
         return "alone", f"{kind} does not take another attention implementation"
     if kind in WHOLE:
@@ -471,9 +472,10 @@ def _whole_call_rope(config: Any) -> str | None:
 
 def enter(decoder: Decoder, row: Row) -> Batch:
     """Return a batch of one newcomer, nothing computed yet."""
-    if decoder.how == "alone":
-        return Batch((row,), alone=_alone(decoder, row))
-    return Batch((row,), cache=Slots(decoder.config, 1, _columns(row.columns)))
+    alone = _alone(decoder, row) if decoder.how == "alone" else None
+    return Batch(
+        (row,), Slots(decoder.config, row.columns) if alone is None else Slots(None, 0), alone
+    )
 
 
 @torch.inference_mode()
@@ -482,35 +484,28 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
 
     `step` makes the first token too, so there is one place that samples.
     """
-    row, cache = batch.rows[0], cast("Slots", batch.cache)
-    chunk = batch.pending if decoder.how == "whole" else min(CHUNK, batch.pending)
-    cache.aim(row.written, chunk)
-    ids = torch.tensor([row.ids[row.written : row.written + chunk]], device=_device(decoder))
-    positions = torch.arange(row.written, row.written + chunk, device=ids.device)[None]
-    _call(decoder, ids, positions, cache)
-    row.written += chunk
+    row, at = batch.rows[0], batch.cache.cursor
+    end = row.written + (batch.pending if decoder.how == "whole" else min(CHUNK, batch.pending))
+    at.start, at.top, at.positions = row.written, end, None
+    ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
+    _call(decoder, ids, torch.arange(row.written, end, device=ids.device)[None], batch.cache)
+    row.written = end
     return batch
 
 
 @torch.inference_mode()
-def join(batch: Batch | None, newcomer: Batch) -> Batch:
+def join(batch: Batch, newcomer: Batch) -> Batch:
     """Give the newcomer a slot of its own in `batch`."""
-    if batch is None or not batch.rows:
-        return newcomer
-    mine, theirs = cast("Slots", batch.cache), cast("Slots", newcomer.cache)
-    row, place = newcomer.rows[0], len(batch.rows)
-    mine.grow(place + 1, theirs.cursor.columns, live=place)
-    for layer, other in zip(mine.layers, theirs.layers, strict=True):
-        if isinstance(layer, SlotLayer) and other.is_initialized:
-            layer.write(place, other, row.written)
-        if isinstance(layer, LinearAttentionLayer):
-            _join_states(layer, other, place)
+    row, live = newcomer.rows[0], len(batch.rows)
+    batch.cache.make_room(live, newcomer.cache.cursor.columns)
+    for mine, theirs in zip(batch.cache.filled, newcomer.cache.filled, strict=True):
+        mine.write(live, theirs, row.written)
     return replace(batch, rows=(*batch.rows, row))
 
 
 @torch.inference_mode()
 def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Forward one token of each row and choose the next; a step that failed may be called again."""
+    """Forward one token of each row and choose the next; a failed step of slots may be repeated."""
     choices = choose(forward(decoder, batch), batch.rows)
     for row, choice in zip(batch.rows, choices, strict=True):
         row.written += 1
@@ -521,93 +516,53 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
 
 @torch.inference_mode()
 def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
-    """Let all rows go but those named; the last row moves into each hole."""
+    """Let all rows go but those named; the last row moves into each hole. None if none is left."""
     kept, rows = set(ids), list(batch.rows)
-    order = list(range(len(rows)))
     for hole in range(len(rows) - 1, -1, -1):
         if rows[hole].id in kept:
             continue
-        last, source = rows.pop(), order.pop()
+        last = rows.pop()
         if hole < len(rows):
-            rows[hole], order[hole] = last, source
-            _move(batch, source=len(rows), target=hole, columns=last.written)
-    if not rows:
-        return None
-    _keep_states(batch, order)
-    return replace(batch, rows=tuple(rows))
+            rows[hole] = last
+            for layer in batch.cache.filled:
+                layer.move(len(rows), hole, last.written)
+    for layer in batch.cache.filled:
+        layer.cut(len(rows))
+    return replace(batch, rows=tuple(rows)) if rows else None
+
+
+# ---------------------------------------------------------------- several batches
 
 
 def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
     """Join the newcomer to the first batch that it does not slow down, or to none.
 
-    Rows of one call are read as far as the longest: that costs less than reading the weights once
-    more only while padding tokens times their bytes stay below the weights' own bytes.
+    All rows of a call are read as far as the longest. That costs less than reading the weights
+    once more only while the padding's bytes stay below the weights' own.
     """
     for index, batch in enumerate(batches):
-        if newcomer.cache is not None and _padding_bytes(batch, newcomer) < decoder.weight_bytes:
+        lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
+        padding = max(lengths) * len(lengths) - sum(lengths)
+        if padding * newcomer.cache.bytes_per_column < decoder.weight_bytes:
             return [*batches[:index], join(batch, newcomer), *batches[index + 1 :]]
     return [*batches, newcomer]
 
 
-def _padding_bytes(batch: Batch, newcomer: Batch) -> int:
-    lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
-    padding = max(lengths) * len(lengths) - sum(lengths)
-    return padding * cast("Slots", newcomer.cache).bytes_per_column
-
-
 def has_room(batches: Sequence[Batch], newcomer: Batch) -> bool:
     """Tell whether the newcomer's slot fits beside the others; a first one is always tried."""
-    if not batches or newcomer.cache is None:
+    if not batches or not newcomer.cache.buffers:
         return True
     needed = newcomer.rows[0].columns * newcomer.cache.bytes_per_column
-    return needed < free_memory(newcomer.cache.device) * MEMORY_SHARE
+    return needed < MEMORY_SHARE * free_memory(newcomer.cache.buffers[0].device)
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device."""
+    """Return the bytes that can still be taken on a device, where the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sys.maxsize  # not told here (Windows, macOS): a failed allocation will say so
-
-
-def _move(batch: Batch, *, source: int, target: int, columns: int) -> None:
-    for layer in cast("Slots", batch.cache).layers:
-        if isinstance(layer, SlotLayer) and layer.is_initialized:
-            layer.move(source, target, columns)
-
-
-def _states(layer: LinearAttentionLayer) -> Iterable[tuple[dict[int, Tensor], int]]:
-    for states in (layer.conv_states, layer.recurrent_states):
-        yield from ((states, index) for index in states)
-
-
-def _join_states(mine: LinearAttentionLayer, theirs: LinearAttentionLayer, place: int) -> None:
-    """Put a newcomer's recurrent states below; a one-token prompt has none yet, which is zero."""
-    for (states, i), (others, _) in zip(_states(mine), _states(theirs), strict=True):
-        old, new = states[i], others[i]
-        if old is None and new is None:
-            continue
-        old = new.new_zeros((place, *new.shape[1:])) if old is None else old
-        new = old.new_zeros((1, *old.shape[1:])) if new is None else new
-        states[i] = torch.cat([old, new])
-    for name in ("is_conv_states_initialized", "is_recurrent_states_initialized"):
-        flags, others = getattr(mine, name), getattr(theirs, name)
-        flags.update({i: flags[i] or others[i] for i in flags})
-    started = {
-        i: mine.has_previous_state[i] or theirs.has_previous_state[i] for i in mine.conv_states
-    }
-    mine.has_previous_state.update(started)
-    for i, size in theirs.conv_kernel_size.items():
-        mine.conv_kernel_size[i] = mine.conv_kernel_size[i] or size
-
-
-def _keep_states(batch: Batch, order: list[int]) -> None:
-    for layer in batch.cache.layers if batch.cache else ():
-        if isinstance(layer, LinearAttentionLayer):
-            for states, i in _states(layer):
-                states[i] = None if states[i] is None else states[i][order]
+    return sys.maxsize
 
 
 # ---------------------------------------------------------------- forward
@@ -618,62 +573,38 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
     """Return the float32 logits [B, V] that follow each row's last token."""
     if batch.alone is not None:
         row = batch.rows[0]
-        logits = batch.alone.send(row.ids[-1]) if row.generated else next(batch.alone)
-        return logits.float()
-    cache, device = cast("Slots", batch.cache), _device(decoder)
-    tokens = [row.ids[row.written] for row in batch.rows]
-    written = [row.written for row in batch.rows]
-    positions = torch.tensor(written, device=device)
-    cache.aim_at(positions, _columns(max(written) + 1))
-    ids = torch.tensor(tokens, device=device)[:, None]
-    positions = positions[:, None]
-    if (
-        len(tokens) == 1 and decoder.invariant
-    ):  # products with one row give other bits than with two
+        return (batch.alone.send(row.ids[-1]) if row.generated else next(batch.alone)).float()
+    at, live = batch.cache.cursor, len(batch.rows)
+    ids = torch.tensor([[row.ids[row.written]] for row in batch.rows], device=decoder.device)
+    positions = torch.tensor([[row.written] for row in batch.rows], device=ids.device)
+    at.positions, at.index = positions[:, 0], torch.arange(live, device=ids.device)
+    at.top = _blocks(max(row.written for row in batch.rows) + 1)
+    if live == 1 and decoder.invariant:  # a product with one row has other bits than one with two
         ids, positions = ids.expand(2, 1), positions.expand(2, 1)
-    return _call(decoder, ids, positions, cache)[: len(tokens), -1].float()
+    return _call(decoder, ids, positions, batch.cache)[:live, -1].float()
 
 
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Slots) -> Tensor:
-    """Call the model with the words its forward knows; return logits [B, 1 or Q, V]."""
-    words = {
-        "position_ids": positions,
-        "past_key_values": cache,
-        "cache_params": cache,
-        "logits_to_keep": 1,
-        "use_cache": True,
-    }
+    """Call the model with the words that its forward knows; return its last logits."""
+    words = {"position_ids": positions, "logits_to_keep": 1, "use_cache": True}
+    words |= {"past_key_values": cache, "cache_params": cache}
     known = {name: value for name, value in words.items() if name in decoder.accepts}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
 
 
-def _device(decoder: Decoder) -> torch.device:
-    """Return the device of the input embedding, which is where ids go, sharded models included."""
-    return cast("torch.device", decoder.model.get_input_embeddings().weight.device)
-
-
 def _alone(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
-    """Yield logits [1, V] and take tokens, with the cache and inputs that the model itself makes."""
-    ids = torch.tensor([row.ids], device=_device(decoder))
-    options = {"max_new_tokens": row.max_new_tokens, "do_sample": False}
-    return cast(
-        "Generator[Tensor, int, None]",
-        decoder.model.generate(
-            ids, attention_mask=torch.ones_like(ids), custom_generate=_by_the_model, **options
-        ),
-    )
+    """Yield logits [1, V] and take tokens; cache and inputs are those that the model makes."""
+    ids = torch.tensor([row.ids], device=decoder.device)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": row.max_new_tokens}
+    options |= {"do_sample": False, "custom_generate": _by_the_model}
+    return cast("Generator[Tensor, int, None]", decoder.model.generate(ids, **options))
 
 
-def _by_the_model(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
-    **kwargs: Any,
-) -> Generator[Tensor, int, None]:
+def _by_the_model(model: Any, input_ids: Tensor, **kwargs: Any) -> Generator[Tensor, int, None]:
     """Decode as transformers' own loop does (GenerationMixin._sample), one token a send."""
-    length = None  # the whole prompt, then one token at a time
+    length = None  # the whole prompt, then one token at a time where there is a cache
+    for name in ("logits_processor", "stopping_criteria", "generation_config"):
+        kwargs.pop(name, None)
     while True:
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs
@@ -682,7 +613,7 @@ def _by_the_model(
         token = yield outputs.logits[:, -1]
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], -1)
-        length = 1
+        length = 1 if kwargs.get("use_cache") else None
 
 
 # ---------------------------------------------------------------- choose
