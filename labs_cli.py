@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import operator
+import json
 import os
 import sys
 import time
@@ -42,8 +42,8 @@ prompt, 130 Ctrl-C.
 """
 
 CHAT_HELP = '''\
-A line is a message; one of many lines stands between """ and """.
-Ctrl-C stops an answer.
+A line is a message; one of many lines stands between """ and """. Ctrl-C stops
+an answer.
   /system TEXT  set the system message (without TEXT: remove it)
   /reset        forget the conversation, keep the system message
   /save FILE    write the conversation as JSON, for --messages-file
@@ -65,16 +65,10 @@ OPTIONS: tuple[tuple[str, str, type, str], ...] = (
 )
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 # At most one of each row: the others would have no effect.
-RIVALS = (
-    ("prompt", "messages_json", "messages_file"),
-    ("chat", "prompt"),
-    ("json", "chat"),
-    ("json", "stream"),
-)
+RIVALS = ("prompt messages_json messages_file", "chat prompt", "json chat", "json stream")
 
-Flags = dict[str, Any]
+Values = dict[str, Any]  # flags, or the keywords of labs.build_inputs
 Messages = list[labs.Message]
-Request = dict[str, Any]
 tell = functools.partial(click.echo, err=True)  # for the person, who may not read the answer
 
 
@@ -110,7 +104,7 @@ def read_text(name: str) -> str:
         raise labs.InputError(f"byte {data[exc.start]:#04x} at {where} is not UTF-8") from exc
 
 
-def read_messages(flags: Flags) -> Messages:
+def read_messages(flags: Values) -> Messages:
     """Return the messages of the flags, that of --system first; the prompt is not among them."""
     text, where = flags["messages_json"], "--messages-json"
     if flags["messages_file"] is not None:
@@ -126,7 +120,7 @@ def read_messages(flags: Flags) -> Messages:
     return [labs.Message(role="system", content=flags["system"]), *messages]
 
 
-def read_request(flags: Flags) -> Request:
+def read_request(flags: Values) -> Values:
     """Return what labs.build_inputs is to be asked with: a prompt or messages."""
     messages, prompt = read_messages(flags), flags["prompt"]
     if flags["chat"] or flags["messages_json"] is not None or flags["messages_file"] is not None:
@@ -143,15 +137,16 @@ def read_request(flags: Flags) -> Request:
     return {"messages": [*messages, user]} if messages else {"prompt": prompt}
 
 
-def check_flags(flags: Flags) -> None:
+def check_flags(flags: Values) -> None:
     """Refuse two flags of one row of RIVALS."""
     for row in RIVALS:
-        given = ["--" + name.replace("_", "-") for name in row if flags[name] not in (None, False)]
+        names = [name for name in row.split() if flags[name] not in (None, False)]
+        given = ["--" + name.replace("_", "-") for name in names]
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
 
 
-def build_inputs(session: Session, request: Request) -> labs.Inputs:
+def build_inputs(session: Session, request: Values) -> labs.Inputs:
     """Build the inputs with the two chat toggles of the configuration."""
     return labs.build_inputs(
         session.model,
@@ -161,7 +156,7 @@ def build_inputs(session: Session, request: Request) -> labs.Inputs:
     )
 
 
-def answer(session: Session, request: Request, parts: list[str]) -> None:
+def answer(session: Session, request: Values, parts: list[str]) -> None:
     """Write the answer as it comes or in one piece.
 
     parts: takes the pieces of the text; what was there before an interruption stays in it.
@@ -170,21 +165,19 @@ def answer(session: Session, request: Request, parts: list[str]) -> None:
     events: Any = labs.stream_generate(session.model, inputs, session.config.generation)
     with contextlib.closing(events):
         for event in events:
-            if isinstance(event, labs.Done):
-                done = event
-            else:
+            if isinstance(event, labs.Delta):
                 parts.append(event.text)
                 write(event.text if session.stream else "")
     write("\n" if session.stream else "".join(parts) + "\n")
-    report(session, done)
+    report(session, event)
 
 
-def answer_json(session: Session, request: Request) -> None:
+def answer_json(session: Session, request: Values) -> None:
     """Write one JSON object: the completion and the settings that made it."""
     config = session.config
     completion = labs.generate(session.model, build_inputs(session, request), config.generation)
     parts = (config, config.model, config.model.quantization, config.generation)
-    values = functools.reduce(operator.or_, map(msgspec.structs.asdict, parts))
+    values = {key: value for part in parts for key, value in msgspec.structs.asdict(part).items()}
     settings = {setting.key: values[setting.key] for setting in labs.settings()}
     result = {**msgspec.structs.asdict(completion), "settings": settings}
     write(msgspec.json.encode(result).decode() + "\n")
@@ -206,8 +199,6 @@ def read_line(prompt: str) -> str:
     """Return one line of the person; raise EOFError at the end."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input(prompt)  # with readline's editing and recall
-    if sys.stdin.isatty():
-        click.echo(prompt, err=True, nl=False)
     line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -332,14 +323,6 @@ def settle_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse_json(text: str) -> Any:
-    """Decode a value written as JSON."""
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError as exc:
-        raise click.BadParameter(f"{text!r}: {exc}") from exc
-
-
 def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     """Make the option for a value of the given type; None or () says that it was not given."""
     inner = [part for part in get_args(kind) if part is not NoneType]
@@ -349,7 +332,7 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     if origin is tuple:
         return click.Option(names, multiple=True, help=help + " Can be repeated.")
     if origin is dict:
-        return click.Option(names, type=parse_json, metavar="JSON", help=help)
+        return click.Option(names, type=json.loads, metavar="JSON", help=help)
     if inner:  # Annotated[T, ...] or T | None
         return make_option(names, inner[0], help)
     if kind is bool and len(names) > 1:
@@ -366,9 +349,8 @@ def make_command() -> click.Command:
         in_spec = setting.key in labs.ModelSpec.__struct_fields__
         title = "Model" if in_spec else setting.section.capitalize()
         names = [setting.key, *ALIASES.get(setting.key, []), "--" + setting.key.replace("_", "-")]
-        told = f" [default: {setting.default}]" if setting.default else ""
-        option = make_option(names, setting.type, setting.description + told)
-        groups.setdefault(title, []).append(option)
+        text = setting.description + (f" [default: {setting.default}]" if setting.default else "")
+        groups.setdefault(title, []).append(make_option(names, setting.type, text))
     context = {"obj": groups, "max_content_width": 80}
     command = Command("labs-gen", context_settings=context, callback=run, epilog=EPILOG)
     command.help, command.params = (
@@ -381,8 +363,8 @@ def make_command() -> click.Command:
 def run(**flags: Any) -> None:
     """Generate text with a Hugging Face instruct model."""
     check_flags(flags)
-    keys = (setting.key for setting in labs.settings())
-    overrides = {key: flags[key] for key in keys if flags[key] not in (None, ())}
+    values = {setting.key: flags[setting.key] for setting in labs.settings()}
+    overrides = {key: value for key, value in values.items() if value not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
         write(labs.dump_effective_config(config).rstrip("\n") + "\n")

@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode batch against transformers' own loop, on tiny random models of many kinds."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation import logits_process
+
+import labs
+import labs_decode as decode
+
+NEW = 20
+BASE: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("joins", {}),
+    "qwen2": ("joins", {}),
+    "qwen3": ("joins", {"head_dim": 16}),
+    "qwen3_moe": ("joins", MOE),
+    "mistral": ("joins", {"sliding_window": 8}),
+    "mixtral": ("joins", {"num_local_experts": 4}),
+    "phi3": ("joins", {"sliding_window": 8}),
+    "stablelm": ("joins", {}),
+    "granite": ("joins", {}),
+    "smollm3": ("joins", {}),
+    "olmo": ("joins", {}),
+    "glm4": ("joins", {"head_dim": 16}),
+    "exaone4": ("joins", SLIDING),
+    "gemma2": ("joins", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("joins", {"head_dim": 16, "query_pre_attn_scalar": 16, **SLIDING}),
+    "gpt_oss": (
+        "joins",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
+    ),
+    "cohere2": ("joins", SLIDING),
+    "llama4_text": (
+        "joins",
+        {
+            "head_dim": 16,
+            "attention_chunk_size": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 96,
+        },
+    ),
+    "gpt2": ("joins", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512}),
+    "opt": ("joins", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "deepseek_v3": (
+        "joins",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "mamba2": (
+        "joins",
+        {
+            "state_size": 8,
+            "head_dim": 16,
+            "num_heads": 8,
+            "n_groups": 2,
+            "expand": 2,
+            "conv_kernel": 4,
+            "chunk_size": 8,
+        },
+    ),
+    "lfm2": ("joins", {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 96}),
+    "falcon_h1": (
+        "joins",
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "bamba": (
+        "joins",
+        {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "attn_layer_indices": [1, 3],
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "mamba": ("whole", {"state_size": 8, "expand": 2, "conv_kernel": 4}),
+    "falcon_mamba": ("whole", {"state_size": 8}),
+    "jamba": (
+        "whole",
+        {
+            "mamba_d_state": 8,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "gptj": (
+        "alone",
+        {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
+    ),
+    "rwkv": ("alone", {"attention_hidden_size": 64}),
+    "minimax": (
+        "alone",
+        {
+            "num_local_experts": 2,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+}
+# Their tiny random models repeat themselves: how they run is tested, their tokens say nothing.
+DULL: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("alone", {"n_head": 4, "n_layer": 4}),
+    "mpt": ("alone", {"d_model": 64, "n_heads": 4, "n_layers": 4}),
+    "gpt_neox": ("joins", {}),
+    "starcoder2": ("joins", {"sliding_window": 8}),
+}
+CHANCE = random.Random(0)
+PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (1, 2, 5, 11, 23, 41, 7, 3)]
+
+
+def tiny(kind: str, **extra: Any) -> Any:
+    torch.manual_seed(0)
+    options = {**BASE, **{**KINDS, **DULL}[kind][1], **extra}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).float().eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    return model
+
+
+def by_transformers(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def newcomer(
+    decoder: decode.Decoder, prompt: list[int], key: Any = 0, **sampling: Any
+) -> decode.Batch:
+    row = decode.Row(
+        id=key, ids=list(prompt), max_new_tokens=NEW, sampling=decode.Sampling(**sampling)
+    )
+    batch = decode.enter(decoder, row)
+    while batch.pending:
+        batch = decode.prefill(decoder, batch)
+    return batch
+
+
+def finish(decoder: decode.Decoder, batch: decode.Batch, steps: int = NEW) -> list[int]:
+    for _ in range(steps):
+        batch, _ = decode.step(decoder, batch)
+    return batch.rows[0].ids[batch.rows[0].prompt_length :]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, tuple[Any, list[list[int]]]]:
+    """Models by kind with transformers' own greedy tokens, made when first asked for."""
+    found: dict[str, tuple[Any, list[list[int]]]] = {}
+
+    class Made(dict):  # type: ignore[type-arg]
+        def __missing__(self, kind: str) -> Any:
+            model = tiny(kind)
+            found[kind] = model, [by_transformers(model, prompt) for prompt in PROMPTS]
+            self[kind] = found[kind]
+            return found[kind]
+
+    return Made()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *DULL])
+def test_the_table_tells_how_each_model_type_runs(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **{**BASE, **{**KINDS, **DULL}[kind][1]})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert decode.how_it_runs(model)[0] == {**KINDS, **DULL}[kind][0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
+    kind: str, reference: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(decode, "CHUNK", 7)
+    model, expected = reference[kind]
+    assert min(len(set(tokens)) for tokens in expected) >= 8
+    decoder = decode.prepare(model)
+    if decoder.how == "alone":
+        found = [finish(decoder, newcomer(decoder, prompt)) for prompt in PROMPTS]
+        assert found == expected
+        return
+    chance = random.Random(1)
+    waiting, batch, answers = list(range(len(PROMPTS))), None, {}
+    while waiting or batch:
+        while waiting and chance.random() < 0.5:
+            key = waiting.pop(chance.randrange(len(waiting)))
+            new = newcomer(decoder, PROMPTS[key], key)
+            batch = decode.join(batch, new) if batch else new
+        if batch is None:
+            continue
+        batch, _ = decode.step(decoder, batch)
+        done = [r for r in batch.rows if sum(r.generated.values()) == NEW or chance.random() < 0.02]
+        answers |= {row.id: row.ids[row.prompt_length :] for row in done}
+        batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in answers])
+    assert all(answers[key] == expected[key][: len(answers[key])] for key in range(len(PROMPTS)))
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(plan=st.lists(st.tuples(st.integers(0, 7), st.integers(1, NEW)), min_size=1, max_size=12))
+def test_any_plan_of_arrivals_and_lengths_keeps_each_rows_tokens(plan: Any, reference: Any) -> None:
+    model, expected = reference["llama"]
+    decoder = decode.prepare(model)
+    batch, answers = None, {}
+    for key, (prompt, length) in enumerate(plan):
+        new = newcomer(decoder, PROMPTS[prompt], key)
+        batch = decode.join(batch, new) if batch else new
+        for _ in range(3):
+            if batch is None:
+                break
+            batch, _ = decode.step(decoder, batch)
+            for row in batch.rows:
+                if sum(row.generated.values()) >= plan[row.id][1]:
+                    answers[row.id] = row.ids[row.prompt_length :]
+            batch = decode.keep(batch, [r.id for r in batch.rows if r.id not in answers])
+        del length
+    while batch:
+        batch, _ = decode.step(decoder, batch)
+        for row in batch.rows:
+            if sum(row.generated.values()) >= plan[row.id][1]:
+                answers[row.id] = row.ids[row.prompt_length :]
+        batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in answers])
+    assert {k: answers[k] for k in sorted(answers)} == {
+        key: expected[prompt][:length] for key, (prompt, length) in enumerate(plan)
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", "mamba2", "bamba"])
+def test_a_prompt_in_chunks_gives_the_logits_of_a_whole_one(kind: str, monkeypatch: Any) -> None:
+    decoder = decode.prepare(tiny(kind))
+    prompt = [random.Random(5).randrange(3, 200) for _ in range(61)]
+    whole = decode.forward(decoder, newcomer(decoder, prompt))
+    monkeypatch.setattr(decode, "CHUNK", 7)
+    chunked = decode.forward(decoder, newcomer(decoder, prompt))
+    assert torch.allclose(whole, chunked, atol=2e-3)
+    assert whole.argmax() == chunked.argmax()
+
+
+def test_encoder_decoder_layers_are_no_part_of_the_table() -> None:
+    assert not {"t5", "bart"} & set(KINDS)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_positions_that_look_at_the_whole_call_run_alone(rope: str) -> None:
+    model = tiny("llama")
+    model.config.rope_parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}
+    assert decode.how_it_runs(model)[0] == "alone"
+
+
+def test_a_cache_layer_of_an_unknown_class_runs_alone(monkeypatch: Any) -> None:
+    monkeypatch.delitem(decode._LAYERS, decode.cache_utils.DynamicLayer)
+    how, why = decode.how_it_runs(tiny("llama"))
+    assert how == "alone"
+    assert "DynamicLayer" in why
+
+
+def test_a_forward_that_failed_halfway_can_be_repeated_with_the_same_logits(reference: Any) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    batch = decode.join(newcomer(decoder, PROMPTS[4], 1), newcomer(decoder, PROMPTS[2], 2))
+    expected = decode.forward(decoder, batch)
+    layer = decoder.model.model.layers[2]
+    hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        decode.step(decoder, batch)
+    hook.remove()
+    assert torch.equal(decode.forward(decoder, batch), expected)
+
+
+def test_letting_a_batch_go_frees_its_buffers_at_once(reference: Any) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    batch = newcomer(decoder, PROMPTS[3])
+    gc.disable()
+    try:
+        buffer = weakref.ref(batch.cache.layers[0].keys)
+        del batch
+        assert buffer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_row_in_a_used_slot_sees_nothing_of_the_one_before(reference: Any) -> None:
+    model, expected = reference["llama"]
+    decoder = decode.prepare(model)
+    batch = decode.join(
+        newcomer(decoder, PROMPTS[0], "short"), newcomer(decoder, PROMPTS[5], "long")
+    )
+    for _ in range(5):
+        batch, _ = decode.step(decoder, batch)
+    kept = decode.keep(batch, ["short"])
+    assert kept is not None
+    batch = decode.join(kept, newcomer(decoder, PROMPTS[2], "next"))
+    for _ in range(NEW):
+        batch, _ = decode.step(decoder, batch)
+    assert batch.rows[1].ids[len(PROMPTS[2]) :] == expected[2]
+
+
+def test_one_long_row_goes_to_a_batch_of_its_own_when_its_padding_outweighs_the_weights(
+    reference: Any,
+) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    long = newcomer(decoder, [5] * 300, "long")
+    per_column = long.cache.bytes_per_column
+    light = decode.replace(decoder, weight_bytes=per_column * 250)
+    heavy = decode.replace(decoder, weight_bytes=per_column * 5000)
+    short = newcomer(decoder, [5] * 10, "short")
+    assert [len(batch.rows) for batch in decode.place(light, [short], long)] == [1, 1]
+    assert [len(batch.rows) for batch in decode.place(heavy, [short], long)] == [2]
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def rows_of(options: list[dict[str, Any]], prompt: list[int] | None = None) -> list[decode.Row]:
+    return [
+        decode.Row(
+            id=i, ids=list(prompt or [1]), max_new_tokens=4, sampling=decode.Sampling(**each)
+        )
+        for i, each in enumerate(options)
+    ]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 64, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_the_kept_set_is_the_one_of_transformers_warpers(
+    top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(4, 1500) * 3
+    warped = logits_process.TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+    if top_k:
+        warped = logits_process.TopKLogitsWarper(top_k)(None, warped)  # type: ignore[arg-type]
+    if top_p < 1:
+        warped = logits_process.TopPLogitsWarper(top_p)(None, warped)  # type: ignore[arg-type]
+    if min_p:
+        warped = logits_process.MinPLogitsWarper(min_p)(None, warped)  # type: ignore[arg-type]
+    option = decode.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    top = (logits / temperature).sort(descending=True)
+    total = top.values.logsumexp(-1, keepdim=True)
+    kept = decode.kept_candidates(top.values, total, [option] * 4)
+    for row in range(4):
+        ours = set(top.indices[row][kept[row]].tolist())
+        assert ours == set(torch.isfinite(warped[row]).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 8},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.5, "min_p": 0.05},
+        {"temperature": 3.0, "top_p": 0.98},
+    ],
+)
+def test_the_draw_has_the_distribution_of_the_kept_set(option: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3000) * 2  # wider than CANDIDATES, so that the lump is used too
+    draws = 6000
+    rows = rows_of([{**option, "seed": seed} for seed in range(draws)])
+    found = Counter()
+    for start in range(0, draws, 500):
+        part = rows[start : start + 500]
+        tokens = decode.choose(logits.expand(500, -1), part)
+        found.update(choice.token for choice in tokens)
+    s = decode.Sampling(**option)
+    top = (logits / s.temperature).sort(descending=True)
+    kept = decode.kept_candidates(top.values, top.values.logsumexp(-1, keepdim=True), [s])[0]
+    shares = top.values[0].masked_fill(~kept, -torch.inf).double().softmax(-1) * draws
+    expected = dict(zip(top.indices[0].tolist(), shares.tolist(), strict=True))
+    assert all(expected[token] > 0 for token in found)
+    common = [token for token, share in expected.items() if share >= 8]
+    rest = draws - sum(expected[token] for token in common)
+    chi2 = sum((found[token] - expected[token]) ** 2 / expected[token] for token in common)
+    if rest >= 8:
+        chi2 += (draws - sum(found[token] for token in common) - rest) ** 2 / rest
+    freedom = max(len(common) - 1, 1)
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_its_company() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(6, 2000)
+    options = [
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0.0},
+        {"temperature": 2.0, "top_k": 40, "seed": 5},
+        {"temperature": 1.0, "top_p": 0.99, "seed": 7},
+        {"temperature": 3.0, "seed": 8},
+        {"temperature": 1.0, "min_p": 0.2, "seed": 9},
+    ]
+    together = [choice.token for choice in decode.choose(logits, rows_of(options))]
+    alone = [
+        decode.choose(logits[i : i + 1], rows_of([each]))[0].token for i, each in enumerate(options)
+    ]
+    assert together == alone
+
+
+def test_the_global_random_state_is_neither_read_nor_changed() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = decode.choose(
+        torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}])
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    again = decode.choose(
+        torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}])
+    )
+    assert first == again
+
+
+def test_the_repetition_penalty_is_transformers_own() -> None:
+    logits, prompt = torch.randn(1, 50), [3, 4, 4, 9]
+    processor = logits_process.RepetitionPenaltyLogitsProcessor(1.3)
+    expected = processor(torch.tensor([prompt]), logits.clone())
+    scores = logits.clone()
+    decode._process(scores, 0, rows_of([{"repetition_penalty": 1.3}], prompt)[0])
+    assert torch.equal(scores, expected)
+
+
+def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer_only() -> None:
+    row = rows_of([{"frequency_penalty": 0.5, "presence_penalty": 0.25}], [3, 4])[0]
+    row.generated.update([7, 7, 9])
+    scores = torch.zeros(1, 12)
+    decode._process(scores, 0, row)
+    assert scores[0, [3, 7, 9]].tolist() == [0, -(2 * 0.5 + 0.25), -(0.5 + 0.25)]
+
+
+def test_a_logit_bias_can_force_and_forbid_a_token() -> None:
+    logits = torch.zeros(2, 20)
+    logits[:, 5] = 10
+    rows = rows_of([{"logit_bias": ((8, 100.0),)}, {"logit_bias": ((5, -100.0), (2, 1.0))}])
+    assert [choice.token for choice in decode.choose(logits, rows)] == [8, 2]
+
+
+def test_log_probabilities_are_the_models_own_with_the_likeliest_rivals() -> None:
+    logits = torch.randn(1, 40)
+    choice = decode.choose(logits, rows_of([{"logprobs": 3, "logit_bias": ((1, 50.0),)}]))[0]
+    expected = logits.log_softmax(-1)[0]
+    assert choice.token == 1
+    assert choice.logprob == pytest.approx(float(expected[1]))
+    assert [i for i, _ in choice.top] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_their_row_only(bad: float) -> None:
+    logits = torch.randn(3, 30)
+    logits[1, 4] = bad
+    choices = decode.choose(logits, rows_of([{}, {"temperature": 1.0}, {}]))
+    assert [choice.error is None for choice in choices] == [True, False, True]
+
+
+def test_a_processor_that_raises_ends_its_row_only() -> None:
+    def broken(ids: list[int], line: torch.Tensor) -> torch.Tensor:
+        raise KeyError("grammar")
+
+    choices = decode.choose(torch.randn(2, 30), rows_of([{"processors": (broken,)}, {}]))
+    assert isinstance(choices[0].error, KeyError)
+    assert choices[1].error is None
+
+
+def test_a_processor_changes_its_own_row_only() -> None:
+    def force(ids: list[int], line: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(line, -torch.inf).index_fill(0, torch.tensor([11]), 0.0)
+
+    logits = torch.randn(2, 30)
+    choices = decode.choose(logits, rows_of([{"processors": (force,), "temperature": 1.0}, {}]))
+    assert choices[0].token == 11
+    assert choices[1].token == int(logits[1].argmax())
+
+
+# ---------------------------------------------------------------- the same text in any company
+
+
+TOPICS = "fox river mountain python battery cloud king music energy history water light".split()
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("bf16", 48), ("fp32", 12)])
+def test_texts_of_the_real_model_are_the_same_in_any_company(dtype: str, count: int) -> None:
+    config = labs.load_config(env={}, overrides={"torch_dtype": dtype})
+    model = labs.load_model(config)
+    assert model.decoder.invariant
+    chance = random.Random(0)
+    words = [
+        " and ".join(chance.choices(TOPICS, k=chance.choice([1, 3, 30]))) for _ in range(count)
+    ]
+    inputs = [labs.build_inputs(model, prompt=f"Tell me about {word}.") for word in words]
+    each = [
+        labs.Generation(
+            max_new_tokens=chance.randint(2, 16),
+            temperature=0.8 * (i % 2),
+            seed=i,
+            top_p=0.95 if i % 4 == 1 else 1,
+        )
+        for i in range(count)
+    ]
+    alone = [labs.generate(model, *pair).text for pair in zip(inputs, each, strict=True)]
+    texts = [""] * count
+    for index, event in labs.stream_batch(model, inputs, each, batch_rows=16):
+        if isinstance(event, labs.Delta):
+            texts[index] += event.text
+    assert texts == alone
+    assert len(set(alone)) >= count * 0.8
+
+
+def test_the_attention_of_labs_is_registered_by_transformers_public_interface() -> None:
+    assert {"labs", "labs_invariant"} <= set(transformers.AttentionInterface().valid_keys())
