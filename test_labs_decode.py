@@ -525,7 +525,7 @@ def test_a_processor_changes_its_own_row_only() -> None:
 # ---------------------------------------------------------------- the same text in any company
 
 
-TOPICS = "fox river mountain python battery cloud king music energy history water light".split()
+TOPICS = ("fox", "river", "mountain", "python", "battery", "cloud", "king", "music", "water")
 
 
 @pytest.mark.parametrize(("dtype", "count"), [("bf16", 48), ("fp32", 12)])
