@@ -355,8 +355,9 @@ def load_config(
         _known_key(key, "the overrides")
     values = functools.reduce(lambda low, high: {**low, **high}, upper)
     values = {**_toml_layer(tables, values, file), **values}
-    if path is None and values.get("trust_remote_code", (False, ""))[0] is True:
-        _warn_of_trust(values["trust_remote_code"][1], file)
+    trust, source = values.get("trust_remote_code", (False, ""))
+    if trust and (source.endswith(".env") or (path is None and source.startswith(str(file)))):
+        log.warning("trust_remote_code is on because %s in this folder says so", source)
     token = environment.get("HF_TOKEN") or dotenv.get("HF_TOKEN") or None
     return _config(values, tables.get("models", {}), token)
 
@@ -436,7 +437,7 @@ def _from_names(names: Mapping[str, str], place: str, *, strict: bool) -> dict[s
             source = name if place == "environment" else f"{name} in {place}"
             found[known[name].key] = (_from_text(text, known[name].type, source), source)
         elif strict or _guess(name, known):
-            raise ConfigError(f"unknown setting {name} in {place}{_guess(name, known)}")
+            raise ConfigError(f"unknown setting {name} in the {place}{_guess(name, known)}")
         else:  # a platform may inject names of its own, such as LABS_PORT
             log.warning("%s in the environment is no setting of labs and was not used", name)
     return found
@@ -445,7 +446,7 @@ def _from_names(names: Mapping[str, str], place: str, *, strict: bool) -> dict[s
 def _from_text(text: str, kind: Any, source: str) -> Any:
     """Read an environment variable: lists and tables are JSON, booleans true/false/1/0."""
     try:
-        if text[:1] in "[{" and kind is not str:
+        if text[:1] in "[{" and getattr(kind, "__origin__", kind) is not str:
             return msgspec.json.decode(text)
         return msgspec.convert(text, kind, strict=False)
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
@@ -488,17 +489,14 @@ def _toml_layer(
             f"{file} [models.{chosen}]",
         )
     for section, table in sections.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{label}: {section} = {_short(table)}: must be a table")
         keys = [setting.key for setting in settings() if setting.section == section]
         for key, value in table.items():
             if key not in keys:
                 raise ConfigError(f"{label}: unknown key {key!r} in [{section}]{_guess(key, keys)}")
             layer[key] = (value, label)
     return layer
-
-
-def _warn_of_trust(source: str, file: Path) -> None:
-    if source.startswith(str(file)) or source.endswith(".env"):
-        log.warning("trust_remote_code is on because %s in this folder says so", source)
 
 
 def _config(
@@ -560,12 +558,15 @@ def _shallow(struct: Struct) -> dict[str, Any]:
 # ---------------------------------------------------------------- loading
 
 
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
 def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", "fp16", "fp32"]:
     """Return the number format for `name` ("auto" or a dtype) on a device type such as "cuda".
 
     Raises ModelError for bf16 on a CUDA device without it; nothing is changed silently.
     """
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, name)
+    short = SHORT.get(name, name)
     if short == "bf16" and device == "cuda" and not has_bf16:
         raise ModelError("torch_dtype = bf16: this GPU has no bfloat16; use fp16 or auto")
     if short in ("bf16", "fp16", "fp32"):
@@ -578,6 +579,7 @@ def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", 
 
 
 _LOCKS: dict[ModelSpec, threading.Lock] = {}
+_LOADING = threading.Lock()  # transformers patches its classes while it loads: one at a time
 
 
 def load_model(config: Config | ModelSpec) -> Model:
@@ -594,7 +596,7 @@ def load_model(config: Config | ModelSpec) -> Model:
 @functools.lru_cache(maxsize=2)
 def _load_cached(spec: ModelSpec) -> Model:
     _need("torch", "transformers")
-    with _progress_bars():
+    with _LOADING, _progress_bars():
         return _load(spec)
 
 
@@ -647,9 +649,10 @@ def _load(spec: ModelSpec) -> Model:
     tokenizer = _pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
     weights |= {"dtype": _torch_dtype(dtype), "device_map": device_map}
+    weights["output_loading_info"] = True
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
-    model = _pretrained("AutoModelForCausalLM", source, weights).eval()
+    model = _complete(*_pretrained("AutoModelForCausalLM", source, weights))
     decoder = labs_decode.prepare(model, batch_invariant=spec.batch_invariant)
     return Model(
         decoder=decoder,
@@ -665,21 +668,29 @@ def _load(spec: ModelSpec) -> Model:
     )
 
 
+def _complete(model: Any, info: Mapping[str, Any]) -> Any:
+    """Refuse a checkpoint with holes, which transformers fills with random numbers."""
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{model.name_or_path}: the weights lack {missing[0]}{more}")
+    return model.eval()
+
+
 def _torch_dtype(dtype: str) -> Any:
     import torch
 
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    return getattr(torch, {short: long for long, short in SHORT.items()}.get(dtype, dtype))
 
 
 def _device(spec: ModelSpec) -> tuple[Any, str, str]:
     """Return (device_map for transformers, device type, dtype); the only place that probes."""
     import torch
 
+    device_map: Any
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     wanted = spec.device_map
     if wanted.startswith("{"):
-        device_map = json.loads(wanted)
-        device = "cuda" if has_cuda else "cpu"
+        device, device_map = "cuda" if has_cuda else "cpu", _device_table(wanted)
     elif wanted == "auto":
         device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
         device_map = {"cuda": "auto", "mps": "mps", "cpu": None}[device]
@@ -701,6 +712,13 @@ def _device(spec: ModelSpec) -> tuple[Any, str, str]:
     )
 
 
+def _device_table(text: str) -> dict[str, int | str]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, int | str])
+    except msgspec.DecodeError as error:
+        raise ModelError(f"device_map = {text}: is no JSON map of modules to devices") from error
+
+
 def _has_bf16(device: str) -> bool:
     """Tell whether the device computes bfloat16 natively, not by emulation."""
     import torch
@@ -717,8 +735,9 @@ def _quantization(wanted: Quantization, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("4-bit and 8-bit weights need bitsandbytes: pip install bitsandbytes")
     transformers: Any = importlib.import_module("transformers")
-    compute = dtype if wanted.bnb_4bit_compute_dtype == "auto" else wanted.bnb_4bit_compute_dtype
-    options = {**asdict(wanted), "bnb_4bit_compute_dtype": _torch_dtype(compute)}
+    compute = wanted.bnb_4bit_compute_dtype
+    options = asdict(wanted)
+    options["bnb_4bit_compute_dtype"] = _torch_dtype(dtype if compute == "auto" else compute)
     return transformers.BitsAndBytesConfig(**options)
 
 
@@ -751,9 +770,7 @@ def _pretrained(kind: str, source: str, options: dict[str, Any]) -> Any:
 
     try:
         return getattr(transformers, kind).from_pretrained(source, **options)
-    except ImportError as error:
-        raise ModelError(f"{source}: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except Exception as error:  # Rust code below raises bare Exceptions, model code anything
         raise ModelError(f"{source}: {_reason(error)}") from error
 
 
@@ -766,7 +783,10 @@ def _first_line(error: BaseException) -> str:
 
 _REASONS = (
     ("trust_remote_code", "needs code of its own: read it, then set trust_remote_code = true"),
-    ("safetensors", "has no safetensors weights; use_safetensors = false allows pickle files"),
+    (
+        "no file named model.safetensors",
+        "has no safetensors weights; use_safetensors = false allows pickle files",
+    ),
     ("GatedRepo", "is gated: accept its terms on the hub and set HF_TOKEN"),
     (
         "RepositoryNotFound",
@@ -890,7 +910,8 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
     _need("gguf", "accelerate")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".converting-") as scratch:
+        _sweep(root)
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".converting-{os.getpid()}-") as scratch:
             _convert(gguf, Path(scratch), dtype, root)
             if folder.exists() and not _is_whole(folder):
                 shutil.rmtree(folder)
@@ -900,6 +921,19 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
     except OSError as error:
         raise ModelError(f"{gguf.name}: cannot be converted in {root}: {_reason(error)}") from error
     return folder
+
+
+def _sweep(root: Path) -> None:
+    """Remove what conversions left whose process is gone."""
+    import shutil
+
+    for scratch in root.glob(".converting-*-*") if os.name == "posix" else ():
+        try:
+            os.kill(int(scratch.name.split("-")[1]), 0)  # asks only whether it lives
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(scratch, ignore_errors=True)
+        except PermissionError:
+            continue
 
 
 def _digest(gguf: Path, root: Path) -> str:

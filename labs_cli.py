@@ -388,6 +388,8 @@ def main() -> None:
     if sys.stdout is None:
         sys.exit("Error: standard output is closed")
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  (it was closed)
+    if not os.environ.get("LABS_DEBUG"):
+        warnings.simplefilter("ignore")  # of the libraries below: errors are told in words
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
