@@ -179,6 +179,7 @@ def slots(model: labs.Model, inputs: list[labs.Inputs], new: int, **options: Any
         batch = labs_decode.enter(model.decoder, row)
         while batch.pending:
             batch = labs_decode.prefill(model.decoder, batch)
+        batch, _ = labs_decode.step(model.decoder, batch)
         batches = labs_decode.place(model.decoder, batches, batch)
     return lambda: [labs_decode.step(model.decoder, batch) for batch in batches]
 

@@ -28,7 +28,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -1297,7 +1297,9 @@ def _run(model: Model, requests: Iterator[Any], rows: int) -> Iterator[tuple[int
             yield from _admit(model, running, requests, 1 if model.decoder.how == "alone" else rows)
             if not running.streams:
                 return
-            yield from _step(model, running)
+            for place, batch in enumerate(running.batches):
+                running.batches[place] = yield from _step(model, running, batch)
+            running.batches = [batch for batch in running.batches if batch is not None]
 
 
 @contextlib.contextmanager
@@ -1339,8 +1341,10 @@ def _admit(
             running.newcomer = labs_decode.prefill(model.decoder, running.newcomer)
             budget -= min(pending, labs_decode.CHUNK)
         else:
-            running.batches = labs_decode.place(model.decoder, running.batches, running.newcomer)
+            newcomer = yield from _step(model, running, running.newcomer)
             running.newcomer = None
+            if newcomer is not None:
+                running.batches = labs_decode.place(model.decoder, running.batches, newcomer)
 
 
 def _row(stream: Stream) -> Any:
@@ -1350,18 +1354,15 @@ def _row(stream: Stream) -> Any:
     return Row(id=stream.index, ids=ids, max_new_tokens=limit, sampling=stream.sampling)
 
 
-def _step(model: Model, running: Running) -> Iterator[tuple[int, Event]]:
-    """Step each batch once, report what its rows say and let those go that are done."""
+def _step(model: Model, running: Running, batch: Any) -> Generator[tuple[int, Event], None, Any]:
+    """Step a batch and report what its rows say; return it without those that are done."""
     import labs_decode
 
-    for place, batch in enumerate(running.batches):
-        running.batches[place], choices = labs_decode.step(model.decoder, batch)
-        for row, choice in zip(batch.rows, choices, strict=True):
-            yield from _advance(model, running, running.streams[row.id], choice)
-        kept = [row.id for row in batch.rows if row.id in running.streams]
-        if len(kept) < len(batch.rows):
-            running.batches[place] = labs_decode.keep(batch, kept)
-    running.batches = [batch for batch in running.batches if batch is not None]
+    batch, choices = labs_decode.step(model.decoder, batch)
+    for row, choice in zip(batch.rows, choices, strict=True):
+        yield from _advance(model, running, running.streams[row.id], choice)
+    kept = [row.id for row in batch.rows if row.id in running.streams]
+    return batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
 
 
 def _advance(

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 

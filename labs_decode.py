@@ -5,7 +5,7 @@ Rows live in left-aligned slots: row b owns the first columns of a preallocated 
 of any length join and leave at any step and nothing is copied in between. Four functions touch the
 cache; each consumes the batch it is given and returns the next one:
 
-    prefill   write the next chunk of one newcomer's prompt, alone
+    prefill   write the next chunk of one newcomer's prompt, alone; its last logits wait for `step`
     join      give the newcomer a free slot beside the others
     step      forward one token of every row, then choose the next ones
     keep      let rows go: the last row moves into the hole
@@ -95,17 +95,21 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows and their slots. `alone` stands in for the slots of a model that cannot be batched."""
+    """Rows and their slots. `alone` stands in for the slots of a model that cannot be batched.
+
+    logits: what a prompt's last token gave, float32 [1, V], until `step` makes a token of it.
+    """
 
     rows: tuple[Row, ...]
     cache: Slots
     alone: Generator[Tensor, int, None] | None = None
+    logits: Tensor | None = None
 
     @property
     def pending(self) -> int:
-        """Prompt tokens that `prefill` has still to write before this newcomer can join."""
+        """Prompt tokens that `prefill` has still to write before this newcomer's first step."""
         row = self.rows[0]
-        return 0 if self.alone is not None else max(row.prompt_length - 1 - row.written, 0)
+        return 0 if self.alone is not None else max(row.prompt_length - row.written, 0)
 
 
 # ---------------------------------------------------------------- slots
@@ -190,11 +194,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
-        if other.is_initialized and not self.is_initialized:
-            self.lazy_initialization(other.keys, other.values)
-        for mine, theirs in zip(self.buffers, other.buffers, strict=False):
+        for mine, theirs in zip(self.buffers, other.buffers, strict=True):
             mine[row, :, :columns] = theirs[0, :, :columns]
-        for mine in self.buffers:
             mine[row, :, columns:] = 0
 
     def move(self, source: int, target: int, columns: int) -> None:
@@ -215,22 +216,10 @@ class StateLayer(LinearAttentionLayer):
         return [(states, i) for states in (self.conv_states, self.recurrent_states) for i in states]
 
     def write(self, row: int, other: StateLayer, columns: int) -> None:
-        """Put a newcomer's states below; before its first token there are none, which is zero."""
+        """Put a newcomer's states below; a kind that the model does not use is None in both."""
         for (states, i), (others, _) in zip(self._states(), other._states(), strict=True):
-            old, new = states[i], others[i]
-            if old is None and new is None:
-                continue
-            old = new.new_zeros((row, *new.shape[1:])) if old is None else old
-            new = old.new_zeros((1, *old.shape[1:])) if new is None else new
-            states[i] = torch.cat([old[:row], new])
-        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized"):
-            self._merge(getattr(self, name), getattr(other, name))
-        self._merge(self.has_previous_state, other.has_previous_state)
-        self._merge(self.conv_kernel_size, other.conv_kernel_size)
-
-    @staticmethod
-    def _merge(mine: dict[int, Any], theirs: dict[int, Any]) -> None:
-        mine.update({i: mine[i] or theirs[i] for i in mine})
+            if states[i] is not None:
+                states[i] = torch.cat([states[i][:row], others[i]])
 
     def resize(self, live: int) -> None:
         """States have no columns, and rows are added as they come."""
@@ -486,22 +475,20 @@ def enter(decoder: Decoder, row: Row) -> Batch:
 
 @torch.inference_mode()
 def prefill(decoder: Decoder, batch: Batch) -> Batch:
-    """Write the next chunk of the newcomer's prompt, all but its last token.
-
-    `step` makes the first token too, so there is one place that samples.
-    """
+    """Write the next chunk of the newcomer's prompt; the last one leaves logits for `step`."""
     row, at = batch.rows[0], batch.cache.cursor
     end = row.written + (batch.pending if decoder.how == "whole" else min(CHUNK, batch.pending))
     at.start, at.top, at.positions = row.written, end, None
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
-    _call(decoder, ids, torch.arange(row.written, end, device=ids.device)[None], batch.cache)
+    positions = torch.arange(row.written, end, device=ids.device)[None]
+    logits = _call(decoder, ids, positions, batch.cache)[:, -1].float()
     row.written = end
-    return batch
+    return batch if batch.pending else replace(batch, logits=logits)
 
 
 @torch.inference_mode()
 def join(batch: Batch, newcomer: Batch) -> Batch:
-    """Give the newcomer a slot of its own in `batch`."""
+    """Give the newcomer, who has made its first step alone, a slot of its own in `batch`."""
     row, live = newcomer.rows[0], len(batch.rows)
     batch.cache.make_room(live, newcomer.cache.cursor.columns)
     for mine, theirs in zip(batch.cache.filled, newcomer.cache.filled, strict=True):
@@ -511,13 +498,17 @@ def join(batch: Batch, newcomer: Batch) -> Batch:
 
 @torch.inference_mode()
 def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Forward one token of each row and choose the next; a failed step of slots may be repeated."""
-    choices = choose(forward(decoder, batch), batch.rows)
+    """Forward one token of each row and choose the next; a failed step of slots may be repeated.
+
+    A newcomer's first step chooses from its prompt's logits.
+    """
+    logits = forward(decoder, batch) if batch.logits is None else batch.logits
+    choices = choose(logits, batch.rows)
     for row, choice in zip(batch.rows, choices, strict=True):
-        row.written += 1
+        row.written += batch.logits is None
         row.ids.append(choice.token)
         row.generated[choice.token] += 1
-    return batch, choices
+    return replace(batch, logits=None), choices
 
 
 @torch.inference_mode()
