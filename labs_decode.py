@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
-COLUMNS = 64  # attention reads whole blocks of columns: what lies beyond a row keeps its bits
+COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 CANDIDATES = 1024  # logits looked at before a row needs its whole vocabulary sorted
 MEMORY_SHARE = 0.5  # of the free memory, what a newcomer's slot may take
 
@@ -323,6 +323,9 @@ def _layers(config: Any) -> list[Any]:
 
 
 def _blocks(columns: int) -> int:
+    """Round up to 64, 128, 256, 512, then to blocks: sums of other lengths may have other bits."""
+    if columns <= 8 * COLUMNS:
+        return max(COLUMNS, 1 << (columns - 1).bit_length())
     return math.ceil(columns / COLUMNS) * COLUMNS
 
 
@@ -341,12 +344,30 @@ def attend_invariant(
 ) -> Any:
     """Return attention that gives a row the same bits in any company, on CPU.
 
-    sdpa's bits depend on the thread that a row falls to; those of plain products do not.
+    In float32 sdpa does not, plain products do. In 16 bits sdpa does where each of its threads has
+    an aligned scratch buffer: with a multiple of eight queries, so the heads of a group are padded.
     """
+    special = options.get("softcap") is not None or options.get("s_aux") is not None
     if q.shape[2] > 1:
         return attend(module, q, k, v, mask, **options)
     # The copy that keeps a lone row company (see `forward`) has no slot: it takes the row's output.
-    return _products(q[: len(k)], k, v, mask, options).expand(len(q), -1, -1, -1), None
+    live = q[: len(k)]
+    if special or q.dtype == torch.float32:
+        output = _products(live, k, v, mask, options)
+    else:
+        output = _padded_sdpa(live, k, v, mask, options.get("scaling"))
+    return output.expand(len(q), -1, -1, -1), None
+
+
+def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Return attention [B, 1, heads, dim] of one query a row: a group's heads are its queries."""
+    (batch, heads, _, dim), groups = q.shape, k.shape[1]
+    queries = q.reshape(batch, groups, -1, dim)
+    real = queries.shape[2]
+    queries = torch.nn.functional.pad(queries, (0, 0, 0, -real % 8))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    output = attention(queries, k, v, attn_mask=mask, scale=scale)[:, :, :real]
+    return output.reshape(batch, 1, heads, -1)
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
