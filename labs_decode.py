@@ -413,6 +413,7 @@ for _name, _function in (("labs", attend), ("labs_invariant", attend_invariant))
 # ---------------------------------------------------------------- which models, and how
 
 
+CACHE_WORDS = ("cache", "past_key_values", "cache_params")  # 5.24, before it, mamba
 WHOLE = frozenset({"mamba", "falcon_mamba", "jamba"})  # their scan drops its state between chunks
 ALONE = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
 
@@ -469,6 +470,8 @@ def how_it_runs(model: Any) -> tuple[How, str]:
     if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
     slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
+    if not {*CACHE_WORDS} & {*inspect.signature(model.forward).parameters}:
+        return "alone", f"{kind} takes its cache by a name that labs does not know"
     if slotted and not model._can_set_attn_implementation():
         return "alone", f"{kind} does not take another attention implementation"
     if kind in WHOLE:
@@ -605,7 +608,7 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Slots) -> Tensor:
     """Call the model with the words that its forward knows; return its last logits."""
     words = {"position_ids": positions, "logits_to_keep": 1, "use_cache": True}
-    words |= {"past_key_values": cache, "cache_params": cache}
+    words |= dict.fromkeys(CACHE_WORDS, cache)
     known = {name: value for name, value in words.items() if name in decoder.accepts}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
 

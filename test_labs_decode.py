@@ -135,8 +135,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_mamba_kernels": False,
         },
     ),
-    "gptj": (
-        "alone",
+    "gptj": (  # before 5.24 it took no attention but its own
+        "alone" if transformers.__version__ < "5.24" else "joins",
         {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
     ),
     "rwkv": ("alone", {"attention_hidden_size": 64}),
@@ -291,6 +291,12 @@ def test_encoder_decoder_layers_are_no_part_of_the_table() -> None:
 def test_positions_that_look_at_the_whole_call_run_alone(rope: str) -> None:
     model = tiny("llama")
     model.config.rope_parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}
+    assert decode.how_it_runs(model)[0] == "alone"
+
+
+def test_a_model_that_takes_its_cache_by_an_unknown_name_runs_alone(monkeypatch: Any) -> None:
+    model = tiny("llama")
+    monkeypatch.setattr(decode, "CACHE_WORDS", ("memory",))
     assert decode.how_it_runs(model)[0] == "alone"
 
 
