@@ -33,6 +33,8 @@ from transformers.masking_utils import sdpa_mask
 
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
+PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+PACKED_TYPES = (torch.bfloat16, torch.float32)
 CANDIDATES = 1024  # logits looked at before a row needs its whole vocabulary sorted
 MEMORY_SHARE = 0.5  # of the free memory, what a newcomer's slot may take
 
@@ -444,7 +446,10 @@ class Decoder:
 
 
 def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
-    """Decide how the rows of `model` run, and give it the attention that this needs."""
+    """Decide how the rows of `model` run; give it the attention and the products that this needs.
+
+    On CPU the linear layers of `model` are replaced, see `PackedLinear`.
+    """
     how, why = how_it_runs(model)
     layers = _layers(model.config.get_text_config()) if how == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
@@ -455,6 +460,7 @@ def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
         model.set_attn_implementation("labs_invariant" if invariant else "labs")
     accepts = frozenset(inspect.signature(model.forward).parameters)
     weight_bytes = sum(parameter.nbytes for parameter in parameters)
+    pack(model)
     return Decoder(model, how, why, invariant, accepts, weight_bytes)
 
 
@@ -484,6 +490,42 @@ def _whole_call_rope(config: Any) -> str | None:
     tables = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     kinds = {table.get("rope_type") for table in tables}
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer on CPU whose weight lies in the blocks that oneDNN computes with.
+
+    A plain weight is reordered at every call. Packed, a step of 1 to 32 rows takes 0.6 to 0.8 of
+    the time, and a row has the same bits beside any number of others, which MKL's products in
+    float32 do not give.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it was, unpacked at each call."""
+        return cast("Tensor", self.packed.to_dense())
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return cast("Tensor", product)
+
+
+@torch.inference_mode()
+def pack(model: Any) -> None:
+    """Replace the plain linear layers on CPU by packed ones, one at a time; their weights go."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            weight = child.weight if type(child) is torch.nn.Linear else None
+            if weight is not None and weight.is_cpu and weight.dtype in PACKED_TYPES:
+                setattr(parent, name, PackedLinear(child))
 
 
 # ---------------------------------------------------------------- the four functions
