@@ -1282,11 +1282,11 @@ def _samples(options: Generation, recommended: bool) -> bool:
 
 
 class Running(Struct, eq=False):
-    """The rows under way: batches that are stepped in turn, and a newcomer being prefilled."""
+    """The rows under way: batches that are stepped in turn, and newcomers to be prefilled."""
 
     streams: dict[int, Stream] = msgspec.field(default_factory=dict)
     batches: list[Any] = msgspec.field(default_factory=list)
-    newcomer: Any = None
+    newcomers: list[Any] = msgspec.field(default_factory=list)
 
 
 def _run(model: Model, requests: Iterator[Any], rows: int) -> Iterator[tuple[int, Event]]:
@@ -1322,29 +1322,46 @@ def _admit(
 
     budget = labs_decode.CHUNK
     while budget > 0:
-        if running.newcomer is None:
-            request = next(requests, None) if len(running.streams) < rows else None
-            if request is None:
-                return
-            if not isinstance(request, Stream):
-                yield request
-                continue
-            running.streams[request.index] = request
-            running.newcomer = labs_decode.enter(model.decoder, _row(request))
-        elif not labs_decode.has_room(running.batches, running.newcomer):
+        yield from _enter(model, running, requests, rows)
+        group = labs_decode.sharing(model.decoder, running.newcomers)
+        if not group or not labs_decode.has_room(running.batches, group[0]):
             return
-        stream = running.streams[running.newcomer.rows[0].id]
-        if time.perf_counter() > stream.deadline:
-            running.newcomer = None
-            yield _finish(running, stream, "timeout")
-        elif pending := running.newcomer.pending:
-            running.newcomer = labs_decode.prefill(model.decoder, running.newcomer)
-            budget -= min(pending, labs_decode.CHUNK)
-        else:
-            newcomer = yield from _step(model, running, running.newcomer)
-            running.newcomer = None
+        budget -= sum(min(newcomer.pending, labs_decode.CHUNK) for newcomer in group)
+        if len(group) > 1:
+            group = labs_decode.prefill_together(model.decoder, group)
+        elif group[0].pending:
+            group = [labs_decode.prefill(model.decoder, group[0])]
+        running.newcomers[: len(group)] = group
+        while running.newcomers and not running.newcomers[0].pending:
+            newcomer = yield from _step(model, running, running.newcomers.pop(0))
             if newcomer is not None:
                 running.batches = labs_decode.place(model.decoder, running.batches, newcomer)
+
+
+def _enter(
+    model: Model, running: Running, requests: Iterator[Any], rows: int
+) -> Iterator[tuple[int, Event]]:
+    """Read requests while there are free rows and less than a chunk to prefill."""
+    import labs_decode
+
+    late = [n for n in running.newcomers if _is_late(running.streams[n.rows[0].id])]
+    for newcomer in late:
+        running.newcomers.remove(newcomer)
+        yield _finish(running, running.streams[newcomer.rows[0].id], "timeout")
+    while len(running.streams) < rows:
+        ahead = sum(newcomer.pending or 1 for newcomer in running.newcomers)
+        request = next(requests, None) if ahead < labs_decode.CHUNK else None
+        if request is None:
+            return
+        if not isinstance(request, Stream):
+            yield request
+            continue
+        running.streams[request.index] = request
+        running.newcomers.append(labs_decode.enter(model.decoder, _row(request)))
+
+
+def _is_late(stream: Stream) -> bool:
+    return time.perf_counter() > stream.deadline
 
 
 def _row(stream: Stream) -> Any:
@@ -1396,7 +1413,7 @@ def _over(model: Model, stream: Stream, token: int) -> FinishReason | None:
         return "stop"
     if stream.tokens >= stream.generation.max_new_tokens:
         return "length"
-    return "timeout" if time.perf_counter() > stream.deadline else None
+    return "timeout" if _is_late(stream) else None
 
 
 def _finish(

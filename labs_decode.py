@@ -6,6 +6,7 @@ of any length join and leave at any step and nothing is copied in between. Four 
 cache; each consumes the batch it is given and returns the next one:
 
     prefill   write the next chunk of one newcomer's prompt, alone; its last logits wait for `step`
+              (`prefill_together`: several short prompts in one call, with the bits of alone)
     join      give the newcomer a free slot beside the others
     step      forward one token of every row, then choose the next ones
     keep      let rows go: the last row moves into the hole
@@ -29,13 +30,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
 PACKED_TYPES = (torch.bfloat16, torch.float32)
-CANDIDATES = 1024  # logits looked at before a row needs its whole vocabulary sorted
+CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
 MEMORY_SHARE = 0.5  # of the free memory, what a newcomer's slot may take
 
 Tensor = torch.Tensor
@@ -320,6 +321,50 @@ class Slots(cache_utils.Cache):
             layer.resize(live)
 
 
+class RowOfPrompts(cache_utils.Cache):
+    """Several newcomers' slots in one call: their prompts lie one behind the other in one row."""
+
+    def __init__(
+        self, newcomers: Sequence[Slots], lengths: list[int], device: torch.device
+    ) -> None:
+        layers = zip(*(slots.layers for slots in newcomers), strict=True)
+        super().__init__(layers=[PromptsLayer(group, lengths) for group in layers])
+        prompts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
+        positions = [torch.arange(n, device=device) for n in lengths]
+        self.places = torch.stack([torch.cat(prompts), torch.cat(positions)])  # [2, T]
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.places
+
+
+class PromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of several newcomers; each gets its part, attention gets all."""
+
+    is_sliding = False
+
+    def __init__(self, layers: Sequence[Any], lengths: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layers, self.lengths = layers, lengths
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        parts = (states.split(self.lengths, 2) for states in (key_states, value_states))
+        for layer, keys, values in zip(self.layers, *parts, strict=True):
+            layer.update(keys, values)
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Each newcomer's layer does so itself."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
 def _layers(config: Any) -> list[Any]:
     return cast("list[Any]", DynamicCache(config=config).layers)
 
@@ -336,6 +381,9 @@ def _blocks(columns: int) -> int:
 
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
     """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks."""
+    if lengths := getattr(mask, "lengths", None):  # prompts in one row: as each would be alone
+        parts = zip(*(states.split(lengths, 2) for states in (q, k, v)), strict=True)
+        return torch.cat([attend(module, *part, None, **options)[0] for part in parts], 1), None
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         return _products(q, k, v, mask, options), None
     return sdpa_attention_forward(module, q, k, v, mask, **options)
@@ -399,12 +447,28 @@ def see(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **opt
     """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own mask_function."""
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
+    if q_offset.ndim == 2:
+        return _see_prompts(*q_offset, **options)
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
     queries = q_offset.view(-1, 1, 1, 1)
     seen = options["mask_function"](rows, torch.zeros_like(rows), queries, columns)
     # Additive, because sdpa would turn a bool mask into this again in every layer.
     return _additive(seen, options["dtype"])
+
+
+def _see_prompts(prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    """Return a mask [1, 1, T, T] in which each prompt of the row sees itself only.
+
+    `lengths` on it tells `attend` that there is no other pattern, so that prompts can go apart.
+    """
+    none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
+    queries, columns = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
+    seen = options["mask_function"](none, none, queries, columns)
+    mask = _additive(seen & (prompts[:, None] == prompts), options["dtype"])
+    if options["mask_function"] is causal_mask_function:
+        mask.lengths = prompts.bincount().tolist()  # type: ignore[attr-defined]
+    return mask
 
 
 for _name, _function in (("labs", attend), ("labs_invariant", attend_invariant)):
@@ -426,12 +490,14 @@ class Decoder:
 
     how: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
     invariant: the bits of a row do not depend on its company.
+    shares: short prompts may lie in one row, because all that its layers keep is keys and values.
     """
 
     model: Any
     how: How
     why: str
     invariant: bool
+    shares: bool
     accepts: frozenset[str]
     weight_bytes: int
 
@@ -459,9 +525,11 @@ def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
     if how != "alone" and model._can_set_attn_implementation():
         model.set_attn_implementation("labs_invariant" if invariant else "labs")
     accepts = frozenset(inspect.signature(model.forward).parameters)
+    plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
+    shares = plain and {"position_ids", "logits_to_keep"} <= accepts
     weight_bytes = sum(parameter.nbytes for parameter in parameters)
     pack(model)
-    return Decoder(model, how, why, invariant, accepts, weight_bytes)
+    return Decoder(model, how, why, invariant, shares, accepts, weight_bytes)
 
 
 def how_it_runs(model: Any) -> tuple[How, str]:
@@ -519,7 +587,9 @@ class PackedLinear(torch.nn.Module):
 @torch.inference_mode()
 def pack(model: Any) -> None:
     """Replace the plain linear layers on CPU by packed ones, one at a time; their weights go."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -547,9 +617,41 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
     at.start, at.top, at.positions = row.written, end, None
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
     positions = torch.arange(row.written, end, device=ids.device)[None]
-    logits = _call(decoder, ids, positions, batch.cache)[:, -1].float()
+    # Two, because a product with one row has other bits, see `forward`.
+    logits = _call(decoder, ids, positions, batch.cache, 2)[:, -1].float()
     row.written = end
     return batch if batch.pending else replace(batch, logits=logits)
+
+
+@torch.inference_mode()
+def prefill_together(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
+    """Write whole short prompts in one call, as `sharing` found them."""
+    rows = [newcomer.rows[0] for newcomer in newcomers]
+    lengths = [row.prompt_length for row in rows]
+    for newcomer, length in zip(newcomers, lengths, strict=True):
+        at = newcomer.cache.cursor
+        at.start, at.top, at.positions = 0, length, None
+    ids = torch.tensor([[i for row in rows for i in row.ids]], device=decoder.device)
+    cache = RowOfPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
+    ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
+    logits = _call(decoder, ids, cache.places[1:], cache, ends)[0].float()
+    for row in rows:
+        row.written = row.prompt_length
+    return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
+
+
+def sharing(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
+    """Return the first newcomers whose prompts go through the model together, in one chunk.
+
+    A prompt of one token stays alone: its products have one row, and so other bits.
+    """
+    together: list[Batch] = []
+    for newcomer in newcomers if decoder.shares else ():
+        tokens = sum(each.pending for each in (*together, newcomer))
+        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > CHUNK:
+            break
+        together.append(newcomer)
+    return together or list(newcomers[:1])
 
 
 @torch.inference_mode()
@@ -613,10 +715,10 @@ def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[B
 
 def has_room(batches: Sequence[Batch], newcomer: Batch) -> bool:
     """Tell whether the newcomer's slot fits beside the others; a first one is always tried."""
-    if not batches or not newcomer.cache.buffers:
+    if not batches or not (per_column := batches[0].cache.bytes_per_column):
         return True
-    needed = newcomer.rows[0].columns * newcomer.cache.bytes_per_column
-    return needed < MEMORY_SHARE * free_memory(newcomer.cache.buffers[0].device)
+    needed = newcomer.cache.cursor.columns * per_column
+    return needed < MEMORY_SHARE * free_memory(batches[0].cache.buffers[0].device)
 
 
 def free_memory(device: torch.device) -> int:
@@ -644,12 +746,15 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
     at.top = _blocks(max(row.written for row in batch.rows) + 1)
     if live == 1 and decoder.invariant:  # a product with one row has other bits than one with two
         ids, positions = ids.expand(2, 1), positions.expand(2, 1)
-    return _call(decoder, ids, positions, batch.cache)[:live, -1].float()
+    return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
 
 
-def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Slots) -> Tensor:
-    """Call the model with the words that its forward knows; return its last logits."""
-    words = {"position_ids": positions, "logits_to_keep": 1, "use_cache": True}
+def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:
+    """Call the model with the words that its forward knows; return logits, the last ones at least.
+
+    keep: how many of the last positions, or which positions, as logits_to_keep.
+    """
+    words = {"position_ids": positions, "logits_to_keep": keep, "use_cache": True}
     words |= dict.fromkeys(CACHE_WORDS, cache)
     known = {name: value for name, value in words.items() if name in decoder.accepts}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
@@ -694,14 +799,17 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
             _process(scores, index, row)
         except Exception as error:  # a processor that a request brought ends its own row only
             errors[index] = error
-    best = scores.max(-1)
-    tokens: list[int] = best.indices.tolist()
-    for index, value in enumerate(best.values.tolist()):
+    tokens: list[int] = [-1] * len(rows)
+    for index, value in enumerate(scores.amax(-1).tolist()):
         if not math.isfinite(value):
             errors.setdefault(index, ArithmeticError("the model gave logits that are not finite"))
-    for size in (64, CANDIDATES):  # by the row's own options: company must not change them
-        drawn = [i for i, row in enumerate(rows) if _candidates(row) == size and i not in errors]
-        for index, token in zip(drawn, draw(scores, rows, drawn, size), strict=True):
+    greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
+    for places, chosen in (
+        (greedy, scores[greedy].argmax(-1).tolist() if greedy else []),
+        (drawn, draw(scores, rows, drawn)),
+    ):
+        for index, token in zip(places, chosen, strict=True):
             tokens[index] = token
     return [
         Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
@@ -746,40 +854,42 @@ def _choice(logits: Tensor, row: Row, token: int) -> Choice:
     return Choice(token, float(logprobs[token]), top)
 
 
-def _candidates(row: Row) -> int:
-    """Return how many candidates a row's draw looks at first; 0 for a greedy row."""
-    if row.sampling.temperature == 0:
-        return 0
-    return 64 if 0 < row.sampling.top_k <= 64 else CANDIDATES
-
-
-def draw(scores: Tensor, rows: Sequence[Row], places: Sequence[int], size: int) -> list[int]:
+def draw(
+    scores: Tensor, rows: Sequence[Row], places: Sequence[int], sizes: Sequence[int] = CANDIDATES
+) -> list[int]:
     """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
 
     The noise is a hash of (seed, step, token id): no state, and the same numbers in any company
-    and on any device. Where no option cuts anything off, all that is no candidate takes part as
-    one lump (exact, by the maximum's own distribution) and is looked at only if the lump wins.
+    and on any device. A row whose kept set may go on below the candidates is drawn again from
+    more. Where no option cuts anything off, all that is no candidate takes part as one lump
+    (exact, by the maximum's own distribution) and is looked at only if the lump wins.
     """
     if not places:
         return []
     chosen = [rows[i] for i in places]
     temperatures = scores.new_tensor([row.sampling.temperature for row in chosen])
     scaled = scores[list(places)] / temperatures[:, None]
-    top = scaled.topk(min(size, scaled.shape[-1]))  # [N, K], descending
-    total = scaled.logsumexp(-1, keepdim=True)
-    kept = kept_candidates(top.values, total, [row.sampling for row in chosen])
+    size = min(*sizes[:1], scaled.shape[-1]) if sizes else scaled.shape[-1]
+    top = scaled.topk(size)  # [N, K], descending
+    kept = kept_candidates(
+        top.values, scaled.logsumexp(-1, keepdim=True), [row.sampling for row in chosen]
+    )
     noisy = (top.values.double() + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
     best = noisy.max(-1)
     tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
-    if top.values.shape[-1] < scaled.shape[-1]:
-        for n in kept[:, -1].nonzero()[:, 0].tolist():  # the kept set may go on below the last
-            row, s = chosen[n], chosen[n].sampling
-            if s.top_p < 1 or s.min_p > 0 or s.top_k > size:
-                tokens[n] = draw(scores, rows, [places[n]], scaled.shape[-1])[0]
-            elif s.top_k == 0:
-                rest = scaled[n].scatter(-1, top.indices[n], -torch.inf)
-                tokens[n] = _draw_lump(rest, row, float(best.values[n]), tokens[n])
+    open_ended = kept[:, -1].nonzero()[:, 0].tolist() if size < scaled.shape[-1] else []
+    cut = [n for n in open_ended if _cuts(chosen[n].sampling, size)]
+    for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
+        tokens[n] = token
+    for n in (n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut):
+        rest = scaled[n].scatter(-1, top.indices[n], -torch.inf)
+        tokens[n] = _draw_lump(rest, chosen[n], float(best.values[n]), tokens[n])
     return tokens
+
+
+def _cuts(s: Sampling, size: int) -> bool:
+    """Tell whether some option may cut the vocabulary off below its first `size` tokens."""
+    return s.top_p < 1 or s.min_p > 0 or s.top_k > size
 
 
 def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> Tensor:

@@ -176,13 +176,16 @@ def by_transformers(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def row_of(prompt: list[int], key: Any = 0, **sampling: Any) -> decode.Row:
+    return decode.Row(
+        id=key, ids=list(prompt), max_new_tokens=NEW, sampling=decode.Sampling(**sampling)
+    )
+
+
 def newcomer(
     decoder: decode.Decoder, prompt: list[int], key: Any = 0, **sampling: Any
 ) -> decode.Batch:
-    row = decode.Row(
-        id=key, ids=list(prompt), max_new_tokens=NEW, sampling=decode.Sampling(**sampling)
-    )
-    batch = decode.enter(decoder, row)
+    batch = decode.enter(decoder, row_of(prompt, key, **sampling))
     while batch.pending:
         batch = decode.prefill(decoder, batch)
     return decode.step(decoder, batch)[0]
@@ -281,6 +284,38 @@ def test_a_prompt_in_chunks_gives_the_logits_of_a_whole_one(kind: str, monkeypat
     chunked = decode.forward(decoder, newcomer(decoder, prompt))
     assert torch.allclose(whole, chunked, atol=2e-3)
     assert whole.argmax() == chunked.argmax()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt", "mixtral", "deepseek_v3"])
+def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -> None:
+    decoder = decode.prepare(tiny(kind))
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
+    entered = [decode.enter(decoder, row_of(prompt)) for prompt in prompts]
+    together = decode.sharing(decoder, entered)
+    assert [each.rows[0].ids for each in together] == prompts
+    for batch, prompt in zip(decode.prefill_together(decoder, together), prompts, strict=True):
+        alone = decode.prefill(decoder, decode.enter(decoder, row_of(prompt)))
+        torch.testing.assert_close(batch.logits, alone.logits, atol=1e-4, rtol=1e-3)
+        stepped = [decode.step(decoder, each)[0] for each in (batch, alone)]
+        logits = [decode.forward(decoder, each) for each in stepped]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "mamba2", "bamba", "gptj"])
+def test_prompts_whose_cache_is_more_than_keys_and_values_go_one_at_a_time(kind: str) -> None:
+    decoder = decode.prepare(tiny(kind))
+    entered = [decode.enter(decoder, row_of(prompt)) for prompt in PROMPTS[2:5]]
+    shares = kind == "gptj" and decoder.how == "joins"
+    assert len(decode.sharing(decoder, entered)) == (3 if shares else 1)
+
+
+def test_prompts_share_a_call_up_to_one_chunk_and_never_with_one_of_a_single_token() -> None:
+    decoder = decode.prepare(tiny("llama"))
+    found = []
+    for lengths in ([100, 100, 100], [100, 1, 100], [1, 100], [300, 5], [256], [255, 2]):
+        entered = [decode.enter(decoder, row_of([5] * length)) for length in lengths]
+        found.append(len(decode.sharing(decoder, entered)))
+    assert found == [2, 1, 1, 1, 1, 1]
 
 
 def test_encoder_decoder_layers_are_no_part_of_the_table() -> None:
@@ -556,6 +591,20 @@ def test_texts_of_the_real_model_are_the_same_in_any_company(dtype: str, count: 
             texts[index] += event.text
     assert texts == alone
     assert len(set(alone)) >= count * 0.8
+
+
+def test_prompts_that_share_a_call_have_the_bits_they_have_alone() -> None:
+    decoder = labs.load_model(labs.load_config(env={})).decoder
+    chance = random.Random(1)
+    prompts = [[chance.randrange(2000) for _ in range(n)] for n in (2, 3, 40, 17, 64, 5, 100, 9)]
+    together = decode.prefill_together(
+        decoder, [decode.enter(decoder, row_of(prompt)) for prompt in prompts]
+    )
+    alone = [decode.prefill(decoder, decode.enter(decoder, row_of(prompt))) for prompt in prompts]
+    for mine, theirs in zip(together, alone, strict=True):
+        assert torch.equal(mine.logits, theirs.logits)
+        for a, b in zip(mine.cache.buffers, theirs.cache.buffers, strict=True):
+            assert torch.equal(a[:, :, : mine.rows[0].written], b[:, :, : mine.rows[0].written])
 
 
 def test_the_attention_of_labs_is_registered_by_transformers_public_interface() -> None:
