@@ -167,20 +167,73 @@ class Chat(Settings, frozen=True, kw_only=True):
     add_generation_prompt: Annotated[bool, about("End with the opening of an answer.")] = True
 
 
+class Server(Settings, frozen=True, kw_only=True):
+    """How labs-api serves."""
+
+    host: Annotated[str, about("The address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535, description="The port; 0 takes a free one.")] = 8000
+    insecure: Annotated[bool, about("Serve other machines without an API key.")] = False
+    allowed_hosts: Annotated[tuple[str, ...], about("Host names to answer to, beside local.")] = ()
+    allow_origins: Annotated[tuple[str, ...], about("Web origins that may ask (CORS).")] = ()
+    api_keys_file: Annotated[str | None, about("A file of API keys, one a line.")] = None
+    public_metrics: Annotated[bool, about("Show /metrics without a key.")] = False
+    max_batch_rows: Annotated[
+        Annotated[int, Meta(ge=1, le=4096)] | None,
+        about("Rows decoded at once at most [default: what memory holds, up to 64]."),
+    ] = None
+    max_waiting: Annotated[
+        int, Meta(ge=0, le=100_000, description="Requests that may wait for a row.")
+    ] = 64
+    max_body_bytes: Annotated[
+        int, Meta(ge=1024, le=2**30, description="Bytes of a request's body at most.")
+    ] = 4 * 2**20
+    max_prompt_bytes: Annotated[
+        int, Meta(ge=1, le=2**30, description="Bytes of a prompt at most.")
+    ] = 2**20
+    max_choices: Annotated[int, Meta(ge=1, le=128, description="Choices (n) at most.")] = 8
+    max_connections: Annotated[
+        int, Meta(ge=16, le=100_000, description="Open connections at most.")
+    ] = 1000
+    requests_per_minute: Annotated[
+        Annotated[int, Meta(ge=1, le=10**9)] | None, about("Requests a key may make.")
+    ] = None
+    tokens_per_minute: Annotated[
+        Annotated[int, Meta(ge=1, le=10**12)] | None, about("Tokens, prompts too, a key may use.")
+    ] = None
+    drain_s: Annotated[Seconds, about("Seconds for answers to end after SIGTERM.")] = 30.0
+
+
+class ResponseCache(Settings, frozen=True, kw_only=True):
+    """Answers kept by the server for identical greedy or seeded requests of one key."""
+
+    max_entries: Annotated[
+        int, Meta(ge=0, le=10**6, description="Answers kept at most; 0 keeps none.")
+    ] = 0
+    ttl_s: Annotated[Seconds, about("Seconds that an answer is kept.")] = 3600.0
+
+
 class Config(Chat, frozen=True, kw_only=True):
-    """Every effective setting. `sources` tells where each came from; unnamed ones are defaults."""
+    """Every effective setting. `sources` tells where each came from; unnamed ones are defaults.
+
+    model_id: the name that the model was asked for by; api_keys: sha256 digests, in hex.
+    """
 
     model: ModelSpec = ModelSpec()
     generation: Generation = Generation()
+    server: Server = Server()
+    response_cache: ResponseCache = ResponseCache()
+    model_id: str = DEFAULT_MODEL
     models: dict[str, dict[str, Any]] = {}
     sources: dict[str, str] = {}
+    api_keys: tuple[str, ...] = ()
 
 
 class Setting(Struct, frozen=True):
-    """One settable key, as files, environment and flags name it."""
+    """One settable key. `key` names it in flags and overrides, `field` in its section."""
 
     section: str
     key: str
+    field: str
     type: Any
     default: Any
     description: str
@@ -190,6 +243,8 @@ class Setting(Struct, frozen=True):
 _PARTS: dict[str, tuple[type[Struct], ...]] = {
     "generation": (ModelSpec, Generation, Chat),
     "quantization": (Quantization,),
+    "server": (Server,),
+    "response_cache": (ResponseCache,),
 }
 
 
@@ -202,9 +257,11 @@ def settings() -> tuple[Setting, ...]:
             description = _description(field.type)
             if description is None:
                 continue
-            name = "LABS_MODEL" if field.name == "model_name" else f"LABS_{field.name.upper()}"
+            own = section in ("generation", "quantization")
+            key = field.name if own else f"{section}_{field.name}"
+            name = "LABS_MODEL" if key == "model_name" else f"LABS_{key.upper()}"
             default = None if field.default is msgspec.NODEFAULT else field.default
-            found.append(Setting(section, field.name, field.type, default, description, name))
+            found.append(Setting(section, key, field.name, field.type, default, description, name))
     return tuple(found)
 
 
@@ -259,17 +316,22 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
+    """Tokens. response_cached: the answer was computed for an earlier, identical request."""
+
     prompt_tokens: int
     completion_tokens: int
+    response_cached: bool = False
 
 
 class Timings(Struct, frozen=True):
-    """Seconds. prefill_s: until the first token; decode_s: the rest; tokens_per_s over decode_s."""
+    """Seconds. queue_s: until there was a row; prefill_s: from then until the first token;
+    decode_s: the rest; tokens_per_s over decode_s."""
 
     load_s: float
     prefill_s: float
     decode_s: float
     tokens_per_s: float
+    queue_s: float = 0.0
 
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter"]
@@ -358,26 +420,54 @@ def load_config(
     trust, source = values.get("trust_remote_code", (False, ""))
     if trust and (source.endswith(".env") or (path is None and source.startswith(str(file)))):
         log.warning("trust_remote_code is on because %s in this folder says so", source)
-    token = environment.get("HF_TOKEN") or dotenv.get("HF_TOKEN") or None
-    return _config(values, tables.get("models", {}), token)
+    secrets = {**dotenv, **environment}
+    config = _config(values, tables.get("models", {}), secrets.get("HF_TOKEN") or None)
+    keys = _api_keys(secrets.get("LABS_API_KEYS", ""), config.server.api_keys_file)
+    return msgspec.structs.replace(config, api_keys=keys)
+
+
+def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
+    """Return the digests of the keys of LABS_API_KEYS (commas between) and of a file (lines)."""
+    import hashlib
+
+    keys = [key.strip() for key in text.split(",")]
+    if file is not None:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"server_api_keys_file = {file}: {_first_line(error)}") from error
+        keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]
+        if not any(keys):
+            raise ConfigError(f"server_api_keys_file = {file}: holds no key")
+    return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys if key)
 
 
 def dump_effective_config(config: Config) -> str:
     """Return every effective setting as TOML, each line with where it came from; no secrets."""
     lines = []
-    holders = {"generation": (config.model, config.generation, config)}
     for section in _PARTS:
         lines.append(f"[{section}]")
         for setting in (setting for setting in settings() if setting.section == section):
-            structs = holders.get(section, (config.model.quantization,))
-            value = next(
-                getattr(part, setting.key) for part in structs if hasattr(part, setting.key)
-            )
-            line = f"# {setting.key}: unset" if value is None else f"{setting.key} = {_toml(value)}"
+            value, name = effective(config, setting), setting.field
+            line = f"# {name}: unset" if value is None else f"{name} = {_toml(value)}"
             lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}")
     if config.model.token:
         lines.append('# HF_TOKEN = "********"')
+    if config.api_keys:
+        lines.append(f"# API keys: {len(config.api_keys)}")
     return "\n".join(lines) + "\n"
+
+
+def effective(config: Config, setting: Setting) -> Any:
+    """Return the value of a setting."""
+    holders: dict[str, tuple[Any, ...]] = {
+        "generation": (config.model, config.generation, config),
+        "quantization": (config.model.quantization,),
+        "server": (config.server,),
+        "response_cache": (config.response_cache,),
+    }
+    holder = next(h for h in holders[setting.section] if hasattr(h, setting.field))
+    return getattr(holder, setting.field)
 
 
 def _toml(value: Any) -> str:
@@ -431,7 +521,7 @@ def _from_names(names: Mapping[str, str], place: str, *, strict: bool) -> dict[s
     known = {setting.environment: setting for setting in settings()}
     found = {}
     for name, text in names.items():
-        if not name.startswith("LABS_") or name == "LABS_DEBUG" or not text:
+        if not name.startswith("LABS_") or name in ("LABS_DEBUG", "LABS_API_KEYS") or not text:
             continue
         if name in known:
             source = name if place == "environment" else f"{name} in {place}"
@@ -484,18 +574,16 @@ def _toml_layer(
             raise ConfigError(f"{file}: [models.{chosen}] must be a section")
         quantization = table.get("quantization", sections["quantization"])
         rest = {key: value for key, value in table.items() if key != "quantization"}
-        sections, label = (
-            {"generation": rest, "quantization": quantization},
-            f"{file} [models.{chosen}]",
-        )
+        sections |= {"generation": rest, "quantization": quantization}
+        label = f"{file} [models.{chosen}]"
     for section, table in sections.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{label}: {section} = {_short(table)}: must be a table")
-        keys = [setting.key for setting in settings() if setting.section == section]
+        keys = {s.field: s.key for s in settings() if s.section == section}
         for key, value in table.items():
             if key not in keys:
                 raise ConfigError(f"{label}: unknown key {key!r} in [{section}]{_guess(key, keys)}")
-            layer[key] = (value, label)
+            layer[keys[key]] = (value, label)
     return layer
 
 
@@ -507,22 +595,31 @@ def _config(
     checked = {
         key: _check(key, value, types, f"{source}: ") for key, (value, source) in values.items()
     }
-    if checked.get("model_name") in models:
+    model_id = checked.get("model_name", DEFAULT_MODEL)
+    if model_id in models:
         real = models[checked["model_name"]].get("model_name")
         checked["model_name"] = _check(
             "model_name", real, types, f"[models.{checked['model_name']}]: "
         )
     parts: dict[type[Struct], dict[str, Any]] = {
-        part: {} for group in _PARTS.values() for part in group
+        part: {
+            s.field: checked[s.key]
+            for s in settings()
+            if s.section == section and s.key in checked and s.field in part.__struct_fields__
+        }
+        for section, group in _PARTS.items()
+        for part in group
     }
-    for part, own in parts.items():
-        own.update({f.name: checked[f.name] for f in fields(part) if f.name in checked})
     where = {key: f"{source}: " for key, source in sources.items()}
     quantization = _build(Quantization, parts[Quantization], where)
     model = _build(ModelSpec, {**parts[ModelSpec], "quantization": quantization, "token": token})
     generation = _build(Generation, parts[Generation], where)
-    chat = {**parts[Chat], "models": models, "sources": sources}
-    return Config(model=model, generation=generation, **chat)
+    server = _build(Server, parts[Server], where)
+    response_cache = _build(ResponseCache, parts[ResponseCache], where)
+    chat = {**parts[Chat], "models": models, "sources": sources, "model_id": model_id}
+    return Config(
+        model=model, generation=generation, server=server, response_cache=response_cache, **chat
+    )
 
 
 def _check(key: str, value: Any, types: Mapping[str, Any], where: str) -> Any:
@@ -602,6 +699,11 @@ def _load_cached(spec: ModelSpec) -> Model:
 
 def _cache_clear() -> None:
     _load_cached.cache_clear()
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
     gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -1166,8 +1268,8 @@ def stream_generate(
     model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
 ) -> Iterator[Delta | Done]:
     """Return the answer's events as they come: Delta, ..., Done. Closing it stops computing."""
-    request = _request(model, 0, inputs, generation, changes)
-    return _only(_run(model, iter([request]), 1))
+    stream = open_stream(model, 0, inputs, evolve(generation or Generation(), **changes))
+    return _only(run(model, iter([stream]), 1))
 
 
 def _only(events: Iterator[tuple[int, Event]]) -> Iterator[Delta | Done]:
@@ -1189,7 +1291,7 @@ def stream_batch(
     """Return (index, event) of many prompts that share one batch; a row that ends makes room.
 
     inputs: read lazily. generation: one for all or one each. batch_rows: rows at once, by default
-    what memory allows up to 32. Each row ends in Done, or in Failed without harm to the others.
+    what memory allows up to 64. Each row ends in Done, or in Failed without harm to the others.
     """
     if batch_rows is not None and batch_rows < 1:
         raise InputError(f"batch_rows = {batch_rows}: must be at least 1")
@@ -1197,54 +1299,79 @@ def stream_batch(
     evolve(generation if isinstance(generation, Generation) else Generation(), **changes)
     each = itertools.repeat(generation) if shared else cast("Any", generation)
     pairs = enumerate(zip(inputs, each, strict=not shared))
-    requests = (_request_or_failed(model, index, *pair, changes) for index, pair in pairs)
-    return _run(model, requests, batch_rows or 32)
+    streams = (_stream_or_failed(model, index, *pair, changes) for index, pair in pairs)
+    return run(model, streams, batch_rows or rows_in_memory(model))
+
+
+def rows_in_memory(model: Model) -> int:
+    """Return how many rows of middling length the free memory holds, at most 64."""
+    import labs_decode
+
+    return labs_decode.rows_in_memory(model.decoder)
+
+
+def cache_usage(running: Running) -> float:
+    """Return the share of the memory for slots that live rows use, 0 to 1."""
+    import labs_decode
+
+    return labs_decode.cache_usage([*running.batches, *running.newcomers])
 
 
 class Stream(Struct, eq=False):
-    """One request under way: its row's id, its text so far and its clock (perf_counter)."""
+    """One request under way: its row's id, its text so far and its clock (perf_counter).
+
+    cancelled: set it from any thread; the row goes before anything more is computed for it.
+    """
 
     index: int
     inputs: Inputs
     generation: Generation
     sampling: Any
     began: float
-    deadline: float
     load_s: float
     text: Text = msgspec.field(default_factory=Text)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
+    entered: float = 0.0
     first: float = 0.0
+    cancelled: bool = False
+
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() > self.began + (self.generation.timeout_s or float("inf"))
 
 
-def _request(
-    model: Model, index: int, inputs: Inputs, generation: Generation | None, changes: dict[str, Any]
+def open_stream(
+    model: Model,
+    index: int,
+    inputs: Inputs,
+    generation: Generation,
+    processors: tuple[Any, ...] = (),
 ) -> Stream:
-    """Check a request whole, before any compute."""
-    options = evolve(generation or Generation(), **changes)
+    """Check a request whole, before any compute.
+
+    processors: as in labs_decode.Sampling. Raises PromptTooLong or another InputError.
+    """
     prompt, limit = len(inputs.input_ids), model.context_length
-    if limit is not None and prompt + options.max_new_tokens > limit:
+    if limit is not None and prompt + generation.max_new_tokens > limit:
         raise PromptTooLong(
-            f"the prompt has {prompt} tokens and max_new_tokens is {options.max_new_tokens}: the "
-            f"context holds {limit}; shorten the prompt or ask for fewer tokens"
+            f"the prompt has {prompt} tokens and max_new_tokens is {generation.max_new_tokens}: "
+            f"the context holds {limit}; shorten the prompt or ask for fewer tokens"
         )
-    began = time.perf_counter()
-    deadline = began + (options.timeout_s or float("inf"))
-    return Stream(
-        index, inputs, options, _sampling(model, options), began, deadline, load_s=model.load_s
-    )
+    sampling = _sampling(model, generation, processors)
+    return Stream(index, inputs, generation, sampling, time.perf_counter(), model.load_s)
 
 
-def _request_or_failed(
+def _stream_or_failed(
     model: Model, index: int, inputs: Inputs, generation: Generation | None, changes: dict[str, Any]
 ) -> Stream | tuple[int, Failed]:
     try:
-        return _request(model, index, inputs, generation, changes)
+        return open_stream(model, index, inputs, evolve(generation or Generation(), **changes))
     except LabsError as error:
         return index, Failed(error)
 
 
-def _sampling(model: Model, options: Generation) -> Any:
+def _sampling(model: Model, options: Generation, processors: tuple[Any, ...]) -> Any:
     """Fill what the request leaves open: the model's recommendation, else the neutral value."""
     import secrets
 
@@ -1269,6 +1396,7 @@ def _sampling(model: Model, options: Generation) -> Any:
         logit_bias=tuple(options.logit_bias.items()),
         logprobs=options.logprobs,
         seed=secrets.randbits(32) if options.seed is None else options.seed,
+        processors=processors,
     )
 
 
@@ -1282,24 +1410,39 @@ def _samples(options: Generation, recommended: bool) -> bool:
 
 
 class Running(Struct, eq=False):
-    """The rows under way: batches that are stepped in turn, and newcomers to be prefilled."""
+    """The rows under way: batches that are stepped in turn, and newcomers to be prefilled.
+
+    poll: is called before each forward call. beat: perf_counter after the last one. steps: how
+    many there were. halvings: how often memory ran out in one.
+    """
 
     streams: dict[int, Stream] = msgspec.field(default_factory=dict)
     batches: list[Any] = msgspec.field(default_factory=list)
     newcomers: list[Any] = msgspec.field(default_factory=list)
+    poll: Any = None
+    beat: float = msgspec.field(default_factory=time.perf_counter)
+    steps: int = 0
+    halvings: int = 0
 
 
-def _run(model: Model, requests: Iterator[Any], rows: int) -> Iterator[tuple[int, Event]]:
-    """Decode all requests, at most `rows` at once: the only loop in the project."""
-    running = Running()
+def run(
+    model: Model, streams: Iterator[Any], rows: int, running: Running | None = None
+) -> Iterator[tuple[int, Event]]:
+    """Decode all streams, at most `rows` at once: the only loop in the project.
+
+    streams: is asked for the next one whenever there is room, and may have none for now; the loop
+    ends when it has none and no row is under way. Items that are no Stream are passed on as events.
+    running: an empty one, to be watched from outside.
+    """
+    running = Running() if running is None else running
     while True:
         with _compute_errors():
-            yield from _admit(model, running, requests, 1 if model.decoder.how == "alone" else rows)
+            yield from _admit(model, running, streams, 1 if model.decoder.how == "alone" else rows)
             if not running.streams:
                 return
-            for place, batch in enumerate(running.batches):
-                running.batches[place] = yield from _step(model, running, batch)
-            running.batches = [batch for batch in running.batches if batch is not None]
+            batches, running.batches = running.batches, []
+            for batch in batches:
+                running.batches += yield from _step(model, running, batch)
 
 
 @contextlib.contextmanager
@@ -1307,61 +1450,81 @@ def _compute_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (reason := _reason(error)).startswith("does not fit"):
-            raise GenerationError(
-                f"out of memory: the request {reason}, or fewer tokens"
-            ) from error
-        raise
+        raise _out_of_memory(error) from error
+
+
+def _out_of_memory(error: Exception) -> Exception:
+    """Return the error with a remedy if it is about memory, else as it is."""
+    if (reason := _reason(error)).startswith("does not fit"):
+        return GenerationError(f"out of memory: the request {reason}, or fewer tokens")
+    return error
 
 
 def _admit(
-    model: Model, running: Running, requests: Iterator[Any], rows: int
+    model: Model, running: Running, streams: Iterator[Any], rows: int
 ) -> Iterator[tuple[int, Event]]:
     """Prefill newcomers, as many tokens as one chunk has, so that nobody waits longer for them."""
     import labs_decode
 
     budget = labs_decode.CHUNK
     while budget > 0:
-        yield from _enter(model, running, requests, rows)
+        yield from _let_go(running)
+        yield from _enter(model, running, streams, rows)
         group = labs_decode.sharing(model.decoder, running.newcomers)
         if not group or not labs_decode.has_room(running.batches, group[0]):
             return
         budget -= sum(min(newcomer.pending, labs_decode.CHUNK) for newcomer in group)
-        if len(group) > 1:
-            group = labs_decode.prefill_together(model.decoder, group)
-        elif group[0].pending:
-            group = [labs_decode.prefill(model.decoder, group[0])]
-        running.newcomers[: len(group)] = group
+        running.newcomers[: len(group)] = _prefill(model.decoder, group)
+        running.beat = time.perf_counter()
         while running.newcomers and not running.newcomers[0].pending:
-            newcomer = yield from _step(model, running, running.newcomers.pop(0))
-            if newcomer is not None:
+            for newcomer in (yield from _step(model, running, running.newcomers.pop(0))):
                 running.batches = labs_decode.place(model.decoder, running.batches, newcomer)
 
 
-def _enter(
-    model: Model, running: Running, requests: Iterator[Any], rows: int
-) -> Iterator[tuple[int, Event]]:
-    """Read requests while there are free rows and less than a chunk to prefill."""
+def _prefill(decoder: Any, newcomers: list[Any]) -> list[Any]:
     import labs_decode
 
-    late = [n for n in running.newcomers if _is_late(running.streams[n.rows[0].id])]
-    for newcomer in late:
-        running.newcomers.remove(newcomer)
-        yield _finish(running, running.streams[newcomer.rows[0].id], "timeout")
+    if len(newcomers) > 1:
+        return labs_decode.prefill_together(decoder, newcomers)
+    pending = newcomers[0].pending
+    return [labs_decode.prefill(decoder, newcomers[0])] if pending else newcomers
+
+
+def _let_go(running: Running) -> Iterator[tuple[int, Event]]:
+    """Drop who was cancelled or came too late, before anything more is computed for them."""
+    import labs_decode
+
+    if running.poll is not None:
+        running.poll()
+    gone = [s for s in running.streams.values() if s.cancelled or (s.late and not s.tokens)]
+    if not gone:
+        return
+    ids = {stream.index for stream in gone}
+    running.newcomers = [new for new in running.newcomers if new.rows[0].id not in ids]
+    kept = [(b, [row.id for row in b.rows if row.id not in ids]) for b in running.batches]
+    batches = [labs_decode.keep(b, rows) if len(rows) < len(b.rows) else b for b, rows in kept]
+    running.batches = [batch for batch in batches if batch is not None]
+    for stream in gone:
+        yield _finish(running, stream, "cancelled" if stream.cancelled else "timeout")
+
+
+def _enter(
+    model: Model, running: Running, streams: Iterator[Any], rows: int
+) -> Iterator[tuple[int, Event]]:
+    """Take in streams while there are free rows and less than a chunk to prefill."""
+    import labs_decode
+
     while len(running.streams) < rows:
         ahead = sum(newcomer.pending or 1 for newcomer in running.newcomers)
-        request = next(requests, None) if ahead < labs_decode.CHUNK else None
-        if request is None:
+        stream = next(streams, None) if ahead < labs_decode.CHUNK else None
+        if stream is None:
             return
-        if not isinstance(request, Stream):
-            yield request
+        if not isinstance(stream, Stream):
+            yield stream
             continue
-        running.streams[request.index] = request
-        running.newcomers.append(labs_decode.enter(model.decoder, _row(request)))
-
-
-def _is_late(stream: Stream) -> bool:
-    return time.perf_counter() > stream.deadline
+        stream.entered = time.perf_counter()
+        running.streams[stream.index] = stream
+        running.newcomers.append(labs_decode.enter(model.decoder, _row(stream)))
 
 
 def _row(stream: Stream) -> Any:
@@ -1371,15 +1534,41 @@ def _row(stream: Stream) -> Any:
     return Row(id=stream.index, ids=ids, max_new_tokens=limit, sampling=stream.sampling)
 
 
-def _step(model: Model, running: Running, batch: Any) -> Generator[tuple[int, Event], None, Any]:
+def _step(
+    model: Model, running: Running, batch: Any
+) -> Generator[tuple[int, Event], None, list[Any]]:
     """Step a batch and report what its rows say; return it without those that are done."""
     import labs_decode
 
-    batch, choices = labs_decode.step(model.decoder, batch)
+    try:
+        batch, choices = labs_decode.step(model.decoder, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not labs_decode.out_of_memory(error):
+            raise
+        return (yield from _halve(model, running, batch, error))
+    running.beat, running.steps = time.perf_counter(), running.steps + 1
     for row, choice in zip(batch.rows, choices, strict=True):
         yield from _advance(model, running, running.streams[row.id], choice)
     kept = [row.id for row in batch.rows if row.id in running.streams]
-    return batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
+    batch = batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
+    return [] if batch is None else [batch]
+
+
+def _halve(
+    model: Model, running: Running, batch: Any, error: Exception
+) -> Generator[tuple[int, Event], None, list[Any]]:
+    """Let a batch whose step ran out of memory go on with less; if it cannot, its rows fail."""
+    import labs_decode
+
+    error.__traceback__ = None  # its frames hold tensors
+    running.halvings += 1
+    free_memory()
+    halves = labs_decode.halve(model.decoder, batch)
+    log.warning("out of memory in a step of %d rows; %s", len(batch.rows), "halved" * bool(halves))
+    for row in () if halves else batch.rows:
+        del running.streams[row.id]
+        yield row.id, Failed(cast("LabsError", _out_of_memory(error)))
+    return halves
 
 
 def _advance(
@@ -1413,7 +1602,7 @@ def _over(model: Model, stream: Stream, token: int) -> FinishReason | None:
         return "stop"
     if stream.tokens >= stream.generation.max_new_tokens:
         return "length"
-    return "timeout" if _is_late(stream) else None
+    return "timeout" if stream.late else None
 
 
 def _finish(
@@ -1421,9 +1610,10 @@ def _finish(
 ) -> tuple[int, Done]:
     del running.streams[stream.index]
     now = time.perf_counter()
-    first = stream.first or now
+    entered, first = stream.entered or now, stream.first or now
     rate = (stream.tokens - 1) / (now - first) if stream.tokens > 1 else 0.0
     usage = Usage(len(stream.inputs.input_ids), stream.tokens)
-    timings = Timings(stream.load_s, first - stream.began, now - first, rate)
+    queue_s = entered - stream.began
+    timings = Timings(stream.load_s, first - entered, now - first, rate, queue_s)
     seed = stream.sampling.seed if stream.sampling.temperature > 0 else stream.generation.seed
     return stream.index, Done(reason, usage, timings, stop, seed)

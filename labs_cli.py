@@ -64,6 +64,7 @@ OPTIONS: tuple[tuple[str, str, type, str], ...] = (
     ("Output", "--show-config", bool, "Show each setting and where it comes from."),
     ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
 )
+SETTINGS = [s for s in labs.settings() if s.section in ("generation", "quantization")]
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 # At most one of each row: the others would have no effect.
 RIVALS = ("prompt messages_json messages_file", "chat prompt", "json chat", "json stream")
@@ -177,9 +178,7 @@ def answer_json(session: Session, request: Values) -> None:
     """Write one JSON object: the completion and the settings that made it."""
     config = session.config
     completion = labs.generate(session.model, build_inputs(session, request), config.generation)
-    parts = (config, config.model, config.model.quantization, config.generation)
-    values = {key: value for part in parts for key, value in msgspec.structs.asdict(part).items()}
-    settings = {setting.key: values[setting.key] for setting in labs.settings()}
+    settings = {setting.key: labs.effective(config, setting) for setting in SETTINGS}
     result = {**msgspec.structs.asdict(completion), "settings": settings}
     write(msgspec.json.encode(result).decode() + "\n")
     report(session, completion)
@@ -346,7 +345,7 @@ def make_command() -> click.Command:
     groups: dict[str, list[click.Parameter]] = {}
     for title, flag, kind, help in OPTIONS:
         groups.setdefault(title, []).append(make_option([flag], kind, help))
-    for setting in labs.settings():
+    for setting in SETTINGS:
         in_spec = setting.key in labs.ModelSpec.__struct_fields__
         title = "Model" if in_spec else setting.section.capitalize()
         names = [setting.key, *ALIASES.get(setting.key, []), "--" + setting.key.replace("_", "-")]
@@ -364,7 +363,7 @@ def make_command() -> click.Command:
 def run(**flags: Any) -> None:
     """Generate text with a Hugging Face instruct model."""
     check_flags(flags)
-    values = {setting.key: flags[setting.key] for setting in labs.settings()}
+    values = {setting.key: flags[setting.key] for setting in SETTINGS}
     overrides = {key: value for key, value in values.items() if value not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:

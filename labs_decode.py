@@ -37,7 +37,9 @@ COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
 PACKED_TYPES = (torch.bfloat16, torch.float32)
 CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
-MEMORY_SHARE = 0.5  # of the free memory, what a newcomer's slot may take
+MEMORY_SHARE = 0.5  # of the free memory, what slots may take
+MOST_ROWS = 64  # of a batch, where nothing is said
+TYPICAL = 1024  # columns of a row, to tell how many rows the memory holds
 
 Tensor = torch.Tensor
 How = Literal["joins", "whole", "alone"]
@@ -101,18 +103,21 @@ class Batch:
     """Rows and their slots. `alone` stands in for the slots of a model that cannot be batched.
 
     logits: what a prompt's last token gave, float32 [1, V], until `step` makes a token of it.
+    at_once: how many rows a forward call takes, 0 for all; fewer where memory ran out.
     """
 
     rows: tuple[Row, ...]
     cache: Slots
     alone: Generator[Tensor, int, None] | None = None
     logits: Tensor | None = None
+    at_once: int = 0
 
     @property
     def pending(self) -> int:
-        """Prompt tokens that `prefill` has still to write before this newcomer's first step."""
+        """Tokens that `prefill` has still to write before this newcomer's next step."""
         row = self.rows[0]
-        return 0 if self.alone is not None else max(row.prompt_length - row.written, 0)
+        known = len(row.ids) - 1 if row.generated else row.prompt_length
+        return 0 if self.alone is not None else max(known - row.written, 0)
 
 
 # ---------------------------------------------------------------- slots
@@ -122,15 +127,15 @@ class Batch:
 class Cursor:
     """Where the forward call under way writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `start`; a step writes row index[b] at positions[b].
+    Prefill writes one row from column `start`; a step writes row first + b at positions[b].
     """
 
     rows: int
     columns: int
     top: int = 0
     start: int = 0
+    first: int = 0
     positions: Tensor | None = None
-    index: Tensor | None = None
 
     @property
     def live(self) -> int:
@@ -169,12 +174,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         at = self.cursor
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            if at.positions is None or at.index is None:
+            if at.positions is None:
                 buffer[:1, :, at.start : at.top] = states
             else:
-                index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
-                buffer[index, :, positions] = states[: at.live, :, 0]
-        return self.keys[: at.live, :, : at.top], self.values[: at.live, :, : at.top]
+                index = torch.arange(at.first, at.first + at.live, device=buffer.device)
+                buffer[index, :, at.positions.to(buffer.device)] = states[: at.live, :, 0]
+        rows = slice(at.first, at.first + at.live)
+        return self.keys[rows, :, : at.top], self.values[rows, :, : at.top]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cursor.top, 0
@@ -185,14 +191,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1
 
-    def resize(self, live: int) -> None:
-        """Move the first `live` rows into buffers of the cursor's size."""
+    def resize(self, live: int, rows: int, columns: int) -> None:
+        """Move the first `live` rows into larger buffers."""
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
-            _, heads, columns, dim = old.shape
-            new = old.new_empty((self.cursor.rows, heads, self.cursor.columns, dim))
-            new[:live, :, :columns] = old[:live]
-            new[:live, :, columns:] = 0
+            if rows <= old.shape[0] and columns <= old.shape[2]:
+                continue  # an earlier try ran out of memory after this layer
+            new = old.new_empty((rows, old.shape[1], columns, old.shape[3]))
+            new[:live, :, : old.shape[2]] = old[:live]
+            new[:live, :, old.shape[2] :] = 0
             setattr(self, name, new)  # growing costs one layer's copy at a time
 
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
@@ -224,7 +231,7 @@ class StateLayer(LinearAttentionLayer):
             if states[i] is not None:
                 states[i] = torch.cat([states[i][:row], others[i]])
 
-    def resize(self, live: int) -> None:
+    def resize(self, live: int, rows: int, columns: int) -> None:
         """States have no columns, and rows are added as they come."""
 
     def move(self, source: int, target: int, columns: int) -> None:
@@ -251,8 +258,8 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
         kind = SlotLayer if args else LinearAttentionLayer
         kind.lazy_initialization(self, *args, **kwargs)
 
-    def resize(self, live: int) -> None:
-        SlotLayer.resize(self, live)
+    def resize(self, live: int, rows: int, columns: int) -> None:
+        SlotLayer.resize(self, live, rows, columns)
 
     def write(self, row: int, other: Any, columns: int) -> None:
         SlotLayer.write(self, row, other, columns)
@@ -311,14 +318,18 @@ class Slots(cache_utils.Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cursor.start if self.cursor.positions is None else self.cursor.top - 1
 
-    def make_room(self, live: int, columns: int) -> None:
-        """Have a free slot after the first `live`, and `columns` columns; rows grow by doubling."""
+    def room(self, live: int, columns: int) -> tuple[int, int]:
+        """Return the (rows, columns) that hold one more row beside `live`; rows double."""
         at = self.cursor
-        if live < at.rows and columns <= at.columns:
-            return
-        at.rows, at.columns = at.rows if live < at.rows else 2 * at.rows, max(columns, at.columns)
-        for layer in self.filled:
-            layer.resize(live)
+        return at.rows if live < at.rows else 2 * at.rows, max(columns, at.columns)
+
+    def make_room(self, live: int, columns: int) -> None:
+        rows, columns = self.room(live, columns)
+        for layer in (
+            self.filled if (rows, columns) != (self.cursor.rows, self.cursor.columns) else ()
+        ):
+            layer.resize(live, rows, columns)
+        self.cursor.rows, self.cursor.columns = rows, columns
 
 
 class RowOfPrompts(cache_utils.Cache):
@@ -347,7 +358,7 @@ class PromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.layers, self.lengths = layers, lengths
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        parts = (states.split(self.lengths, 2) for states in (key_states, value_states))
+        parts = (torch.split(states, self.lengths, 2) for states in (key_states, value_states))
         for layer, keys, values in zip(self.layers, *parts, strict=True):
             layer.update(keys, values)
         return key_states, value_states
@@ -382,8 +393,10 @@ def _blocks(columns: int) -> int:
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
     """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks."""
     if lengths := getattr(mask, "lengths", None):  # prompts in one row: as each would be alone
-        parts = zip(*(states.split(lengths, 2) for states in (q, k, v)), strict=True)
-        return torch.cat([attend(module, *part, None, **options)[0] for part in parts], 1), None
+        parts = zip(*(torch.split(states, lengths, 2) for states in (q, k, v)), strict=True)
+        return torch.cat(
+            [attend(module, a, b, c, None, **options)[0] for a, b, c in parts], 1
+        ), None
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         return _products(q, k, v, mask, options), None
     return sdpa_attention_forward(module, q, k, v, mask, **options)
@@ -696,6 +709,34 @@ def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
     return replace(batch, rows=tuple(rows)) if rows else None
 
 
+def halve(decoder: Decoder, batch: Batch) -> list[Batch]:
+    """Return what takes half the memory in a step that ran out of it; [] if that is one row.
+
+    Slots stay as they are and are read by more calls. A failed step leaves recurrent states halfway
+    in place: those rows are written anew from their ids, into two batches.
+    """
+    size = batch.at_once or len(batch.rows)
+    if size == 1:
+        return []
+    half = (size + 1) // 2
+    if not any(isinstance(layer, StateLayer) for layer in batch.cache.layers):
+        return [replace(batch, at_once=half)]
+    batch.cache.layers.clear()
+    return [_rewritten(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
+
+
+def _rewritten(decoder: Decoder, rows: Sequence[Row]) -> Batch:
+    batches: list[Batch] = []
+    for row in rows:
+        row.written = 0
+        newcomer = enter(decoder, row)
+        while newcomer.pending:
+            newcomer = prefill(decoder, newcomer)
+        newcomer = replace(newcomer, logits=None)  # its token is known
+        batches = [join(batches[0], newcomer) if batches else newcomer]
+    return batches[0]
+
+
 # ---------------------------------------------------------------- several batches
 
 
@@ -709,16 +750,61 @@ def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[B
         lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
         padding = max(lengths) * len(lengths) - sum(lengths)
         if padding * newcomer.cache.bytes_per_column < decoder.weight_bytes:
-            return [*batches[:index], join(batch, newcomer), *batches[index + 1 :]]
+            try:
+                return [*batches[:index], join(batch, newcomer), *batches[index + 1 :]]
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise  # else the newcomer stays in the slot that it has
     return [*batches, newcomer]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(
+        error
+    )
 
 
 def has_room(batches: Sequence[Batch], newcomer: Batch) -> bool:
     """Tell whether the newcomer's slot fits beside the others; a first one is always tried."""
     if not batches or not (per_column := batches[0].cache.bytes_per_column):
         return True
-    needed = newcomer.cache.cursor.columns * per_column
-    return needed < MEMORY_SHARE * free_memory(batches[0].cache.buffers[0].device)
+    batch, own = batches[0], newcomer.cache.cursor.columns
+    rows, columns = batch.cache.room(len(batch.rows), own)
+    grown = rows * columns - batch.cache.cursor.rows * batch.cache.cursor.columns
+    needed = (own + grown) * per_column
+    return needed < MEMORY_SHARE * free_memory(batch.cache.buffers[0].device)
+
+
+def cache_usage(batches: Sequence[Batch]) -> float:
+    """Return the share of written columns in what slots take and may still take, 0 to 1."""
+    used = held = 0
+    device = None
+    for batch in batches:
+        column, at = batch.cache.bytes_per_column, batch.cache.cursor
+        used += column * sum(row.written for row in batch.rows)
+        held += column * at.rows * at.columns
+        device = batch.cache.buffers[0].device if batch.cache.buffers else device
+    return used / (held + MEMORY_SHARE * free_memory(device)) if device is not None else 0.0
+
+
+def column_bytes(decoder: Decoder) -> int:
+    """Return the bytes that keys and values of one token take, by the model's configuration."""
+    config = decoder.config
+    slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in _layers(config)]
+    if not any(slotted):
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * sum(slotted) * heads * dim * decoder.model.dtype.itemsize)
+
+
+def rows_in_memory(decoder: Decoder) -> int:
+    """Return how many rows of TYPICAL columns the free memory holds, at most MOST_ROWS."""
+    if decoder.how == "alone":
+        return 1
+    row = TYPICAL * column_bytes(decoder)
+    fitting = int(MEMORY_SHARE * free_memory(decoder.device)) // row if row else MOST_ROWS
+    return max(1, min(fitting, MOST_ROWS))
 
 
 def free_memory(device: torch.device) -> int:
@@ -739,14 +825,20 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
     if batch.alone is not None:
         row = batch.rows[0]
         return (batch.alone.send(row.ids[-1]) if row.generated else next(batch.alone)).float()
-    at, live = batch.cache.cursor, len(batch.rows)
-    ids = torch.tensor([[row.ids[row.written]] for row in batch.rows], device=decoder.device)
-    positions = torch.tensor([[row.written] for row in batch.rows], device=ids.device)
-    at.positions, at.index = positions[:, 0], torch.arange(live, device=ids.device)
-    at.top = _blocks(max(row.written for row in batch.rows) + 1)
-    if live == 1 and decoder.invariant:  # a product with one row has other bits than one with two
+    size = batch.at_once or len(batch.rows)
+    calls = range(0, len(batch.rows), size)
+    return torch.cat([_forward_rows(decoder, batch, first, first + size) for first in calls])
+
+
+def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tensor:
+    at, rows = batch.cache.cursor, batch.rows[first:end]
+    ids = torch.tensor([[row.ids[row.written]] for row in rows], device=decoder.device)
+    positions = torch.tensor([[row.written] for row in rows], device=ids.device)
+    at.first, at.positions = first, positions[:, 0]
+    at.top = _blocks(max(row.written for row in rows) + 1)
+    if len(rows) == 1 and decoder.invariant:  # a product with one row has other bits than with two
         ids, positions = ids.expand(2, 1), positions.expand(2, 1)
-    return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
+    return _call(decoder, ids, positions, batch.cache, 1)[: len(rows), -1].float()
 
 
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:
