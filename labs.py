@@ -712,6 +712,16 @@ def free_memory() -> None:
 load_model.cache_clear = _cache_clear  # type: ignore[attr-defined]
 
 
+def gpu_memory() -> dict[str, int]:
+    """Return the bytes of CUDA's memory by kind; nothing where there is none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return {"allocated": allocated, "reserved": reserved, "free": free, "total": total}
+
+
 def _need(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -1146,6 +1156,15 @@ def build_inputs(
     return Inputs(tuple(ids), model.tokenizer.decode(ids))
 
 
+def inputs_of_ids(model: Model, ids: Iterable[int]) -> Inputs:
+    """Take token ids as they are. Raises InputError for one that the vocabulary lacks."""
+    ids = tuple(ids)
+    vocabulary = model.decoder.config.vocab_size
+    if wrong := [i for i in ids if not 0 <= i < vocabulary]:
+        raise InputError(f"prompt names token {wrong[0]}: the vocabulary has {vocabulary}")
+    return Inputs(ids, model.tokenizer.decode(ids))
+
+
 def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, str]]:
     found = []
     for index, message in enumerate(messages):
@@ -1254,14 +1273,16 @@ def generate(
     model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
 ) -> Completion:
     """Return the whole answer. Raises PromptTooLong before any compute, GenerationError in it."""
-    texts: list[str] = []
-    logprobs: list[TokenLogprob] = []
-    for event in stream_generate(model, inputs, generation, **changes):
-        if isinstance(event, Delta):
-            texts.append(event.text)
-            logprobs.extend(event.logprobs)
-    done = asdict(cast("Done", event))
-    return Completion(text="".join(texts), logprobs=tuple(logprobs), **done)
+    *deltas, done = stream_generate(model, inputs, generation, **changes)
+    return fold(cast("list[Delta]", deltas), cast("Done", done))
+
+
+def fold(deltas: Iterable[Delta], done: Done) -> Completion:
+    """Return the whole answer that these events are."""
+    deltas = list(deltas)
+    text = "".join(delta.text for delta in deltas)
+    logprobs = tuple(each for delta in deltas for each in delta.logprobs)
+    return Completion(text=text, logprobs=logprobs, **asdict(done))
 
 
 def stream_generate(

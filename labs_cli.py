@@ -51,8 +51,9 @@ an answer.
   /help         show this
   /exit         end the chat, as Ctrl-D does'''
 
+Options = tuple[tuple[str, str, type, str], ...]
 # Group, flag, type and help of what is not a setting of labs.py.
-OPTIONS: tuple[tuple[str, str, type, str], ...] = (
+OPTIONS: Options = (
     ("Input", "--prompt", str, "The prompt; - reads standard input, as a pipe does."),
     ("Input", "--messages-json", str, "A conversation: a JSON list of role and content."),
     ("Input", "--messages-file", str, "The same from a file; - reads standard input."),
@@ -340,23 +341,25 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     return click.Option(names, type=kind, is_flag=kind is bool, default=None, help=help)
 
 
-def make_command() -> click.Command:
-    """Assemble the command from OPTIONS and the settings of labs.py, whose bounds stay there."""
+def make_command(name: str, callback: Any, options: Options, epilog: str) -> click.Command:
+    """Assemble a command from `options` and the settings of labs.py, whose bounds stay there.
+
+    labs-gen has no flags for the server.
+    """
     groups: dict[str, list[click.Parameter]] = {}
-    for title, flag, kind, help in OPTIONS:
+    for title, flag, kind, help in options:
         groups.setdefault(title, []).append(make_option([flag], kind, help))
-    for setting in SETTINGS:
+    for setting in SETTINGS if name == "labs-gen" else labs.settings():
         in_spec = setting.key in labs.ModelSpec.__struct_fields__
-        title = "Model" if in_spec else setting.section.capitalize()
-        names = [setting.key, *ALIASES.get(setting.key, []), "--" + setting.key.replace("_", "-")]
+        title = "Model" if in_spec else setting.section.replace("_", " ").capitalize()
+        flag = "--" + setting.key.removeprefix("server_").replace("_", "-")
+        names = [setting.key, *ALIASES.get(setting.key, []), flag]
         text = setting.description + (f" [default: {setting.default}]" if setting.default else "")
         groups.setdefault(title, []).append(make_option(names, setting.type, text))
     context = {"obj": groups, "max_content_width": 80}
-    command = Command("labs-gen", context_settings=context, callback=run, epilog=EPILOG)
-    command.help, command.params = (
-        run.__doc__,
-        [option for row in groups.values() for option in row],
-    )
+    command = Command(name, context_settings=context, callback=callback, epilog=epilog)
+    command.help = callback.__doc__
+    command.params = [option for row in groups.values() for option in row]
     return click.version_option(labs.__version__, message="%(prog)s %(version)s")(command)
 
 
@@ -383,8 +386,8 @@ def run(**flags: Any) -> None:
         answer(session, request, [])
 
 
-def main() -> None:
-    """Run labs-gen as a program: UTF-8 in and out, whatever the locale says."""
+def start(name: str, callback: Any, options: Options, epilog: str) -> None:
+    """Run a command as a program: UTF-8 in and out, whatever the locale says."""
     if sys.stdout is None:
         sys.exit("Error: standard output is closed")
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  (it was closed)
@@ -394,7 +397,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     arguments = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
-    make_command()(arguments, prog_name="labs-gen")
+    make_command(name, callback, options, epilog)(arguments, prog_name=name)
+
+
+def main() -> None:
+    """Run labs-gen."""
+    start("labs-gen", run, OPTIONS, EPILOG)
 
 
 if __name__ == "__main__":

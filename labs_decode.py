@@ -600,9 +600,7 @@ class PackedLinear(torch.nn.Module):
 @torch.inference_mode()
 def pack(model: Any) -> None:
     """Replace the plain linear layers on CPU by packed ones, one at a time; their weights go."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -89,8 +89,12 @@ def bare_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+def gen() -> Any:
+    return labs_cli.make_command("labs-gen", labs_cli.run, labs_cli.OPTIONS, labs_cli.EPILOG)
+
+
 def invoke(*arguments: str, input: str | bytes | None = None) -> Any:
-    return CliRunner().invoke(labs_cli.make_command(), arguments, input=input)
+    return CliRunner().invoke(gen(), arguments, input=input)
 
 
 # What is asked
@@ -155,8 +159,8 @@ def test_the_chat_toggles_of_the_configuration_reach_build_inputs(fake: Fake, gi
 
 
 def test_every_setting_is_a_flag() -> None:
-    flags = {name for option in labs_cli.make_command().params for name in option.opts}
-    assert {"--" + setting.key.replace("_", "-") for setting in labs.settings()} <= flags
+    flags = {name for option in gen().params for name in option.opts}
+    assert {"--" + setting.key.replace("_", "-") for setting in labs_cli.SETTINGS} <= flags
 
 
 def test_only_given_flags_override(fake: Fake) -> None:
@@ -212,12 +216,12 @@ def test_help_has_every_option_under_a_title() -> None:
     text = invoke("--help").stdout
     titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
     assert titles == ["Input", "Output", "Model", "Generation", "Quantization", "Other"]
-    for option in labs_cli.make_command().params:
+    for option in gen().params:
         assert option.opts[0] in text
 
 
 def test_the_examples_in_the_help_parse() -> None:
-    command = labs_cli.make_command()
+    command = gen()
     examples = re.findall(r"labs-gen (--.*)", labs_cli.EPILOG)
     assert len(examples) >= 6
     for example in examples:
@@ -325,7 +329,7 @@ def test_json_settings_hold_every_setting_and_no_secret(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     text = invoke("--prompt", "Hi", "--json").stdout
-    assert set(json.loads(text)["settings"]) == {setting.key for setting in labs.settings()}
+    assert set(json.loads(text)["settings"]) == {setting.key for setting in labs_cli.SETTINGS}
     assert "hf_secret" not in text
 
 
@@ -576,7 +580,11 @@ def test_a_chat_on_a_terminal_survives_ctrl_c() -> None:
 
 
 def test_importing_labs_and_the_cli_imports_no_torch() -> None:
-    code = "import labs, labs_cli, sys; labs_cli.make_command(); print(*sys.modules)"
+    code = (
+        "import labs, labs_cli, sys\n"
+        "labs_cli.make_command('labs-gen', labs_cli.run, labs_cli.OPTIONS, '')\n"
+        "print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert not {b"torch", b"transformers", b"numpy"} & set(done.stdout.split())
 
@@ -616,10 +624,11 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def test_labs_toml_shows_every_setting_and_changes_none() -> None:
     shipped = labs.load_config(ROOT / "labs.toml", env={})
     bare = labs.load_config(env={})
-    assert (shipped.model, shipped.generation) == (bare.model, bare.generation)
+    parts = ("model", "generation", "server", "response_cache")
+    assert all(getattr(shipped, part) == getattr(bare, part) for part in parts)
     text = (ROOT / "labs.toml").read_text(encoding="utf-8")
     for setting in labs.settings():
-        assert re.search(rf"^#? ?{setting.key} = ", text, re.MULTILINE), setting.key
+        assert re.search(rf"^#? ?{setting.field} = ", text, re.MULTILINE), setting.key
 
 
 def test_env_example_names_every_variable_and_sets_none() -> None:

@@ -1,0 +1,1454 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs over HTTP: REST and SSE, Falcon under waitress; concurrent requests share one batch.
+
+    GET  /health /livez /readyz      alive; ready to answer
+    POST /generate                   prompt or messages and any generation setting -> text
+    POST /generate/stream            the same as server-sent events
+    GET  /v1/models                  OpenAI's endpoints
+    POST /v1/chat/completions /v1/completions
+    GET  /metrics /openapi.json /docs /
+
+`create_app(config)` is a plain WSGI callable, to be mounted anywhere; `labs-api` serves it. A
+parameter takes effect or is refused by name. Needs labs.py, labs_decode.py, labs_engine.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import html
+import ipaddress
+import json
+import logging
+import math
+import queue
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+import falcon
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+import labs
+import labs_engine
+
+log = logging.getLogger("labs.api")
+POLL_S = 0.05  # how often a request that waits looks whether its client is still there
+PING_S = 15.0  # proxies close what is silent for longer
+EngineFor = Callable[[str], labs_engine.Engine]
+S = TypeVar("S", bound=Struct)
+
+
+# ---------------------------------------------------------------- what comes in
+
+Choices = Annotated[int, Meta(ge=1, le=128)]
+Role = Literal["system", "developer", "user", "assistant"]
+Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
+
+
+class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the requests' bodies."""
+
+    model: str | None = None
+
+
+class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
+    """A prompt or messages, and any generation setting; what is unset is as configured."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
+    use_chat_template: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    role: Role
+    content: str | Annotated[tuple[TextPart, ...], Meta(min_length=1, max_length=256)]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: tuple[()] | None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class OpenAIRequest(Body, frozen=True, kw_only=True):
+    """What both of OpenAI's endpoints take."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
+    temperature: labs.Scale | None = None
+    top_p: labs.Share | None = None
+    top_k: labs.Count | None = None
+    min_p: labs.Share | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    frequency_penalty: labs.Penalty | None = None
+    presence_penalty: labs.Penalty | None = None
+    logit_bias: dict[labs.TokenId, labs.Bias] | None = None
+    stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
+    seed: labs.Seed | None = None
+    n: Choices | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/chat/create"""
+
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=256)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: labs.Rivals | None = None
+    tools: Refused = None
+    tool_choice: Refused = None
+    parallel_tool_calls: Refused = None
+    functions: Refused = None
+    function_call: Refused = None
+    response_format: Refused = None
+    modalities: Refused = None
+    audio: Refused = None
+    prediction: Refused = None
+    reasoning_effort: Refused = None
+    verbosity: Refused = None
+    web_search_options: Refused = None
+    service_tier: Refused = None
+    store: Refused = None
+    metadata: Refused = None
+    safety_identifier: Refused = None
+    prompt_cache_key: Refused = None
+
+
+class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/completions/create, always without template"""
+
+    prompt: (
+        str
+        | Annotated[
+            tuple[
+                str | Annotated[int, Meta(ge=0)] | tuple[Annotated[int, Meta(ge=0)], ...],
+                ...,
+            ],
+            Meta(min_length=1),
+        ]
+    )
+    logprobs: labs.Rivals | None = None
+    echo: Refused = None
+    suffix: Refused = None
+    best_of: Refused = None
+
+
+# Values that ask for nothing. null always does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+REFUSED = {
+    name
+    for kind in (ChatRequest, CompletionRequest)
+    for name, note in kind.__annotations__.items()
+    if note == "Refused"
+}
+
+
+# ---------------------------------------------------------------- what goes out
+
+
+class GenerateAnswer(Struct, frozen=True):
+    id: str
+    model: str
+    text: str
+    finish_reason: labs.FinishReason
+    usage: labs.Usage
+    timings: labs.Timings
+    matched_stop: str | None = None
+    seed: int | None = None
+    logprobs: tuple[labs.TokenLogprob, ...] = ()
+
+
+class OpenAIUsage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    response_cached: bool = False
+
+
+class Said(Struct, frozen=True, omit_defaults=True):
+    """A message, or what a chunk adds to one."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class Choice(Struct, frozen=True):
+    """One answer, or a piece of it: `message` or `delta` in a chat, else `text`."""
+
+    index: int
+    message: Said | UnsetType = UNSET
+    delta: Said | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    logprobs: dict[str, Any] | None = None
+    finish_reason: Literal["stop", "length", "content_filter"] | None = None
+
+
+class OpenAIAnswer(Struct, frozen=True):
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: tuple[Choice, ...]
+    usage: OpenAIUsage | UnsetType | None = UNSET
+
+
+class ModelCard(Struct, frozen=True):
+    id: str
+    created: int
+    context_length: int | None
+    loaded: bool
+    object: Literal["model"] = "model"
+    owned_by: Literal["labs"] = "labs"
+
+
+class ModelList(Struct, frozen=True):
+    data: tuple[ModelCard, ...]
+    object: Literal["list"] = "list"
+
+
+class Health(Struct, frozen=True):
+    status: Literal["ok", "loading", "draining", "dead", "stalled"]
+
+
+class ErrorDetail(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(Struct, frozen=True):
+    error: ErrorDetail
+
+
+def dumps(value: Any) -> bytes:
+    """Encode as JSON in one line, also for those who take U+2028 and its like for line ends."""
+    data = msgspec.json.encode(value)
+    for raw, escaped in (
+        (b"\xe2\x80\xa8", b"\\u2028"),
+        (b"\xe2\x80\xa9", b"\\u2029"),
+        (b"\xc2\x85", b"\\u0085"),
+    ):
+        data = data.replace(raw, escaped)
+    return data
+
+
+# ---------------------------------------------------------------- errors
+
+
+class Problem(Exception):
+    """A refusal on its way out, in OpenAI's words."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def error(self) -> Error:
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
+        kind = "server_error" if self.status >= 500 else kind
+        return Error(ErrorDetail(str(self), kind, self.param, self.code))
+
+
+def as_problem(error: BaseException, request_id: str) -> Problem:
+    """Map an exception, once: what the client can mend is told, the rest is in the log."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, labs_engine.Busy):
+        return Problem(503, str(error), "overloaded", retry_after_s=1)
+    if isinstance(error, labs.PromptTooLong):
+        return Problem(400, str(error), "context_length_exceeded")
+    if isinstance(error, labs.InputError | labs.ConfigError):
+        return Problem(400, str(error), "invalid_value", _param(str(error)))
+    if isinstance(error, falcon.HTTPError):
+        return Problem(
+            falcon.http_status_to_code(error.status),
+            error.description or error.title,
+            _code(error.title),
+        )
+    log.error("request %s failed", request_id, exc_info=error)
+    return Problem(
+        500, f"The server failed at this request; its log tells more of {request_id}.", "failed"
+    )
+
+
+def _code(title: str) -> str:
+    return title.partition(" ")[2].lower().replace(" ", "_") or "refused"
+
+
+def _param(message: str) -> str | None:
+    """Cut the field out of a message of msgspec or of labs."""
+    found = re.search(r"- at `\$\.(.+?)`|field `(.+?)`|^(\w+(?:\[\d+\])?)(?: = |:| names)", message)
+    return next((part for part in found.groups() if part), None) if found else None
+
+
+# ---------------------------------------------------------------- who may ask, and how much
+
+
+class Quota:
+    """A token bucket per owner: `per_minute` of something, all of it at once at most."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        self.per_minute = per_minute
+        self._levels: dict[str, tuple[float, float]] = {}  # owner: level, when
+        self._lock = threading.Lock()
+
+    def take(self, owner: str, cost: float) -> float:
+        """Take `cost` and return 0, or take nothing and return after how many seconds it fits."""
+        if self.per_minute is None:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            level, when = self._levels.get(owner, (self.per_minute, now))
+            level = min(self.per_minute, level + (now - when) * self.per_minute / 60)
+            wait = max(0.0, (cost - level) * 60 / self.per_minute)
+            self._levels[owner] = (level if wait else level - cost, now)
+            return wait
+
+
+class Gate:
+    """Middleware: hosts, request ids, keys; denies unless a resource says that it is public."""
+
+    def __init__(self, config: labs.Config) -> None:
+        server = config.server
+        hosts = {"localhost", "127.0.0.1", "[::1]", server.host, *server.allowed_hosts}
+        self._hosts = None if "*" in hosts else {host.lower() for host in hosts}
+        self._digests = config.api_keys
+        self._requests = Quota(server.requests_per_minute)
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = req.get_header("X-Request-Id") or ""
+        known = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
+        req.context.id = given if known else uuid.uuid4().hex
+        req.context.owner, req.context.record, req.context.began = "", None, time.perf_counter()
+        resp.set_header("X-Request-Id", req.context.id)
+        resp.set_header("X-Content-Type-Options", "nosniff")
+        host = re.sub(r":\d+$", "", req.get_header("Host") or "").lower()
+        if self._hosts is not None and host not in self._hosts:
+            raise Problem(
+                421, f"the host {host!r} is not served: see server.allowed_hosts", "wrong_host"
+            )
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]
+    ) -> None:
+        if getattr(resource, "public", False) or req.method == "OPTIONS":
+            return
+        if self._digests:
+            req.context.owner = self._owner(req.get_header("Authorization") or "")
+        if wait := self._requests.take(req.context.owner, 1):
+            raise Problem(
+                429, "too many requests for this key", "rate_limit_exceeded", retry_after_s=wait
+            )
+
+    def _owner(self, authorization: str) -> str:
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).hexdigest()
+        # All are compared, so that the time tells nothing.
+        matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
+        if scheme.lower() != "bearer" or not matches:
+            raise Problem(401, "a valid API key is needed: Authorization: Bearer KEY", "no_key")
+        return digest[:12]
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool
+    ) -> None:
+        if resp.stream is None and not getattr(resource, "quiet", False):
+            log_request(req, falcon.http_status_to_code(resp.status))
+
+
+def log_request(req: falcon.Request, status: int) -> None:
+    """Write one JSON line; prompts and keys are never in it."""
+    line = {
+        "time": round(time.time(), 3),
+        "id": req.context.id,
+        "key": req.context.owner or None,
+        "method": req.method,
+        "path": req.path,
+        "status": status,
+        "seconds": round(time.perf_counter() - req.context.began, 4),
+        **(req.context.record or {}),
+    }
+    log.info("%s", json.dumps(line))
+
+
+# ---------------------------------------------------------------- one request's answers
+
+
+class Meters:
+    """What /metrics tells of requests, under vLLM's names with labs_ for vllm:."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        waits = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+        gaps = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+
+        def seconds(name: str, text: str, buckets: tuple[float, ...] = waits) -> Histogram:
+            return Histogram(f"labs_{name}_seconds", text, registry=registry, buckets=buckets)
+
+        self.first = seconds("time_to_first_token", "From the request to its first text")
+        self.gap = seconds("inter_token_latency", "From one piece of text to the next", gaps)
+        self.whole = seconds("e2e_request_latency", "From the request to its end")
+        self.queued = seconds("request_queue_time", "From the request to a row of its own")
+        self.prompt = Counter("labs_prompt_tokens", "Prompt tokens", registry=registry)
+        self.generated = Counter("labs_generation_tokens", "Generated tokens", registry=registry)
+        self.success = Counter(
+            "labs_request_success", "Answers", ["finished_reason"], registry=registry
+        )
+
+    def done(self, event: labs.Done, seconds: float) -> None:
+        self.success.labels(event.finish_reason).inc()
+        self.prompt.inc(event.usage.prompt_tokens)
+        self.generated.inc(event.usage.completion_tokens)
+        self.queued.observe(event.timings.queue_s)
+        self.whole.observe(seconds)
+
+
+class Asked:
+    """All answers to one HTTP request, in one queue; closing it lets their rows go."""
+
+    def __init__(self, meters: Meters, gone: Callable[[], bool]) -> None:
+        self._meters, self._gone = meters, gone
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: list[labs_engine.Answer] = []
+        self._began = time.perf_counter()
+        self.dones: list[labs.Done] = []
+
+    def submit(self, engine: labs_engine.Engine, inputs: labs.Inputs, **options: Any) -> None:
+        self._answers.append(engine.submit(inputs, events=self._events, **options))
+
+    def __iter__(self) -> Iterator[tuple[int, labs.Delta | labs.Done] | None]:
+        """Yield (choice, event), and None where a comment is due; raise what made it fail."""
+        choices = {answer.ticket: index for index, answer in enumerate(self._answers)}
+        last = dict.fromkeys(choices, 0.0)
+        silent = time.perf_counter()
+        while len(self.dones) < len(choices):
+            try:
+                ticket, event = self._events.get(timeout=POLL_S)
+            except queue.Empty:
+                if self._gone():
+                    raise ClientGone from None
+                if time.perf_counter() - silent > PING_S:
+                    silent = time.perf_counter()
+                    yield None
+                continue
+            if isinstance(event, labs.Failed):
+                raise event.error
+            silent = now = time.perf_counter()
+            if isinstance(event, labs.Done):
+                self.dones.append(event)
+                self._meters.done(event, now - self._began)
+            elif last[ticket]:
+                self._meters.gap.observe(now - last[ticket])
+            else:
+                self._meters.first.observe(now - self._began)
+            last[ticket] = now
+            yield choices[ticket], event
+
+    def record(self) -> dict[str, Any]:
+        """Return what the log tells of the answers."""
+        usages = [done.usage for done in self.dones]
+        return {
+            "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+            "completion_tokens": sum(usage.completion_tokens for usage in usages),
+            "finish_reason": ",".join(done.finish_reason for done in self.dones) or "cancelled",
+            "queue_s": round(max((done.timings.queue_s for done in self.dones), default=0), 4),
+            "prefill_s": round(max((done.timings.prefill_s for done in self.dones), default=0), 4),
+        }
+
+    def close(self) -> None:
+        for answer in self._answers:
+            answer.close()
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Frames:
+    """A stream of bytes that waitress closes; closing twice or never started is fine."""
+
+    def __init__(self, frames: Iterator[bytes], close: Callable[[], None]) -> None:
+        self._frames = frames
+        self._finish = weakref.finalize(self, close)
+
+    def __iter__(self) -> Frames:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._frames)
+
+    def close(self) -> None:
+        self._finish()
+
+
+# ---------------------------------------------------------------- resources
+
+
+class Service:
+    """What the resources share: the configuration, the engines, quotas and meters."""
+
+    def __init__(self, config: labs.Config, engine_for: EngineFor) -> None:
+        self.config, self._engine_for = config, engine_for
+        self.meters = Meters()
+        self._tokens = Quota(config.server.tokens_per_minute)
+        self.created = int(time.time())
+
+    def engine(self, name: str | None = None) -> labs_engine.Engine:
+        """Return the engine of a configured name, which is only compared."""
+        if name not in (None, self.config.model_id):
+            served = self.config.model_id
+            raise Problem(
+                404, f"there is no model {name!r} here, only {served}", "model_not_found", "model"
+            )
+        return self._engine_for(self.config.model_id)
+
+    def read(self, req: falcon.Request, kind: type[S]) -> tuple[S, dict[str, Any]]:
+        """Return the body as `kind`, and the fields that it names with their values."""
+        if (req.content_type or "").partition(";")[0].strip().lower() != "application/json":
+            raise Problem(415, "the body must be application/json", "not_json")
+        if (req.content_length or 0) > (limit := self.config.server.max_body_bytes):
+            raise Problem(413, f"the body has more than {limit} bytes", "body_too_large")
+        data = req.bounded_stream.read()
+        try:
+            body = msgspec.json.decode(data, type=kind)
+            given = msgspec.json.decode(data)
+        except msgspec.ValidationError as error:
+            raise Problem(400, str(error), "invalid_value", _param(str(error))) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Problem(400, f"the body is no valid JSON: {error}", "invalid_json") from error
+        for name in REFUSED & given.keys():
+            if given[name] is not None and given[name] not in NEUTRAL.get(name, ()):
+                raise Problem(400, f"{name} is not implemented here", "unsupported", name)
+        return body, given
+
+    def build(
+        self, engine: labs_engine.Engine, *, raw: bool = False, **request: Any
+    ) -> labs.Inputs:
+        """Build inputs within the limit on bytes, which is looked at before any tokenising."""
+        texts = [message.content for message in request.get("messages") or ()]
+        size = sum(
+            len(text.encode(errors="replace")) for text in [request.get("prompt") or "", *texts]
+        )
+        if size > (limit := self.config.server.max_prompt_bytes):
+            raise Problem(400, f"the prompt has {size} bytes; at most {limit}", "prompt_too_large")
+        toggles = {
+            name: getattr(self.config, name) if request.get(name) is None else request[name]
+            for name in ("use_chat_template", "add_generation_prompt")
+        }
+        toggles["use_chat_template"] &= not raw
+        return labs.build_inputs(engine.model, **{**request, **toggles})
+
+    def ask(
+        self,
+        req: falcon.Request,
+        engine: labs_engine.Engine,
+        inputs: list[labs.Inputs],
+        generation: labs.Generation,
+        n: int = 1,
+    ) -> Asked:
+        """Submit each of `inputs` n times; all are taken in or none."""
+        if len(inputs) * n > (most := self.config.server.max_choices):
+            raise Problem(400, f"{len(inputs) * n} choices are asked for; at most {most}", "n", "n")
+        cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
+        if wait := self._tokens.take(req.context.owner, cost):
+            raise Problem(
+                429, f"{cost} tokens exceed the quota", "rate_limit_exceeded", retry_after_s=wait
+            )
+        asked = Asked(self.meters, req.env.get("waitress.client_disconnected", lambda: False))
+        try:
+            for each in inputs:
+                for choice in range(n):
+                    options = _choice_of(generation, choice)
+                    asked.submit(engine, each, generation=options, owner=req.context.owner)
+        except BaseException:
+            asked.close()
+            raise
+        return asked
+
+    def collect(self, req: falcon.Request, asked: Asked) -> list[labs.Completion]:
+        """Return whole answers by choice."""
+        pieces: dict[int, list[labs.Delta]] = {}
+        dones: dict[int, labs.Done] = {}
+        try:
+            for choice, event in (item for item in asked if item is not None):
+                if isinstance(event, labs.Delta):
+                    pieces.setdefault(choice, []).append(event)
+                else:
+                    dones[choice] = event
+        finally:
+            asked.close()
+            req.context.record = asked.record()
+        return [labs.fold(pieces.get(choice, []), dones[choice]) for choice in sorted(dones)]
+
+    def stream(
+        self, req: falcon.Request, resp: falcon.Response, asked: Asked, frames: Iterator[bytes]
+    ) -> None:
+        """Answer with server-sent events; what goes wrong from here on is one of them."""
+
+        def close() -> None:
+            asked.close()
+            req.context.record = asked.record()
+            log_request(req, 200)
+
+        resp.content_type = "text/event-stream; charset=utf-8"
+        resp.set_header("Cache-Control", "no-cache")
+        resp.set_header("X-Accel-Buffering", "no")
+        resp.stream = Frames(_guarded(frames, req.context.id), close)
+
+
+def _guarded(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
+    yield b": ok\n\n"  # lets the headers go while the prompt is read
+    try:
+        yield from frames
+    except ClientGone:
+        return
+    except Exception as error:
+        data = dumps(as_problem(error, request_id).error)
+        yield b"event: error\ndata: " + data + b"\n\n"
+
+
+def _choice_of(generation: labs.Generation, choice: int) -> labs.Generation:
+    """Choice i of a seeded request has seed + i: else all choices would be the same."""
+    if choice == 0 or generation.seed is None:
+        return generation
+    return msgspec.structs.replace(generation, seed=(generation.seed + choice) % 2**63)
+
+
+class Resource:
+    public = False
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+
+class Alive(Resource):
+    """GET /health and /livez: the process answers."""
+
+    public = quiet = True
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.data = dumps(Health("ok"))
+
+
+class Ready(Resource):
+    """GET /readyz: 200 if the model is loaded and, while work waits, is being stepped."""
+
+    public = quiet = True
+    stalled_s = 60.0  # longer than any single step or chunk
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        try:
+            status = self.service.engine().status()
+        except labs.LabsError:
+            health = Health("loading")
+        else:
+            stalled = status.idle_s > self.stalled_s
+            health = Health("stalled" if stalled else "ok" if status.alive else "dead")
+            health = Health("draining") if status.closing else health
+        resp.status = falcon.HTTP_200 if health.status == "ok" else falcon.HTTP_503
+        resp.data = dumps(health)
+
+
+class Generate(Resource):
+    """POST /generate and /generate/stream."""
+
+    def _ask(self, req: falcon.Request) -> Asked:
+        body, given = self.service.read(req, GenerateRequest)
+        engine = self.service.engine(body.model)
+        names = ("prompt", "messages", "use_chat_template", "add_generation_prompt")
+        inputs = self.service.build(engine, **{name: getattr(body, name) for name in names})
+        options = {k: getattr(body, k) for k in labs.Generation.__struct_fields__ if k in given}
+        generation = labs.evolve(self.service.config.generation, **options)
+        return self.service.ask(req, engine, [inputs], generation)
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        (done,) = self.service.collect(req, self._ask(req))
+        answer = msgspec.structs.asdict(done)
+        model = self.service.config.model_id
+        resp.data = dumps(GenerateAnswer(id=req.context.id, model=model, **answer))
+
+    def on_post_stream(self, req: falcon.Request, resp: falcon.Response) -> None:
+        asked = self._ask(req)
+        self.service.stream(req, resp, asked, self._frames(req, asked))
+
+    def _frames(self, req: falcon.Request, asked: Asked) -> Iterator[bytes]:
+        """Text as `data:` lines, each line end a line feed; then `event: done` with JSON."""
+        open_return = False  # a carriage return whose line feed may come with the next piece
+        for item in asked:
+            if item is None:
+                yield b": ping\n\n"
+            elif isinstance(item[1], labs.Delta):
+                text = "\r" * open_return + item[1].text
+                open_return = text.endswith("\r")
+                yield _data_lines(text.removesuffix("\r"))
+            else:
+                yield _data_lines("\n" * open_return)
+                answer = {"id": req.context.id, "model": self.service.config.model_id}
+                data = dumps({**answer, **msgspec.structs.asdict(item[1])})
+                yield b"event: done\ndata: " + data + b"\n\n"
+
+
+def _data_lines(text: str) -> bytes:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "".join(f"data: {line}\n" for line in lines).encode() + b"\n" if text else b""
+
+
+class Models(Resource):
+    """GET /v1/models and /v1/models/{name}."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.data = dumps(ModelList((self._card(),)))
+
+    def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
+        if name != self.service.config.model_id:
+            raise Problem(404, f"there is no model {name!r} here", "model_not_found", "model")
+        resp.data = dumps(self._card())
+
+    def _card(self) -> ModelCard:
+        try:
+            context, loaded = self.service.engine().model.context_length, True
+        except labs.LabsError:
+            context, loaded = None, False
+        name, created = self.service.config.model_id, self.service.created
+        return ModelCard(id=name, created=created, context_length=context, loaded=loaded)
+
+
+class OpenAI(Resource):
+    """What POST /v1/chat/completions and /v1/completions have in common."""
+
+    request: type[Any]
+    prefix: str
+    kinds: tuple[Any, Any]  # object of a whole answer and of a chunk
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        body, given = self.service.read(req, self.request)
+        if body.stream_options is not None and not body.stream:
+            raise Problem(400, "stream_options need stream = true", "invalid", "stream_options")
+        engine = self.service.engine(body.model)
+        generation = labs.evolve(self.service.config.generation, **self.options(body, given))
+        asked = self.service.ask(req, engine, self.inputs(engine, body), generation, body.n or 1)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            frames = self._frames(req, engine, asked, usage)
+            self.service.stream(req, resp, asked, frames)
+            return
+        answers = self.service.collect(req, asked)
+        choices = tuple(self.choice(engine, i, answer) for i, answer in enumerate(answers))
+        usage = self._usage(answers, body.n or 1)
+        resp.data = dumps(self._answer(req, choices, whole=True, usage=usage))
+
+    def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the generation settings that the body names; null names none."""
+        names = {*labs.Generation.__struct_fields__} - {"stop", "logprobs"}
+        found = {name: getattr(body, name) for name in names & given.keys()}
+        found = {name: value for name, value in found.items() if value is not None}
+        if body.max_tokens is not None:
+            found["max_new_tokens"] = body.max_tokens
+        if body.stop is not None:
+            found["stop"] = (body.stop,) if isinstance(body.stop, str) else body.stop
+        return found
+
+    def inputs(self, engine: labs_engine.Engine, body: Any) -> list[labs.Inputs]:
+        raise NotImplementedError
+
+    def choice(self, engine: labs_engine.Engine, index: int, part: Any) -> Choice:
+        raise NotImplementedError
+
+    def first(self, index: int) -> Choice | None:
+        """Return what a stream begins a choice with."""
+        return None
+
+    def _answer(
+        self, req: falcon.Request, choices: tuple[Choice, ...], *, whole: bool, usage: Any = UNSET
+    ) -> OpenAIAnswer:
+        return OpenAIAnswer(
+            id=f"{self.prefix}-{req.context.id}",
+            object=self.kinds[0 if whole else 1],
+            created=int(time.time()),
+            model=self.service.config.model_id,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _frames(
+        self, req: falcon.Request, engine: labs_engine.Engine, asked: Asked, usage: bool
+    ) -> Iterator[bytes]:
+        nothing = None if usage else UNSET
+
+        def frame(*choices: Choice, usage: Any = nothing) -> bytes:
+            return b"data: " + dumps(self._answer(req, choices, whole=False, usage=usage)) + b"\n\n"
+
+        begun: set[int] = set()
+        for item in asked:
+            if item is None:
+                yield b": ping\n\n"
+                continue
+            index, event = item
+            if index not in begun and (first := self.first(index)) is not None:
+                yield frame(first)
+            begun.add(index)
+            yield frame(self.choice(engine, index, event))
+        if usage:
+            yield frame(usage=self._usage(asked.dones, len(asked.dones)))
+        yield b"data: [DONE]\n\n"
+
+    def _usage(self, answers: Any, n: int) -> OpenAIUsage:
+        """Count each prompt once, as OpenAI does, and all that was generated."""
+        prompt = sum(answer.usage.prompt_tokens for answer in answers[::n])
+        completion = sum(answer.usage.completion_tokens for answer in answers)
+        cached = all(answer.usage.response_cached for answer in answers)
+        return OpenAIUsage(prompt, completion, prompt + completion, cached)
+
+
+def _reason(event: Any) -> Any:
+    """OpenAI knows no `timeout` and no `cancelled`: both cut an answer short."""
+    reason = getattr(event, "finish_reason", None)
+    return "length" if reason in ("timeout", "cancelled") else reason
+
+
+def _token(engine: labs_engine.Engine, token: int) -> str:
+    with engine.model.lock:
+        return str(engine.model.tokenizer.decode([token]))
+
+
+class ChatCompletions(OpenAI):
+    request = ChatRequest
+    prefix = "chatcmpl"
+    kinds = ("chat.completion", "chat.completion.chunk")
+
+    def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
+        found = super().options(body, given)
+        limits = {body.max_tokens, body.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            text = "max_tokens and max_completion_tokens differ: give one"
+            raise Problem(400, text, "invalid_value", "max_tokens")
+        if limits:
+            found["max_new_tokens"] = limits.pop()
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Problem(400, "top_logprobs needs logprobs = true", "invalid", "top_logprobs")
+        if body.logprobs:
+            found["logprobs"] = body.top_logprobs or 0
+        return found
+
+    def inputs(self, engine: labs_engine.Engine, body: ChatRequest) -> list[labs.Inputs]:
+        messages = [
+            labs.Message(
+                role="system" if message.role == "developer" else message.role,
+                content=message.content
+                if isinstance(message.content, str)
+                else "".join(part.text for part in message.content),
+            )
+            for message in body.messages
+        ]
+        return [self.service.build(engine, messages=messages)]
+
+    def first(self, index: int) -> Choice:
+        return Choice(index=index, delta=Said(role="assistant", content=""))
+
+    def choice(self, engine: labs_engine.Engine, index: int, part: Any) -> Choice:
+        said: dict[str, Any] = {"delta": Said()}
+        if isinstance(part, labs.Completion):
+            said = {"message": Said(role="assistant", content=part.text)}
+        elif isinstance(part, labs.Delta):
+            said = {"delta": Said(content=part.text)}
+        logprobs = self._logprobs(engine, getattr(part, "logprobs", ()))
+        return Choice(index=index, **said, logprobs=logprobs, finish_reason=_reason(part))
+
+    def _logprobs(self, engine: labs_engine.Engine, found: Any) -> dict[str, Any] | None:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = _token(engine, token)
+            data = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": data}
+
+        content = [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+            for each in found
+        ]
+        return {"content": content, "refusal": None} if content else None
+
+
+class Completions(OpenAI):
+    request = CompletionRequest
+    prefix = "cmpl"
+    kinds = ("text_completion", "text_completion")
+
+    def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
+        found = super().options(body, given)
+        return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
+
+    def inputs(self, engine: labs_engine.Engine, body: CompletionRequest) -> list[labs.Inputs]:
+        prompt: Any = body.prompt
+        several = not isinstance(prompt, str) and not isinstance(prompt[0], int)
+        return [self._input(engine, each) for each in (prompt if several else [prompt])]
+
+    def _input(self, engine: labs_engine.Engine, prompt: Any) -> labs.Inputs:
+        if isinstance(prompt, str):
+            return self.service.build(engine, prompt=prompt, raw=True)
+        if not isinstance(prompt, tuple) or not prompt:
+            raise Problem(400, "prompt: texts or lists of token ids", "invalid_value", "prompt")
+        return labs.inputs_of_ids(engine.model, prompt)
+
+    def choice(self, engine: labs_engine.Engine, index: int, part: Any) -> Choice:
+        logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
+        found = self._logprobs(engine, logprobs) if logprobs else None
+        return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
+
+    def _logprobs(self, engine: labs_engine.Engine, found: Any) -> dict[str, Any]:
+        tokens = [_token(engine, each.token) for each in found]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": [
+                {_token(engine, token): logprob for token, logprob in each.top} for each in found
+            ],
+            "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
+        }
+
+
+class Metrics(Resource):
+    """GET /metrics, for Prometheus."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(service)
+        self.public = service.config.server.public_metrics
+        service.meters.registry.register(self)
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        resp.data = generate_latest(self.service.meters.registry)
+
+    def collect(self) -> Iterator[Any]:
+        """Yield what the engine tells of itself at this moment."""
+        try:
+            status = self.service.engine().status()
+        except labs.LabsError:
+            return
+        for name, text, value in (
+            ("num_requests_running", "Requests with a row", status.running),
+            ("num_requests_waiting", "Requests that wait for a row", status.waiting),
+            (
+                "kv_cache_usage_perc",
+                "Share of the slots' memory in use, 0 to 1",
+                status.cache_usage,
+            ),
+            ("batch_rows", "Rows that may run at once", status.max_rows),
+            ("engine_alive", "Whether the engine's thread runs", int(status.alive)),
+        ):
+            yield GaugeMetricFamily(f"labs_{name}", text, value)
+        for name, text, value in (
+            ("response_cache_hits", "Answers not computed again", status.response_cache_hits),
+            ("steps", "Decode steps", status.steps),
+            ("out_of_memory", "Steps halved because memory ran out", status.halvings),
+            ("engine_failures", "Forward passes that failed", status.failures),
+        ):
+            yield CounterMetricFamily(f"labs_{name}", text, value)
+        memory = GaugeMetricFamily("labs_gpu_memory_bytes", "Memory of the GPU", labels=["kind"])
+        for kind, size in labs.gpu_memory().items():
+            memory.add_metric([kind], size)
+        yield memory
+
+
+class Text(Resource):
+    """A constant."""
+
+    public = True
+
+    def __init__(self, data: bytes, content_type: str, policy: str = "default-src 'none'") -> None:
+        self._data, self._type, self._policy = data, content_type, policy
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.data, resp.content_type = self._data, self._type
+        resp.set_header("Content-Security-Policy", self._policy)
+        resp.set_header("Referrer-Policy", "no-referrer")
+
+
+def policy_of(page: str) -> str:
+    """Return a policy under which only the page's own style and script run."""
+    found = {}
+    for kind in ("style", "script"):
+        (inner,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        found[kind] = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'sha256-{found['style']}'; "
+        f"script-src 'sha256-{found['script']}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+# ---------------------------------------------------------------- the routes, described once
+
+
+class Route(Struct, frozen=True):
+    """A line of the route table, for Falcon and for /openapi.json."""
+
+    method: Literal["get", "post"]
+    path: str
+    resource: Any
+    summary: str
+    answer: Any = None  # a struct, or a content type
+    body: Any = None
+    suffix: str | None = None
+
+
+def routes(service: Service) -> tuple[Route, ...]:
+    alive, generate, models = Alive(service), Generate(service), Models(service)
+    chat, completions = ChatCompletions(service), Completions(service)
+    metrics, events = Metrics(service), "text/event-stream"
+    made = OpenAIAnswer
+    return (
+        Route("get", "/health", alive, "The process answers", Health),
+        Route("get", "/livez", alive, "The same", Health),
+        Route("get", "/readyz", Ready(service), "The model is loaded and answers", Health),
+        Route("post", "/generate", generate, "Generate text", GenerateAnswer, GenerateRequest),
+        Route(
+            "post",
+            "/generate/stream",
+            generate,
+            "The same as it comes",
+            events,
+            GenerateRequest,
+            "stream",
+        ),
+        Route("get", "/v1/models", models, "The models served", ModelList),
+        Route("get", "/v1/models/{name:path}", models, "One of them", ModelCard, None, "one"),
+        Route("post", "/v1/chat/completions", chat, "OpenAI's chat", made, ChatRequest),
+        Route("post", "/v1/completions", completions, "OpenAI's legacy", made, CompletionRequest),
+        Route("get", "/metrics", metrics, "Figures for Prometheus", "text/plain"),
+    )
+
+
+def openapi(service: Service, table: tuple[Route, ...]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of the routes, made from the structs."""
+    kinds = [route.body for route in table if route.body] + [Error]
+    kinds += [route.answer for route in table if isinstance(route.answer, type)]
+    reference = "#/components/schemas/{name}"
+    _, schemas = msgspec.json.schema_components(dict.fromkeys(kinds), ref_template=reference)
+    paths: dict[str, Any] = {}
+    for route in table:
+        path = route.path.replace(":path", "")
+        paths.setdefault(path, {})[route.method] = _operation(route)
+    scheme = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "labs", "version": labs.__version__},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": scheme},
+        "security": [{"bearer": []}] if service.config.api_keys else [],
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    def content(kind: Any) -> dict[str, Any]:
+        if isinstance(kind, str):
+            return {kind: {"schema": {"type": "string"}}}
+        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+        return {"application/json": {"schema": schema}}
+
+    answer = content(route.answer)
+    if issubclass(getattr(route.body, "__class__", type), type) and route.answer is OpenAIAnswer:
+        answer |= content("text/event-stream")
+    refused = {"description": "Refused", "content": content(Error)}
+    found: dict[str, Any] = {
+        "summary": route.summary,
+        "responses": {"200": {"description": "Done", "content": answer}, "default": refused},
+    }
+    if route.path == "/readyz":
+        found["responses"]["503"] = {"description": "Not ready", "content": content(Health)}
+    if route.body is not None:
+        found["requestBody"] = {"required": True, "content": content(route.body)}
+    if "{" in route.path:
+        string = {"type": "string", "minLength": 1}
+        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": string}]
+    if getattr(route.resource, "public", False):
+        found["security"] = []
+    return found
+
+
+def docs(document: dict[str, Any]) -> str:
+    """Return the document as a page that asks for nothing else."""
+    esc = html.escape
+    lines = [
+        f"<h2>{method.upper()} {esc(path)}</h2><p>{esc(operation['summary'])}</p>"
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    schemas = [
+        f"<details><summary>{esc(name)}</summary><pre>{esc(json.dumps(schema, indent=1))}</pre>"
+        "</details>"
+        for name, schema in document["components"]["schemas"].items()
+    ]
+    style = "body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;padding:0 1rem}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>labs API</title>'
+        f"<style>:root{{color-scheme:light dark}}{style}</style><script></script><h1>labs API</h1>"
+        f'<p><a href="openapi.json">openapi.json</a></p>{"".join(lines)}<h2>Schemas</h2>'
+        f"{''.join(schemas)}"
+    )
+
+
+def create_app(config: labs.Config, *, engine_for: EngineFor | None = None) -> falcon.App[Any, Any]:
+    """Return the WSGI app. Without `engine_for` the configured model is loaded in the background.
+
+    engine_for: called with config.model_id; returns an engine, or raises labs_engine.Busy for now.
+    """
+    service = Service(config, engine_for or labs_engine.Engines(config))
+    app = falcon.App(middleware=[Gate(config)])
+    if config.server.allow_origins:
+        app.add_middleware(falcon.CORSMiddleware(allow_origins=config.server.allow_origins))
+    table = routes(service)
+    for route in table:
+        app.add_route(
+            route.path, route.resource, **({"suffix": route.suffix} if route.suffix else {})
+        )
+    document = openapi(service, table)
+    app.add_route("/openapi.json", Text(dumps(document), "application/json"))
+    for path, page in (("/docs", docs(document)), ("/", PAGE)):
+        app.add_route(path, Text(page.encode(), "text/html; charset=utf-8", policy_of(page)))
+    app.add_error_handler(Exception, _tell)
+    app.add_error_handler(falcon.HTTPError, _tell)  # else Falcon's own handler comes first
+    return app
+
+
+def _tell(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
+    """Answer with the error, in one shape everywhere."""
+    if isinstance(error, ClientGone):
+        resp.status = "499 Client Closed Request"
+        return
+    problem = as_problem(error, getattr(req.context, "id", "-"))
+    resp.status, resp.data = falcon.code_to_http_status(problem.status), dumps(problem.error)
+    resp.content_type = falcon.MEDIA_JSON
+    if isinstance(error, falcon.HTTPError):
+        resp.set_headers(error.headers or {})
+    if problem.retry_after_s is not None:
+        resp.set_header("Retry-After", str(math.ceil(problem.retry_after_s)))
+    if problem.status == 401:
+        resp.set_header("WWW-Authenticate", "Bearer")
+
+
+# ---------------------------------------------------------------- serving
+
+
+def make_server(app: Any, config: labs.Config, rows: int) -> Any:
+    """Return waitress, listening; each open request holds a thread, so there are enough of them."""
+    from waitress.server import create_server
+
+    server = config.server
+    waiting = create_server(
+        app,
+        host=server.host,
+        port=server.port,
+        threads=rows + server.max_waiting + 8,
+        channel_request_lookahead=1,  # sees who hangs up while its request runs
+        asyncore_use_poll=True,  # select() dies at 1,024 descriptors
+        connection_limit=server.max_connections,
+        channel_timeout=30,
+        cleanup_interval=5,
+        max_request_body_size=server.max_body_bytes + 2**20,  # above ours, which answers in JSON
+        max_request_header_size=32_768,
+        outbuf_high_watermark=2**20,
+        clear_untrusted_proxy_headers=True,
+        ident=None,
+    )
+    waiting.adj.socket_options = _socket_options()
+    _cut_slow_senders(waiting)
+    return waiting
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    """Notice peers that vanished or do not read; waitress would wait for them for ever."""
+    wanted = (
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+        ("IPPROTO_TCP", "TCP_NODELAY", 1),
+        ("IPPROTO_TCP", "TCP_KEEPIDLE", 15),
+        ("IPPROTO_TCP", "TCP_KEEPINTVL", 5),
+        ("IPPROTO_TCP", "TCP_KEEPCNT", 3),
+        ("IPPROTO_TCP", "TCP_USER_TIMEOUT", 30_000),  # Linux only, in milliseconds
+    )
+    return [
+        (getattr(socket, level), getattr(socket, name), value)
+        for level, name, value in wanted
+        if hasattr(socket, name)
+    ]
+
+
+def _cut_slow_senders(server: Any, limit_s: float = 30.0) -> None:
+    """Close connections that take longer than limit_s to send one request.
+
+    waitress's channel_timeout begins anew with every byte.
+    """
+    begun: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+    maintenance = server.maintenance
+
+    def maintain(now: float) -> None:
+        maintenance(now)
+        for channel in list(server.active_channels.values()):
+            part = channel.request
+            if part is not None and not channel.requests:
+                channel.will_close |= now - begun.setdefault(part, now) > limit_s
+
+    server.maintenance = maintain
+
+
+def drain(server: Any, engines: labs_engine.Engines, deadline_s: float) -> None:
+    """Take no more connections, let answers end until the deadline, then let `run` return."""
+
+    def stop_accepting() -> None:
+        server.accepting = False
+        server.del_channel()
+        server.socket.close()
+
+    server.trigger.pull_trigger(stop_accepting)
+    engines.close(deadline_s)
+    end = time.monotonic() + 2
+    while time.monotonic() < end and any(
+        channel.requests or channel.total_outbufs_len for channel in server.active_channels.values()
+    ):
+        time.sleep(0.02)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def check_exposure(config: labs.Config) -> None:
+    """Refuse to serve other machines without a key."""
+    try:
+        local = ipaddress.ip_address(config.server.host).is_loopback
+    except ValueError:
+        local = config.server.host == "localhost"
+    if not (local or config.api_keys or config.server.insecure):
+        raise labs.ConfigError(
+            f"server_host = {config.server.host}: other machines could use this server without a "
+            "key; set LABS_API_KEYS or server.api_keys_file, or allow it with --insecure"
+        )
+
+
+def serve(config: labs.Config) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
+    check_exposure(config)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    logging.getLogger("waitress").setLevel(logging.ERROR)
+    engines = labs_engine.Engines(config)
+    app = create_app(config, engine_for=engines)
+    rows = config.server.max_batch_rows or 64
+    try:
+        server = make_server(app, config, rows)
+    except OSError as error:
+        where = f"{config.server.host}:{config.server.port}"
+        raise labs.LabsError(f"cannot listen on {where}: {error.strerror or error}") from error
+    arguments = (server, engines, config.server.drain_s)
+    stopping = threading.Thread(target=drain, args=arguments, daemon=True)
+
+    def stop(*_: Any) -> None:
+        if stopping.ident:  # a second signal, of a person or of `drain` at its end
+            raise KeyboardInterrupt
+        stopping.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
+    print(
+        f"labs-api: http://{host}:{server.effective_port} (loading {config.model_id})",
+        file=sys.stderr,
+    )
+    threading.Thread(target=_announce, args=(engines, stop), daemon=True).start()
+    server.run()
+    engines.raise_failure()
+
+
+def _announce(engines: labs_engine.Engines, stop: Callable[[], None]) -> None:
+    try:
+        engine = engines.wait()
+    except labs.LabsError:
+        stop()
+        return
+    model = engine.model
+    print(
+        f"labs-api: ready after {model.load_s:.1f} s ({model.device}, {model.dtype}, "
+        f"{engine.max_rows} rows)",
+        file=sys.stderr,
+    )
+
+
+def run(**flags: Any) -> None:
+    """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
+    overrides = {key: value for key, value in flags.items() if value not in (None, ())}
+    path = overrides.pop("config", None)
+    serve(labs.load_config(path, overrides=overrides))
+
+
+def main() -> None:
+    """Run labs-api as a program."""
+    import labs_cli
+
+    options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
+    labs_cli.start("labs-api", run, options, EPILOG)
+
+
+EPILOG = """\b
+Examples:
+  labs-api
+  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
+  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
+
+\b
+Keys come from LABS_API_KEYS (commas between) or --api-keys-file FILE, never
+from a flag. Settings can also stand in labs.toml, .env and the environment
+(LABS_SERVER_PORT for --port). SIGTERM lets answers under way end.
+"""
+
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark } * { box-sizing: border-box; font: inherit; color: inherit }
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0; font: 16px/1.6 system-ui;
+  color: light-dark(#23272d, #e4e6ea); background: light-dark(#faf9f6, #16181c) }
+body > :not(main), #log { width: min(100%, 46rem); margin: 0 auto; padding: .6rem 1rem }
+main { flex: 1; overflow: auto; border-block: 1px solid #8883 } #notice:empty { padding: 0 }
+header, footer { display: flex; align-items: center; gap: .6rem }
+h1 { flex: 1; margin: 0; font-weight: 650 }
+form { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .6rem }
+input, select, textarea, button { flex: none; padding: .4rem .7rem; border: 1px solid #8886;
+  border-radius: .6rem; background: light-dark(#fff, #1f2227) } :disabled { opacity: .5 }
+input, textarea { flex: auto; width: 100%; max-height: 30dvh; resize: none; field-sizing: content }
+article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere } small { display: block }
+.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .9rem;
+  border-radius: 1rem; background: light-dark(#e6edfb, #26324a) }
+small, label { font-size: .875rem; color: light-dark(#5d6570, #9aa2ad) }
+.wide { grid-column: 1 / -1 } .error { color: light-dark(#b3261e, #ff9a91) }
+#send { background: #2b5fc7; color: #fff }
+[aria-busy=true] > :last-child::after { content: " ●"; color: #4f83e8 }
+</style><header><h1>labs</h1><select id="model" aria-label="Model"></select>
+<button id="fresh">New chat</button></header><details id="panel"><summary>Settings</summary>
+<form id="settings"><label class="wide">System message<textarea name="system"></textarea></label>
+<label>max_tokens<input name="max_tokens" type="number" min="1"></label>
+<label>temperature<input name="temperature" type="number" min="0" step="any"></label>
+<label>top_p<input name="top_p" type="number" min="0" max="1" step="any"></label>
+<label>seed<input name="seed" type="number" min="0" max="9007199254740991"></label>
+<label class="wide">API key<input name="key" type="password" autocomplete="off"></label></form>
+</details><div id="notice" class="error" role="status"></div><main id="view" tabindex="0">
+<div id="log" role="log" aria-live="polite" aria-label="Conversation"></div></main>
+<footer><textarea id="text" aria-label="Message" enterkeyhint="send" autofocus></textarea>
+<button id="send">Send</button><button id="stop" hidden>Stop</button></footer><script>
+const [model, fresh, panel, settings, notice, view, log, text, send, stop] =
+  document.querySelectorAll("[id]"), { key, system } = settings.elements;
+let turns = [], request;
+const busy = (on) => { send.hidden = fresh.disabled = log.ariaBusy = on; stop.hidden = !on; };
+function show(parent, tag, className, textContent = "") {  // as text, whatever it looks like
+  const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
+  parent.append(Object.assign(document.createElement(tag), { className, textContent }));
+  if (atEnd || className === "user") view.scrollTop = view.scrollHeight;
+  return parent.lastChild;
+}
+async function call(path, options) {
+  const headers = key.value ? { Authorization: `Bearer ${key.value}` } : {};
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  const { error } = await response.json().catch(() => ({})), locked = response.status === 401;
+  if (locked) { panel.open = true; key.focus(); }
+  throw Error((locked ? "An API key is needed: " : "") + (error?.message ?? response.status));
+}
+const loadModels = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
+  model.replaceChildren(...data.map(({ id }) => new Option(id))); notice.textContent = "";
+}).catch((error) => { notice.textContent = error.message; });
+async function* events({ body }) {  // the data of each line, however the bytes are cut
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part, lines = [""]; !(part = await reader.read()).done;) {
+    lines = (lines.pop() + part.value).split(/\r\n|\r|\n/);
+    for (const line of lines.slice(0, -1)) if (line.startsWith("data:")) yield line.slice(5).trim();
+  }
+}
+async function ask() {
+  const content = text.value, started = performance.now();
+  panel.open ||= !settings.checkValidity();
+  if (!stop.hidden || !content.trim() || !settings.reportValidity()) return;
+  const messages = [...turns, { role: "user", content }], stream_options = { include_usage: true };
+  const sent = { model: model.value, messages, stream: true, stream_options };
+  if (system.value) sent.messages = [{ role: "system", content: system.value }, ...messages];
+  for (const { type, name, value } of settings) if (type === "number" && value) sent[name] = +value;
+  const body = new Blob([JSON.stringify(sent)], { type: "application/json" });
+  const question = show(log, "article", "user", content), answer = show(log, "article", "model");
+  let usage, end, problem = "the connection broke off";
+  const { signal } = request = new AbortController();
+  text.value = "";
+  busy(true);
+  try {
+    const options = { method: "POST", body, signal };
+    for await (const data of events(await call("v1/chat/completions", options))) {
+      if (data === "[DONE]") { problem = ""; break; }
+      const { error, choices: [choice] = [], usage: counted } = JSON.parse(data);
+      if (error) throw Error(error.message);
+      if (choice?.delta.content) show(answer, "span", "", choice.delta.content);
+      end = choice?.finish_reason ?? end; usage = counted ?? usage;
+    }
+  } catch (error) { problem = signal.aborted ? "stopped" : error.message; }
+  const reply = answer.textContent, count = usage?.completion_tokens;
+  if (reply || !problem) turns = [...messages, { role: "assistant", content: reply }];
+  else { question.remove(); text.value = content + text.value; }
+  const rate = usage && (1000 * count / (performance.now() - started)).toFixed(1);
+  const notes = [usage && `${count} tokens, ${rate} tokens/s`, problem];
+  if (end === "length") notes.push("cut at max_tokens");
+  show(answer, "small", problem && "error", notes.filter(Boolean).join(" · "));
+  busy(false);
+}
+text.onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault(); ask();
+};
+send.onclick = ask; stop.onclick = () => { request.abort(); text.focus(); };
+fresh.onclick = () => { turns = []; log.replaceChildren(); text.focus(); };
+key.onchange = () => { sessionStorage.setItem("key", key.value); loadModels(); };
+key.value = sessionStorage.getItem("key") ?? ""; loadModels();
+</script>
+"""
+
+
+if __name__ == "__main__":
+    main()
