@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["labs-gen", "psutil"]
+# dependencies = ["labs-gen", "httpx", "transformers[serving]"]
 #
 # [tool.uv.sources]
 # labs-gen = { path = ".", editable = true }
@@ -8,7 +8,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure labs beside transformers in one run: same model, dtype, prompts and number of tokens.
 
-    uv run bench_labs.py [single many context arrivals sampling long memory start]
+    uv run bench_labs.py [single many context arrivals sampling long memory start serving manners]
 
 Each row is the median of interleaved pairs with its 90 % bootstrap interval: machines drift, the
 ratios of one run do not. All is greedy and without end-of-sequence: both sides do equal work.
@@ -16,15 +16,21 @@ ratios of one run do not. All is greedy and without end-of-sequence: both sides 
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
 import random
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+import httpx
 
 import labs
 
@@ -323,7 +329,161 @@ def start() -> None:
         )
 
 
-PARTS = (single, many, context, arrivals, sampling, long, memory, start)
+class Served:
+    """A server in a process of its own, and what clients see of it."""
+
+    def __init__(self, command: list[str], port: int, model: str) -> None:
+        self.url, self.model = f"http://127.0.0.1:{port}", model
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        )
+        self.first: list[float] = []  # seconds to the first text
+        for _ in range(240):
+            try:
+                if self.ask("Hello!", 2):
+                    return
+            except (httpx.HTTPError, OSError):
+                time.sleep(0.5)
+        raise SystemExit(f"{' '.join(command)}: does not answer")
+
+    def ask(self, prompt: str, new: int = NEW) -> int:
+        """Stream one chat completion; return the number of pieces, which are tokens."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        body |= {"max_tokens": new, "temperature": 0, "stream": True}
+        began, pieces = time.perf_counter(), 0
+        url = f"{self.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=300) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if '"content":"' in line.replace(": ", ":") and '"content":""' not in line:
+                    pieces += 1
+                    if pieces == 1:
+                        self.first.append(time.perf_counter() - began)
+        return pieces
+
+    def rate(self, texts: list[str]) -> float:
+        """Tokens per second of all clients together, each in a thread of its own."""
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+            pieces = sum(pool.map(self.ask, texts))
+        return pieces / (time.perf_counter() - began)
+
+    def p95(self) -> float:
+        return sorted(self.first)[int(0.95 * len(self.first))]
+
+
+@contextlib.contextmanager
+def servers(folder: str) -> Iterator[dict[str, Served]]:
+    """labs-api and `transformers serve` without and with continuous batching, on one model."""
+    code = "import sys, labs_api; sys.argv[0] = 'labs-api'; labs_api.main()"
+    ours = [sys.executable, "-c", code, "--model", folder, "--port"]
+    theirs = [str(Path(sys.executable).with_name("transformers")), "serve", folder]
+    theirs += ["--log-level", "error", "--port"]
+    commands = {"labs": ours, "serve": theirs, "batching": [*theirs[:3], "--continuous-batching"]}
+    commands["batching"] += theirs[3:]
+    found: dict[str, Served] = {}
+    try:
+        for port, (name, command) in enumerate(commands.items(), 8431):
+            found[name] = Served([*command, str(port)], port, folder)
+        yield found
+    finally:
+        for server in found.values():
+            server.process.terminate()
+
+
+def serving() -> None:
+    """Clients over HTTP: labs-api against `transformers serve`, and against labs in process."""
+    model, _ = load()
+    draw = random.Random(3)
+    topics = [" and ".join(draw.choices(WORDS, k=3)) for _ in range(16)]
+    short = [f"Tell me a long story about {topic}." for topic in topics]
+    long = [f"Go on with this: {' '.join(draw.choices(WORDS, k=480))}" for _ in topics]
+    inputs = [labs.build_inputs(model, prompt=prompt) for prompt in short]
+    with servers(str(model.model.name_or_path)) as found:
+        mine, plain, batching = found["labs"], found["serve"], found["batching"]
+        for name, texts, other in (
+            ("1 client / transformers serve", short[:1], plain),
+            ("16 clients / its continuous batching", short, batching),
+            ("16 clients x 512 tokens / its continuous batching", long, batching),
+        ):
+            mine.first.clear(), other.first.clear()
+            rates = (functools.partial(server.rate, texts) for server in (mine, other))
+            compare(name, *rates)
+            print(f"{'  time to first token, p95, s':58} {mine.p95():8.2f} {other.p95():8.2f}")
+        rate_of = functools.partial(functools.partial, mine.rate)
+        compare("8 clients / 1 client, both labs", rate_of(short[:8]), rate_of(short[:1]))
+        in_process = functools.partial(batch_rate, model, inputs, 16, max_new_tokens=NEW)
+        compare("16 clients / stream_batch in process", rate_of(short), in_process)
+
+
+def median_p95(name: str, values: list[float]) -> None:
+    ordered = sorted(values)
+    middle, late = statistics.median(ordered), ordered[int(0.95 * len(ordered))]
+    print(f"{name:58} median {middle * 1000:6.1f} ms, p95 {late * 1000:6.1f} ms", flush=True)
+
+
+def hang_up(server: Served, path: str, wait_s: float, new: int = 400) -> None:
+    """Send a request over a plain socket and close it after wait_s seconds."""
+    body = f'{{"prompt": "Tell me a long story.", "max_new_tokens": {new}}}'.encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(wait_s)
+
+
+def under_way(server: Served) -> int:
+    text = httpx.get(f"{server.url}/metrics").text
+    names = ("labs_num_requests_running ", "labs_num_requests_waiting ")
+    return sum(int(float(x.split()[1])) for x in text.splitlines() if x.startswith(names))
+
+
+def freed(server: Served, path: str) -> float:
+    """Seconds from a client's hanging up until no request is under way."""
+    hang_up(server, path, 0.5)
+    began = time.perf_counter()
+    while under_way(server):
+        time.sleep(0.002)
+    return time.perf_counter() - began
+
+
+def manners() -> None:
+    """labs-api with clients that leave, and full."""
+    folder = str(load()[0].model.name_or_path)
+    code = "import sys, labs_api; labs_api.main()"
+    command = [sys.executable, "-c", code, "--model", folder, "--port", "8434"]
+    server = Served([*command, "--max-waiting", "200"], 8434, folder)
+    try:
+        for path in ("/generate/stream", "/generate"):
+            times = [freed(server, path) for _ in range(20)]
+            median_p95(f"a client of {path} hangs up: row free after", times)
+        alone, after = [], []
+        for found, abandoned in ((alone, 0), (after, 200)):
+            for _ in range(20):
+                with concurrent.futures.ThreadPoolExecutor(50) as pool:
+                    leave = functools.partial(hang_up, server, "/generate/stream", 0.0)
+                    list(pool.map(lambda _, leave=leave: leave(), range(abandoned)))
+                server.first.clear()
+                server.ask("Hello!", 2)
+                found += server.first
+        median_p95("time to first token, alone", alone)
+        median_p95("time to first token, after 200 abandoned requests", after)
+        texts = [f"Tell me a long story about {topic}." for topic in WORDS * 12]
+        with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+            asked = [pool.submit(server.ask, text, 100) for text in texts]
+            probes = []
+            while not all(each.done() for each in asked):
+                began = time.perf_counter()
+                httpx.get(f"{server.url}/health").raise_for_status()
+                probes.append(time.perf_counter() - began)
+                time.sleep(0.05)
+        median_p95(f"/health beside {len(texts)} clients, {len(probes)} probes", probes)
+        print(f"{'  p99':58} {sorted(probes)[int(0.99 * len(probes))] * 1000:13.1f} ms")
+    finally:
+        server.process.terminate()
+
+
+PARTS = (single, many, context, arrivals, sampling, long, memory, start, serving, manners)
 
 
 def main() -> None:

@@ -1269,6 +1269,40 @@ def _starts(stops: tuple[str, ...], length: int) -> tuple[str, ...]:
 # ---------------------------------------------------------------- generation
 
 
+class Explanation(Struct, frozen=True):
+    """What a request would do. bytes: of the weights, and of the request's keys and values."""
+
+    prompt: str
+    prompt_tokens: int
+    context_left: int | None
+    how: str
+    why: str
+    batch_invariant: bool
+    rows: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+def explain(model: Model, inputs: Inputs, generation: Generation | None = None) -> Explanation:
+    """Tell how a request would run, without running it. Raises what running it would refuse."""
+    import labs_decode
+
+    options, decoder = generation or Generation(), model.decoder
+    open_stream(model, 0, inputs, options)
+    tokens, limit = len(inputs.input_ids), model.context_length
+    return Explanation(
+        prompt=inputs.prompt,
+        prompt_tokens=tokens,
+        context_left=None if limit is None else limit - tokens,
+        how=decoder.how,
+        why=decoder.why,
+        batch_invariant=decoder.invariant,
+        rows=rows_in_memory(model),
+        weight_bytes=decoder.weight_bytes,
+        cache_bytes=(tokens + options.max_new_tokens) * labs_decode.column_bytes(decoder),
+    )
+
+
 def generate(
     model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
 ) -> Completion:

@@ -475,8 +475,10 @@ class Asked:
             try:
                 ticket, event = self._events.get(timeout=POLL_S)
             except queue.Empty:
-                if self._gone():
-                    raise ClientGone from None
+                ticket, event = -1, None
+            if self._gone():
+                raise ClientGone
+            if event is None:
                 if time.perf_counter() - silent > PING_S:
                     silent = time.perf_counter()
                     yield None
@@ -598,7 +600,12 @@ class Service:
     ) -> Asked:
         """Submit each of `inputs` n times; all are taken in or none."""
         if len(inputs) * n > (most := self.config.server.max_choices):
-            raise Problem(400, f"{len(inputs) * n} choices are asked for; at most {most}", "n", "n")
+            raise Problem(
+                400,
+                f"{len(inputs) * n} choices are asked for; at most {most}",
+                "invalid_value",
+                "n",
+            )
         cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
         if wait := self._tokens.take(req.context.owner, cost):
             raise Problem(
@@ -1014,15 +1021,12 @@ class Text(Resource):
 
 def policy_of(page: str) -> str:
     """Return a policy under which only the page's own style and script run."""
-    found = {}
-    for kind in ("style", "script"):
-        (inner,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
-        found[kind] = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'sha256-{found['style']}'; "
-        f"script-src 'sha256-{found['script']}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    sources = []
+    for kind, inner in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        sources.append(f"{kind}-src 'sha256-{digest}'; ")
+    rest = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return f"default-src 'none'; {''.join(sources)}connect-src 'self'; img-src data:; {rest}"
 
 
 # ---------------------------------------------------------------- the routes, described once
@@ -1130,7 +1134,7 @@ def docs(document: dict[str, Any]) -> str:
     style = "body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;padding:0 1rem}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>labs API</title>'
-        f"<style>:root{{color-scheme:light dark}}{style}</style><script></script><h1>labs API</h1>"
+        f"<style>:root{{color-scheme:light dark}}{style}</style><h1>labs API</h1>"
         f'<p><a href="openapi.json">openapi.json</a></p>{"".join(lines)}<h2>Schemas</h2>'
         f"{''.join(schemas)}"
     )

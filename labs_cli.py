@@ -61,6 +61,7 @@ OPTIONS: Options = (
     ("Input", "--chat", bool, "Talk with the model; /help there tells more."),
     ("Output", "--stream/--no-stream", bool, "Write as it comes [default: on a terminal]."),
     ("Output", "--json", bool, "Write one JSON object: text, usage, timings, settings."),
+    ("Output", "--explain", bool, "Tell what would run and how, without running it."),
     ("Output", "--verbose", bool, "Tell tokens/s and where the time went."),
     ("Output", "--show-config", bool, "Show each setting and where it comes from."),
     ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
@@ -68,7 +69,13 @@ OPTIONS: Options = (
 SETTINGS = [s for s in labs.settings() if s.section in ("generation", "quantization")]
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 # At most one of each row: the others would have no effect.
-RIVALS = ("prompt messages_json messages_file", "chat prompt", "json chat", "json stream")
+RIVALS = (
+    "prompt messages_json messages_file",
+    "chat prompt",
+    "json chat",
+    "json stream",
+    "explain chat",
+)
 
 Values = dict[str, Any]  # flags, or the keywords of labs.build_inputs
 Messages = list[labs.Message]
@@ -185,6 +192,19 @@ def answer_json(session: Session, request: Values) -> None:
     report(session, completion)
 
 
+def explain(session: Session, request: Values) -> None:
+    """Write the prompt as the model reads it and how it would be answered."""
+    told = labs.explain(session.model, build_inputs(session, request), session.config.generation)
+    same = "yes" if told.batch_invariant else "not promised for this model on this device"
+    write(f"""{told.prompt}
+---
+prompt tokens: {told.prompt_tokens}; the context has room for {told.context_left} more
+runs: {told.how} ({told.why}); up to {told.rows} rows at once
+same text in any company: {same}
+memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes / 1e6:.1f} MB
+""")
+
+
 def report(session: Session, done: labs.Done | labs.Completion) -> None:
     """Tell a person if the answer was cut and, with --verbose, where the time went."""
     flag = {"length": "--max-new-tokens", "timeout": "--timeout-s"}.get(done.finish_reason)
@@ -193,6 +213,7 @@ def report(session: Session, done: labs.Done | labs.Completion) -> None:
     if session.verbose:
         counts, times = map(msgspec.structs.asdict, (done.usage, done.timings))
         figures = {**counts, "imports_s": session.imports_s, **times}
+        del figures["response_cached"], figures["queue_s"]  # a matter of servers
         tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
 
 
@@ -380,6 +401,8 @@ def run(**flags: Any) -> None:
     session = Session(model, config, stream, flags["verbose"], imports_s)
     if flags["chat"]:
         chat(session, request["messages"])
+    elif flags["explain"]:
+        explain(session, request)
     elif flags["json"]:
         answer_json(session, request)
     else:

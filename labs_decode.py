@@ -17,13 +17,14 @@ implementation, and `see` asks the cache where the query of each row stands.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -809,8 +810,10 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be taken on a device, where the system tells."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):  # Linux; the page cache counts as free there
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
     return sys.maxsize
 
 

@@ -1,0 +1,1007 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine with real threads and tiny random models; forward calls are counted and held."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import gc
+import itertools
+import math
+import queue
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cachetools
+import pytest
+import torch
+
+import labs
+import labs_decode
+import labs_engine
+from test_labs import byte_tokenizer, imports, tree
+from test_labs_decode import tiny
+
+WAIT_S = 60  # for what should take milliseconds
+NEW = 12
+KINDS = ("llama", "mamba2", "bamba", "rwkv")
+OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+# ---------------------------------------------------------------- helpers
+
+
+@functools.cache
+def model_of(kind: str) -> labs.Model:
+    """Make a tiny model whose answers end at max_new_tokens only."""
+    decoder = labs_decode.prepare(tiny(kind, vocab_size=262))
+    return labs.Model(
+        decoder=decoder,
+        tokenizer=byte_tokenizer(),
+        spec=labs.ModelSpec(model_name=kind),
+        device="cpu",
+        dtype="fp32",
+        context_length=512,
+        eos_token_ids=frozenset(),
+        recommended={},
+        load_s=0.0,
+        lock=threading.Lock(),
+    )
+
+
+def prompt(number: int, length: int = 6) -> labs.Inputs:
+    chance = random.Random(number)
+    ids = tuple(chance.randrange(33, 127) for _ in range(length))
+    return labs.Inputs(ids, bytes(ids).decode())
+
+
+def options(**changes: Any) -> labs.Generation:
+    return labs.Generation(**{"max_new_tokens": NEW} | changes)
+
+
+@functools.cache
+def alone(kind: str, number: int, length: int = 6, new: int = NEW, seed: int | None = None) -> str:
+    """Return the text that labs.generate gives, greedy or by this seed."""
+    return labs.generate(model_of(kind), prompt(number, length), asked(seed, new)).text
+
+
+def asked(seed: int | None = None, new: int = NEW) -> labs.Generation:
+    return options(max_new_tokens=new, seed=seed, temperature=0.0 if seed is None else 1.0)
+
+
+class Gate:
+    """The forward calls of a model: the ids of each, and a hand on the door.
+
+    before: is called with a call's words before it, after: with its words and output.
+    """
+
+    def __init__(self, model: labs.Model) -> None:
+        self.calls: list[list[list[int]]] = []
+        self.allowed: float = math.inf
+        self.before: Callable[[Any], Any] = lambda words: None
+        self.after: Callable[[Any, Any], Any] = lambda words, output: None
+        self.turn = threading.Condition()
+        self.handles = [
+            model.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.model.register_forward_hook(self._leave, with_kwargs=True),
+        ]
+
+    def _enter(self, module: Any, args: Any, words: dict[str, Any]) -> None:
+        with self.turn:
+            self.calls.append(words["input_ids"].tolist())
+            self.turn.notify_all()
+            assert self.turn.wait_for(lambda: len(self.calls) <= self.allowed, WAIT_S)
+        self.before(words)
+
+    def _leave(self, module: Any, args: Any, words: dict[str, Any], output: Any) -> None:
+        self.after(words, output)
+
+    def let(self, count: float) -> None:
+        """Let `count` more calls through: the next one is held at its beginning."""
+        with self.turn:
+            self.allowed = len(self.calls) + count - (len(self.calls) > self.allowed)
+            self.turn.notify_all()
+
+    def until(self, count: int) -> None:
+        """Wait until so many calls have begun."""
+        with self.turn:
+            assert self.turn.wait_for(lambda: len(self.calls) >= count, WAIT_S)
+
+    def has_seen(self, inputs: labs.Inputs) -> bool:
+        ids, length = list(inputs.input_ids), len(inputs.input_ids)
+        rows = [row for call in self.calls for row in call]
+        return any(row[i : i + length] == ids for row in rows for i in range(len(row)))
+
+    @property
+    def steps(self) -> list[int]:
+        """How many rows each step had; a lone row of llama has a copy beside it."""
+        return [len(call) for call in self.calls if len(call[0]) == 1]
+
+
+Start = Callable[..., tuple[labs_engine.Engine, Gate]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start engines behind gates; at the end all of their tables have to be empty."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(
+            kind: str = "llama", cache: labs.ResponseCache | None = None, **server: Any
+        ) -> tuple[labs_engine.Engine, Gate]:
+            gate = Gate(model_of(kind))
+            settings = labs.Server(**server), cache or labs.ResponseCache()
+            engine = labs_engine.Engine(model_of(kind), *settings)
+            stack.callback(end, engine, gate)
+            return engine, gate
+
+        yield begin
+
+
+def end(engine: labs_engine.Engine, gate: Gate) -> None:
+    gate.let(math.inf)
+    engine.close()
+    for handle in gate.handles:
+        handle.remove()
+    assert not engine._thread.is_alive()
+    assert leftovers(engine) == {}
+
+
+def leftovers(engine: labs_engine.Engine) -> dict[str, Any]:
+    held = {name: getattr(engine, name) for name in ("_jobs", "_tickets", "_waiting", "_shared")}
+    if engine._thread.is_alive():
+        running = engine._running
+        held |= {"streams": running.streams, "newcomers": running.newcomers}
+    return {name: table for name, table in held.items() if table}
+
+
+def read(answer: labs_engine.Answer, wait_s: float = WAIT_S) -> tuple[str, Any]:
+    """Return an answer's text and the event that ended it."""
+    text = ""
+    while True:
+        event = answer.get(wait_s)
+        assert event is not None, "nothing comes any more"
+        if not isinstance(event, labs.Delta):
+            return text, event
+        text += event.text
+
+
+def quiet(engine: labs_engine.Engine) -> bool:
+    """Wait until nothing is under way."""
+    deadline = time.monotonic() + WAIT_S
+    while (status := engine.status()).running or status.waiting:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.002)
+    return leftovers(engine) == {}
+
+
+def age(engine: labs_engine.Engine) -> None:
+    """Make the requests under way look as if they had been asked for long ago."""
+    for job in list(engine._jobs.values()):
+        job.stream.began -= 10_000
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- sharing steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [None, 7])
+def test_requests_submitted_together_give_the_texts_they_give_alone(kind, seed, start):
+    expected = [alone(kind, n, seed=seed) for n in range(6)]
+    engine, _ = start(kind)
+    answers = [engine.submit(prompt(n), asked(seed)) for n in range(6)]
+    assert [read(answer)[0] for answer in answers] == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2"])
+def test_requests_submitted_together_share_steps(kind, start):
+    engine, gate = start(kind)
+    gate.let(0)
+    answers = [engine.submit(prompt(n), options()) for n in range(8)]
+    gate.let(math.inf)
+    for answer in answers:
+        read(answer)
+    assert engine.status().steps <= 8 + 2 * NEW
+    assert max(gate.steps) == 8
+
+
+def test_requests_are_admitted_in_the_order_of_their_arrival(start):
+    engine, gate = start(max_batch_rows=1)
+    gate.let(0)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answers = [engine.submit(prompt(n), options(), events=events) for n in range(5)]
+    gate.let(math.inf)
+    ended = []
+    while len(ended) < 5:
+        ticket, event = events.get(timeout=WAIT_S)
+        ended += [ticket] if isinstance(event, labs.Done) else []
+    assert ended == [answer.ticket for answer in answers]
+
+
+def test_a_model_that_runs_alone_takes_one_request_at_a_time(start):
+    engine, gate = start("rwkv")
+    gate.let(0)
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    gate.until(1)
+    status = engine.status()
+    assert (status.max_rows, status.running, status.waiting) == (1, 1, 2)
+    gate.let(math.inf)
+    assert [read(answer)[0] for answer in answers] == [alone("rwkv", n) for n in range(3)]
+
+
+def test_several_answers_may_share_a_queue(start):
+    engine, _ = start()
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answers = [engine.submit(prompt(n), asked(), events=events) for n in range(3)]
+    texts, ended = dict.fromkeys((answer.ticket for answer in answers), ""), set()
+    while len(ended) < 3:
+        ticket, event = events.get(timeout=WAIT_S)
+        if isinstance(event, labs.Delta):
+            texts[ticket] += event.text
+        else:
+            ended.add(ticket)
+    assert list(texts.values()) == [alone("llama", n) for n in range(3)]
+
+
+def test_an_answer_is_iterated_to_its_end(start):
+    engine, _ = start()
+    answer = engine.submit(prompt(0), asked())
+    *deltas, done = answer
+    assert labs.fold(deltas, done).text == alone("llama", 0)
+    assert [*answer] == []
+
+
+# ---------------------------------------------------------------- admission
+
+
+def test_a_full_engine_refuses_at_once(start):
+    engine, gate = start(max_batch_rows=2, max_waiting=1)
+    gate.let(0)
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    with pytest.raises(labs_engine.Busy, match="3 requests"):
+        engine.submit(prompt(9), options())
+    gate.let(math.inf)
+    assert [read(answer)[1].finish_reason for answer in answers] == ["length"] * 3
+
+
+def test_there_is_room_again_after_an_end(start):
+    engine, _ = start(max_batch_rows=1, max_waiting=0)
+    read(engine.submit(prompt(0), options()))
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
+
+
+def test_there_is_room_again_at_once_where_a_waiting_request_is_closed(start):
+    engine, gate = start(max_batch_rows=1, max_waiting=1)
+    gate.let(0)
+    first = engine.submit(prompt(0), options())
+    engine.submit(prompt(1), options()).close()
+    third = engine.submit(prompt(2), options())
+    gate.let(math.inf)
+    assert [read(answer)[1].finish_reason for answer in (first, third)] == ["length"] * 2
+
+
+def test_no_more_rows_run_than_allowed(start):
+    engine, gate = start(max_batch_rows=3)
+    gate.let(0)
+    answers = [engine.submit(prompt(n), options()) for n in range(7)]
+    gate.let(math.inf)
+    for answer in answers:
+        read(answer)
+    assert max(gate.steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes", "error"),
+    [
+        (prompt(0, 505), {}, labs.PromptTooLong),
+        (prompt(0), {"logit_bias": {9999: 1.0}}, labs.InputError),
+    ],
+)
+def test_a_wrong_request_is_refused_in_the_caller_before_it_is_queued(
+    inputs, changes, error, start
+):
+    engine, gate = start()
+    with pytest.raises(error):
+        engine.submit(inputs, options(**changes))
+    assert (quiet(engine), gate.calls) == (True, [])
+
+
+# ---------------------------------------------------------------- cancellation and deadlines
+
+
+def leave_by_closing(answers: list[Any]) -> None:
+    answers.pop().close()
+
+
+def leave_by_forgetting(answers: list[Any]) -> None:
+    answers.pop()
+    gc.collect()
+
+
+leaving = pytest.mark.parametrize("leave", [leave_by_closing, leave_by_forgetting])
+
+
+@leaving
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_who_leaves_while_waiting_is_never_computed(kind, leave, start):
+    engine, gate = start(kind, max_batch_rows=1)
+    gate.let(0)
+    first = engine.submit(prompt(0), options())
+    gate.until(1)
+    waiting = [engine.submit(prompt(1), options())]
+    leave(waiting)
+    gate.let(math.inf)
+    assert read(first)[0] == alone(kind, 0)
+    assert quiet(engine)
+    assert not gate.has_seen(prompt(1))
+
+
+@leaving
+@pytest.mark.parametrize("kind", ["llama", "mamba2"])
+def test_who_leaves_while_its_prompt_is_read_stops_the_reading(kind, leave, start, monkeypatch):
+    monkeypatch.setattr(labs_decode, "CHUNK", 16)
+    engine, gate = start(kind)
+    gate.let(1)
+    answers = [engine.submit(prompt(0, 200), options())]
+    gate.until(2)
+    leave(answers)
+    gate.let(math.inf)
+    assert quiet(engine)
+    assert len(gate.calls) == 2
+
+
+@leaving
+@pytest.mark.parametrize("kind", ["llama", "mamba2"])
+def test_who_leaves_while_decoding_frees_its_row_before_the_next_step(kind, leave, start):
+    engine, gate = start(kind)
+    gate.let(0)
+    stay = [engine.submit(prompt(n), options()) for n in range(2)]
+    go = [engine.submit(prompt(2), options())]
+    gate.let(6)
+    gate.until(7)
+    assert gate.steps[-1] == 3
+    leave(go)
+    gate.let(1)
+    gate.until(8)
+    assert gate.steps[-1] == 2
+    assert engine.status().running == 2
+    gate.let(math.inf)
+    assert [read(answer)[0] for answer in stay] == [alone(kind, n) for n in range(2)]
+
+
+def test_who_leaves_a_model_that_runs_alone_costs_one_more_step_at_most(start):
+    engine, gate = start("rwkv")
+    gate.let(3)
+    answer = engine.submit(prompt(0), options())
+    gate.until(4)
+    answer.close()
+    gate.let(math.inf)
+    assert quiet(engine)
+    assert len(gate.calls) <= 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_a_request_too_late_while_all_rows_are_busy_ends_without_waiting_for_one(kind, start):
+    engine, gate = start(kind, max_batch_rows=1)
+    gate.let(2)
+    first = engine.submit(prompt(0), options())
+    gate.until(3)
+    late = engine.submit(prompt(1), options(timeout_s=500))
+    age(engine)
+    gate.let(1)
+    text, done = read(late)
+    assert (text, done.finish_reason, done.usage.completion_tokens) == ("", "timeout", 0)
+    assert engine.status().running == 1
+    gate.let(math.inf)
+    assert read(first)[0] == alone(kind, 0)
+    assert not gate.has_seen(prompt(1))
+
+
+def test_a_request_too_late_while_its_prompt_is_read_ends_before_the_next_chunk(start, monkeypatch):
+    monkeypatch.setattr(labs_decode, "CHUNK", 16)
+    engine, gate = start()
+    gate.let(1)
+    answer = engine.submit(prompt(0, 200), options(timeout_s=500))
+    gate.until(2)
+    age(engine)
+    gate.let(math.inf)
+    text, done = read(answer)
+    assert (text, done.finish_reason, len(gate.calls)) == ("", "timeout", 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_a_request_too_late_while_decoding_ends_with_the_text_so_far(kind, start):
+    engine, gate = start(kind)
+    gate.let(3)
+    answer = engine.submit(prompt(0), options(timeout_s=500))
+    gate.until(4)
+    age(engine)
+    gate.let(math.inf)
+    text, done = read(answer)
+    assert (done.finish_reason, len(gate.calls)) == ("timeout", 4)
+    assert alone(kind, 0).startswith(text.rstrip("\ufffd"))
+
+
+def test_two_hundred_abandoned_requests_cost_the_next_one_nothing(start):
+    engine, gate = start(max_batch_rows=4, max_waiting=300)
+    gate.let(3)
+    for answer in [engine.submit(prompt(n), options()) for n in range(200)]:
+        answer.close()
+    gate.until(1)
+    before = len(gate.calls)
+    last = engine.submit(prompt(500, 9), asked())
+    gate.let(math.inf)
+    assert read(last)[0] == alone("llama", 500, 9)
+    own = next(n for n, call in enumerate(gate.calls) if len(call[0]) >= 9)
+    assert own - before <= 1
+    assert quiet(engine)
+
+
+def test_closing_twice_or_after_the_end_is_fine(start):
+    engine, _ = start()
+    answer = engine.submit(prompt(0), options())
+    read(answer)
+    answer.close()
+    answer.close()
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
+def test_an_exception_in_the_model_ends_what_is_in_flight_and_the_next_is_served(kind, start):
+    engine, gate = start(kind, max_batch_rows=2)
+    gate.let(4)
+    answers = [engine.submit(prompt(n), options()) for n in range(2)]
+    gate.until(5)
+
+    def broken(words: Any) -> None:
+        gate.before = lambda words: None
+        raise RuntimeError("a shape is wrong")
+
+    gate.before = broken
+    gate.let(math.inf)
+    running = answers[: engine.max_rows]
+    assert all(isinstance(read(answer)[1], labs.Failed) for answer in running)
+    assert engine.status().failures == 1
+    assert read(engine.submit(prompt(5), asked()))[0] == alone(kind, 5)
+    assert engine.status().alive
+
+
+def test_what_waits_outlives_an_exception_in_the_model(start):
+    engine, gate = start(max_batch_rows=1)
+    gate.let(2)
+    first, second = (engine.submit(prompt(n), asked()) for n in range(2))
+    gate.until(3)
+    gate.before = lambda words: setattr(gate, "before", lambda words: None) or 1 / 0
+    gate.let(math.inf)
+    assert isinstance(read(first)[1], labs.Failed)
+    assert read(second)[0] == alone("llama", 1)
+
+
+def test_logits_of_one_row_that_are_no_numbers_end_that_row_only(start):
+    engine, gate = start()
+    gate.let(0)
+    answers = [engine.submit(prompt(n), asked()) for n in range(3)]
+
+    def spoil(words: Any, output: Any) -> None:
+        if words["input_ids"].shape == (3, 1) and len(gate.calls) > 5:
+            output.logits[1] = math.nan
+
+    gate.after = spoil
+    gate.let(math.inf)
+    found = [read(answer) for answer in answers]
+    assert [text for text, _ in (found[0], found[2])] == [alone("llama", n) for n in (0, 2)]
+    text, failed = found[1]
+    assert "not finite" in str(failed.error)
+    assert alone("llama", 1).startswith(text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
+def test_logits_that_are_no_numbers_in_all_rows_never_become_text(kind, start):
+    engine, gate = start(kind)
+    gate.after = lambda words, output: output.logits.fill_(math.nan)
+    found = [read(answer) for answer in [engine.submit(prompt(n), options()) for n in range(3)]]
+    assert [text for text, _ in found] == [""] * 3
+    assert all("not finite" in str(failed.error) for _, failed in found)
+    gate.after = lambda words, output: None
+    assert read(engine.submit(prompt(5), asked()))[0] == alone(kind, 5)
+
+
+def test_a_processor_that_raises_ends_its_own_row_only(start):
+    def broken(ids: list[int], logits: Any) -> Any:
+        if len(ids) > 9:
+            raise KeyError("grammar")
+        return logits
+
+    engine, gate = start()
+    gate.let(0)
+    answers = [engine.submit(prompt(n), asked(), processors=(broken,) * (n == 1)) for n in range(3)]
+    gate.let(math.inf)
+    found = [read(answer) for answer in answers]
+    assert "grammar" in str(found[1][1].error)
+    assert [found[n][0] for n in (0, 2)] == [alone("llama", n) for n in (0, 2)]
+
+
+# ---------------------------------------------------------------- memory
+
+
+@contextlib.contextmanager
+def little_memory(model: labs.Model, rows: int) -> Iterator[list[int]]:
+    """Let the third layer run out of memory in steps of more than `rows`; yield those."""
+    layers = next(m for m in model.model.modules() if isinstance(m, torch.nn.ModuleList))
+    failed: list[int] = []
+
+    def check(module: Any, args: Any) -> None:
+        live, length = args[0].shape[:2]
+        if length == 1 and live > rows:
+            failed.append(live)
+            raise OOM
+
+    handle = layers[2].register_forward_pre_hook(check)
+    try:
+        yield failed
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "bamba"])
+def test_a_batch_that_memory_does_not_hold_is_halved_and_loses_no_text(kind, rows, start):
+    expected = [alone(kind, n, new=24) for n in range(8)]
+    engine, gate = start(kind)
+    with little_memory(engine.model, rows) as failed:
+        gate.let(0)
+        answers = [engine.submit(prompt(n), asked(new=24)) for n in range(8)]
+        gate.let(math.inf)
+        assert [read(answer)[0] for answer in answers] == expected
+        assert engine.status().halvings == len(failed) > 0
+        assert engine.status().failures == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2"])
+def test_a_single_row_that_memory_does_not_hold_fails_with_a_sentence(kind, start):
+    engine, _ = start(kind)
+    with little_memory(engine.model, 0):
+        text, failed = read(engine.submit(prompt(0), options()))
+    assert alone(kind, 0).startswith(text)
+    assert "out of memory" in str(failed.error)
+    assert read(engine.submit(prompt(1), asked()))[0] == alone(kind, 1)
+
+
+def test_a_row_that_memory_does_not_hold_leaves_other_batches_alone(start, monkeypatch):
+    monkeypatch.setattr(labs_decode, "place", lambda decoder, batches, new: [*batches, new])
+    engine, gate = start()
+    gate.let(0)
+    answers = [engine.submit(prompt(n), asked()) for n in range(2)]
+    gate.let(6)
+    gate.until(7)
+
+    def once(words: Any) -> None:
+        gate.before = lambda words: None
+        raise OOM
+
+    gate.before = once
+    gate.let(math.inf)
+    found = [read(answer) for answer in answers]
+    failed = [n for n, (_, end) in enumerate(found) if isinstance(end, labs.Failed)]
+    assert len(failed) == 1
+    assert "out of memory" in str(found[failed[0]][1].error)
+    assert found[1 - failed[0]][0] == alone("llama", 1 - failed[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "bamba"])
+@pytest.mark.parametrize("method", ["resize", "write"])
+def test_memory_that_runs_out_while_a_newcomer_joins_loses_nobody(kind, method, start, monkeypatch):
+    expected = [alone(kind, n) for n in range(4)]
+    calls = itertools.count()
+
+    def failing(original: Any) -> Any:
+        def once(*args: Any) -> Any:
+            if next(calls) == 1:  # the second layer, when the first is done
+                raise OOM
+            return original(*args)
+
+        return once
+
+    for layer in (labs_decode.SlotLayer, labs_decode.StateLayer, labs_decode.HybridLayer):
+        if method in vars(layer) and layer is not labs_decode.HybridLayer:
+            monkeypatch.setattr(layer, method, failing(getattr(layer, method)))
+    engine, gate = start(kind)
+    gate.let(0)
+    answers = [engine.submit(prompt(n), asked()) for n in range(4)]
+    gate.let(math.inf)
+    assert [read(answer)[0] for answer in answers] == expected
+    assert next(calls) > 1
+
+
+def test_memory_that_runs_out_in_a_prompt_is_told_and_the_next_is_served(start):
+    engine, gate = start()
+
+    def full(words: Any) -> None:
+        if words["input_ids"].shape[1] > 50:
+            raise OOM
+
+    gate.before = full
+    _, failed = read(engine.submit(prompt(0, 100), options()))
+    assert "out of memory" in str(failed.error)
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
+
+
+def test_memory_that_runs_out_in_a_prompt_ends_no_row_that_is_decoded(start):
+    engine, gate = start()
+    gate.let(3)
+    first = engine.submit(prompt(0), asked())
+    gate.until(4)
+
+    def full(words: Any) -> None:
+        if words["input_ids"].shape[1] > 50:
+            raise OOM
+
+    gate.before = full
+    second = engine.submit(prompt(1, 100), options())
+    gate.let(math.inf)
+    assert "out of memory" in str(read(second)[1].error)
+    assert read(first)[0] == alone("llama", 0)
+
+
+# ---------------------------------------------------------------- a dead thread
+
+
+def dies(words: Any) -> None:
+    raise SystemExit
+
+
+def test_a_dead_thread_fails_all_answers_and_is_told(start):
+    engine, gate = start(max_batch_rows=1)
+    gate.let(2)
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    gate.until(3)
+    gate.before = dies
+    gate.let(math.inf)
+    assert all(isinstance(read(answer)[1], labs.Failed) for answer in answers)
+    engine._thread.join(WAIT_S)
+    status = engine.status()
+    assert (status.alive, status.running, status.waiting) == (False, 0, 0)
+    with pytest.raises(labs_engine.Busy, match="stopped"):
+        engine.submit(prompt(0), options())
+
+
+def test_a_request_that_comes_while_the_thread_dies_does_not_hang(start, monkeypatch):
+    engine, gate = start()
+    late: list[Any] = []
+    fail = engine._fail
+
+    def then_ask(*args: Any) -> None:
+        fail(*args)
+        with contextlib.suppress(labs_engine.Busy):
+            late.append(engine.submit(prompt(1), options()))
+
+    monkeypatch.setattr(engine, "_fail", then_ask)
+    gate.before = dies
+    read(engine.submit(prompt(0), options()))
+    engine._thread.join(WAIT_S)
+    assert all(isinstance(read(answer, wait_s=1)[1], labs.Failed) for answer in late)
+
+
+# ---------------------------------------------------------------- closing
+
+
+def test_closing_lets_answers_end_until_the_deadline(start):
+    engine, _ = start(max_batch_rows=1)
+    answers = [engine.submit(prompt(n), asked()) for n in range(3)]
+    assert engine.close(WAIT_S)
+    assert [read(answer)[0] for answer in answers] == [alone("llama", n) for n in range(3)]
+    assert not engine._thread.is_alive()
+    assert engine.status().closing
+
+
+def test_closing_cancels_what_is_late(start):
+    engine, gate = start(max_batch_rows=1)
+    gate.let(2)
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    gate.until(3)
+    threading.Timer(0.3, gate.let, [math.inf]).start()
+    assert not engine.close(0.1)
+    assert [read(answer)[1].finish_reason for answer in answers] == ["cancelled"] * 3
+    assert not engine._thread.is_alive()
+
+
+def test_a_closing_engine_refuses_new_requests(start):
+    engine, gate = start()
+    gate.let(2)
+    answer = engine.submit(prompt(0), asked())
+    gate.until(3)
+    closing = threading.Thread(target=engine.close, args=(WAIT_S,))
+    closing.start()
+    while not engine.status().closing:
+        time.sleep(0.002)
+    with pytest.raises(labs_engine.Busy, match="shutting down"):
+        engine.submit(prompt(1), options())
+    gate.let(math.inf)
+    closing.join(WAIT_S)
+    assert read(answer)[0] == alone("llama", 0)
+
+
+def test_closing_twice_is_fine(start):
+    engine, _ = start()
+    assert [engine.close(), engine.close(1)] == [True, True]
+
+
+def test_an_idle_engine_tells_that_it_is_alive_and_computes_nothing(start):
+    engine, gate = start()
+    status = engine.status()
+    assert (status.alive, status.closing, status.idle_s, status.cache_usage) == (True, False, 0, 0)
+    assert (status.steps, gate.calls) == (0, [])
+
+
+# ---------------------------------------------------------------- the cache of answers
+
+KEPT = labs.ResponseCache(max_entries=4)
+
+
+def test_answers_are_not_kept_by_default(start):
+    engine, gate = start()
+    found = [read(engine.submit(prompt(0), asked())) for _ in range(2)]
+    assert [done.usage.response_cached for _, done in found] == [False, False]
+    assert len(gate.calls) == 2 * NEW
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_the_same_request_is_answered_without_a_forward_call(kind, seed, start):
+    engine, gate = start(kind, KEPT)
+    wanted = labs.evolve(asked(seed), logprobs=2)
+    first, second = ([*engine.submit(prompt(0), wanted)] for _ in range(2))
+    assert len(gate.calls) == NEW
+    assert second[:-1] == first[:-1]
+    assert labs.fold(second[:-1], second[-1]).text == alone(kind, 0, seed=seed)
+    assert [end.usage.response_cached for end in (first[-1], second[-1])] == [False, True]
+    assert engine.status().response_cache_hits == 1
+
+
+def test_an_answer_is_not_shared_between_owners(start):
+    engine, gate = start(cache=KEPT)
+    for owner in ("one", "two"):
+        read(engine.submit(prompt(0), asked(), owner=owner))
+    assert len(gate.calls) == 2 * NEW
+
+
+@pytest.mark.parametrize(
+    ("changes", "processors"),
+    [({"temperature": 1.0}, ()), ({"temperature": 0.0}, (lambda ids, logits: logits,))],
+)
+def test_what_may_not_repeat_is_computed_again(changes, processors, start):
+    engine, gate = start(cache=KEPT)
+    for _ in range(2):
+        _, done = read(engine.submit(prompt(0), options(**changes), processors=processors))
+        assert not done.usage.response_cached
+    assert len(gate.calls) == 2 * NEW
+
+
+def test_another_option_is_another_answer(start):
+    engine, gate = start(cache=KEPT)
+    for new in (5, 6):
+        read(engine.submit(prompt(0), asked(new=new)))
+    assert len(gate.calls) == 11
+
+
+def test_an_answer_is_forgotten_after_its_time(start, monkeypatch):
+    now = [0.0]
+    cache = functools.partial(cachetools.TTLCache, timer=lambda: now[0])
+    monkeypatch.setattr(cachetools, "TTLCache", cache)
+    engine, gate = start(cache=labs.ResponseCache(max_entries=4, ttl_s=100))
+    for now[0], calls in ((0, NEW), (99, NEW), (101, 2 * NEW)):
+        read(engine.submit(prompt(0), asked()))
+        assert len(gate.calls) == calls
+
+
+def test_no_more_answers_are_kept_than_allowed(start):
+    engine, gate = start(cache=labs.ResponseCache(max_entries=2))
+    for number in (0, 1, 2):
+        read(engine.submit(prompt(number), asked()))
+    assert len(engine._done) == 2
+    read(engine.submit(prompt(2), asked()))
+    assert len(gate.calls) == 3 * NEW
+    read(engine.submit(prompt(0), asked()))
+    assert len(gate.calls) == 4 * NEW
+
+
+def test_identical_requests_in_flight_are_computed_once(start):
+    engine, gate = start(cache=KEPT)
+    gate.let(6)
+    leader = engine.submit(prompt(0), asked())
+    gate.until(7)
+    follower = engine.submit(prompt(0), asked())
+    gate.let(math.inf)
+    events = [[*answer] for answer in (leader, follower)]
+    assert events[0][:-1] == events[1][:-1]
+    assert [each[-1].usage.response_cached for each in events] == [False, True]
+    assert len(gate.calls) == NEW
+
+
+def test_a_leader_that_closes_does_not_stop_its_follower(start):
+    engine, gate = start(cache=KEPT)
+    gate.let(6)
+    leader = engine.submit(prompt(0), asked())
+    gate.until(7)
+    follower = engine.submit(prompt(0), asked())
+    leader.close()
+    gate.let(math.inf)
+    assert read(follower)[0] == alone("llama", 0)
+    assert len(gate.calls) == NEW
+
+
+def test_what_leader_and_follower_both_left_is_cancelled_and_not_kept(start):
+    engine, gate = start(cache=KEPT)
+    gate.let(3)
+    answers = [engine.submit(prompt(0), asked()) for _ in range(2)]
+    gate.until(4)
+    for answer in answers:
+        answer.close()
+    gate.let(math.inf)
+    assert quiet(engine)
+    assert (len(gate.calls), len(engine._done)) == (4, 0)
+    _, done = read(engine.submit(prompt(0), asked()))
+    assert not done.usage.response_cached
+
+
+def test_an_answer_that_came_too_late_is_not_kept(start):
+    engine, gate = start(cache=KEPT)
+    gate.let(3)
+    answer = engine.submit(prompt(0), options(timeout_s=500))
+    gate.until(4)
+    age(engine)
+    gate.let(math.inf)
+    assert read(answer)[1].finish_reason == "timeout"
+    assert read(engine.submit(prompt(0), options(timeout_s=500)))[1].finish_reason == "length"
+
+
+def test_the_end_of_a_cancelled_request_does_not_hide_its_successor(start):
+    engine, gate = start(cache=KEPT)
+    gate.let(3)
+    first = engine.submit(prompt(0), asked())
+    gate.until(4)
+    first.close()
+    second = engine.submit(prompt(0), asked())
+    gate.let(1)
+    gate.until(5)
+    third = engine.submit(prompt(0), asked())
+    assert engine.status().response_cache_hits == 1
+    gate.let(math.inf)
+    assert [read(answer)[0] for answer in (second, third)] == [alone("llama", 0)] * 2
+
+
+def test_a_failure_is_not_kept(start):
+    engine, gate = start(cache=KEPT)
+    gate.after = lambda words, output: output.logits.fill_(math.nan)
+    assert isinstance(read(engine.submit(prompt(0), asked()))[1], labs.Failed)
+    gate.after = lambda words, output: None
+    assert read(engine.submit(prompt(0), asked()))[0] == alone("llama", 0)
+
+
+# ---------------------------------------------------------------- engines
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Hold labs.load_model until the event is set; what it then does is in `results`."""
+    held, results = threading.Event(), [model_of("llama")]
+
+    def load(config: Any) -> labs.Model:
+        assert held.wait(WAIT_S)
+        if isinstance(results[0], Exception):
+            raise results[0]
+        return results[0]
+
+    monkeypatch.setattr(labs, "load_model", load)
+    yield held, results
+    held.set()
+
+
+def test_a_model_that_is_being_loaded_is_busy_and_answers_then(loading):
+    engines = labs_engine.Engines(labs.Config())
+    with pytest.raises(labs_engine.Busy, match="is being loaded"):
+        engines("any")
+    engines.raise_failure()
+    loading[0].set()
+    assert read(engines.wait().submit(prompt(0), asked()))[0] == alone("llama", 0)
+    assert engines("any") is engines.wait()
+    engines.close()
+    assert not engines.wait()._thread.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_raises_why(loading):
+    engines = labs_engine.Engines(labs.Config())
+    loading[1][0] = labs.ModelError("there is no such model")
+    loading[0].set()
+    for ask in (engines.wait, lambda: engines("any"), engines.raise_failure):
+        with pytest.raises(labs.ModelError, match="no such model"):
+            ask()
+    engines.close()
+
+
+# ---------------------------------------------------------------- many threads
+
+
+def ask_at_random(engine: labs_engine.Engine, number: int, rounds: int) -> int:
+    """Ask as one of many clients would; return how many texts were read to their end."""
+    chance, whole = random.Random(number), 0
+    for _ in range(rounds):
+        which, seed = chance.randrange(6), chance.choice([None, 7])
+        wanted = asked(seed)
+        kind = chance.choice(["read", "read", "close", "forget", "late"])
+        if kind == "late":
+            wanted = labs.evolve(wanted, timeout_s=chance.choice([0.001, 0.02, 0.1]))
+        try:
+            answer = engine.submit(prompt(which), wanted, owner=str(number % 3))
+        except labs_engine.Busy:
+            continue
+        if kind in ("close", "forget"):
+            for _ in range(chance.randrange(4)):
+                answer.get(WAIT_S)
+            if kind == "close":
+                answer.close()
+            continue
+        text, done = read(answer)
+        expected = alone("llama", which, seed=seed)
+        if done.finish_reason == "timeout":
+            assert expected.startswith(text.rstrip("\ufffd"))
+        else:
+            assert text == expected
+            whole += 1
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("rounds", "cache"),
+    [
+        (4, labs.ResponseCache()),
+        (4, KEPT),
+        pytest.param(80, labs.ResponseCache(), marks=pytest.mark.slow),
+        pytest.param(80, KEPT, marks=pytest.mark.slow),
+    ],
+)
+def test_many_threads_get_their_own_texts_and_leave_nothing_behind(rounds, cache, start):
+    for which, seed in itertools.product(range(6), (None, 7)):
+        alone("llama", which, seed=seed)
+    engine, _ = start(cache=cache, max_batch_rows=8, max_waiting=48)
+    with ThreadPoolExecutor(64) as pool:
+        counts = [*pool.map(lambda n: ask_at_random(engine, n, rounds), range(64))]
+    assert sum(counts) > 0
+    assert quiet(engine)
+    status = engine.status()
+    assert (status.alive, status.failures, status.halvings) == (True, 0, 0)
+
+
+# ---------------------------------------------------------------- the room itself
+
+
+def test_the_engine_uses_labs_and_nothing_below_it():
+    names = imports(ast.walk(tree("labs_engine.py")))
+    assert names - {*sys.stdlib_module_names} == {"labs", "msgspec", "cachetools"}
+
+
+def test_cachetools_is_imported_only_where_answers_are_kept():
+    names = imports(tree("labs_engine.py").body)
+    assert names - {*sys.stdlib_module_names} == {"labs", "msgspec"}
+
+
+def test_a_function_of_the_engine_has_forty_lines_at_most():
+    functions = [n for n in ast.walk(tree("labs_engine.py")) if isinstance(n, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
