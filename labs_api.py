@@ -554,8 +554,16 @@ class Service:
             )
         return self._engine_for(self.config.model_id)
 
+    def _gone(self, req: falcon.Request) -> Callable[[], bool]:
+        """Return waitress's probe; raise if the client left while its request waited for us."""
+        gone: Callable[[], bool] = req.env.get("waitress.client_disconnected", lambda: False)
+        if gone():
+            raise ClientGone
+        return gone
+
     def read(self, req: falcon.Request, kind: type[S]) -> tuple[S, dict[str, Any]]:
         """Return the body as `kind`, and the fields that it names with their values."""
+        self._gone(req)
         if (req.content_type or "").partition(";")[0].strip().lower() != "application/json":
             raise Problem(415, "the body must be application/json", "not_json")
         if (req.content_length or 0) > (limit := self.config.server.max_body_bytes):
@@ -611,7 +619,7 @@ class Service:
             raise Problem(
                 429, f"{cost} tokens exceed the quota", "rate_limit_exceeded", retry_after_s=wait
             )
-        asked = Asked(self.meters, req.env.get("waitress.client_disconnected", lambda: False))
+        asked = Asked(self.meters, self._gone(req))
         try:
             for each in inputs:
                 for choice in range(n):
@@ -1099,7 +1107,7 @@ def _operation(route: Route) -> dict[str, Any]:
         return {"application/json": {"schema": schema}}
 
     answer = content(route.answer)
-    if issubclass(getattr(route.body, "__class__", type), type) and route.answer is OpenAIAnswer:
+    if route.answer is OpenAIAnswer:
         answer |= content("text/event-stream")
     refused = {"description": "Refused", "content": content(Error)}
     found: dict[str, Any] = {
@@ -1351,55 +1359,40 @@ from a flag. Settings can also stand in labs.toml, .env and the environment
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark } * { box-sizing: border-box; font: inherit; color: inherit }
-body { display: flex; flex-direction: column; height: 100dvh; margin: 0; font: 16px/1.6 system-ui;
-  color: light-dark(#23272d, #e4e6ea); background: light-dark(#faf9f6, #16181c) }
-body > :not(main), #log { width: min(100%, 46rem); margin: 0 auto; padding: .6rem 1rem }
-main { flex: 1; overflow: auto; border-block: 1px solid #8883 } #notice:empty { padding: 0 }
-header, footer { display: flex; align-items: center; gap: .6rem }
-h1 { flex: 1; margin: 0; font-weight: 650 }
-form { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .6rem }
-input, select, textarea, button { flex: none; padding: .4rem .7rem; border: 1px solid #8886;
-  border-radius: .6rem; background: light-dark(#fff, #1f2227) } :disabled { opacity: .5 }
-input, textarea { flex: auto; width: 100%; max-height: 30dvh; resize: none; field-sizing: content }
-article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere } small { display: block }
-.user { width: fit-content; max-width: 85%; margin-left: auto; padding: .5rem .9rem;
-  border-radius: 1rem; background: light-dark(#e6edfb, #26324a) }
-small, label { font-size: .875rem; color: light-dark(#5d6570, #9aa2ad) }
-.wide { grid-column: 1 / -1 } .error { color: light-dark(#b3261e, #ff9a91) }
-#send { background: #2b5fc7; color: #fff }
-[aria-busy=true] > :last-child::after { content: " ●"; color: #4f83e8 }
+:root { color-scheme: light dark; background: light-dark(#faf9f6, #16181c) }
+* { box-sizing: border-box; font: inherit } h1 { flex: 1; margin: 0; font-weight: 650 }
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0; font: 16px/1.6 system-ui }
+body > :not(main), #log { width: min(100%, 46rem); margin: 0 auto auto; padding: .5rem 1rem }
+main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } /* keeps its end */
+header, footer { display: flex; align-items: center; gap: .6rem } select { min-width: 0 }
+form { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .6rem }
+input, select, textarea, button { padding: 6px 11px; border: 1px solid #8886; border-radius: 9px }
+input, textarea { width: 100%; max-height: 30dvh; resize: none; field-sizing: content }
+article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere } button { flex: none }
+.user { margin-left: 15%; padding: .5rem .9rem; border-radius: 1rem; background: #4f83e82b }
+small { display: block; font-size: 14px; opacity: .8 } .error { color: light-dark(#b22, #f99) }
+#send { background: #2b5fc7; color: #fff } .model:empty::after { content: "…" }
 </style><header><h1>labs</h1><select id="model" aria-label="Model"></select>
-<button id="fresh">New chat</button></header><details id="panel"><summary>Settings</summary>
-<form id="settings"><label class="wide">System message<textarea name="system"></textarea></label>
-<label>max_tokens<input name="max_tokens" type="number" min="1"></label>
-<label>temperature<input name="temperature" type="number" min="0" step="any"></label>
-<label>top_p<input name="top_p" type="number" min="0" max="1" step="any"></label>
-<label>seed<input name="seed" type="number" min="0" max="9007199254740991"></label>
-<label class="wide">API key<input name="key" type="password" autocomplete="off"></label></form>
-</details><div id="notice" class="error" role="status"></div><main id="view" tabindex="0">
-<div id="log" role="log" aria-live="polite" aria-label="Conversation"></div></main>
-<footer><textarea id="text" aria-label="Message" enterkeyhint="send" autofocus></textarea>
-<button id="send">Send</button><button id="stop" hidden>Stop</button></footer><script>
-const [model, fresh, panel, settings, notice, view, log, text, send, stop] =
-  document.querySelectorAll("[id]"), { key, system } = settings.elements;
-let turns = [], request;
-const busy = (on) => { send.hidden = fresh.disabled = log.ariaBusy = on; stop.hidden = !on; };
-function show(parent, tag, className, textContent = "") {  // as text, whatever it looks like
-  const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
-  parent.append(Object.assign(document.createElement(tag), { className, textContent }));
-  if (atEnd || className === "user") view.scrollTop = view.scrollHeight;
-  return parent.lastChild;
-}
+<button id="fresh">New chat</button></header><details id="panel">
+<summary>Settings <span id="notice" class="error" role="status"></span></summary>
+<form id="settings"><label>System message<textarea name="system"></textarea></label>
+<label>max_tokens<input type="number"></label><label>top_p<input type="number" step="any"></label>
+<label>temperature<input type="number" step="any"></label><label>seed<input type="number"></label>
+<label>API key<input name="key" type="password" autocomplete="off"></label></form></details>
+<main><div id="log" role="log"></div></main><footer><textarea id="text" aria-label="Message"
+autofocus></textarea><button id="send">Send</button></footer><script>
+const [model, fresh, panel, notice, settings, log, text, send] = document.querySelectorAll("[id]");
+const { key, system } = settings.elements; let turns = [], request;
+const add = (parent, tag, className, textContent) =>  // as text, whatever it looks like
+  parent.appendChild(Object.assign(document.createElement(tag), { className, textContent }));
 async function call(path, options) {
-  const headers = key.value ? { Authorization: `Bearer ${key.value}` } : {};
+  const headers = { Authorization: `Bearer ${key.value}`, "Content-Type": "application/json" };
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
-  const { error } = await response.json().catch(() => ({})), locked = response.status === 401;
-  if (locked) { panel.open = true; key.focus(); }
-  throw Error((locked ? "An API key is needed: " : "") + (error?.message ?? response.status));
+  panel.open ||= response.status === 401;
+  throw Error((await response.json().catch(() => 0)).error?.message ?? `HTTP ${response.status}`);
 }
-const loadModels = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
+const list = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
   model.replaceChildren(...data.map(({ id }) => new Option(id))); notice.textContent = "";
 }).catch((error) => { notice.textContent = error.message; });
 async function* events({ body }) {  // the data of each line, however the bytes are cut
@@ -1410,46 +1403,39 @@ async function* events({ body }) {  // the data of each line, however the bytes 
   }
 }
 async function ask() {
-  const content = text.value, started = performance.now();
-  panel.open ||= !settings.checkValidity();
-  if (!stop.hidden || !content.trim() || !settings.reportValidity()) return;
-  const messages = [...turns, { role: "user", content }], stream_options = { include_usage: true };
-  const sent = { model: model.value, messages, stream: true, stream_options };
-  if (system.value) sent.messages = [{ role: "system", content: system.value }, ...messages];
-  for (const { type, name, value } of settings) if (type === "number" && value) sent[name] = +value;
-  const body = new Blob([JSON.stringify(sent)], { type: "application/json" });
-  const question = show(log, "article", "user", content), answer = show(log, "article", "model");
-  let usage, end, problem = "the connection broke off";
-  const { signal } = request = new AbortController();
-  text.value = "";
-  busy(true);
+  const content = text.value, chat = turns, started = performance.now();
+  if (request || !content.trim()) return;
+  chat.push({ role: "user", content });
+  const sent = { model: model.value, stream: true, stream_options: { include_usage: true } };
+  sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : chat;
+  for (const { valueAsNumber: value, labels } of settings)
+    if (isFinite(value)) sent[labels[0].textContent] = value;
+  const question = add(log, "article", "user", content), answer = add(log, "article", "model", "");
+  let problem = "the connection broke off", notes = [];
+  request = new AbortController(); send.textContent = "Stop"; text.value = "";
   try {
-    const options = { method: "POST", body, signal };
+    const options = { method: "POST", body: JSON.stringify(sent), signal: request.signal };
     for await (const data of events(await call("v1/chat/completions", options))) {
       if (data === "[DONE]") { problem = ""; break; }
-      const { error, choices: [choice] = [], usage: counted } = JSON.parse(data);
+      const { error, choices: [choice] = [], usage } = JSON.parse(data);
       if (error) throw Error(error.message);
-      if (choice?.delta.content) show(answer, "span", "", choice.delta.content);
-      end = choice?.finish_reason ?? end; usage = counted ?? usage;
+      answer.append(choice?.delta.content ?? "");
+      if (choice?.finish_reason === "length") notes.push("cut at max_tokens");
+      const count = usage?.completion_tokens, seconds = (performance.now() - started) / 1000;
+      if (usage) notes.push(`${count} tokens, ${(count / seconds).toFixed(1)} tokens/s`);
     }
-  } catch (error) { problem = signal.aborted ? "stopped" : error.message; }
-  const reply = answer.textContent, count = usage?.completion_tokens;
-  if (reply || !problem) turns = [...messages, { role: "assistant", content: reply }];
-  else { question.remove(); text.value = content + text.value; }
-  const rate = usage && (1000 * count / (performance.now() - started)).toFixed(1);
-  const notes = [usage && `${count} tokens, ${rate} tokens/s`, problem];
-  if (end === "length") notes.push("cut at max_tokens");
-  show(answer, "small", problem && "error", notes.filter(Boolean).join(" · "));
-  busy(false);
+  } catch (error) { problem = request.signal.aborted ? "stopped" : error.message; }
+  if (answer.textContent || !problem) chat.push({ role: "assistant", content: answer.textContent });
+  else { chat.pop(); question.remove(); text.value ||= content; }
+  add(answer, "small", problem && "error", [...notes, problem].filter(Boolean).join(" · "));
+  request = null; send.textContent = "Send";
 }
-text.onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault(); ask();
-};
-send.onclick = ask; stop.onclick = () => { request.abort(); text.focus(); };
-fresh.onclick = () => { turns = []; log.replaceChildren(); text.focus(); };
-key.onchange = () => { sessionStorage.setItem("key", key.value); loadModels(); };
-key.value = sessionStorage.getItem("key") ?? ""; loadModels();
+text.onkeydown = (event) =>  // false keeps the line end out of the text
+  event.key !== "Enter" || event.shiftKey || event.isComposing || !ask();
+send.onclick = () => { if (request) request.abort(); else ask(); };
+fresh.onclick = () => { request?.abort(); turns = []; log.replaceChildren(); text.focus(); };
+key.onchange = () => { sessionStorage.setItem("key", key.value); list(); };
+key.value = sessionStorage.getItem("key") ?? ""; list();
 </script>
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ import schemathesis.checks
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from schemathesis.openapi import checks as openapi_checks
+from schemathesis.specs.openapi import checks as openapi_checks
 from waitress import wasyncore
 
 import labs
@@ -68,6 +69,7 @@ class Fake:
         self.error: labs.LabsError | None = None  # ends the answer
         self.asked: list[tuple[labs.Inputs, labs.Generation, str]] = []
         self.left: list[int] = []
+        self.tickets = itertools.count(1)
         self.doing: dict[str, Any] = {}  # of its status
 
     def submit(
@@ -81,13 +83,13 @@ class Fake:
     ) -> labs_engine.Answer:
         if self.refusal is not None:
             raise self.refusal
-        self.asked.append((inputs, generation, owner))
-        ticket, events = len(self.asked), queue.SimpleQueue() if events is None else events
+        ticket, events = next(self.tickets), queue.SimpleQueue() if events is None else events
         for piece in self.pieces:
             events.put((ticket, labs.Delta(piece) if isinstance(piece, str) else piece))
         usage = labs.Usage(len(inputs.input_ids), len(self.pieces))
         done = labs.Done(self.reason, usage, labs.Timings(0.0, 0.1, 0.2, 5.0), seed=generation.seed)
         events.put((ticket, labs.Failed(self.error) if self.error else done))
+        self.asked.append((inputs, generation, owner))
         return labs_engine.Answer(ticket, events, self.left.append)
 
     def status(self) -> labs_engine.Status:
@@ -256,7 +258,7 @@ WRONG = [
     (CHAT, '"messages": []', "messages"),
     (CHAT, '"messages": null', "messages"),
     (CHAT, '"messages": [{"role": "tool", "content": "a"}]', "messages[0].role"),
-    (CHAT, '"messages": [{"role": "user"}]', "messages[0]"),
+    (CHAT, '"messages": [{"role": "user"}]', "content"),
     (CHAT, '"messages": [{"role": "user", "content": "a", "name": "x"}]', "messages[0].name"),
     (
         CHAT,
@@ -775,7 +777,7 @@ def test_metrics_are_public_only_if_wanted(fake: Fake, public: bool, status: int
 @pytest.mark.parametrize(
     "path",
     ["//generate", "/%67enerate", "/generate/", "/health/../generate", "/./generate",
-     "/generate%2f", "/health%2f..%2fgenerate", "/generate;/health", "/GENERATE", "/generate?/health"],
+     "/generate%2f", "/health%2f..%2fgenerate", "/generate;/health", "/GENERATE"],
 )  # fmt: skip
 def test_no_spelling_of_a_path_goes_round_the_key(fake: Fake, path: str) -> None:
     response = Site(fake, configured(*KEYS)).post(path, {"prompt": "a"})
@@ -990,3 +992,539 @@ def test_readiness_tells_the_state_of_the_engine(site: Site, doing: Any, health:
     assert response.json == {"status": health}
     assert response.status_code == (200 if health == "ok" else 503)
     assert site.get("/health").json == {"status": "ok"}
+
+
+# ---------------------------------------------------------------- true clients of a true server
+
+
+ROWS, WAITING = 2, 2
+
+
+class Brake:
+    """Hooks a model's forward calls: all pass after `pause_s`, or one for each `let` if held."""
+
+    def __init__(self) -> None:
+        self.pause_s, self.held, self._let = 0.0, False, threading.Semaphore(0)
+
+    def __call__(self, words: Any, output: Any) -> None:
+        time.sleep(self.pause_s)
+        while self.held and not self._let.acquire(timeout=0.01):
+            pass
+
+    def let(self, calls: int) -> None:
+        self._let.release(calls)
+
+
+class Live(Site):
+    """An app behind waitress on a free port, in a thread."""
+
+    def __init__(self, engine: Any, config: labs.Config) -> None:
+        super().__init__(engine, config)
+        self.server = labs_api.make_server(self.app, config, ROWS)
+        self.port = self.server.effective_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
+        self._thread.join(WAIT_S)
+        self.server.task_dispatcher.shutdown(timeout=1)
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        connection.sendall(sent)
+        return connection
+
+    def raw(self, sent: bytes) -> bytes:
+        """Send bytes and return all that comes until the server hangs up."""
+        with self.connect(sent) as connection:
+            return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+    def doing(self) -> tuple[int, int]:
+        status = self.engine.status()
+        return status.running, status.waiting
+
+
+def request(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/{version}", "Host: localhost", "Content-Type: application/json"]
+    lines += [f"Content-Length: {len(data)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + data
+
+
+@pytest.fixture(scope="module")
+def served(tiny: labs.Model) -> Iterator[Live]:
+    server = {"port": 0, "max_batch_rows": ROWS, "max_waiting": WAITING}
+    config = configured(generation=labs.Generation(max_new_tokens=5), **server)
+    live = Live(labs_engine.Engine(tiny, config.server), config)
+    yield live
+    live.close()
+    live.engine.close()
+
+
+@pytest.fixture
+def brake(tiny: labs.Model) -> Iterator[Brake]:
+    brake = Brake()
+    with test_labs.hooked(tiny, brake):
+        yield brake
+        brake.pause_s, brake.held = 0.0, False
+
+
+@pytest.fixture
+def live(served: Live, brake: Brake) -> Iterator[Live]:
+    """Serve; begin and end with nothing under way."""
+    until(lambda: served.doing() == (0, 0))
+    yield served
+    brake.pause_s, brake.held = 0.0, False
+    until(lambda: served.doing() == (0, 0))
+
+
+@pytest.fixture
+def sdk(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(api_key="none", base_url=f"{live.url}/v1", max_retries=0) as client:
+        yield client
+
+
+LONG = {"prompt": "hi", "max_new_tokens": 4000, **A}  # minutes, with a pause in each step
+SDK: dict[str, Any] = {"model": "tiny", "temperature": 0, "logit_bias": {"97": 100}}
+
+
+def test_openais_client_chats(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(messages=HELLO, max_tokens=3, logprobs=True, **SDK)  # type: ignore[call-overload]
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("aaa", "length")
+    assert [each.token for each in choice.logprobs.content] == ["a"] * 3
+    assert answer.usage.completion_tokens == 3
+
+
+def test_openais_client_streams_a_chat(sdk: openai.OpenAI) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}, "n": 2, "max_tokens": 3}
+    *chunks, last = sdk.chat.completions.create(messages=HELLO, **options, **SDK)  # type: ignore[call-overload]
+    texts = ["", ""]
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += choice.delta.content or ""
+    assert texts == ["aaa", "aaa"]
+    assert last.usage.completion_tokens == 6
+
+
+def test_openais_client_completes(sdk: openai.OpenAI) -> None:
+    answer = sdk.completions.create(prompt=["hi", "ho"], max_tokens=3, stop="aa", **SDK)
+    assert [(choice.text, choice.finish_reason) for choice in answer.choices] == [("", "stop")] * 2
+    chunks = sdk.completions.create(prompt="hi", max_tokens=3, stream=True, **SDK)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "aaa"
+    assert [model.id for model in sdk.models.list()] == ["tiny"]
+
+
+def test_openais_client_frees_the_row_when_it_closes_a_stream(
+    live: Live, sdk: openai.OpenAI, brake: Brake
+) -> None:
+    brake.pause_s = 0.02
+    stream = sdk.completions.create(prompt="hi", max_tokens=4000, stream=True, **SDK)
+    assert next(stream).choices[0].text == "a"
+    assert live.doing() == (1, 0)
+    stream.close()
+    until(lambda: live.doing() == (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "sent"),
+    [
+        (openai.BadRequestError, "unsupported", {"tools": [{"type": "function"}]}),
+        (openai.BadRequestError, "context_length_exceeded", {"max_tokens": 4096}),
+        (openai.BadRequestError, "invalid_value", {"logit_bias": {"4000": 1}}),
+        (openai.NotFoundError, "model_not_found", {"model": "other"}),
+    ],
+)
+def test_openais_client_raises_its_own_errors(
+    sdk: openai.OpenAI, kind: Any, code: str, sent: Any
+) -> None:
+    with pytest.raises(kind) as caught:
+        sdk.chat.completions.create(messages=HELLO, **{**SDK, **sent})  # type: ignore[call-overload]
+    assert caught.value.code == code
+
+
+def test_openais_client_knows_the_other_refusals(fake: Fake) -> None:
+    site = Site(fake, configured(*KEYS, requests_per_minute=3))
+    with pytest.raises(openai.AuthenticationError):
+        site.sdk().models.list()
+    sdk = site.sdk(key="s3cret")
+    fake.error = labs.GenerationError("broken")
+    with pytest.raises(openai.APIError, match="failed") as caught:
+        list(sdk.completions.create(model="tiny", prompt="a", stream=True))
+    assert caught.value.code == "failed"
+    fake.refusal = labs_engine.Busy("full")
+    with pytest.raises(openai.InternalServerError, match="full"):
+        sdk.completions.create(model="tiny", prompt="a")
+    sdk.models.list()
+    with pytest.raises(openai.RateLimitError):
+        sdk.models.list()
+
+
+def test_headers_come_before_the_first_token_and_then_one_event_at_a_time(
+    live: Live, brake: Brake
+) -> None:
+    brake.held = True
+    body = {"prompt": "hi", "max_new_tokens": 3, **A}
+    with httpx.stream("POST", f"{live.url}/generate/stream", json=body, timeout=WAIT_S) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        assert [next(lines), next(lines)] == [": ok", ""]
+        brake.let(1)  # the prompt
+        for _ in range(2):
+            assert [next(lines), next(lines)] == ["data: a", ""]
+            brake.let(1)
+        assert [next(lines), next(lines)] == ["data: a", ""]
+        assert next(lines) == "event: done"
+
+
+@pytest.mark.parametrize("path", ["/generate/stream", "/generate"])
+def test_who_hangs_up_frees_the_row(live: Live, brake: Brake, path: str) -> None:
+    brake.pause_s = 0.02
+    connection = live.connect(request(path, LONG))
+    until(lambda: live.doing() == (1, 0))
+    connection.close()
+    until(lambda: live.doing() == (0, 0))
+
+
+def test_who_hangs_up_while_waiting_frees_the_place(live: Live, brake: Brake) -> None:
+    brake.pause_s = 0.02
+    running = [live.connect(request("/generate/stream", LONG)) for _ in range(ROWS)]
+    until(lambda: live.doing() == (ROWS, 0))
+    waiting = [live.connect(request(path, LONG)) for path in ("/generate", "/generate/stream")]
+    until(lambda: live.doing() == (ROWS, WAITING))
+    for connection in waiting:
+        connection.close()
+    until(lambda: live.doing() == (ROWS, 0))
+    for connection in running:
+        connection.close()
+
+
+def test_a_full_server_refuses_and_still_tells_that_it_lives(live: Live, brake: Brake) -> None:
+    brake.pause_s = 0.02
+    busy = [live.connect(request("/generate", LONG)) for _ in range(ROWS + WAITING)]
+    until(lambda: live.doing() == (ROWS, WAITING))
+    refused = httpx.post(f"{live.url}/generate", json={"prompt": "hi"}, timeout=WAIT_S)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert int(refused.headers["retry-after"]) >= 1
+    for path in ("/health", "/readyz"):
+        assert httpx.get(live.url + path, timeout=WAIT_S).json() == {"status": "ok"}
+    assert live.doing() == (ROWS, WAITING)
+    for connection in busy:
+        connection.close()
+
+
+def test_a_row_that_ends_lets_the_next_one_in(live: Live, brake: Brake) -> None:
+    brake.pause_s = 0.005
+    body = {"prompt": "hi", "max_new_tokens": 20, **A}
+    with ThreadPoolExecutor(ROWS + WAITING) as pool:
+        texts = pool.map(
+            lambda _: httpx.post(f"{live.url}/generate", json=body, timeout=WAIT_S).json()["text"],
+            range(ROWS + WAITING),
+        )
+        assert [*texts] == ["a" * 20] * (ROWS + WAITING)
+
+
+def test_half_a_request_asks_for_nothing(live: Live) -> None:
+    steps = live.engine.status().steps
+    connection = live.connect(request("/generate", {"prompt": "hi"})[:-5])
+    assert httpx.get(f"{live.url}/health", timeout=WAIT_S).status_code == 200
+    connection.close()
+    assert httpx.get(f"{live.url}/health", timeout=WAIT_S).status_code == 200
+    assert live.engine.status().steps == steps
+
+
+def test_old_clients_are_answered_without_chunks(live: Live) -> None:
+    body = {"prompt": "hi", "max_new_tokens": 2, **A}
+    head, _, data = live.raw(request("/generate", body, version="1.0")).partition(b"\r\n\r\n")
+    assert b" 200 OK" in head
+    assert json.loads(data)["text"] == "aa"
+    head, _, data = live.raw(request("/generate/stream", body, version="1.0")).partition(
+        b"\r\n\r\n"
+    )
+    assert b"chunked" not in head.lower()
+    assert [kind for kind, _ in events_of(data)] == ["message", "message", "done"]
+
+
+def test_requests_in_a_row_on_one_connection_are_all_answered(live: Live) -> None:
+    body = {"prompt": "hi", "max_new_tokens": 2, **A}
+    last = request("/generate", body, "Connection: close")
+    answer = live.raw(request("/generate", body) * 2 + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == answer.count(b'"text":"aa"') == 3
+
+
+def test_a_body_in_chunks_is_read(live: Live) -> None:
+    body = json.dumps({"prompt": "hi", "max_new_tokens": 2, **A}).encode()
+    pieces = (body[:7], body[7:])
+    assert httpx.post(
+        f"{live.url}/generate", content=iter(pieces), headers=JSON, timeout=WAIT_S
+    ).json()["text"] == "aa"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET /health HTTP/1.0\r\n",
+        "GET /health HTTP/1.1\r\nConnection: close\r\nHost: evil.com\r\n",
+        "GET /health HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nHost: evil.com\r\n",
+        "GET http://evil.com/health HTTP/1.1\r\nConnection: close\r\nHost: evil.com\r\n",
+    ],
+)
+def test_a_request_without_one_known_host_is_refused(live: Live, head: str) -> None:
+    assert live.raw(f"{head}\r\n".encode()).split()[1] == b"421"
+
+
+def test_the_server_does_not_tell_what_it_is(live: Live) -> None:
+    assert "server" not in httpx.get(f"{live.url}/health").headers
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(fake: Fake) -> None:
+    fake.pieces = ["x" * 100_000] * 300  # more than the kernel and waitress take in
+    live = Live(fake, configured(port=0, max_waiting=0))
+    try:
+        idle = [live.connect(request("/generate/stream", {"prompt": "hi"})) for _ in range(3)]
+        until(lambda: len(fake.asked) == 3)
+        fake.pieces = ["short"]
+        answer = httpx.post(f"{live.url}/generate", json={"prompt": "hi"}, timeout=WAIT_S)
+        assert answer.json()["text"] == "short"
+        assert {*fake.left} <= {4}, "an answer that nobody reads is not over"
+        for connection in idle:
+            connection.close()
+        until(lambda: {*fake.left} >= {1, 2, 3})
+    finally:
+        live.close()
+
+
+def test_metrics_count_what_was_asked(live: Live) -> None:
+    site = Site(live.engine, live.config)
+    before = live.engine.status().steps
+    for path in ("/generate", "/generate/stream"):
+        body = {"prompt": "hi", "use_chat_template": False, "max_new_tokens": 4, **A}
+        assert site.post(path, body).status_code == 200
+    assert site.post(COMPLETIONS, {"prompt": [97], "n": 2, "stop": "a", **A}).status_code == 200
+    error_of(site.post("/generate", {"prompt": "hi", "max_new_tokens": 5000}), 400)
+    lines = (line.rpartition(" ") for line in site.get("/metrics").text.splitlines())
+    found = {name: value for name, _, value in lines}
+    assert found['labs_request_success_total{finished_reason="length"}'] == "2.0"
+    assert found['labs_request_success_total{finished_reason="stop"}'] == "2.0"
+    assert found["labs_prompt_tokens_total"] == "8.0"  # <bos>hi twice, a twice
+    assert found["labs_generation_tokens_total"] == "10.0"
+    assert found["labs_e2e_request_latency_seconds_count"] == "4.0"
+    assert found["labs_time_to_first_token_seconds_count"] == "2.0"
+    assert found["labs_inter_token_latency_seconds_count"] == "6.0"
+    assert found["labs_batch_rows"] == str(float(ROWS))
+    assert float(found["labs_steps_total"]) > before
+
+
+def test_an_app_whose_model_is_being_loaded_says_so() -> None:
+    def loading(name: str) -> Any:
+        raise labs_engine.Busy(f"{name} is being loaded")
+
+    app = labs_api.create_app(configured(), engine_for=loading)
+    client = falcon.testing.TestClient(app, headers={"Host": "localhost", **JSON})
+    ready = client.simulate_get("/readyz")
+    assert (ready.status_code, ready.json) == (503, {"status": "loading"})
+    assert client.simulate_get("/health").status_code == 200
+    refused = client.simulate_post("/generate", body=b'{"prompt": "a"}')
+    assert error_of(refused, 503)["message"] == "tiny is being loaded"
+    assert client.simulate_get("/v1/models").json["data"][0]["loaded"] is False
+    assert client.simulate_get("/metrics").status_code == 200
+
+
+def test_an_app_whose_model_cannot_be_loaded_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(config: Any) -> Any:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(labs, "load_model", load_model)
+    engines = labs_engine.Engines(configured())
+    with pytest.raises(Exception, match="unforeseen"):
+        engines.wait()
+    app = labs_api.create_app(configured(), engine_for=engines)
+    client = falcon.testing.TestClient(app, headers={"Host": "localhost"})
+    assert client.simulate_get("/readyz").status_code == 503
+    assert client.simulate_get("/metrics").status_code == 200
+
+
+# ---------------------------------------------------------------- labs-api as a program
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny model whose context lets an answer take minutes."""
+    config = test_labs.llama()
+    config.max_position_embeddings = 200_000
+    return test_labs.save_model(tmp_path_factory.mktemp("long") / "model", config)
+
+
+@contextlib.contextmanager
+def program(*arguments: str, **settings: str) -> Iterator[Any]:
+    """Run labs-api with LABS_ variables; end it if a test has not."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
+    environment |= {"OMP_NUM_THREADS": "1", "LABS_SERVER_PORT": "0"}
+    environment |= {f"LABS_{name}": value for name, value in settings.items()}
+    code = [sys.executable, str(test_labs.ROOT / "labs_api.py"), *arguments]
+    with subprocess.Popen(code, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def serving(process: Any) -> str:
+    """Wait until the program is ready, as it tells, and return its address."""
+    url = re.search(rb"http://[^ ]+", process.stderr.readline())
+    assert url
+    assert b"ready" in process.stderr.readline()
+    return url[0].decode()
+
+
+def end_of(process: Any) -> tuple[int, str]:
+    """Return the exit code and what was written, in which nothing is a traceback."""
+    out, err = process.communicate(timeout=WAIT_S)
+    assert b"Traceback" not in err + out, err.decode()
+    return process.returncode, (out + err).decode()
+
+
+def read_stream(url: str, process: Any, tokens: int, signals: int = 1) -> bytes:
+    """Ask for a stream, signal the server once its text comes, and read what there is."""
+    body = {"prompt": "hi", "max_new_tokens": tokens, **A}
+    found = b""
+    with (
+        contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError),
+        httpx.stream("POST", f"{url}/generate/stream", json=body, timeout=WAIT_S) as response,
+    ):
+        for data in response.iter_raw():
+            if signals and b"data: a" in data:
+                process.send_signal(signal.SIGTERM)
+                signals -= 1
+                until(lambda: not accepts(url))
+            found += data
+    return found
+
+
+def accepts(url: str) -> bool:
+    address = httpx.URL(url)
+    try:
+        socket.create_connection((address.host, address.port or 0), timeout=WAIT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def programs(long_folder: Path) -> Iterator[dict[str, Any]]:
+    """Start programs by their drain_s, all at once: most of the time is imports."""
+    with contextlib.ExitStack() as stack:
+        started = {
+            drain_s: program(MODEL=str(long_folder), SERVER_DRAIN_S=drain_s)
+            for drain_s in ("30", "0.2", "600")
+        }
+        yield {drain_s: stack.enter_context(each) for drain_s, each in started.items()}
+
+
+def test_sigterm_lets_a_stream_end(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["30"])
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+    events = events_of(read_stream(url, process, tokens=600))
+    assert (len(events), events[-1][0]) == (601, "done")
+    code, said = end_of(process)
+    assert code == 0
+    assert json.loads(said.splitlines()[-1])["completion_tokens"] == 600
+
+
+def test_the_deadline_ends_a_stream(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["0.2"])
+    kind, data = events_of(read_stream(url, process, tokens=150_000))[-1]
+    assert (kind, json.loads(data)["finish_reason"]) == ("done", "cancelled")
+    code, said = end_of(process)
+    assert code == 0, said
+
+
+def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["600"])
+    assert b"event: done" not in read_stream(url, process, tokens=150_000, signals=2)
+    code, said = end_of(process)
+    assert code == 0, said
+
+
+def test_a_taken_port_is_told_in_one_sentence(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with program(MODEL=str(tiny_folder), SERVER_PORT=port) as process:
+            code, said = end_of(process)
+    assert (code, said) == (
+        1, f"Error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    )  # fmt: skip
+
+
+def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with program(MODEL=str(tmp_path)) as process:
+        code, said = end_of(process)
+    first, *errors = said.splitlines()
+    assert code == 1
+    assert first.startswith("labs-api: http://127.0.0.1:")
+    assert len(errors) == 1
+    assert errors[0].startswith("Error: ")
+    assert str(tmp_path) in errors[0]
+
+
+def test_other_machines_are_refused_without_a_key() -> None:
+    with program("--host", "0.0.0.0") as process:
+        code, said = end_of(process)
+    assert code == 1
+    assert re.fullmatch(r"Error: .*LABS_API_KEYS.*\n", said)
+
+
+def test_help_tells_of_the_server_and_no_flag_takes_a_key() -> None:
+    with program("--help") as process:
+        code, said = end_of(process)
+    assert code == 0
+    assert "--port" in said
+    flags = re.findall(r"--[a-z-]+", said)
+    assert not [flag for flag in flags if "key" in flag and flag != "--api-keys-file"]
+
+
+# ---------------------------------------------------------------- the described interface
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return the schema of an app whose model has a tiny context, so that answers are short."""
+    config = test_labs.llama()
+    config.max_position_embeddings = 64
+    model = test_labs.load(test_labs.save_model(tmp_path_factory.mktemp("small") / "m", config))
+    engine = labs_engine.Engine(model)
+    served = configured(generation=labs.Generation(max_new_tokens=4))
+    app = labs_api.create_app(served, engine_for=lambda name: engine)
+    yield schemathesis.openapi.from_wsgi("/openapi.json", app)
+    engine.close()
+
+
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+]
+OPERATIONS = [
+    *(
+        ("GET", path)
+        for path in ("/health", "/readyz", "/v1/models", "/v1/models/{name}", "/metrics")
+    ),
+    *(("POST", path) for path in BODIES),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_the_server_keeps_to_what_it_describes(described: Any, method: str, path: str) -> None:
+    @hypothesis_settings(max_examples=15, derandomize=True, deadline=None, database=None)
+    @given(case=described[path][method].as_strategy())
+    def ask(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    ask()
+
+
+def test_all_operations_are_tried(described: Any) -> None:
+    found = {(each.ok().method.upper(), each.ok().path) for each in described.get_all_operations()}
+    assert found == {*OPERATIONS, ("GET", "/livez")}

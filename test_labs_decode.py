@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import random
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -395,6 +397,269 @@ def test_one_long_row_goes_to_a_batch_of_its_own_when_its_padding_outweighs_the_
     assert [len(batch.rows) for batch in decode.place(heavy, [short], long)] == [2]
 
 
+# ---------------------------------------------------------------- little memory
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def joined(decoder: decode.Decoder, keys: Sequence[int]) -> decode.Batch:
+    batch = newcomer(decoder, PROMPTS[keys[0]], keys[0])
+    for key in keys[1:]:
+        batch = decode.join(batch, newcomer(decoder, PROMPTS[key], key))
+    return batch
+
+
+def answers_of(decoder: decode.Decoder, batches: Sequence[decode.Batch]) -> dict[int, list[int]]:
+    """Step each batch until all of its rows have their tokens."""
+    found: dict[int, list[int]] = {}
+    for batch in batches:
+        while batch:
+            batch, _ = decode.step(decoder, batch)
+            done = [row for row in batch.rows if sum(row.generated.values()) == NEW]
+            found |= {row.id: row.ids[row.prompt_length :] for row in done}
+            batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
+    return found
+
+
+def failing_at(call: int, monkeypatch: Any, layer: type, method: str) -> None:
+    """Let one call of a layer's method run out of memory; those before and after it work."""
+    calls, original = itertools.count(), getattr(layer, method)
+
+    def once(*args: Any) -> Any:
+        if next(calls) == call:
+            raise NO_MEMORY
+        return original(*args)
+
+    monkeypatch.setattr(layer, method, once)
+
+
+def test_a_halved_batch_of_slots_has_the_logits_that_it_had(reference: Any) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    batch = joined(decoder, [2, 3, 4, 5, 6])
+    expected = decode.forward(decoder, batch)
+    for size in (3, 2, 1):
+        (batch,) = decode.halve(decoder, batch)
+        assert batch.at_once == size
+        assert torch.equal(decode.forward(decoder, batch), expected)
+    assert decode.halve(decoder, batch) == []
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "falcon_h1"])
+def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
+    kind: str, reference: Any, monkeypatch: Any
+) -> None:
+    model, expected = reference[kind]
+    decoder = decode.prepare(model)
+    batch = joined(decoder, range(5))
+    for _ in range(4):
+        batch, _ = decode.step(decoder, batch)
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    handle = layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(NO_MEMORY))
+    with pytest.raises(torch.OutOfMemoryError):
+        decode.step(decoder, batch)
+    handle.remove()
+    monkeypatch.setattr(decode, "CHUNK", 7)
+    halves = decode.halve(decoder, batch)
+    assert [len(half.rows) for half in halves] == [3, 2]
+    assert answers_of(decoder, halves) == dict(enumerate(expected[:5]))
+
+
+def test_one_row_with_states_cannot_be_halved(reference: Any) -> None:
+    decoder = decode.prepare(reference["mamba2"][0])
+    assert decode.halve(decoder, newcomer(decoder, PROMPTS[3])) == []
+
+
+@pytest.mark.parametrize("columns", [64, 128])
+def test_making_room_that_failed_halfway_can_be_repeated(
+    columns: int, reference: Any, monkeypatch: Any
+) -> None:
+    model, expected = reference["llama"]
+    decoder = decode.prepare(model)
+    batch = joined(decoder, [0, 1])
+    failing_at(2, monkeypatch, decode.SlotLayer, "resize")
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.cache.make_room(2, columns)
+    batch, _ = decode.step(decoder, batch)
+    batch.cache.make_room(2, columns)
+    for key in (2, 3, 4):  # the last one doubles the rows once more
+        batch = decode.join(batch, newcomer(decoder, PROMPTS[key], key))
+    assert answers_of(decoder, [batch]) == dict(enumerate(expected[:5]))
+
+
+def test_making_room_for_a_shorter_row_after_a_longer_one_found_none(
+    reference: Any, monkeypatch: Any
+) -> None:
+    model, expected = reference["llama"]
+    decoder = decode.prepare(model)
+    batch = joined(decoder, [0, 1])
+    failing_at(2, monkeypatch, decode.SlotLayer, "resize")
+    with pytest.raises(torch.OutOfMemoryError):
+        batch.cache.make_room(2, 128)
+    for key in (2, 3, 4):
+        batch = decode.join(batch, newcomer(decoder, PROMPTS[key], key))
+    assert answers_of(decoder, [batch]) == dict(enumerate(expected[:5]))
+
+
+@pytest.mark.parametrize("method", ["resize", "write"])
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "bamba"])
+def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_batch(
+    kind: str, method: str, reference: Any, monkeypatch: Any
+) -> None:
+    model, expected = reference[kind]
+    decoder = decode.prepare(model)
+    batch, new = joined(decoder, [0, 1]), newcomer(decoder, PROMPTS[2], 2)
+    layer = decode.SlotLayer if kind == "llama" else decode.StateLayer
+    failing_at(1, monkeypatch, layer, method)
+    batches = decode.place(decoder, [batch], new)
+    assert [[row.id for row in each.rows] for each in batches] == [[0, 1], [2]]
+    assert answers_of(decoder, batches) == dict(enumerate(expected[:3]))
+
+
+def test_an_error_that_is_not_about_memory_is_no_reason_for_a_batch_of_its_own(
+    reference: Any, monkeypatch: Any
+) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    batch, new = joined(decoder, [0, 1]), newcomer(decoder, PROMPTS[2], 2)
+    monkeypatch.setattr(decode, "join", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        decode.place(decoder, [batch], new)
+
+
+@pytest.mark.parametrize(("live", "columns"), [(1, 64), (2, 64 + 2 * 64)])
+def test_room_for_a_newcomer_counts_the_rows_that_double_for_it(
+    live: int, columns: int, reference: Any, monkeypatch: Any
+) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    batch = joined(decoder, [0, 1])
+    kept = decode.keep(batch, range(live))
+    new = decode.enter(decoder, row_of(PROMPTS[2]))
+    needed = columns * batch.cache.bytes_per_column / decode.MEMORY_SHARE
+    for free, fits in ((needed, False), (needed + 4, True)):
+        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
+        assert decode.has_room([kept], new) is fits  # type: ignore[list-item]
+
+
+def test_a_first_newcomer_always_has_room(reference: Any, monkeypatch: Any) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    monkeypatch.setattr(decode, "free_memory", lambda device: 0)
+    assert decode.has_room([], decode.enter(decoder, row_of(PROMPTS[2])))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (how, _) in KINDS.items() if how != "alone"])
+def test_a_configuration_tells_the_bytes_of_a_column(kind: str, reference: Any) -> None:
+    own = kind in ("gpt2", "opt", "gptj")  # has no such word, and would take BASE's for its own
+    model = tiny(kind, num_key_value_heads=4) if own else reference[kind][0]
+    decoder = decode.prepare(model)
+    cache = newcomer(decoder, PROMPTS[3]).cache
+    assert decode.column_bytes(decoder) == cache.bytes_per_column
+
+
+def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(
+    reference: Any, monkeypatch: Any
+) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    row = decode.TYPICAL * decode.column_bytes(decoder) / decode.MEMORY_SHARE
+    for free, rows in ((0, 1), (5 * row, 5), (1e15, decode.MOST_ROWS)):
+        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: int(free))
+        assert decode.rows_in_memory(decoder) == rows
+
+
+def test_a_model_that_runs_alone_has_one_row_and_one_of_states_has_as_many_as_allowed(
+    reference: Any,
+) -> None:
+    rows = [
+        decode.rows_in_memory(decode.prepare(reference[kind][0])) for kind in ("rwkv", "mamba2")
+    ]
+    assert rows == [1, decode.MOST_ROWS]
+
+
+# ---------------------------------------------------------------- packed weights
+
+packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN here")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def linear_of(dtype: torch.dtype, *, bias: bool = False, wide: int = 96) -> torch.nn.Linear:
+    torch.manual_seed(4)
+    return torch.nn.Linear(wide, 160, bias=bias).to(dtype).requires_grad_(False)
+
+
+@packs
+@dtypes
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 96), (7, 96), (3, 5, 96), (2, 1, 96)])
+def test_a_packed_layer_gives_what_the_plain_one_gives(
+    shape: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> None:
+    linear = linear_of(dtype, bias=bias)
+    x = torch.randn(*shape).to(dtype)
+    found = decode.PackedLinear(linear)(x)
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    assert (found.shape, found.dtype) == (expected.shape, dtype)
+    torch.testing.assert_close(found, expected)
+
+
+@packs
+@dtypes
+def test_a_row_of_a_packed_product_has_the_same_bits_beside_any_others(dtype: torch.dtype) -> None:
+    layer = decode.PackedLinear(linear_of(dtype))
+    x = torch.randn(64, 96).to(dtype)
+    whole = layer(x)
+    for rows in range(2, 65):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+@packs
+@dtypes
+def test_a_packed_layer_gives_its_weight_back_exactly(dtype: torch.dtype) -> None:
+    linear = linear_of(dtype, wide=97)
+    assert torch.equal(decode.PackedLinear(linear).weight, linear.weight)
+
+
+class Quantised(torch.nn.Linear):
+    """Stands for the layers of bitsandbytes, which are linear layers with other weights."""
+
+
+@packs
+def test_packing_leaves_alone_what_is_no_plain_layer_of_a_packed_type() -> None:
+    model = torch.nn.ModuleDict(
+        {
+            "plain": linear_of(torch.float32),
+            "short": linear_of(torch.float16),
+            "other": Quantised(4, 4),
+            "meta": torch.nn.Linear(4, 4, device="meta"),
+            "embedding": torch.nn.Embedding(4, 4),
+        }
+    )
+    before = dict(model.items())
+    decode.pack(model)
+    assert [name for name, child in model.items() if child is not before[name]] == ["plain"]
+    assert isinstance(model["plain"], decode.PackedLinear)
+
+
+@packs
+def test_packing_twice_changes_nothing() -> None:
+    model = torch.nn.Sequential(linear_of(torch.float32))
+    decode.pack(model)
+    packed = model[0]
+    decode.pack(model)
+    assert model[0] is packed
+
+
+@packs
+def test_the_plain_weights_are_freed_by_packing() -> None:
+    model = torch.nn.Sequential(
+        linear_of(torch.float32), torch.nn.Sequential(linear_of(torch.bfloat16))
+    )
+    weights = [weakref.ref(model[0].weight), weakref.ref(model[1][0].weight)]
+    gc.disable()
+    try:
+        decode.pack(model)
+        assert [weight() for weight in weights] == [None, None]
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------- choosing
 
 
@@ -483,6 +748,41 @@ def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_its_company() -> Non
         decode.choose(logits[i : i + 1], rows_of([each]))[0].token for i, each in enumerate(options)
     ]
     assert together == alone
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"top_p": 0.999},
+        {"top_p": 0.5},
+        {"min_p": 0.01},
+        {"top_k": 700},
+        {"top_k": 1500, "top_p": 0.99},
+        {"top_k": 128},
+        {"top_k": 20, "top_p": 0.9},
+    ],
+)
+@pytest.mark.parametrize("spread", [0.01, 2.0])
+def test_a_draw_that_looks_at_few_candidates_first_gives_the_token_of_all(
+    spread: float, option: dict[str, Any]
+) -> None:
+    torch.manual_seed(2)
+    scores = (torch.randn(1, 3000) * spread).expand(60, -1)
+    rows = rows_of([{"temperature": 1.0, "seed": seed, **option} for seed in range(60)])
+    few = decode.draw(scores, rows, range(60))
+    assert few == decode.draw(scores, rows, range(60), ())
+    assert len(set(few)) > 1
+
+
+def test_rows_that_need_more_candidates_are_drawn_beside_rows_that_do_not() -> None:
+    torch.manual_seed(2)
+    scores = torch.randn(40, 3000) * torch.tensor([0.01, 5.0]).repeat(20)[:, None]
+    options = [{}, {"top_p": 0.999}, {"top_k": 5}, {"min_p": 0.001}, {"top_p": 0.9, "top_k": 900}]
+    rows = rows_of([{"temperature": 1.0, "seed": n, **options[n % 5]} for n in range(40)])
+    places = list(range(39, -1, -2))
+    cut = [n for n in places if n % 5]  # without any option the lump has noise of its own
+    tokens = dict(zip(places, decode.draw(scores, rows, places), strict=True))
+    assert [tokens[n] for n in cut] == decode.draw(scores, rows, cut, ())
 
 
 def test_the_global_random_state_is_neither_read_nor_changed() -> None:
