@@ -1529,11 +1529,28 @@ def _admit(
         if not group or not labs_decode.has_room(running.batches, group[0]):
             return
         budget -= sum(min(newcomer.pending, labs_decode.CHUNK) for newcomer in group)
-        running.newcomers[: len(group)] = _prefill(model.decoder, group)
+        try:
+            running.newcomers[: len(group)] = _prefill(model.decoder, group)
+        except (RuntimeError, MemoryError) as error:
+            if not labs_decode.out_of_memory(error):
+                raise
+            yield from _drop(running, group, error)
+            continue
         running.beat = time.perf_counter()
         while running.newcomers and not running.newcomers[0].pending:
             for newcomer in (yield from _step(model, running, running.newcomers.pop(0))):
                 running.batches = labs_decode.place(model.decoder, running.batches, newcomer)
+
+
+def _drop(running: Running, group: list[Any], error: Exception) -> Iterator[tuple[int, Event]]:
+    """Fail the newcomers whose prompts memory does not hold; the others go on."""
+    error.__traceback__ = None  # its frames hold tensors
+    del running.newcomers[: len(group)]
+    for row in (newcomer.rows[0] for newcomer in group):
+        del running.streams[row.id]
+        yield row.id, Failed(cast("LabsError", _out_of_memory(error)))
+    group.clear()
+    free_memory()
 
 
 def _prefill(decoder: Any, newcomers: list[Any]) -> list[Any]:

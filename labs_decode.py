@@ -196,9 +196,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Move the first `live` rows into larger buffers."""
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
-            if rows <= old.shape[0] and columns <= old.shape[2]:
+            shape = max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
+            if shape == old.shape:
                 continue  # an earlier try ran out of memory after this layer
-            new = old.new_empty((rows, old.shape[1], columns, old.shape[3]))
+            new = old.new_empty(shape)
             new[:live, :, : old.shape[2]] = old[:live]
             new[:live, :, old.shape[2] :] = 0
             setattr(self, name, new)  # growing costs one layer's copy at a time
@@ -754,6 +755,8 @@ def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[B
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise  # else the newcomer stays in the slot that it has
+                for layer in batch.cache.filled:
+                    layer.cut(len(batch.rows))  # some may hold its states already
     return [*batches, newcomer]
 
 
@@ -792,6 +795,9 @@ def column_bytes(decoder: Decoder) -> int:
     slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in _layers(config)]
     if not any(slotted):
         return 0
+    if latent := getattr(config, "kv_lora_rank", None):  # of keys and values, for all heads
+        width = latent + config.qk_rope_head_dim
+        return int(sum(slotted) * width * decoder.model.dtype.itemsize)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * sum(slotted) * heads * dim * decoder.model.dtype.itemsize)

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 import labs
 
 log = logging.getLogger("labs.engine")
-IDLE_CHECK_S = 0.05  # how often waiting requests are looked at for their deadlines
+CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were left
 
 
 class Busy(labs.LabsError):
@@ -125,7 +125,7 @@ class Engine:
         self._keeps = response_cache.max_entries > 0
         self._running = labs.Running(poll=self._poll)
         self._hits = self._failures = 0
-        self._closing = False
+        self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
         self._thread.start()
 
@@ -187,7 +187,7 @@ class Engine:
             self._lock.notify_all()
             while self._jobs and self._thread.is_alive() and time.monotonic() < end:
                 self._let_go()
-                self._lock.wait(IDLE_CHECK_S)
+                self._lock.wait(CLOSE_POLL_S)
             ended = not self._jobs
             for job in self._jobs.values():
                 job.stream.cancelled = True
@@ -204,7 +204,7 @@ class Engine:
     def _check_room(self) -> None:
         if self._closing:
             raise Busy("the server is shutting down")
-        if not self._thread.is_alive():
+        if self._stopped:
             raise Busy("the engine has stopped; see its log")
         if len(self._jobs) >= self.max_rows + self.max_waiting:
             raise Busy(f"{len(self._jobs)} requests are under way or waiting; come again")
@@ -233,6 +233,10 @@ class Engine:
             job.listeners[answer.ticket] = answer.queue
             self._tickets[answer.ticket] = job
 
+    def _unshare(self, job: Job) -> None:
+        if self._shared.get(job.key) is job:  # an identical one may have followed
+            del self._shared[job.key]
+
     # ------------------------------------------------------------ the engine's own thread
 
     def _serve(self) -> None:
@@ -246,7 +250,10 @@ class Engine:
                     self._fail(list(self._running.streams), error)
                     self._forget()
         finally:
-            self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
+            with self._lock:  # nobody is taken in any more
+                self._stopped = True
+                self._waiting.clear()
+                self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
 
     def _wait(self) -> bool:
         """Wait for requests; return False when there will be none."""
@@ -292,7 +299,7 @@ class Engine:
             del job.listeners[ticket]
             if not job.listeners:
                 job.stream.cancelled = True
-                self._shared.pop(job.key, None)
+                self._unshare(job)
                 if job in self._waiting:
                     self._waiting.remove(job)
                     del self._jobs[job.stream.index]
@@ -311,7 +318,7 @@ class Engine:
         del self._jobs[job.stream.index]
         for ticket in job.listeners:
             del self._tickets[ticket]
-        self._shared.pop(job.key, None)
+        self._unshare(job)
         whole = isinstance(event, labs.Done) and event.finish_reason in ("stop", "length")
         if job.key is not None and whole:
             self._done[job.key] = job
@@ -338,6 +345,7 @@ class Engines:
         self._engine: Engine | None = None
         self._failure: Exception | None = None
         self._loaded = threading.Event()
+        self._closed = False
         threading.Thread(target=self._load, name="labs-load", daemon=True).start()
 
     def __call__(self, name: str) -> Engine:
@@ -357,6 +365,7 @@ class Engines:
             raise self._failure
 
     def close(self, deadline_s: float = 0.0) -> None:
+        self._closed = True
         if self._engine is not None:
             self._engine.close(deadline_s)
 
@@ -364,6 +373,8 @@ class Engines:
         try:
             model = labs.load_model(self._config)
             self._engine = Engine(model, self._config.server, self._config.response_cache)
+            if self._closed:
+                self._engine.close()
         except Exception as error:  # told to whoever asks
             self._failure = error
         finally:
