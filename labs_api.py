@@ -15,6 +15,7 @@ parameter takes effect or is refused by name. Needs labs.py, labs_decode.py, lab
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import html
@@ -360,7 +361,8 @@ class Gate:
 
     def __init__(self, config: labs.Config) -> None:
         server = config.server
-        hosts = {"localhost", "127.0.0.1", "[::1]", server.host, *server.allowed_hosts}
+        hosts = {"localhost", "127.0.0.1", "[::1]", *server.allowed_hosts}
+        hosts |= {server.host, f"[{server.host}]"}
         self._hosts = None if "*" in hosts else {host.lower() for host in hosts}
         self._digests = config.api_keys
         self._requests = Quota(server.requests_per_minute)
@@ -577,7 +579,8 @@ class Service:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Problem(400, f"the body is no valid JSON: {error}", "invalid_json") from error
         for name in REFUSED & given.keys():
-            if given[name] is not None and given[name] not in NEUTRAL.get(name, ()):
+            neutral = [(type(value), value) for value in (None, *NEUTRAL.get(name, ()))]
+            if (type(given[name]), given[name]) not in neutral:  # 0 is not False here
                 raise Problem(400, f"{name} is not implemented here", "unsupported", name)
         return body, given
 
@@ -615,6 +618,8 @@ class Service:
                 "n",
             )
         cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
+        if cost > (most := self.config.server.tokens_per_minute or cost):
+            raise Problem(400, f"{cost} tokens exceed the quota of {most} a minute", "quota")
         if wait := self._tokens.take(req.context.owner, cost):
             raise Problem(
                 429, f"{cost} tokens exceed the quota", "rate_limit_exceeded", retry_after_s=wait
@@ -704,8 +709,10 @@ class Ready(Resource):
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         try:
             status = self.service.engine().status()
-        except labs.LabsError:
+        except labs_engine.Busy:
             health = Health("loading")
+        except labs.LabsError:
+            health = Health("dead")
         else:
             stalled = status.idle_s > self.stalled_s
             health = Health("stalled" if stalled else "ok" if status.alive else "dead")
@@ -943,8 +950,8 @@ class Completions(OpenAI):
 
     def inputs(self, engine: labs_engine.Engine, body: CompletionRequest) -> list[labs.Inputs]:
         prompt: Any = body.prompt
-        several = not isinstance(prompt, str) and not isinstance(prompt[0], int)
-        return [self._input(engine, each) for each in (prompt if several else [prompt])]
+        one = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
+        return [self._input(engine, each) for each in ([prompt] if one else prompt)]
 
     def _input(self, engine: labs_engine.Engine, prompt: Any) -> labs.Inputs:
         if isinstance(prompt, str):
@@ -1102,7 +1109,7 @@ def openapi(service: Service, table: tuple[Route, ...]) -> dict[str, Any]:
 def _operation(route: Route) -> dict[str, Any]:
     def content(kind: Any) -> dict[str, Any]:
         if isinstance(kind, str):
-            return {kind: {"schema": {"type": "string"}}}
+            return {kind: {}}
         schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
         return {"application/json": {"schema": schema}}
 
@@ -1311,7 +1318,13 @@ def serve(config: labs.Config) -> None:
         file=sys.stderr,
     )
     threading.Thread(target=_announce, args=(engines, stop), daemon=True).start()
-    server.run()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it
+            server.run()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # `drain` sends one at its end
+        engines.close()  # no thread may be in torch while the interpreter ends
     engines.raise_failure()
 
 

@@ -343,7 +343,7 @@ class Engines:
     def __init__(self, config: labs.Config) -> None:
         self._config = config
         self._engine: Engine | None = None
-        self._failure: Exception | None = None
+        self._failure: labs.LabsError | None = None
         self._loaded = threading.Event()
         self._closed = False
         threading.Thread(target=self._load, name="labs-load", daemon=True).start()
@@ -375,8 +375,11 @@ class Engines:
             self._engine = Engine(model, self._config.server, self._config.response_cache)
             if self._closed:
                 self._engine.close()
-        except Exception as error:  # told to whoever asks
+        except labs.LabsError as error:  # told to whoever asks
             self._failure = error
+        except Exception as error:
+            log.exception("the model cannot be loaded")
+            self._failure = labs.ModelError(str(error))
         finally:
             self._loaded.set()
 

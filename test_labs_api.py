@@ -1442,7 +1442,7 @@ def test_the_deadline_ends_a_stream(programs: dict[str, Any]) -> None:
 
 def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None:
     url = serving(process := programs["600"])
-    assert b"event: done" not in read_stream(url, process, tokens=150_000, signals=2)
+    assert read_stream(url, process, tokens=150_000, signals=2).count(b"data: a") < 150_000
     code, said = end_of(process)
     assert code == 0, said
 
