@@ -431,6 +431,8 @@ def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
     import hashlib
 
     keys = [key.strip() for key in text.split(",")]
+    if text and not any(keys):
+        raise ConfigError("LABS_API_KEYS holds no key")
     if file is not None:
         try:
             lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
@@ -1159,10 +1161,13 @@ def build_inputs(
 def inputs_of_ids(model: Model, ids: Iterable[int]) -> Inputs:
     """Take token ids as they are. Raises InputError for one that the vocabulary lacks."""
     ids = tuple(ids)
-    vocabulary = model.decoder.config.vocab_size
+    vocabulary, limit = model.decoder.config.vocab_size, model.context_length
+    if limit is not None and len(ids) >= limit:
+        raise PromptTooLong(f"the prompt has {len(ids)} tokens: the context holds {limit}")
     if wrong := [i for i in ids if not 0 <= i < vocabulary]:
         raise InputError(f"prompt names token {wrong[0]}: the vocabulary has {vocabulary}")
-    return Inputs(ids, model.tokenizer.decode(ids))
+    with model.lock:
+        return Inputs(ids, model.tokenizer.decode(ids))
 
 
 def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, str]]:
@@ -1358,11 +1363,11 @@ def stream_batch(
     return run(model, streams, batch_rows or rows_in_memory(model))
 
 
-def rows_in_memory(model: Model) -> int:
-    """Return how many rows of middling length the free memory holds, at most 64."""
+def rows_in_memory(model: Model, most: int | None = None) -> int:
+    """Return how many rows of middling length the free memory holds, at most `most`, or 64."""
     import labs_decode
 
-    return labs_decode.rows_in_memory(model.decoder)
+    return labs_decode.rows_in_memory(model.decoder, most or labs_decode.MOST_ROWS)
 
 
 def cache_usage(running: Running) -> float:
@@ -1468,7 +1473,8 @@ class Running(Struct, eq=False):
     """The rows under way: batches that are stepped in turn, and newcomers to be prefilled.
 
     poll: is called before each forward call. beat: perf_counter after the last one. steps: how
-    many there were. halvings: how often memory ran out in one.
+    many there were. halvings: how often memory ran out in one. singly: prompts share no call,
+    because memory ran out in one that did.
     """
 
     streams: dict[int, Stream] = msgspec.field(default_factory=dict)
@@ -1478,6 +1484,7 @@ class Running(Struct, eq=False):
     beat: float = msgspec.field(default_factory=time.perf_counter)
     steps: int = 0
     halvings: int = 0
+    singly: bool = False
 
 
 def run(
@@ -1505,7 +1512,9 @@ def _compute_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        raise _out_of_memory(error) from error
+        if (told := _out_of_memory(error)) is error:
+            raise
+        raise told from None  # the frames of the other one hold tensors
 
 
 def _out_of_memory(error: Exception) -> Exception:
@@ -1526,7 +1535,11 @@ def _admit(
         yield from _let_go(running)
         yield from _enter(model, running, streams, rows)
         group = labs_decode.sharing(model.decoder, running.newcomers)
-        if not group or not labs_decode.has_room(running.batches, group[0]):
+        group = group[:1] if running.singly else group
+        while len(group) > 1 and not labs_decode.has_room(model.decoder, running.batches, group):
+            group.pop()
+        if not group or not labs_decode.has_room(model.decoder, running.batches, group):
+            running.singly = bool(group) and running.singly
             return
         budget -= sum(min(newcomer.pending, labs_decode.CHUNK) for newcomer in group)
         try:
@@ -1543,8 +1556,12 @@ def _admit(
 
 
 def _drop(running: Running, group: list[Any], error: Exception) -> Iterator[tuple[int, Event]]:
-    """Fail the newcomers whose prompts memory does not hold; the others go on."""
+    """Fail a newcomer whose prompt memory does not hold; several are tried again singly."""
     error.__traceback__ = None  # its frames hold tensors
+    if len(group) > 1:
+        running.singly = True
+        free_memory()
+        return
     del running.newcomers[: len(group)]
     for row in (newcomer.rows[0] for newcomer in group):
         del running.streams[row.id]
@@ -1635,7 +1652,12 @@ def _halve(
     error.__traceback__ = None  # its frames hold tensors
     running.halvings += 1
     free_memory()
-    halves = labs_decode.halve(model.decoder, batch)
+    try:
+        halves = labs_decode.halve(model.decoder, batch)
+    except (RuntimeError, MemoryError) as again:
+        if not labs_decode.out_of_memory(again):
+            raise
+        halves = []
     log.warning("out of memory in a step of %d rows; %s", len(batch.rows), "halved" * bool(halves))
     for row in () if halves else batch.rows:
         del running.streams[row.id]

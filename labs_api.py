@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import html
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -308,7 +309,7 @@ def as_problem(error: BaseException, request_id: str) -> Problem:
         return Problem(503, str(error), "overloaded", retry_after_s=1)
     if isinstance(error, labs.PromptTooLong):
         return Problem(400, str(error), "context_length_exceeded")
-    if isinstance(error, labs.InputError | labs.ConfigError):
+    if isinstance(error, labs.InputError | labs.ConfigError):  # what a request says, both
         return Problem(400, str(error), "invalid_value", _param(str(error)))
     if isinstance(error, falcon.HTTPError):
         return Problem(
@@ -371,7 +372,8 @@ class Gate:
         given = req.get_header("X-Request-Id") or ""
         known = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
         req.context.id = given if known else uuid.uuid4().hex
-        req.context.owner, req.context.record, req.context.began = "", None, time.perf_counter()
+        req.context.owner, req.context.record = "", None
+        req.context.began, req.context.created = time.perf_counter(), int(time.time())
         resp.set_header("X-Request-Id", req.context.id)
         resp.set_header("X-Content-Type-Options", "nosniff")
         host = re.sub(r":\d+$", "", req.get_header("Host") or "").lower()
@@ -601,6 +603,12 @@ class Service:
         toggles["use_chat_template"] &= not raw
         return labs.build_inputs(engine.model, **{**request, **toggles})
 
+    def check_choices(self, prompts: int, n: int) -> None:
+        """Refuse too many answers at once, before anything is tokenised for them."""
+        if prompts * n > (most := self.config.server.max_choices):
+            text = f"{prompts * n} choices are asked for; at most {most}"
+            raise Problem(400, text, "invalid_value", "n")
+
     def ask(
         self,
         req: falcon.Request,
@@ -610,13 +618,7 @@ class Service:
         n: int = 1,
     ) -> Asked:
         """Submit each of `inputs` n times; all are taken in or none."""
-        if len(inputs) * n > (most := self.config.server.max_choices):
-            raise Problem(
-                400,
-                f"{len(inputs) * n} choices are asked for; at most {most}",
-                "invalid_value",
-                "n",
-            )
+        self.check_choices(len(inputs), n)
         cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
         if cost > (most := self.config.server.tokens_per_minute or cost):
             raise Problem(400, f"{cost} tokens exceed the quota of {most} a minute", "quota")
@@ -801,7 +803,7 @@ class OpenAI(Resource):
         asked = self.service.ask(req, engine, self.inputs(engine, body), generation, body.n or 1)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            frames = self._frames(req, engine, asked, usage)
+            frames = self._frames(req, engine, asked, body.n or 1 if usage else 0)
             self.service.stream(req, resp, asked, frames)
             return
         answers = self.service.collect(req, asked)
@@ -823,7 +825,8 @@ class OpenAI(Resource):
     def inputs(self, engine: labs_engine.Engine, body: Any) -> list[labs.Inputs]:
         raise NotImplementedError
 
-    def choice(self, engine: labs_engine.Engine, index: int, part: Any) -> Choice:
+    def choice(self, engine: labs_engine.Engine, index: int, part: Any, offset: int = 0) -> Choice:
+        """Return a choice of a whole answer or of an event; offset: characters before it."""
         raise NotImplementedError
 
     def first(self, index: int) -> Choice | None:
@@ -836,37 +839,39 @@ class OpenAI(Resource):
         return OpenAIAnswer(
             id=f"{self.prefix}-{req.context.id}",
             object=self.kinds[0 if whole else 1],
-            created=int(time.time()),
+            created=req.context.created,
             model=self.service.config.model_id,
             choices=choices,
             usage=usage,
         )
 
     def _frames(
-        self, req: falcon.Request, engine: labs_engine.Engine, asked: Asked, usage: bool
+        self, req: falcon.Request, engine: labs_engine.Engine, asked: Asked, usage_of: int
     ) -> Iterator[bytes]:
-        nothing = None if usage else UNSET
+        """Yield a chunk an event. usage_of: choices a prompt, where usage is asked for, else 0."""
+        nothing = None if usage_of else UNSET
 
         def frame(*choices: Choice, usage: Any = nothing) -> bytes:
             return b"data: " + dumps(self._answer(req, choices, whole=False, usage=usage)) + b"\n\n"
 
-        begun: set[int] = set()
+        lengths: dict[int, int] = {}  # of each choice so far, in characters
         for item in asked:
             if item is None:
                 yield b": ping\n\n"
                 continue
             index, event = item
-            if index not in begun and (first := self.first(index)) is not None:
+            if index not in lengths and (first := self.first(index)) is not None:
                 yield frame(first)
-            begun.add(index)
-            yield frame(self.choice(engine, index, event))
-        if usage:
-            yield frame(usage=self._usage(asked.dones, len(asked.dones)))
+            offset = lengths.setdefault(index, 0)
+            yield frame(self.choice(engine, index, event, offset))
+            lengths[index] += len(getattr(event, "text", ""))
+        if usage_of:
+            yield frame(usage=self._usage(asked.dones, usage_of))
         yield b"data: [DONE]\n\n"
 
     def _usage(self, answers: Any, n: int) -> OpenAIUsage:
         """Count each prompt once, as OpenAI does, and all that was generated."""
-        prompt = sum(answer.usage.prompt_tokens for answer in answers[::n])
+        prompt = sum(answer.usage.prompt_tokens for answer in answers) // n
         completion = sum(answer.usage.completion_tokens for answer in answers)
         cached = all(answer.usage.response_cached for answer in answers)
         return OpenAIUsage(prompt, completion, prompt + completion, cached)
@@ -898,8 +903,8 @@ class ChatCompletions(OpenAI):
             found["max_new_tokens"] = limits.pop()
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs = true", "invalid", "top_logprobs")
-        if body.logprobs:
-            found["logprobs"] = body.top_logprobs or 0
+        if body.logprobs is not None:
+            found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         return found
 
     def inputs(self, engine: labs_engine.Engine, body: ChatRequest) -> list[labs.Inputs]:
@@ -917,7 +922,7 @@ class ChatCompletions(OpenAI):
     def first(self, index: int) -> Choice:
         return Choice(index=index, delta=Said(role="assistant", content=""))
 
-    def choice(self, engine: labs_engine.Engine, index: int, part: Any) -> Choice:
+    def choice(self, engine: labs_engine.Engine, index: int, part: Any, offset: int = 0) -> Choice:
         said: dict[str, Any] = {"delta": Said()}
         if isinstance(part, labs.Completion):
             said = {"message": Said(role="assistant", content=part.text)}
@@ -951,6 +956,7 @@ class Completions(OpenAI):
     def inputs(self, engine: labs_engine.Engine, body: CompletionRequest) -> list[labs.Inputs]:
         prompt: Any = body.prompt
         one = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
+        self.service.check_choices(1 if one else len(prompt), body.n or 1)
         return [self._input(engine, each) for each in ([prompt] if one else prompt)]
 
     def _input(self, engine: labs_engine.Engine, prompt: Any) -> labs.Inputs:
@@ -960,20 +966,21 @@ class Completions(OpenAI):
             raise Problem(400, "prompt: texts or lists of token ids", "invalid_value", "prompt")
         return labs.inputs_of_ids(engine.model, prompt)
 
-    def choice(self, engine: labs_engine.Engine, index: int, part: Any) -> Choice:
+    def choice(self, engine: labs_engine.Engine, index: int, part: Any, offset: int = 0) -> Choice:
         logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
-        found = self._logprobs(engine, logprobs) if logprobs else None
+        found = self._logprobs(engine, logprobs, offset) if logprobs else None
         return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
 
-    def _logprobs(self, engine: labs_engine.Engine, found: Any) -> dict[str, Any]:
+    def _logprobs(self, engine: labs_engine.Engine, found: Any, offset: int) -> dict[str, Any]:
         tokens = [_token(engine, each.token) for each in found]
+        offsets = itertools.accumulate(map(len, tokens), initial=offset)
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in found],
             "top_logprobs": [
                 {_token(engine, token): logprob for token, logprob in each.top} for each in found
             ],
-            "text_offset": [sum(map(len, tokens[:place])) for place in range(len(tokens))],
+            "text_offset": list(offsets)[:-1],
         }
 
 
@@ -1163,7 +1170,8 @@ def create_app(config: labs.Config, *, engine_for: EngineFor | None = None) -> f
     service = Service(config, engine_for or labs_engine.Engines(config))
     app = falcon.App(middleware=[Gate(config)])
     if config.server.allow_origins:
-        app.add_middleware(falcon.CORSMiddleware(allow_origins=config.server.allow_origins))
+        origins = config.server.allow_origins
+        app.add_middleware(falcon.CORSMiddleware("*" if "*" in origins else origins))
     table = routes(service)
     for route in table:
         app.add_route(
@@ -1204,7 +1212,7 @@ def make_server(app: Any, config: labs.Config, rows: int) -> Any:
     server = config.server
     waiting = create_server(
         app,
-        host=server.host,
+        host=_address(server.host),
         port=server.port,
         threads=rows + server.max_waiting + 8,
         channel_request_lookahead=1,  # sees who hangs up while its request runs
@@ -1221,6 +1229,11 @@ def make_server(app: Any, config: labs.Config, rows: int) -> Any:
     waiting.adj.socket_options = _socket_options()
     _cut_slow_senders(waiting)
     return waiting
+
+
+def _address(host: str) -> str:
+    """Return one address of a host: given several, waitress would make several servers."""
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def _socket_options() -> list[tuple[int, int, int]]:
@@ -1317,9 +1330,10 @@ def serve(config: labs.Config) -> None:
         f"labs-api: http://{host}:{server.effective_port} (loading {config.model_id})",
         file=sys.stderr,
     )
-    threading.Thread(target=_announce, args=(engines, stop), daemon=True).start()
+    announcing = threading.Thread(target=_announce, args=(engines, stop), daemon=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it
+            announcing.start()
             server.run()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):

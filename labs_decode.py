@@ -36,7 +36,6 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
-PACKED_TYPES = (torch.bfloat16, torch.float32)
 CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
 MEMORY_SHARE = 0.5  # of the free memory, what slots may take
 MOST_ROWS = 64  # of a batch, where nothing is said
@@ -534,16 +533,16 @@ def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
     how, why = how_it_runs(model)
     layers = _layers(model.config.get_text_config()) if how == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-    parameters = list(model.parameters())
-    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     invariant = batch_invariant and on_cpu and how == "joins" and not recurrent
     if how != "alone" and model._can_set_attn_implementation():
         model.set_attn_implementation("labs_invariant" if invariant else "labs")
     accepts = frozenset(inspect.signature(model.forward).parameters)
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
-    weight_bytes = sum(parameter.nbytes for parameter in parameters)
-    pack(model)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if how == "joins" and not recurrent:  # others ask for `weight`, which unpacks it, at each step
+        pack(model)
     return Decoder(model, how, why, invariant, shares, accepts, weight_bytes)
 
 
@@ -604,11 +603,18 @@ def pack(model: Any) -> None:
     """Replace the plain linear layers on CPU by packed ones, one at a time; their weights go."""
     if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            weight = child.weight if type(child) is torch.nn.Linear else None
-            if weight is not None and weight.is_cpu and weight.dtype in PACKED_TYPES:
-                setattr(parent, name, PackedLinear(child))
+    types = [torch.float32]
+    types += [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
+        for name in [name for name, _ in parent.named_children()]:
+            if _can_pack(getattr(parent, name), types):
+                setattr(parent, name, PackedLinear(getattr(parent, name)))
+
+
+def _can_pack(module: Any, types: list[torch.dtype]) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    plain = type(module) is torch.nn.Linear and not hooked
+    return plain and module.weight.is_cpu and module.weight.dtype in types
 
 
 # ---------------------------------------------------------------- the four functions
@@ -648,6 +654,8 @@ def prefill_together(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch
     cache = RowOfPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
     ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
     logits = _call(decoder, ids, cache.places[1:], cache, ends)[0].float()
+    if len(logits) != len(rows):  # a model that takes logits_to_keep and keeps all
+        logits = logits[ends]
     for row in rows:
         row.written = row.prompt_length
     return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
@@ -706,7 +714,8 @@ def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
                 layer.move(len(rows), hole, last.written)
     for layer in batch.cache.filled:
         layer.cut(len(rows))
-    return replace(batch, rows=tuple(rows)) if rows else None
+    at_once = batch.at_once if len(rows) > batch.at_once else 0  # that many did fit
+    return replace(batch, rows=tuple(rows), at_once=at_once) if rows else None
 
 
 def halve(decoder: Decoder, batch: Batch) -> list[Batch]:
@@ -766,15 +775,18 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def has_room(batches: Sequence[Batch], newcomer: Batch) -> bool:
-    """Tell whether the newcomer's slot fits beside the others; a first one is always tried."""
-    if not batches or not (per_column := batches[0].cache.bytes_per_column):
+def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
+    """Tell whether the newcomers' slots fit beside the others; a first one is always tried."""
+    if not batches and len(newcomers) == 1:
         return True
-    batch, own = batches[0], newcomer.cache.cursor.columns
-    rows, columns = batch.cache.room(len(batch.rows), own)
-    grown = rows * columns - batch.cache.cursor.rows * batch.cache.cursor.columns
-    needed = (own + grown) * per_column
-    return needed < MEMORY_SHARE * free_memory(batch.cache.buffers[0].device)
+    own = [newcomer.cache.cursor.columns for newcomer in newcomers]
+    live, at = (len(batches[0].rows), batches[0].cache.cursor) if batches else (0, Cursor(0, 0))
+    rows = max(at.rows, 1)
+    while rows < live + len(newcomers):
+        rows *= 2
+    grown = rows * max(at.columns, *own) - at.rows * at.columns
+    per_column = batches[0].cache.bytes_per_column if batches else column_bytes(decoder)
+    return (sum(own) + grown) * per_column < MEMORY_SHARE * free_memory(decoder.device)
 
 
 def cache_usage(batches: Sequence[Batch]) -> float:
@@ -782,40 +794,49 @@ def cache_usage(batches: Sequence[Batch]) -> float:
     used = held = 0
     device = None
     for batch in batches:
-        column, at = batch.cache.bytes_per_column, batch.cache.cursor
+        column, at, buffers = batch.cache.bytes_per_column, batch.cache.cursor, batch.cache.buffers
         used += column * sum(row.written for row in batch.rows)
         held += column * at.rows * at.columns
-        device = batch.cache.buffers[0].device if batch.cache.buffers else device
+        device = buffers[0].device if buffers else device
     return used / (held + MEMORY_SHARE * free_memory(device)) if device is not None else 0.0
 
 
 def column_bytes(decoder: Decoder) -> int:
-    """Return the bytes that keys and values of one token take, by the model's configuration."""
+    """Return the bytes that keys and values of one token take, by the model's configuration.
+
+    An estimate: 0 where the configuration does not tell.
+    """
     config = decoder.config
     slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in _layers(config)]
-    if not any(slotted):
+    latent, rotary = _told(config, "kv_lora_rank"), _told(config, "qk_rope_head_dim")
+    heads = _told(config, "num_attention_heads")
+    dim = _told(config, "head_dim") or _told(config, "hidden_size") // max(heads, 1)
+    width = latent + rotary if latent else 2 * (_told(config, "num_key_value_heads") or heads) * dim
+    return int(sum(slotted) * width * decoder.model.dtype.itemsize)
+
+
+def _told(config: Any, name: str) -> int:
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # transformers raises where the layers differ
         return 0
-    if latent := getattr(config, "kv_lora_rank", None):  # of keys and values, for all heads
-        width = latent + config.qk_rope_head_dim
-        return int(sum(slotted) * width * decoder.model.dtype.itemsize)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * sum(slotted) * heads * dim * decoder.model.dtype.itemsize)
+    return value if isinstance(value, int) else 0
 
 
-def rows_in_memory(decoder: Decoder) -> int:
-    """Return how many rows of TYPICAL columns the free memory holds, at most MOST_ROWS."""
+def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
+    """Return how many rows of TYPICAL columns the free memory holds, at most `most`."""
     if decoder.how == "alone":
         return 1
     row = TYPICAL * column_bytes(decoder)
-    fitting = int(MEMORY_SHARE * free_memory(decoder.device)) // row if row else MOST_ROWS
-    return max(1, min(fitting, MOST_ROWS))
+    fitting = int(MEMORY_SHARE * free_memory(decoder.device)) // row if row else most
+    return max(1, min(fitting, most))
 
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be taken on a device, where the system tells."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch holds in reserve is free for it
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserve
     with contextlib.suppress(OSError):  # Linux; the page cache counts as free there
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -976,8 +997,13 @@ def draw(
     noisy = (top.values.double() + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
     best = noisy.max(-1)
     tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
-    open_ended = kept[:, -1].nonzero()[:, 0].tolist() if size < scaled.shape[-1] else []
+    whole = size == scaled.shape[-1]
+    open_ended = [] if whole else kept[:, -1].nonzero()[:, 0].tolist()
     cut = [n for n in open_ended if _cuts(chosen[n].sampling, size)]
+    # What top_p is a share of, top_k decides: all that top_k keeps must be seen.
+    options = [] if whole else [row.sampling for row in chosen]
+    deep = [n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1]
+    cut = sorted({*cut, *deep})
     for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
         tokens[n] = token
     for n in (n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut):

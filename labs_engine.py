@@ -111,8 +111,9 @@ class Engine:
         response_cache: labs.ResponseCache = labs.ResponseCache(),  # noqa: B008
     ) -> None:
         self.model = model
-        rows = labs.rows_in_memory(model)
-        self.max_rows = min(server.max_batch_rows or rows, rows)
+        self.max_rows = labs.rows_in_memory(model, server.max_batch_rows)
+        if self.max_rows < (server.max_batch_rows or 1):
+            log.warning("memory holds %d rows, not %d", self.max_rows, server.max_batch_rows)
         self.max_waiting = server.max_waiting
         self._ids = itertools.count()
         self._lock = threading.Condition()
@@ -242,12 +243,16 @@ class Engine:
     def _serve(self) -> None:
         try:
             while self._wait():
+                failed = False
                 try:
                     for index, event in labs.run(self.model, self, self.max_rows, self._running):
                         self._route(index, event)
                 except Exception as error:  # whatever the model raised: the next ones are served
                     log.exception("the forward pass failed")
+                    error.__traceback__ = error.__cause__ = error.__context__ = None  # hold slots
                     self._fail(list(self._running.streams), error)
+                    failed = True
+                if failed:  # out of the handler, which holds the error
                     self._forget()
         finally:
             with self._lock:  # nobody is taken in any more
@@ -319,6 +324,7 @@ class Engine:
         for ticket in job.listeners:
             del self._tickets[ticket]
         self._unshare(job)
+        job.listeners.clear()
         whole = isinstance(event, labs.Done) and event.finish_reason in ("stop", "length")
         if job.key is not None and whole:
             self._done[job.key] = job
@@ -349,8 +355,8 @@ class Engines:
         threading.Thread(target=self._load, name="labs-load", daemon=True).start()
 
     def __call__(self, name: str) -> Engine:
-        if self._failure is not None:
-            raise self._failure
+        if self._failure is not None:  # the reason may name what is nobody's business
+            raise labs.ModelError(f"{name} could not be loaded; the log tells why")
         if self._engine is None:
             raise Busy(f"{name} is being loaded")
         return self._engine
@@ -358,11 +364,12 @@ class Engines:
     def wait(self) -> Engine:
         """Return the engine once it is loaded; raise what made it fail."""
         self._loaded.wait()
+        self.raise_failure()
         return self(self._config.model_id)
 
     def raise_failure(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)
 
     def close(self, deadline_s: float = 0.0) -> None:
         self._closed = True

@@ -1528,3 +1528,79 @@ def test_the_server_keeps_to_what_it_describes(described: Any, method: str, path
 def test_all_operations_are_tried(described: Any) -> None:
     found = {(each.ok().method.upper(), each.ok().path) for each in described.get_all_operations()}
     assert found == {*OPERATIONS, ("GET", "/livez")}
+
+
+# ---------------------------------------------------------------- several prompts, many prompts
+
+
+def test_usage_counts_each_prompt_once_streamed_and_whole(site):
+    body = {"prompt": ["aaa", "bb", "c"], "n": 2, "max_tokens": 2}
+    whole = site.post("/v1/completions", body).json["usage"]
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    lines = site.post("/v1/completions", streamed).text.splitlines()
+    last = json.loads([line for line in lines if line.startswith("data: {")][-1][6:])
+    assert last["usage"] == whole
+    assert whole["prompt_tokens"] == sum(
+        len(asked.input_ids) for asked, *_ in site.engine.asked[:6:2]
+    )
+
+
+def test_too_many_prompts_are_refused_before_any_is_tokenised(site, monkeypatch):
+    monkeypatch.setattr(labs, "build_inputs", lambda *_, **__: pytest.fail("tokenised"))
+    refused = site.post("/v1/completions", {"prompt": ["a"] * 5000})
+    assert (refused.status_code, refused.json["error"]["param"]) == (400, "n")
+
+
+def test_more_token_ids_than_the_context_holds_are_refused_before_they_are_decoded(site):
+    refused = site.post("/v1/completions", {"prompt": [1] * 100_000})
+    assert refused.json["error"]["code"] == "context_length_exceeded"
+
+
+def test_log_probabilities_can_be_turned_off_by_a_request(fake):
+    site = Site(fake, labs.Config(generation=labs.Generation(logprobs=2)))
+    messages = [{"role": "user", "content": "Hi"}]
+    site.post("/v1/chat/completions", {"messages": messages, "logprobs": False})
+    site.post("/v1/chat/completions", {"messages": messages})
+    assert [generation.logprobs for _, generation, _ in fake.asked] == [None, 2]
+
+
+def test_text_offsets_go_on_over_the_pieces_of_a_stream(site):
+    chosen = labs.TokenLogprob(104, -1.0)
+    site.engine.pieces = [labs.Delta("h", (chosen,)), labs.Delta("hh", (chosen, chosen))]
+    body = {"prompt": "a", "stream": True, "logprobs": 0}
+    lines = site.post("/v1/completions", body).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [each["text_offset"] for each in found if each] == [[0], [1, 2]]
+    assert len({chunk["created"] for chunk in chunks}) == 1
+
+
+def test_why_a_model_could_not_be_loaded_is_no_clients_business(monkeypatch):
+    def load_model(config: Any) -> None:
+        raise labs.ConfigError("torch_dtype = float16: /srv/secret refuses")
+
+    monkeypatch.setattr(labs, "load_model", load_model)
+    engines = labs_engine.Engines(configured())
+    with pytest.raises(labs.ConfigError, match="secret"):
+        engines.wait()
+    client = falcon.testing.TestClient(labs_api.create_app(configured(), engine_for=engines))
+    for path in ("/readyz", "/v1/models", "/generate"):
+        method = "POST" if path == "/generate" else "GET"
+        body = {"json": {"prompt": "a"}} if method == "POST" else {}
+        answer = client.simulate_request(method, path, headers={"Host": "localhost"}, **body)
+        assert "secret" not in answer.text
+        assert answer.status_code in (200, 500, 503)
+
+
+def test_a_host_with_several_addresses_is_listened_to_on_one(monkeypatch):
+    both = [(2, 1, 6, "", ("127.0.0.1", 0)), (10, 1, 6, "", ("::1", 0, 0, 0))]
+    monkeypatch.setattr(labs_api.socket, "getaddrinfo", lambda *_, **__: both)
+    assert labs_api._address("localhost") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("origins", [("*",), ("https://a.example",)])
+def test_any_origin_or_some_may_be_allowed(fake, origins):
+    server = labs.Server(allow_origins=origins)
+    site = Site(fake, labs.Config(server=server))
+    answer = site.get("/health", Origin="https://a.example")
+    assert answer.headers["access-control-allow-origin"] in ("*", "https://a.example")

@@ -536,13 +536,53 @@ def test_room_for_a_newcomer_counts_the_rows_that_double_for_it(
     needed = columns * batch.cache.bytes_per_column / decode.MEMORY_SHARE
     for free, fits in ((needed, False), (needed + 4, True)):
         monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
-        assert decode.has_room([kept], new) is fits  # type: ignore[list-item]
+        assert decode.has_room(decoder, [kept], [new]) is fits  # type: ignore[list-item]
+
+
+def test_room_for_several_newcomers_counts_all_of_them(reference: Any, monkeypatch: Any) -> None:
+    decoder = decode.prepare(reference["llama"][0])
+    new = [decode.enter(decoder, row_of(prompt)) for prompt in PROMPTS[2:6]]
+    slots = sum(each.cache.cursor.columns for each in new) * decode.column_bytes(decoder)
+    for free, fits in ((slots, False), (8 * slots, True)):
+        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
+        assert decode.has_room(decoder, [], new) is fits
+
+
+class Moody:
+    """A configuration that raises where its layers differ, as transformers' may."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+def test_a_configuration_that_does_not_tell_gives_no_estimate_and_no_error() -> None:
+    assert decode._told(Moody(), "head_dim") == 0
+
+
+def test_packing_keeps_no_plain_weight() -> None:
+    model = tiny("llama")
+    weights = [
+        weakref.ref(module.weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    decoder = decode.prepare(model)
+    gc.collect()
+    assert [ref for ref in weights if ref() is not None] == []
+    assert decoder.weight_bytes > 0
+
+
+def test_a_layer_with_a_hook_is_not_packed() -> None:
+    model = tiny("llama")
+    model.lm_head.register_forward_hook(lambda *args: None)
+    decode.prepare(model)
+    assert type(model.lm_head) is torch.nn.Linear
 
 
 def test_a_first_newcomer_always_has_room(reference: Any, monkeypatch: Any) -> None:
     decoder = decode.prepare(reference["llama"][0])
     monkeypatch.setattr(decode, "free_memory", lambda device: 0)
-    assert decode.has_room([], decode.enter(decoder, row_of(PROMPTS[2])))
+    assert decode.has_room(decoder, [], [decode.enter(decoder, row_of(PROMPTS[2]))])
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (how, _) in KINDS.items() if how != "alone"])
@@ -730,6 +770,20 @@ def test_the_draw_has_the_distribution_of_the_kept_set(option: dict[str, Any]) -
         chi2 += (draws - sum(found[token] for token in common) - rest) ** 2 / rest
     freedom = max(len(common) - 1, 1)
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("top_k", [100, 129, 200, 1000, 2000])
+@pytest.mark.parametrize("top_p", [0.6, 0.95])
+def test_no_draw_leaves_what_transformers_warpers_keep(top_k: int, top_p: float) -> None:
+    logits = -1.1 * torch.arange(1, 4097).log()[None]  # a share of it lies far out
+    warped = logits_process.TopKLogitsWarper(top_k)(None, logits)
+    warped = logits_process.TopPLogitsWarper(top_p)(None, warped)[0]
+    kept = set(warped.isfinite().nonzero()[:, 0].tolist())
+    option = {"temperature": 1.0, "top_k": top_k, "top_p": top_p}
+    rows = rows_of([{**option, "seed": seed} for seed in range(400)])
+    drawn = {choice.token for choice in decode.choose(logits.expand(400, -1), rows)}
+    assert drawn <= kept
+    assert len(drawn) > 0.5 * min(len(kept), 100)
 
 
 def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_its_company() -> None:

@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -661,6 +662,29 @@ def dies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
         raise SystemExit
 
     return leave
+
+
+def test_as_many_rows_as_are_asked_for_run_where_memory_holds_them(start):
+    assert start(max_batch_rows=200)[0].status().max_rows == 200
+    assert start()[0].status().max_rows == 64
+
+
+def test_a_forward_pass_that_failed_leaves_no_slots_behind(start):
+    engine, gate = start()
+    first = held(engine, gate, 3)
+    cache = weakref.ref(engine._running.batches[0].cache)
+
+    def broken(words: Any) -> None:
+        raise RuntimeError("broken")
+
+    gate.before = broken
+    gate.let(math.inf)
+    assert isinstance(read(first)[1], labs.Failed)
+    gate.before = lambda words: None
+    end = time.monotonic() + WAIT_S
+    while cache() is not None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert cache() is None
 
 
 def test_a_dead_thread_fails_all_answers_and_is_told(dies, start):
