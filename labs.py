@@ -1377,6 +1377,25 @@ def cache_usage(running: Running) -> float:
     return labs_decode.cache_usage([*running.batches, *running.newcomers])
 
 
+def score(model: Model, inputs: Inputs, text: str) -> tuple[TokenLogprob, ...]:
+    """Return the log-probability of each token of `text`, were it the answer; one forward call.
+
+    Raises InputError for a text without tokens, PromptTooLong before any compute.
+    """
+    import labs_decode
+
+    _check_text(text, "the text")
+    with model.lock:
+        answer = list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids, limit = [*inputs.input_ids, *answer], model.context_length
+    if not answer:
+        raise InputError("the text has no tokens")
+    if limit is not None and len(ids) > limit:
+        raise PromptTooLong(f"prompt and text have {len(ids)} tokens: the context holds {limit}")
+    logprobs = labs_decode.score(model.decoder, ids, len(inputs.input_ids))
+    return tuple(map(TokenLogprob, answer, logprobs))
+
+
 class Stream(Struct, eq=False):
     """One request under way: its row's id, its text so far and its clock (perf_counter).
 

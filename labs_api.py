@@ -188,16 +188,9 @@ REFUSED = {
 # ---------------------------------------------------------------- what goes out
 
 
-class GenerateAnswer(Struct, frozen=True):
+class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
     id: str
     model: str
-    text: str
-    finish_reason: labs.FinishReason
-    usage: labs.Usage
-    timings: labs.Timings
-    matched_stop: str | None = None
-    seed: int | None = None
-    logprobs: tuple[labs.TokenLogprob, ...] = ()
 
 
 class OpenAIUsage(Struct, frozen=True):
@@ -1142,23 +1135,18 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def docs(document: dict[str, Any]) -> str:
     """Return the document as a page that asks for nothing else."""
-    esc = html.escape
-    lines = [
-        f"<h2>{method.upper()} {esc(path)}</h2><p>{esc(operation['summary'])}</p>"
+    routes = [
+        f"<dt>{method.upper()} {html.escape(path)}</dt><dd>{html.escape(operation['summary'])}</dd>"
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     ]
-    schemas = [
-        f"<details><summary>{esc(name)}</summary><pre>{esc(json.dumps(schema, indent=1))}</pre>"
-        "</details>"
-        for name, schema in document["components"]["schemas"].items()
-    ]
-    style = "body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;padding:0 1rem}"
+    schemas = html.escape(json.dumps(document["components"]["schemas"], indent=2))
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>labs API</title>'
-        f"<style>:root{{color-scheme:light dark}}{style}</style><h1>labs API</h1>"
-        f'<p><a href="openapi.json">openapi.json</a></p>{"".join(lines)}<h2>Schemas</h2>'
-        f"{''.join(schemas)}"
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>labs API</title>'
+        "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:50rem;"
+        "margin:2rem auto;padding:0 1rem}dt{font-weight:600}</style><h1>labs API</h1>"
+        f'<p><a href="openapi.json">openapi.json</a></p><dl>{"".join(routes)}</dl>'
+        f"<h2>Schemas</h2><pre>{schemas}</pre>"
     )
 
 

@@ -904,6 +904,18 @@ def _by_the_model(model: Any, input_ids: Tensor, **kwargs: Any) -> Generator[Ten
         length = 1 if kwargs.get("use_cache") else None
 
 
+@torch.inference_mode()
+def score(decoder: Decoder, ids: Sequence[int], start: int) -> list[float]:
+    """Return the log-probability of each of ids[start:] after those before it, in one call."""
+    scored = torch.tensor(ids[start:], device=decoder.device)
+    words = {"use_cache": False, "logits_to_keep": len(scored) + 1}
+    known = {name: value for name, value in words.items() if name in decoder.accepts}
+    inputs = torch.tensor([list(ids)], device=decoder.device)
+    logits = decoder.model(input_ids=inputs, return_dict=True, **known).logits
+    logprobs = logits[0, -len(scored) - 1 : -1].float().log_softmax(-1)
+    return cast("list[float]", logprobs.gather(-1, scored[:, None])[:, 0].tolist())
+
+
 # ---------------------------------------------------------------- choose
 
 

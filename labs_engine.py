@@ -13,6 +13,7 @@ routes each event to the queues of those who wait for it; nobody else touches th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import queue
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -120,6 +122,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._jobs: dict[int, Job] = {}  # by the stream's index: waiting and running
         self._tickets: dict[int, Job] = {}
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._left: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._shared: dict[Any, Job] = {}  # by key: under way, may be joined
         self._done = _make_cache(response_cache)
@@ -158,6 +161,15 @@ class Engine:
                 self._check_room()
                 self._begin(Job(stream, {answer.ticket: events}, key), answer.ticket)
         return answer
+
+    def score(self, inputs: labs.Inputs, text: str) -> tuple[labs.TokenLogprob, ...]:
+        """Do as labs.score does, between two steps of the batch."""
+        future: Future[tuple[labs.TokenLogprob, ...]] = Future()
+        with self._lock:
+            self._check_room()
+            self._calls.append((functools.partial(labs.score, self.model, inputs, text), future))
+            self._lock.notify_all()
+        return future.result()
 
     def status(self) -> Status:
         with self._lock:
@@ -258,12 +270,14 @@ class Engine:
             with self._lock:  # nobody is taken in any more
                 self._stopped = True
                 self._waiting.clear()
+                for _, future in self._calls:
+                    future.set_exception(labs.GenerationError("the engine stopped"))
                 self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
 
     def _wait(self) -> bool:
         """Wait for requests; return False when there will be none."""
         with self._lock:
-            while not self._jobs:
+            while not self._jobs and not self._calls:
                 if self._closing:
                     return False
                 self._lock.wait()
@@ -283,6 +297,12 @@ class Engine:
 
     def _poll(self) -> None:
         """Do what must not wait for a free row; the loop of labs calls it before each step."""
+        while self._calls:
+            call, future = self._calls.popleft()
+            try:
+                future.set_result(call())
+            except Exception as error:  # of one request, told to who made it
+                future.set_exception(error)
         with self._lock:
             self._let_go()
             late = [job for job in self._waiting if job.stream.late or job.stream.cancelled]

@@ -2129,6 +2129,32 @@ def test_threads_that_generate_at_once_each_get_their_own_text(tiny):
         assert list(threads.map(lambda seed: sampled(tiny, seed=seed), range(4))) == alone
 
 
+def test_a_score_is_the_log_probability_of_an_answer(tiny):
+    text = "hello you"
+    ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+    force = [
+        labs.generate(
+            tiny,
+            labs.Inputs((*SHORT.input_ids, *ids[:n]), ""),
+            max_new_tokens=1,
+            logprobs=0,
+            logit_bias={ids[n]: 100},
+        ).logprobs[0]
+        for n in range(len(ids))
+    ]
+    scored = labs.score(tiny, SHORT, text)
+    assert [each.token for each in scored] == ids
+    assert [each.logprob for each in scored] == pytest.approx([e.logprob for e in force], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("", labs.InputError), ("a" * 10**4, labs.PromptTooLong)]
+)
+def test_a_text_that_cannot_be_scored_is_refused(text, error, tiny):
+    with pytest.raises(error):
+        labs.score(tiny, SHORT, text)
+
+
 # ---------------------------------------------------------------- many prompts
 
 
@@ -2378,10 +2404,10 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 
 ROOMS = {
-    "labs.py": 1700,
-    "labs_decode.py": 1050,
-    "labs_engine.py": 400,
-    "labs_api.py": 1460,
+    "labs.py": 1750,
+    "labs_decode.py": 1110,
+    "labs_engine.py": 450,
+    "labs_api.py": 1470,
     "labs_cli.py": 440,
 }
 

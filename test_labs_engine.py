@@ -651,6 +651,27 @@ def test_memory_that_runs_out_in_a_prompt_ends_no_row_that_is_decoded(start):
     assert read(first)[0] == alone("llama", 0)
 
 
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
+def test_a_score_comes_between_the_steps_of_others_and_disturbs_none(kind, start):
+    engine, _ = start(kind)
+    expected = labs.score(model_of(kind), prompt(1), "abc")
+    answer = engine.submit(prompt(0), options())
+    assert [each.token for each in engine.score(prompt(1), "abc")] == [e.token for e in expected]
+    assert read(answer)[0] == alone(kind, 0)
+
+
+def test_a_score_that_is_refused_or_comes_too_late_is_told_to_who_asked(start):
+    engine, _ = start()
+    with pytest.raises(labs.InputError):
+        engine.score(prompt(0), "")
+    engine.close()
+    with pytest.raises(labs_engine.Busy):
+        engine.score(prompt(0), "abc")
+
+
 # ---------------------------------------------------------------- a dead thread
 
 
