@@ -8,7 +8,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure labs beside transformers in one run: same model, dtype, prompts and number of tokens.
 
-    uv run bench_labs.py [single many context arrivals sampling long memory start serving manners]
+    uv run bench_labs.py [single many context arrivals sampling long memory start]
+    uv run bench_labs.py [serving overhead manners]
 
 Each row is the median of interleaved pairs with its 90 % bootstrap interval: machines drift, the
 ratios of one run do not. All is greedy and without end-of-sequence: both sides do equal work.
@@ -372,11 +373,19 @@ class Served:
         return sorted(self.first)[int(0.95 * len(self.first))]
 
 
+API = [sys.executable, "-c", "import labs_api; labs_api.main()"]
+
+
+def stories() -> list[str]:
+    draw = random.Random(3)
+    topics = [" and ".join(draw.choices(WORDS, k=3)) for _ in range(16)]
+    return [f"Tell me a long story about {topic}." for topic in topics]
+
+
 @contextlib.contextmanager
 def servers(folder: str) -> Iterator[dict[str, Served]]:
     """labs-api and `transformers serve` without and with continuous batching, on one model."""
-    code = "import sys, labs_api; sys.argv[0] = 'labs-api'; labs_api.main()"
-    ours = [sys.executable, "-c", code, "--model", folder, "--port"]
+    ours = [*API, "--model", folder, "--port"]
     theirs = [str(Path(sys.executable).with_name("transformers")), "serve", folder]
     theirs += ["--log-level", "error", "--port"]
     commands = {"labs": ours, "serve": theirs, "batching": [*theirs[:3], "--continuous-batching"]}
@@ -394,11 +403,8 @@ def servers(folder: str) -> Iterator[dict[str, Served]]:
 def serving() -> None:
     """Clients over HTTP: labs-api against `transformers serve`, and against labs in process."""
     model, _ = load()
-    draw = random.Random(3)
-    topics = [" and ".join(draw.choices(WORDS, k=3)) for _ in range(16)]
-    short = [f"Tell me a long story about {topic}." for topic in topics]
-    long = [f"Go on with this: {' '.join(draw.choices(WORDS, k=480))}" for _ in topics]
-    inputs = [labs.build_inputs(model, prompt=prompt) for prompt in short]
+    draw, short = random.Random(3), stories()
+    long = [f"Go on with this: {' '.join(draw.choices(WORDS, k=480))}" for _ in short]
     with servers(str(model.model.name_or_path)) as found:
         mine, plain, batching = found["labs"], found["serve"], found["batching"]
         for name, texts, other in (
@@ -410,10 +416,22 @@ def serving() -> None:
             rates = (functools.partial(server.rate, texts) for server in (mine, other))
             compare(name, *rates)
             print(f"{'  time to first token, p95, s':58} {mine.p95():8.2f} {other.p95():8.2f}")
-        rate_of = functools.partial(functools.partial, mine.rate)
-        compare("8 clients / 1 client, both labs", rate_of(short[:8]), rate_of(short[:1]))
+
+
+def overhead() -> None:
+    """labs-api with more or fewer clients, and against stream_batch in process."""
+    model, _ = load()
+    texts = stories()
+    inputs = [labs.build_inputs(model, prompt=text) for text in texts]
+    folder = str(model.model.name_or_path)
+    server = Served([*API, "--model", folder, "--port", "8435"], 8435, folder)
+    try:
+        rate_of = functools.partial(functools.partial, server.rate)
+        compare("8 clients / 1 client, both labs", rate_of(texts[:8]), rate_of(texts[:1]))
         in_process = functools.partial(batch_rate, model, inputs, 16, max_new_tokens=NEW)
-        compare("16 clients / stream_batch in process", rate_of(short), in_process)
+        compare("16 clients / stream_batch in process", rate_of(texts), in_process)
+    finally:
+        server.process.terminate()
 
 
 def median_p95(name: str, values: list[float]) -> None:
@@ -464,9 +482,8 @@ for _ in range(300):
 def manners() -> None:
     """labs-api with clients that leave, and full."""
     folder = str(load()[0].model.name_or_path)
-    code = "import sys, labs_api; labs_api.main()"
-    command = [sys.executable, "-c", code, "--model", folder, "--port", "8434"]
-    server = Served([*command, "--max-waiting", "200"], 8434, folder)
+    command = [*API, "--model", folder, "--port", "8434", "--max-waiting", "200"]
+    server = Served(command, 8434, folder)
     try:
         for path in ("/generate/stream", "/generate"):  # 0.5 s later: in the middle of decoding
             times = [freed(server, path) for _ in range(20)]
@@ -474,8 +491,8 @@ def manners() -> None:
         alone, after = [], []
         for found, abandoned in ((alone, 0), (after, 200)):
             for _ in range(20):
-                with concurrent.futures.ThreadPoolExecutor(50) as pool:
-                    leave = functools.partial(hang_up, server, "/generate/stream", 0.0)
+                with concurrent.futures.ThreadPoolExecutor(200) as pool:  # all at once, for 1 s
+                    leave = functools.partial(hang_up, server, "/generate/stream", 1.0)
                     list(pool.map(lambda _, leave=leave: leave(), range(abandoned)))
                 server.first.clear()
                 server.ask("Hello!", 2)
@@ -496,7 +513,7 @@ def manners() -> None:
         server.process.terminate()
 
 
-PARTS = (single, many, context, arrivals, sampling, long, memory, start, serving, manners)
+PARTS = (single, many, context, arrivals, sampling, long, memory, start, serving, overhead, manners)
 
 
 def main() -> None:
