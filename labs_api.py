@@ -630,6 +630,9 @@ class Service:
             raise
         return asked
 
+    def _record(self, asked: Asked) -> dict[str, Any]:
+        return {"model": self.config.model_id, **asked.record()}
+
     def collect(self, req: falcon.Request, asked: Asked) -> list[labs.Completion]:
         """Return whole answers by choice."""
         pieces: dict[int, list[labs.Delta]] = {}
@@ -642,7 +645,7 @@ class Service:
                     dones[choice] = event
         finally:
             asked.close()
-            req.context.record = asked.record()
+            req.context.record = self._record(asked)
         return [labs.fold(pieces.get(choice, []), dones[choice]) for choice in sorted(dones)]
 
     def stream(
@@ -652,7 +655,7 @@ class Service:
 
         def close() -> None:
             asked.close()
-            req.context.record = asked.record()
+            req.context.record = self._record(asked)
             log_request(req, 200)
 
         resp.content_type = "text/event-stream; charset=utf-8"

@@ -897,6 +897,7 @@ def test_each_request_is_one_line_of_json_without_secrets(
     assert [line["path"] for line in lines] == [*paths, "/generate", "/generate"]
     assert lines[0]["completion_tokens"] == 2
     assert lines[0]["finish_reason"] == lines[1]["finish_reason"] == "stop"
+    assert lines[0]["model"] == lines[1]["model"] == "tiny"
     digest = hashlib.sha256(b"s3cret").hexdigest()
     assert lines[0]["key"] == digest[: len(lines[0]["key"])] != digest
     for secret in ("private", "s3cret", "gue55ed", "Hello"):
