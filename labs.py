@@ -1521,9 +1521,10 @@ def run(
             yield from _admit(model, running, streams, 1 if model.decoder.how == "alone" else rows)
             if not running.streams:
                 return
-            batches, running.batches = running.batches, []
-            for batch in batches:
-                running.batches += yield from _step(model, running, batch)
+            stepped: list[Any] = []
+            for batch in running.batches:
+                stepped += yield from _step(model, running, batch)
+            running.batches = stepped
 
 
 @contextlib.contextmanager
