@@ -420,7 +420,7 @@ def load_config(
     trust, source = values.get("trust_remote_code", (False, ""))
     if trust and (source.endswith(".env") or (path is None and source.startswith(str(file)))):
         log.warning("trust_remote_code is on because %s in this folder says so", source)
-    secrets = {**dotenv, **environment}
+    secrets = {**dotenv, **{name: text for name, text in environment.items() if text}}
     config = _config(values, tables.get("models", {}), secrets.get("HF_TOKEN") or None)
     keys = _api_keys(secrets.get("LABS_API_KEYS", ""), config.server.api_keys_file)
     return msgspec.structs.replace(config, api_keys=keys)

@@ -59,12 +59,6 @@ Role = Literal["system", "developer", "user", "assistant"]
 Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
 
 
-class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the requests' bodies."""
-
-    model: str | None = None
-
-
 class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
     """A prompt or messages, and any generation setting; what is unset is as configured."""
 
@@ -96,9 +90,10 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] = False
 
 
-class OpenAIRequest(Body, frozen=True, kw_only=True):
+class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What both of OpenAI's endpoints take."""
 
+    model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     temperature: labs.Scale | None = None
     top_p: labs.Share | None = None

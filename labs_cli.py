@@ -75,6 +75,8 @@ RIVALS = (
     "json chat",
     "json stream",
     "explain chat",
+    "explain json",
+    "explain stream",
 )
 
 Values = dict[str, Any]  # flags, or the keywords of labs.build_inputs
@@ -195,10 +197,11 @@ def answer_json(session: Session, request: Values) -> None:
 def explain(session: Session, request: Values) -> None:
     """Write the prompt as the model reads it and how it would be answered."""
     told = labs.explain(session.model, build_inputs(session, request), session.config.generation)
+    left = "any number of" if told.context_left is None else told.context_left
     same = "yes" if told.batch_invariant else "not promised for this model on this device"
     write(f"""{told.prompt}
 ---
-prompt tokens: {told.prompt_tokens}; the context has room for {told.context_left} more
+prompt tokens: {told.prompt_tokens}; the context has room for {left} more
 runs: {told.how} ({told.why}); up to {told.rows} rows at once
 same text in any company: {same}
 memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes / 1e6:.1f} MB

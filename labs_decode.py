@@ -127,7 +127,8 @@ class Batch:
 class Cursor:
     """Where the forward call under way writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `start`; a step writes row first + b at positions[b].
+    Prefill writes one row from column `start`; a step writes row index[b], which is first + b, at
+    positions[b].
     """
 
     rows: int
@@ -136,6 +137,7 @@ class Cursor:
     start: int = 0
     first: int = 0
     positions: Tensor | None = None
+    index: Tensor | None = None
 
     @property
     def live(self) -> int:
@@ -174,11 +176,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         at = self.cursor
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            if at.positions is None:
+            if at.positions is None or at.index is None:
                 buffer[:1, :, at.start : at.top] = states
             else:
-                index = torch.arange(at.first, at.first + at.live, device=buffer.device)
-                buffer[index, :, at.positions.to(buffer.device)] = states[: at.live, :, 0]
+                index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
+                buffer[index, :, positions] = states[: at.live, :, 0]
         rows = slice(at.first, at.first + at.live)
         return self.keys[rows, :, : at.top], self.values[rows, :, : at.top]
 
@@ -863,6 +865,7 @@ def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tenso
     ids = torch.tensor([[row.ids[row.written]] for row in rows], device=decoder.device)
     positions = torch.tensor([[row.written] for row in rows], device=ids.device)
     at.first, at.positions = first, positions[:, 0]
+    at.index = torch.arange(first, first + len(rows), device=ids.device)
     at.top = _blocks(max(row.written for row in rows) + 1)
     if len(rows) == 1 and decoder.invariant:  # a product with one row has other bits than with two
         ids, positions = ids.expand(2, 1), positions.expand(2, 1)

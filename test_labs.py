@@ -461,6 +461,12 @@ def test_api_keys_become_digests_and_are_never_shown(place):
     assert "# API keys: 2" in labs.dump_effective_config(config)
 
 
+def test_an_empty_secret_in_the_environment_leaves_that_of_the_dotenv_file_alone():
+    write(".env", "LABS_API_KEYS=one\nHF_TOKEN=hf_x")
+    config = labs.load_config(env={"LABS_API_KEYS": "", "HF_TOKEN": ""})
+    assert (len(config.api_keys), config.model.token) == (1, "hf_x")
+
+
 def test_api_keys_come_from_a_file_too():
     write("keys", "# for the team\none\n\n two \n")
     config = labs.load_config(env={"LABS_SERVER_API_KEYS_FILE": "keys", "LABS_API_KEYS": "zero"})
@@ -2127,6 +2133,17 @@ def test_threads_that_generate_at_once_each_get_their_own_text(tiny):
     alone = [sampled(tiny, seed=seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda seed: sampled(tiny, seed=seed), range(4))) == alone
+
+
+def test_an_explanation_tells_how_a_request_would_run_and_computes_nothing(tiny):
+    with hooked(tiny, lambda words, output: None) as calls:
+        told = labs.explain(tiny, SHORT, labs.Generation(max_new_tokens=5))
+    assert calls == []
+    assert (told.prompt, told.prompt_tokens, told.how) == ("hey", 3, "joins")
+    assert told.context_left == tiny.context_length - 3
+    assert told.cache_bytes == 8 * labs_decode.column_bytes(tiny.decoder) > 0
+    with pytest.raises(labs.PromptTooLong):
+        labs.explain(tiny, SHORT, labs.Generation(max_new_tokens=10**5))
 
 
 def test_a_score_is_the_log_probability_of_an_answer(tiny):

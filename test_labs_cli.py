@@ -334,6 +334,30 @@ def test_json_settings_hold_every_setting_and_no_secret(
     assert "hf_secret" not in text
 
 
+@pytest.mark.parametrize(("left", "told"), [(97, "97"), (None, "any number of")])
+def test_explain_tells_what_would_run_and_runs_nothing(
+    left: int | None, told: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = labs.Explanation("templated", 3, left, "joins", "as it can", True, 8, 2 * 10**6, 10**5)
+    monkeypatch.setattr(labs, "explain", lambda *_: found)
+    fake.error = AssertionError("generated")
+    text = invoke("--prompt", "Hi", "--explain").stdout
+    assert text.startswith("templated\n---\nprompt tokens: 3;")
+    assert f"room for {told} more\nruns: joins (as it can); up to 8 rows at once" in text
+    assert "same text in any company: yes\nmemory: weights 2 MB, this request 0.1 MB" in text
+    assert fake.closed == 0
+
+
+@pytest.mark.parametrize("rival", ["--chat", "--json", "--stream"])
+def test_explain_and_what_would_have_no_effect_beside_it_exclude_each_other(
+    rival: str, fake: Fake
+) -> None:
+    prompt = [] if rival == "--chat" else ["--prompt", "Hi"]
+    result = invoke(*prompt, "--explain", rival)
+    assert result.exit_code == 2
+    assert "exclude each other" in result.stderr
+
+
 def test_verbose_tells_where_the_time_went(fake: Fake) -> None:
     stderr = invoke("--prompt", "Hi", "--verbose").stderr
     assert "completion_tokens 4" in stderr
