@@ -181,6 +181,10 @@ class Server(Settings, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=4096)] | None,
         about("Rows decoded at once at most [default: what memory holds, up to 64]."),
     ] = None
+    prefix_cache_bytes: Annotated[
+        Annotated[int, Meta(ge=0, le=2**50)] | None,
+        about("Memory for prompts' beginnings; 0: none [default: an eighth of what is free]."),
+    ] = None
     max_waiting: Annotated[
         int, Meta(ge=0, le=100_000, description="Requests that may wait for a row.")
     ] = 64
@@ -316,10 +320,14 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens. response_cached: the answer was computed for an earlier, identical request."""
+    """Tokens. cached_tokens: of the prompt, those whose keys and values were at hand.
+
+    response_cached: the answer was computed for an earlier, identical request.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
     response_cached: bool = False
 
 
@@ -1309,10 +1317,17 @@ def explain(model: Model, inputs: Inputs, generation: Generation | None = None) 
 
 
 def generate(
-    model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
+    model: Model,
+    inputs: Inputs,
+    generation: Generation | None = None,
+    prefixes: Any = None,
+    **changes: Any,
 ) -> Completion:
-    """Return the whole answer. Raises PromptTooLong before any compute, GenerationError in it."""
-    *deltas, done = stream_generate(model, inputs, generation, **changes)
+    """Return the whole answer. Raises PromptTooLong before any compute, GenerationError in it.
+
+    prefixes: as in stream_generate.
+    """
+    *deltas, done = stream_generate(model, inputs, generation, prefixes, **changes)
     return fold(cast("list[Delta]", deltas), cast("Done", done))
 
 
@@ -1325,11 +1340,20 @@ def fold(deltas: Iterable[Delta], done: Done) -> Completion:
 
 
 def stream_generate(
-    model: Model, inputs: Inputs, generation: Generation | None = None, **changes: Any
+    model: Model,
+    inputs: Inputs,
+    generation: Generation | None = None,
+    prefixes: Any = None,
+    **changes: Any,
 ) -> Iterator[Delta | Done]:
-    """Return the answer's events as they come: Delta, ..., Done. Closing it stops computing."""
+    """Return the answer's events as they come: Delta, ..., Done. Closing it stops computing.
+
+    prefixes: a labs_decode.Prefixes shared by calls, so that what their prompts begin with in
+    common, as the turns of a chat do, is computed once.
+    """
     stream = open_stream(model, 0, inputs, evolve(generation or Generation(), **changes))
-    return _only(run(model, iter([stream]), 1))
+    prefixes = _prefixes(0) if prefixes is None else prefixes
+    return _only(run(model, iter([stream]), 1, Running(prefixes=prefixes)))
 
 
 def _only(events: Iterator[tuple[int, Event]]) -> Iterator[Delta | Done]:
@@ -1399,6 +1423,8 @@ def score(model: Model, inputs: Inputs, text: str) -> tuple[TokenLogprob, ...]:
 class Stream(Struct, eq=False):
     """One request under way: its row's id, its text so far and its clock (perf_counter).
 
+    owner: begins with what this owner's requests computed, no other's. exact: but only with what
+    has the very bits that it would compute itself. cached: how many tokens that was.
     cancelled: set it from any thread; the row goes before anything more is computed for it.
     """
 
@@ -1413,6 +1439,9 @@ class Stream(Struct, eq=False):
     tokens: int = 0
     entered: float = 0.0
     first: float = 0.0
+    owner: str = ""
+    exact: bool = False
+    cached: int = 0
     cancelled: bool = False
 
     @property
@@ -1438,7 +1467,9 @@ def open_stream(
             f"the context holds {limit}; shorten the prompt or ask for fewer tokens"
         )
     sampling = _sampling(model, generation, processors)
-    return Stream(index, inputs, generation, sampling, time.perf_counter(), model.load_s)
+    stream = Stream(index, inputs, generation, sampling, time.perf_counter(), model.load_s)
+    stream.exact = model.decoder.invariant or generation.seed is not None
+    return stream
 
 
 def _stream_or_failed(
@@ -1488,12 +1519,18 @@ def _samples(options: Generation, recommended: bool) -> bool:
     return recommended or any((options.top_k, options.top_p, options.min_p))
 
 
+def _prefixes(max_bytes: int | None = None) -> Any:
+    from labs_decode import Prefixes
+
+    return Prefixes(max_bytes)
+
+
 class Running(Struct, eq=False):
     """The rows under way: batches that are stepped in turn, and newcomers to be prefilled.
 
     poll: is called before each forward call. beat: perf_counter after the last one. steps: how
     many there were. halvings: how often memory ran out in one. singly: prompts share no call,
-    because memory ran out in one that did.
+    because memory ran out in one that did. prefixes: what rows left for others to begin with.
     """
 
     streams: dict[int, Stream] = msgspec.field(default_factory=dict)
@@ -1504,6 +1541,7 @@ class Running(Struct, eq=False):
     steps: int = 0
     halvings: int = 0
     singly: bool = False
+    prefixes: Any = msgspec.field(default_factory=_prefixes)
 
 
 def run(
@@ -1554,11 +1592,12 @@ def _admit(
     while budget > 0:
         yield from _let_go(running)
         yield from _enter(model, running, streams, rows)
+        running.newcomers = [_recall(model, running, each) for each in running.newcomers]
         group = labs_decode.sharing(model.decoder, running.newcomers)
         group = group[:1] if running.singly else group
         while len(group) > 1 and not labs_decode.has_room(model.decoder, running.batches, group):
             group.pop()
-        if not group or not labs_decode.has_room(model.decoder, running.batches, group):
+        if not group or not _has_room(model, running, group):
             running.singly = bool(group) and running.singly
             return
         budget -= sum(min(newcomer.pending, labs_decode.CHUNK) for newcomer in group)
@@ -1571,8 +1610,41 @@ def _admit(
             continue
         running.beat = time.perf_counter()
         while running.newcomers and not running.newcomers[0].pending:
+            newcomer = running.newcomers[0]
+            _remember(model, running, running.streams[newcomer.rows[0].id], newcomer)
             for newcomer in (yield from _step(model, running, running.newcomers.pop(0))):
                 running.batches = labs_decode.place(model.decoder, running.batches, newcomer)
+
+
+def _has_room(model: Model, running: Running, group: list[Any]) -> bool:
+    """Tell whether the group may go on; prefixes give way to it."""
+    import labs_decode
+
+    if labs_decode.has_room(model.decoder, running.batches, group):
+        return True
+    if not running.prefixes.kept:
+        return False
+    _give_way(running)
+    return labs_decode.has_room(model.decoder, running.batches, group)
+
+
+def _recall(model: Model, running: Running, newcomer: Any) -> Any:
+    """Spare a newcomer what is known of its prompt."""
+    import labs_decode
+
+    row, stream = newcomer.rows[0], running.streams[newcomer.rows[0].id]
+    if row.written or not model.decoder.reuses:
+        return newcomer
+    prefix, stream.cached = running.prefixes.find(stream.owner, row.ids, stream.exact)
+    if prefix is None:
+        return newcomer
+    return labs_decode.recall(model.decoder, newcomer, prefix, stream.cached)
+
+
+def _remember(model: Model, running: Running, stream: Stream, batch: Any, index: int = 0) -> None:
+    """Keep what a row has written for those who begin alike."""
+    if model.decoder.reuses:
+        running.prefixes.add(stream.owner, batch, index, exact=model.decoder.invariant)
 
 
 def _drop(running: Running, group: list[Any], error: Exception) -> Iterator[tuple[int, Event]]:
@@ -1580,13 +1652,19 @@ def _drop(running: Running, group: list[Any], error: Exception) -> Iterator[tupl
     error.__traceback__ = None  # its frames hold tensors
     if len(group) > 1:
         running.singly = True
-        free_memory()
+        _give_way(running)
         return
     del running.newcomers[: len(group)]
     for row in (newcomer.rows[0] for newcomer in group):
         del running.streams[row.id]
         yield row.id, Failed(cast("LabsError", _out_of_memory(error)))
     group.clear()
+    _give_way(running)
+
+
+def _give_way(running: Running) -> None:
+    """Free what nothing under way needs."""
+    running.prefixes.clear()
     free_memory()
 
 
@@ -1656,8 +1734,11 @@ def _step(
             raise
         return (yield from _halve(model, running, batch, error))
     running.beat, running.steps = time.perf_counter(), running.steps + 1
-    for row, choice in zip(batch.rows, choices, strict=True):
-        yield from _advance(model, running, running.streams[row.id], choice)
+    for index, (row, choice) in enumerate(zip(batch.rows, choices, strict=True)):
+        stream = running.streams[row.id]
+        yield from _advance(model, running, stream, choice)
+        if row.id not in running.streams and not model.decoder.invariant:
+            _remember(model, running, stream, batch, index)
     kept = [row.id for row in batch.rows if row.id in running.streams]
     batch = batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
     return [] if batch is None else [batch]
@@ -1671,7 +1752,7 @@ def _halve(
 
     error.__traceback__ = None  # its frames hold tensors
     running.halvings += 1
-    free_memory()
+    _give_way(running)
     try:
         halves = labs_decode.halve(model.decoder, batch)
     except (RuntimeError, MemoryError) as again:
@@ -1726,7 +1807,7 @@ def _finish(
     now = time.perf_counter()
     entered, first = stream.entered or now, stream.first or now
     rate = (stream.tokens - 1) / (now - first) if stream.tokens > 1 else 0.0
-    usage = Usage(len(stream.inputs.input_ids), stream.tokens)
+    usage = Usage(len(stream.inputs.input_ids), stream.tokens, stream.cached)
     queue_s = entered - stream.began
     timings = Timings(stream.load_s, first - entered, now - first, rate, queue_s)
     seed = stream.sampling.seed if stream.sampling.temperature > 0 else stream.generation.seed

@@ -188,10 +188,15 @@ class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
     model: str
 
 
+class PromptTokensDetails(Struct, frozen=True):
+    cached_tokens: int = 0
+
+
 class OpenAIUsage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
     response_cached: bool = False
 
 
@@ -432,6 +437,9 @@ class Meters:
         self.whole = seconds("e2e_request_latency", "From the request to its end")
         self.queued = seconds("request_queue_time", "From the request to a row of its own")
         self.prompt = Counter("labs_prompt_tokens", "Prompt tokens", registry=registry)
+        self.cached = Counter(
+            "labs_prefix_cache_hits", "Prompt tokens not computed again", registry=registry
+        )
         self.generated = Counter("labs_generation_tokens", "Generated tokens", registry=registry)
         self.success = Counter(
             "labs_request_success", "Answers", ["finished_reason"], registry=registry
@@ -440,6 +448,7 @@ class Meters:
     def done(self, event: labs.Done, seconds: float) -> None:
         self.success.labels(event.finish_reason).inc()
         self.prompt.inc(event.usage.prompt_tokens)
+        self.cached.inc(event.usage.cached_tokens)
         self.generated.inc(event.usage.completion_tokens)
         self.queued.observe(event.timings.queue_s)
         self.whole.observe(seconds)
@@ -493,6 +502,7 @@ class Asked:
         usages = [done.usage for done in self.dones]
         return {
             "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+            "cached_tokens": sum(usage.cached_tokens for usage in usages),
             "completion_tokens": sum(usage.completion_tokens for usage in usages),
             "finish_reason": ",".join(done.finish_reason for done in self.dones) or "cancelled",
             "queue_s": round(max((done.timings.queue_s for done in self.dones), default=0), 4),
@@ -864,8 +874,14 @@ class OpenAI(Resource):
         """Count each prompt once, as OpenAI does, and all that was generated."""
         prompt = sum(answer.usage.prompt_tokens for answer in answers) // n
         completion = sum(answer.usage.completion_tokens for answer in answers)
-        cached = all(answer.usage.response_cached for answer in answers)
-        return OpenAIUsage(prompt, completion, prompt + completion, cached)
+        cached = sum(answer.usage.cached_tokens for answer in answers) // n
+        return OpenAIUsage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached),
+            response_cached=all(answer.usage.response_cached for answer in answers),
+        )
 
 
 def _reason(event: Any) -> Any:

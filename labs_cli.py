@@ -89,6 +89,7 @@ class Session(NamedTuple):
 
     model: labs.Model
     config: labs.Config
+    prefixes: Any
     stream: bool
     verbose: bool
     imports_s: float
@@ -174,7 +175,8 @@ def answer(session: Session, request: Values, parts: list[str]) -> None:
     parts: takes the pieces of the text; what was there before an interruption stays in it.
     """
     inputs = build_inputs(session, request)
-    events: Any = labs.stream_generate(session.model, inputs, session.config.generation)
+    options, prefixes = session.config.generation, session.prefixes
+    events: Any = labs.stream_generate(session.model, inputs, options, prefixes)
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, labs.Delta):
@@ -401,7 +403,9 @@ def run(**flags: Any) -> None:
     began = time.perf_counter()
     model = labs.load_model(config)
     imports_s = time.perf_counter() - began - model.load_s
-    session = Session(model, config, stream, flags["verbose"], imports_s)
+    from labs_decode import Prefixes
+
+    session = Session(model, config, Prefixes(), stream, flags["verbose"], imports_s)
     if flags["chat"]:
         chat(session, request["messages"])
     elif flags["explain"]:

@@ -17,6 +17,7 @@ implementation, and `see` asks the cache where the query of each row stands.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import inspect
 import math
@@ -36,6 +37,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+PREFIX_SHARE = 0.125  # of the free memory, what prefixes that are kept may take
 CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
 MEMORY_SHARE = 0.5  # of the free memory, what slots may take
 MOST_ROWS = 64  # of a batch, where nothing is said
@@ -70,7 +72,10 @@ class Sampling:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One sequence. `ids` grows; `written` counts the columns its slot holds."""
+    """One sequence. `ids` grows; `written` counts the columns its slot holds.
+
+    exact: how many of them were prefilled in whole chunks from the first on.
+    """
 
     id: Any
     ids: list[int]
@@ -78,6 +83,7 @@ class Row:
     sampling: Sampling
     prompt_length: int = 0
     written: int = 0
+    exact: int = 0
     generated: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -204,6 +210,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             new[:live, :, : old.shape[2]] = old[:live]
             new[:live, :, old.shape[2] :] = 0
             setattr(self, name, new)  # growing costs one layer's copy at a time
+
+    def begin(self, *states: Tensor) -> None:
+        """Fill the first columns of the first slot: keys, values [1, heads, columns, dim]."""
+        self.lazy_initialization(*states)
+        for buffer, first in zip(self.buffers, states, strict=True):
+            buffer[:1, :, : first.shape[2]] = first
 
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
@@ -507,6 +519,7 @@ class Decoder:
     how: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
     invariant: the bits of a row do not depend on its company.
     shares: short prompts may lie in one row, because all that its layers keep is keys and values.
+    reuses: the columns of a row may be cut anywhere, and be the beginning of another.
     """
 
     model: Any
@@ -514,6 +527,7 @@ class Decoder:
     why: str
     invariant: bool
     shares: bool
+    reuses: bool
     accepts: frozenset[str]
     weight_bytes: int
 
@@ -542,10 +556,11 @@ def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
     accepts = frozenset(inspect.signature(model.forward).parameters)
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
+    reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if how == "joins" and not recurrent:  # others ask for `weight`, which unpacks it, at each step
         pack(model)
-    return Decoder(model, how, why, invariant, shares, accepts, weight_bytes)
+    return Decoder(model, how, why, invariant, shares, reuses, accepts, weight_bytes)
 
 
 def how_it_runs(model: Any) -> tuple[How, str]:
@@ -640,6 +655,8 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
     positions = torch.arange(row.written, end, device=ids.device)[None]
     # Two, because a product with one row has other bits, see `forward`.
     logits = _call(decoder, ids, positions, batch.cache, 2)[:, -1].float()
+    if row.exact == row.written == end - CHUNK:
+        row.exact = end
     row.written = end
     return batch if batch.pending else replace(batch, logits=logits)
 
@@ -746,6 +763,103 @@ def _rewritten(decoder: Decoder, rows: Sequence[Row]) -> Batch:
         newcomer = replace(newcomer, logits=None)  # its token is known
         batches = [join(batches[0], newcomer) if batches else newcomer]
     return batches[0]
+
+
+# ---------------------------------------------------------------- prefixes
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first columns of a row, for rows that begin with the same ids.
+
+    exact: how many have the bits that any other row's prefill gives them. buffers: keys and values
+    [heads, columns, head_dim], layer by layer.
+    """
+
+    owner: str
+    ids: list[int]
+    exact: int
+    buffers: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+class Prefixes:
+    """Keys and values of recent rows; the least recently used go first.
+
+    Rows find those of their own owner only: how fast an answer begins would tell others' prompts.
+    max_bytes: what they may take, by default PREFIX_SHARE of the free memory; 0 keeps none.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self.kept: list[Prefix] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prefix.nbytes for prefix in self.kept)
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    def find(self, owner: str, ids: list[int], exact: bool) -> tuple[Prefix | None, int]:
+        """Return the prefix that spares most of a prompt, and how many columns; (None, 0) if none.
+
+        exact: only columns that have the bits of a prefill, to the border of a chunk, count. The
+        last token is always computed, and less than a chunk is not worth a call of its own.
+        """
+        best, most = None, CHUNK - 1
+        for prefix in (each for each in self.kept if each.owner == owner):
+            columns = _common(prefix.ids, ids[:-1])
+            if exact:
+                columns = min(columns, prefix.exact) // CHUNK * CHUNK
+            if columns > most:
+                best, most = prefix, columns
+        if best is None:
+            return None, 0
+        self.kept.append(self.kept.pop(self.kept.index(best)))
+        return best, most
+
+    def add(self, owner: str, batch: Batch, index: int, *, exact: bool) -> None:
+        """Copy what rows[index] has written; exact: only what every request may use."""
+        row, cache = batch.rows[index], batch.cache
+        columns = row.exact if exact else row.written
+        size, ids = columns * cache.bytes_per_column, row.ids[:columns]
+        mine = [prefix for prefix in self.kept if prefix.owner == owner]
+        known = any(p.exact >= row.exact and p.ids[:columns] == ids for p in mine)
+        whole = len(cache.buffers) == 2 * len(cache.filled)
+        if known or not whole or columns < CHUNK or size > (most := self._most(cache)):
+            return
+        for prefix in mine:  # what the new one holds too
+            if prefix.exact <= row.exact and prefix.ids == ids[: len(prefix.ids)]:
+                self.kept.remove(prefix)
+        while self.nbytes + size > most:
+            del self.kept[0]
+        buffers = [buffer[index, :, :columns].clone() for buffer in cache.buffers]
+        self.kept.append(Prefix(owner, ids, row.exact, buffers))
+
+    def _most(self, cache: Slots) -> int:
+        if self.max_bytes is not None:
+            return self.max_bytes
+        return int(PREFIX_SHARE * (free_memory(cache.buffers[0].device) + self.nbytes))
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Return how many ids two lists begin with in common."""
+    shorter = range(min(len(a), len(b)) + 1)
+    return bisect.bisect_left(shorter, True, key=lambda n: a[:n] != b[:n]) - 1
+
+
+@torch.inference_mode()
+def recall(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> Batch:
+    """Begin a newcomer of whom nothing is computed yet with the first columns of a prefix."""
+    row, buffers = newcomer.rows[0], iter(prefix.buffers)
+    for layer in newcomer.cache.filled:
+        layer.begin(next(buffers)[None, :, :columns], next(buffers)[None, :, :columns])
+    row.written, row.exact = columns, min(columns, prefix.exact) // CHUNK * CHUNK
+    return newcomer
 
 
 # ---------------------------------------------------------------- several batches

@@ -128,6 +128,7 @@ class Engine:
         self._done = _make_cache(response_cache)
         self._keeps = response_cache.max_entries > 0
         self._running = labs.Running(poll=self._poll)
+        self._running.prefixes.max_bytes = server.prefix_cache_bytes
         self._hits = self._failures = 0
         self._closing = self._stopped = False
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
@@ -146,13 +147,15 @@ class Engine:
     ) -> Answer:
         """Take a request in; its events come from the answer, or (ticket, event) from `events`.
 
-        owner: answers are shared within one owner only. processors: as in labs_decode.Sampling.
+        owner: answers, and what prompts begin with, are shared within one owner only.
+        processors: as in labs_decode.Sampling.
         Raises an InputError for what cannot be done, and Busy where there is no room.
         """
         stream = labs.open_stream(self.model, next(self._ids), inputs, generation, processors)
         events = queue.SimpleQueue() if events is None else events
         answer = Answer(next(self._ids), events, self._left.put)
         key = self._key(stream, owner)
+        stream.owner, stream.exact = owner, stream.exact or key is not None
         with self._lock:
             self._let_go()
             if (known := self._known(key, generation)) is not None:
@@ -358,8 +361,10 @@ class Engine:
 
     def _forget(self) -> None:
         """Start anew with empty slots; what the failed step held is free before the next one."""
-        steps, halvings = self._running.steps, self._running.halvings
-        self._running = labs.Running(poll=self._poll, steps=steps, halvings=halvings)
+        old, self._running = self._running, labs.Running(poll=self._poll)
+        self._running.steps, self._running.halvings = old.steps, old.halvings
+        self._running.prefixes.max_bytes = old.prefixes.max_bytes
+        del old
         labs.free_memory()
 
 

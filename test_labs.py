@@ -2421,10 +2421,10 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 
 ROOMS = {
-    "labs.py": 1750,
-    "labs_decode.py": 1110,
+    "labs.py": 1820,
+    "labs_decode.py": 1230,
     "labs_engine.py": 450,
-    "labs_api.py": 1470,
+    "labs_api.py": 1485,
     "labs_cli.py": 440,
 }
 

@@ -86,7 +86,7 @@ class Fake:
         ticket, events = next(self.tickets), queue.SimpleQueue() if events is None else events
         for piece in self.pieces:
             events.put((ticket, labs.Delta(piece) if isinstance(piece, str) else piece))
-        usage = labs.Usage(len(inputs.input_ids), len(self.pieces))
+        usage = labs.Usage(len(inputs.input_ids), len(self.pieces), cached_tokens=5)
         done = labs.Done(self.reason, usage, labs.Timings(0.0, 0.1, 0.2, 5.0), seed=generation.seed)
         events.put((ticket, labs.Failed(self.error) if self.error else done))
         self.asked.append((inputs, generation, owner))
@@ -563,6 +563,7 @@ def test_a_chat_is_answered_in_openais_words(site: Site) -> None:
     usage = answer["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt, 4)
     assert usage["total_tokens"] == prompt + 4
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 5}
 
 
 @pytest.mark.parametrize("reason", ["stop", "length", "timeout", "cancelled", "content_filter"])

@@ -913,6 +913,165 @@ def test_a_processor_changes_its_own_row_only() -> None:
     assert choices[1].token == int(logits[1].argmax())
 
 
+# ---------------------------------------------------------------- prefixes
+
+
+def reusing(monkeypatch: Any, chunk: int = 8) -> None:
+    monkeypatch.setattr(decode, "CHUNK", chunk)
+
+
+def left_by(decoder: decode.Decoder, prompt: list[int], **options: Any) -> decode.Prefixes:
+    """Return what a row of this prompt and a few tokens leaves for others."""
+    prefixes = decode.Prefixes()
+    batch = newcomer(decoder, prompt)
+    for _ in range(5):
+        batch, _ = decode.step(decoder, batch)
+    prefixes.add("", batch, 0, **{"exact": False} | options)
+    return prefixes
+
+
+def recalled(
+    decoder: decode.Decoder, prefixes: decode.Prefixes, ids: list[int], exact: bool
+) -> Any:
+    prefix, columns = prefixes.find("", ids, exact)
+    assert prefix is not None
+    batch = decode.recall(decoder, decode.enter(decoder, row_of(ids)), prefix, columns)
+    assert batch.pending == len(ids) - columns
+    while batch.pending:
+        batch = decode.prefill(decoder, batch)
+    return batch, columns
+
+
+REUSING = ["llama", "qwen3", "mistral", "gemma3_text", "gpt_oss", "cohere2", "llama4_text", "gpt2"]
+REUSING += ["opt", "deepseek_v3", "mixtral"]
+
+
+@pytest.mark.parametrize("kind", REUSING)
+def test_a_row_that_begins_with_anothers_columns_goes_on_as_one_that_does_not(
+    kind: str, monkeypatch: Any
+) -> None:
+    reusing(monkeypatch)
+    decoder = decode.prepare(tiny(kind))
+    first = [random.Random(1).randrange(3, 200) for _ in range(30)]
+    prefixes = left_by(decoder, first)
+    [kept] = prefixes.kept
+    assert (len(kept.ids), kept.exact) == (35, 24)
+    second = [*kept.ids, 7, 8, 9]
+    alone = newcomer(decoder, second)
+    for exact, known in ((False, 35), (True, 24)):
+        batch, columns = recalled(decoder, prefixes, second, exact)
+        assert columns == known
+        batch, _ = decode.step(decoder, batch)
+        logits = [decode.forward(decoder, each) for each in (batch, alone)]
+        torch.testing.assert_close(*logits, atol=2e-3, rtol=1e-3)
+    assert finish(decoder, batch) == finish(decoder, alone)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "jamba", "rwkv"])
+def test_states_cannot_be_cut_and_are_not_reused(kind: str) -> None:
+    assert not decode.prepare(tiny(kind)).reuses
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_columns_up_to_the_border_of_a_chunk_have_the_bits_of_a_prefill(dtype: str) -> None:
+    decoder = labs.load_model(labs.load_config(env={}, overrides={"torch_dtype": dtype})).decoder
+    chance = random.Random(2)
+    first = [chance.randrange(2000) for _ in range(600)]
+    prefixes = left_by(decoder, first)
+    second = [*first[:590], *(chance.randrange(2000) for _ in range(30))]
+    batch, columns = recalled(decoder, prefixes, second, True)
+    assert columns == 512
+    fresh = decode.enter(decoder, row_of(second))
+    while fresh.pending:
+        fresh = decode.prefill(decoder, fresh)
+    assert torch.equal(batch.logits, fresh.logits)
+    for mine, theirs in zip(batch.cache.buffers, fresh.cache.buffers, strict=True):
+        assert torch.equal(mine[:, :, :620], theirs[:, :, :620])
+
+
+def test_the_longest_common_beginning_is_found_and_the_last_token_is_always_computed(
+    monkeypatch: Any,
+) -> None:
+    reusing(monkeypatch)
+    decoder = decode.prepare(tiny("llama"))
+    prefixes = decode.Prefixes()
+    for ids in ([*range(3, 30)], [*range(3, 20), *range(100, 120)]):
+        prefixes.add("", newcomer(decoder, ids), 0, exact=False)
+    assert [len(each.ids) for each in prefixes.kept] == [27, 37]
+    for ids, exact, columns in (
+        ([*range(3, 30), 5], False, 27),
+        ([*range(3, 30), 5], True, 24),
+        ([*range(3, 30)], False, 26),
+        ([*range(3, 19)], True, 8),  # 16 would leave nothing to compute
+        ([*range(3, 20), *range(100, 110), 7], False, 27),
+        ([*range(3, 10), 9, 9], False, 0),  # less than a chunk
+        ([4, *range(3, 30)], False, 0),
+        ([3], False, 0),
+    ):
+        assert prefixes.find("", ids, exact)[1] == columns
+    assert prefixes.find("another", [*range(3, 30), 5], False) == (None, 0)
+
+
+def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_first(
+    monkeypatch: Any,
+) -> None:
+    reusing(monkeypatch)
+    decoder = decode.prepare(tiny("llama"))
+    batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 8)]
+    one = 32 * batches[0].cache.bytes_per_column
+    prefixes = decode.Prefixes(max_bytes=3 * one + 1)
+    for batch in batches[:3]:
+        prefixes.add("", batch, 0, exact=True)
+    assert prefixes.nbytes == 3 * one
+    prefixes.find("", batches[0].rows[0].ids, True)
+    prefixes.add("", batches[3], 0, exact=True)
+    assert [each.ids[0] for each in prefixes.kept] == [5, 3, 6]
+    prefixes.add("", batches[0], 0, exact=True)  # known: nothing changes
+    assert [each.ids[0] for each in prefixes.kept] == [5, 3, 6]
+    assert prefixes.nbytes <= prefixes.max_bytes
+    for most in (0, one - 1):
+        prefixes = decode.Prefixes(max_bytes=most)
+        prefixes.add("", batches[0], 0, exact=True)
+        assert prefixes.kept == []
+
+
+def test_a_longer_row_takes_the_place_of_its_own_beginning(monkeypatch: Any) -> None:
+    reusing(monkeypatch)
+    decoder = decode.prepare(tiny("llama"))
+    prefixes, owners = decode.Prefixes(), ("", "other")
+    for owner in owners:
+        prefixes.add(owner, newcomer(decoder, [*range(3, 20)]), 0, exact=False)
+    prefixes.add("", newcomer(decoder, [*range(3, 30)]), 0, exact=False)
+    assert [(each.owner, len(each.ids)) for each in prefixes.kept] == [("other", 17), ("", 27)]
+
+
+def test_what_is_kept_is_a_copy_that_later_rows_cannot_change(monkeypatch: Any) -> None:
+    reusing(monkeypatch)
+    decoder = decode.prepare(tiny("llama"))
+    batch = newcomer(decoder, [*range(3, 30)])
+    prefixes = decode.Prefixes()
+    prefixes.add("", batch, 0, exact=False)
+    before = [buffer.clone() for buffer in prefixes.kept[0].buffers]
+    with torch.inference_mode():
+        for buffer in batch.cache.buffers:
+            buffer.fill_(7)
+    recalled(decoder, prefixes, [*range(3, 30), 9], False)
+    assert all(map(torch.equal, before, prefixes.kept[0].buffers))
+
+
+def test_without_a_bound_an_eighth_of_the_free_memory_is_taken(monkeypatch: Any) -> None:
+    reusing(monkeypatch)
+    decoder = decode.prepare(tiny("llama"))
+    batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 7)]
+    one = 32 * batches[0].cache.bytes_per_column
+    prefixes = decode.Prefixes()
+    cases = ((8 * one - 1, 0), (8 * one, 1), (15 * one, 2), (14 * one - 1, 1))
+    for batch, (free, kept) in zip(batches, cases, strict=True):
+        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
+        prefixes.add("", batch, 0, exact=False)
+        assert len(prefixes.kept) == kept
+
+
 # ---------------------------------------------------------------- the same text in any company
 
 

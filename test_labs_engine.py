@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cachetools
+import msgspec
 import pytest
 import torch
 
@@ -32,6 +33,7 @@ from test_labs_decode import tiny
 WAIT_S = 60  # for what should take milliseconds
 NEW = 12
 KINDS = ("llama", "mamba2", "bamba", "rwkv")
+KEPT = labs.ResponseCache(max_entries=4)
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
@@ -790,9 +792,138 @@ def test_an_idle_engine_tells_that_it_is_alive_and_computes_nothing(start):
     assert (status.steps, gate.calls) == (0, [])
 
 
-# ---------------------------------------------------------------- the cache of answers
+# ---------------------------------------------------------------- what prompts begin with
 
-KEPT = labs.ResponseCache(max_entries=4)
+TURNS = (prompt(7, 30), labs.Inputs((*prompt(7, 30).input_ids, *prompt(8, 9).input_ids), ""))
+
+
+@pytest.fixture
+def chunks_of_eight(monkeypatch):
+    monkeypatch.setattr(labs_decode, "CHUNK", 8)
+
+
+def texts_alone(seed: int | None = None) -> list[str]:
+    return [labs.generate(model_of("llama"), turn, asked(seed)).text for turn in TURNS]
+
+
+def cached(engine: labs_engine.Engine, turn: labs.Inputs, owner: str = "", **more: Any) -> int:
+    answer = engine.submit(turn, asked(**more), owner=owner)
+    done: labs.Done = read(answer)[1]
+    return done.usage.cached_tokens
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_second_turn_computes_only_what_is_new_and_gives_the_same_text(
+    seed, start, chunks_of_eight
+):
+    expected = texts_alone(seed)
+    engine, gate = start()
+    found = [read(engine.submit(turn, asked(seed))) for turn in TURNS]
+    assert [text for text, _ in found] == expected
+    assert [done.usage.cached_tokens for _, done in found] == [0, 24]
+    computed = [len(row) for call in gate.calls for row in call if len(row) > 1]
+    assert computed == [8, 8, 8, 6, 8, 7]
+
+
+def test_another_key_computes_what_this_one_has_computed(start, chunks_of_eight):
+    engine, _ = start()
+    found = [cached(engine, TURNS[0], owner) for owner in ("one", "two", "one", "two", "")]
+    assert found == [0, 0, 24, 24, 0]
+
+
+def test_a_request_that_comes_while_the_first_is_decoded_begins_with_its_prompt(
+    start, chunks_of_eight
+):
+    engine, gate = start()
+    gate.let(6)
+    first = engine.submit(TURNS[0], asked())
+    gate.until(7)
+    second = engine.submit(TURNS[1], asked())
+    gate.let(math.inf)
+    assert read(second)[1].usage.cached_tokens == 24
+    assert read(first)[1].usage.cached_tokens == 0
+
+
+def test_requests_that_come_together_wait_for_what_the_first_computes(start, chunks_of_eight):
+    engine, gate = start()
+    gate.let(0)
+    answers = [engine.submit(TURNS[0], asked()) for _ in range(4)]
+    gate.let(math.inf)
+    assert [read(answer)[1].usage.cached_tokens for answer in answers] == [0, 24, 24, 24]
+
+
+def test_none_are_kept_where_none_are_wanted(start, chunks_of_eight):
+    engine, _ = start(prefix_cache_bytes=0)
+    assert [cached(engine, turn) for turn in TURNS] == [0, 0]
+
+
+def test_what_decoding_wrote_serves_requests_whose_bits_need_not_match(chunks_of_eight):
+    decoder = labs_decode.prepare(tiny("llama", vocab_size=262), batch_invariant=False)
+    model = msgspec.structs.replace(model_of("llama"), decoder=decoder)
+    engine = labs_engine.Engine(model, response_cache=KEPT)
+    try:
+        done = read(engine.submit(TURNS[0], options(temperature=1.0)))[1]
+        assert done.usage.cached_tokens == 0
+        deadline = time.monotonic() + WAIT_S  # it is kept after its end was told
+        while not (ids := [p.ids for p in engine._running.prefixes.kept if len(p.ids) == 41]):
+            assert time.monotonic() < deadline
+        turn = labs.Inputs((*ids[0], 50, 51), "")
+        assert cached_of(engine, turn, temperature=1.0) == 41
+        assert cached_of(engine, turn, temperature=1.0, seed=1) == 24  # may be asked for again
+        assert cached_of(engine, turn, temperature=0.0) == 40  # what that one prefilled
+    finally:
+        engine.close()
+
+
+def cached_of(engine: labs_engine.Engine, turn: labs.Inputs, **changes: Any) -> int:
+    done: labs.Done = read(engine.submit(turn, options(**changes)))[1]
+    return done.usage.cached_tokens
+
+
+def test_prefixes_give_way_where_a_row_has_no_room(start, chunks_of_eight, monkeypatch):
+    engine, gate = start()
+    cached(engine, TURNS[0])
+    answer = held(engine, gate, 4, options(max_new_tokens=40))
+    kept = engine._running.prefixes.kept
+    assert kept
+    free = labs_decode.has_room
+    monkeypatch.setattr(labs_decode, "has_room", lambda *a: not kept and free(*a))
+    second = engine.submit(prompt(1), asked())
+    gate.let(math.inf)
+    assert read(second)[0] == alone("llama", 1)
+    read(answer)
+    assert cached(engine, TURNS[1]) == 0
+
+
+def test_prefixes_give_way_where_memory_ran_out(start, chunks_of_eight):
+    engine, gate = start()
+    cached(engine, TURNS[0])
+    failed = []
+
+    def fail(words: Any) -> None:
+        if not failed:
+            failed.append(True)
+            raise OOM
+
+    gate.before = fail
+    read(engine.submit(prompt(1), asked()))
+    assert (failed, engine._running.prefixes.kept) == ([True], [])
+
+
+def test_the_bound_of_the_prefixes_survives_a_failed_step(start):
+    engine, gate = start(prefix_cache_bytes=77)
+
+    def fail(words: Any) -> None:
+        gate.before = lambda words: None
+        raise RuntimeError("broken")
+
+    gate.before = fail
+    assert isinstance(read(engine.submit(prompt(1), asked()))[1], labs.Failed)
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
+    assert engine._running.prefixes.max_bytes == 77
+
+
+# ---------------------------------------------------------------- the cache of answers
 
 
 def test_answers_are_not_kept_by_default(start):
