@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -403,6 +404,7 @@ def run(**flags: Any) -> None:
     began = time.perf_counter()
     model = labs.load_model(config)
     imports_s = time.perf_counter() - began - model.load_s
+    gc.freeze()  # nothing that was loaded has to be looked through for garbage
     from labs_decode import Prefixes
 
     session = Session(model, config, Prefixes(), stream, flags["verbose"], imports_s)
@@ -431,8 +433,15 @@ def start(name: str, callback: Any, options: Options, epilog: str) -> None:
 
 
 def main() -> None:
-    """Run labs-gen."""
-    start("labs-gen", run, OPTIONS, EPILOG)
+    """Run labs-gen, and end at once: to take apart what was loaded takes a fifth of the time."""
+    try:
+        start("labs-gen", run, OPTIONS, EPILOG)
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(end.code)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,11 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+COMPANY = 4  # rows of a lone row and its copies: oneDNN is faster with four than with two
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+GROUP = 32  # 4-bit weights that share a scale
 PREFIX_SHARE = 0.125  # of the free memory, what prefixes that are kept may take
 CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
 MEMORY_SHARE = 0.5  # of the free memory, what slots may take
@@ -428,7 +430,7 @@ def attend_invariant(
     special = options.get("softcap") is not None or options.get("s_aux") is not None
     if q.shape[2] > 1:
         return attend(module, q, k, v, mask, **options)
-    # The copy that keeps a lone row company (see `forward`) has no slot: it takes the row's output.
+    # The copies that keep a lone row company have no slots: they take the row's output.
     live = q[: len(k)]
     if special or q.dtype == torch.float32:
         output = _products(live, k, v, mask, options)
@@ -517,7 +519,8 @@ class Decoder:
     """A transformers causal model and how its rows run.
 
     how: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
-    invariant: the bits of a row do not depend on its company.
+    invariant: the bits of a row do not depend on its company. pairs: for that, a lone row is
+    computed beside copies of itself, because a product with one row has other bits.
     shares: short prompts may lie in one row, because all that its layers keep is keys and values.
     reuses: the columns of a row may be cut anywhere, and be the beginning of another.
     """
@@ -526,6 +529,7 @@ class Decoder:
     how: How
     why: str
     invariant: bool
+    pairs: bool
     shares: bool
     reuses: bool
     accepts: frozenset[str]
@@ -541,10 +545,11 @@ class Decoder:
         return cast("torch.device", self.model.get_input_embeddings().weight.device)
 
 
-def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
+def prepare(model: Any, *, batch_invariant: bool = True, method: str | None = None) -> Decoder:
     """Decide how the rows of `model` run; give it the attention and the products that this needs.
 
-    On CPU the linear layers of `model` are replaced, see `PackedLinear`.
+    On CPU the linear layers of `model` are replaced, see `pack`, which takes the method too.
+    Raises ValueError where a method has nothing to work on.
     """
     how, why = how_it_runs(model)
     layers = _layers(model.config.get_text_config()) if how == "joins" else []
@@ -557,10 +562,22 @@ def prepare(model: Any, *, batch_invariant: bool = True) -> Decoder:
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
     reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if how == "joins" and not recurrent:  # others ask for `weight`, which unpacks it, at each step
-        pack(model)
-    return Decoder(model, how, why, invariant, shares, reuses, accepts, weight_bytes)
+        pack(model, method)
+    packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
+    left = sum(each.numel() for each in _unpacked(model))
+    if method and left > sum(together.packed.numel for together in packed):
+        raise ValueError(f"{method}: needs a model of plain linear layers, all on CPU")
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weight_bytes += sum(together.packed.nbytes for together in packed)
+    pairs = invariant and not (method and left == 0)
+    return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes)
+
+
+def _unpacked(model: Any) -> list[Tensor]:
+    """Return the weights of products that are no packed layers."""
+    embedding = model.get_input_embeddings().weight
+    return [each for each in model.parameters() if each is not embedding and each.ndim > 1]
 
 
 def how_it_runs(model: Any) -> tuple[How, str]:
@@ -591,47 +608,165 @@ def _whole_call_rope(config: Any) -> str | None:
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
 
 
-class PackedLinear(torch.nn.Module):
-    """A linear layer on CPU whose weight lies in the blocks that oneDNN computes with.
+# ---------------------------------------------------------------- products on CPU
 
-    A plain weight is reordered at every call. Packed, a step of 1 to 32 rows takes 0.6 to 0.8 of
-    the time, and a row has the same bits beside any number of others, which MKL's products in
+
+class OneDNN:
+    """A weight in the blocks that oneDNN computes with.
+
+    A plain one is reordered at every call. Packed, a step of 1 to 32 rows takes 0.6 to 0.8 of the
+    time, and a row has the same bits beside any number of others but none, which MKL's products in
     float32 do not give.
     """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+        self.nbytes, self.numel = weight.nbytes, weight.numel()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        return cast("Tensor", product)
+
+    def weight(self) -> Tensor:
+        return cast("Tensor", self.packed.to_dense())
+
+
+class Int4:
+    """A weight as 4-bit numbers, a scale and a zero point for each GROUP of them, as in Q4_1.
+
+    For few rows that is less to read, and faster; for many it is slower, because each row unpacks
+    it anew. A row has the same bits beside any number of others.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape = weight.shape
+        padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+        groups = padded.view(len(padded), -1, GROUP)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scales = ((high - low) / 15).clamp_min(torch.finfo(torch.float32).tiny)
+        levels = ((groups - low[..., None]) / scales[..., None]).round_().clamp_(0, 15)
+        levels = levels.to(torch.int32).view(padded.shape)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        scales = torch.stack([scales, low + 8 * scales], -1)  # the kernel's zero is in the middle
+        self.scales = scales.transpose(0, 1).contiguous().to(weight.dtype)
+        self.nbytes, self.numel = self.packed.nbytes + self.scales.nbytes, weight.numel()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, self.shape[1])
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+        product = kernel(rows, self.packed, GROUP, self.scales)[:, : self.shape[0]]
+        product = product if bias is None else product + bias
+        return cast("Tensor", product.view(*x.shape[:-1], -1))
+
+    def weight(self) -> Tensor:
+        return self(torch.eye(self.shape[1], dtype=self.scales.dtype), None).t().contiguous()
+
+
+class Int8:
+    """A weight as 8-bit numbers with a scale for each output; else as Int4."""
+
+    def __init__(self, weight: Tensor) -> None:
+        scales = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.packed = (weight.float() / scales[:, None]).round_().to(torch.int8)
+        self.scales = scales.to(weight.dtype)
+        self.nbytes, self.numel = self.packed.nbytes + self.scales.nbytes, weight.numel()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        product = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
+        product = product if bias is None else product + bias
+        return cast("Tensor", product.view(*x.shape[:-1], -1))
+
+    def weight(self) -> Tensor:
+        return self.packed.to(self.scales.dtype) * self.scales[:, None]
+
+
+PACKINGS: dict[str | None, Any] = {None: OneDNN, "int8": Int8, "int4": Int4}
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same input
+
+
+class Together:
+    """The product of layers that read the same input: whoever comes first computes it for all."""
+
+    def __init__(self, linears: Sequence[torch.nn.Linear], packing: Any) -> None:
+        self.sizes = [linear.out_features for linear in linears]
+        self.packed = packing(torch.cat([linear.weight.detach() for linear in linears]))
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple: threads
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        known, parts = self.last
+        if known is not x:
+            parts = torch.split(self.packed(x, self.bias), self.sizes, -1)
+        self.last = (x, parts) if index + 1 < len(parts) else (None, ())
+        return parts[index]
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer on CPU whose weight is packed, alone or with others that read its input."""
+
+    def __init__(self, linear: torch.nn.Linear, together: Together, index: int) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
-        self.bias = linear.bias
+        self.bias, self.together, self.index = linear.bias, together, index
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it was, unpacked at each call."""
-        return cast("Tensor", self.packed.to_dense())
+        """The weight, unpacked at each call; of 4 and 8 bits what they stand for."""
+        return torch.split(self.together.packed.weight(), self.together.sizes)[self.index]
 
     def forward(self, x: Tensor) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return cast("Tensor", product)
+        return self.together.part(x, self.index)
 
 
 @torch.inference_mode()
-def pack(model: Any) -> None:
-    """Replace the plain linear layers on CPU by packed ones, one at a time; their weights go."""
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return
-    types = [torch.float32]
-    types += [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+def pack(model: Any, method: str | None = None) -> None:
+    """Replace the plain linear layers on CPU by packed ones; their weights go, one group at a time.
+
+    method: "int8"; "int4", with 8 bits for the output layer, where 4 are heard; None for the
+    weights as they are.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    types = _packed_types() if method is None else [torch.float32, torch.bfloat16, torch.float16]
     for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
-        for name in [name for name, _ in parent.named_children()]:
-            if _can_pack(getattr(parent, name), types):
-                setattr(parent, name, PackedLinear(getattr(parent, name)))
+        children = dict(parent.named_children())
+        names = [name for name in children if _can_pack(children[name], types, method)]
+        del children  # it holds weights
+        for group in _together(parent, names):
+            linears = [getattr(parent, name) for name in group]
+            kind = "int8" if method == "int4" and linears == [head] else method
+            together = Together(linears, PACKINGS[kind])
+            for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
+                setattr(parent, name, PackedLinear(linear, together, index))
 
 
-def _can_pack(module: Any, types: list[torch.dtype]) -> bool:
+def _packed_types() -> list[torch.dtype]:
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return []
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [torch.float32, torch.bfloat16] if bf16 else [torch.float32]
+
+
+def _together(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
+    """Return the groups of layers that are one product, and each other one alone."""
+
+    def alike(group: tuple[str, ...]) -> bool:
+        linears = [getattr(parent, name) for name in group if name in names]
+        kinds = {(x.in_features, x.weight.dtype, x.bias is None) for x in linears}
+        return len(linears) == len(group) and len(kinds) == 1
+
+    groups = [group for group in TOGETHER if alike(group)]
+    grouped = {name for group in groups for name in group}
+    return [*groups, *((name,) for name in names if name not in grouped)]
+
+
+def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool:
+    if type(module) is not torch.nn.Linear or not module.weight.is_cpu:
+        return False
     hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-    plain = type(module) is torch.nn.Linear and not hooked
-    return plain and module.weight.is_cpu and module.weight.dtype in types
+    fits = method != "int4" or module.in_features % GROUP == 0
+    return fits and not hooked and module.weight.dtype in types
 
 
 # ---------------------------------------------------------------- the four functions
@@ -981,8 +1116,8 @@ def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tenso
     at.first, at.positions = first, positions[:, 0]
     at.index = torch.arange(first, first + len(rows), device=ids.device)
     at.top = _blocks(max(row.written for row in rows) + 1)
-    if len(rows) == 1 and decoder.invariant:  # a product with one row has other bits than with two
-        ids, positions = ids.expand(2, 1), positions.expand(2, 1)
+    if len(rows) == 1 and decoder.pairs:
+        ids, positions = ids.expand(COMPANY, 1), positions.expand(COMPANY, 1)
     return _call(decoder, ids, positions, batch.cache, 1)[: len(rows), -1].float()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +72,13 @@ class Fake:
 
 
 labs_load_config = labs.load_config
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    """Let the garbage of this process be collected; a program that ends has no need to."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

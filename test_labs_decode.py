@@ -10,6 +10,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -619,9 +620,15 @@ packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-def linear_of(dtype: torch.dtype, *, bias: bool = False, wide: int = 96) -> torch.nn.Linear:
+def linear_of(
+    dtype: torch.dtype, *, bias: bool = False, wide: int = 96, out: int = 160
+) -> torch.nn.Linear:
     torch.manual_seed(4)
-    return torch.nn.Linear(wide, 160, bias=bias).to(dtype).requires_grad_(False)
+    return torch.nn.Linear(wide, out, bias=bias).to(dtype).requires_grad_(False)
+
+
+def packed(linear: torch.nn.Linear, method: str | None = None) -> decode.PackedLinear:
+    return decode.PackedLinear(linear, decode.Together([linear], decode.PACKINGS[method]), 0)
 
 
 @packs
@@ -633,7 +640,7 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(
 ) -> None:
     linear = linear_of(dtype, bias=bias)
     x = torch.randn(*shape).to(dtype)
-    found = decode.PackedLinear(linear)(x)
+    found = packed(linear)(x)
     expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
     assert (found.shape, found.dtype) == (expected.shape, dtype)
     torch.testing.assert_close(found, expected)
@@ -642,7 +649,7 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(
 @packs
 @dtypes
 def test_a_row_of_a_packed_product_has_the_same_bits_beside_any_others(dtype: torch.dtype) -> None:
-    layer = decode.PackedLinear(linear_of(dtype))
+    layer = packed(linear_of(dtype))
     x = torch.randn(64, 96).to(dtype)
     whole = layer(x)
     for rows in range(2, 65):
@@ -653,7 +660,7 @@ def test_a_row_of_a_packed_product_has_the_same_bits_beside_any_others(dtype: to
 @dtypes
 def test_a_packed_layer_gives_its_weight_back_exactly(dtype: torch.dtype) -> None:
     linear = linear_of(dtype, wide=97)
-    assert torch.equal(decode.PackedLinear(linear).weight, linear.weight)
+    assert torch.equal(packed(linear).weight, linear.weight)
 
 
 class Quantised(torch.nn.Linear):
@@ -698,6 +705,152 @@ def test_the_plain_weights_are_freed_by_packing() -> None:
         assert [weight() for weight in weights] == [None, None]
     finally:
         gc.enable()
+
+
+class Reads(torch.nn.Module):
+    """Three layers that read one input, as attention's."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, bias: tuple[bool, ...] = (False,) * 3):
+        super().__init__()
+        for name, out, has in zip(("q_proj", "k_proj", "v_proj"), (32, 16, 16), bias, strict=True):
+            setattr(self, name, linear_of(dtype, out=out, bias=has))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+
+@packs
+@dtypes
+@pytest.mark.parametrize("bias", [(False,) * 3, (True,) * 3])
+def test_layers_that_read_the_same_input_are_one_product(
+    bias: tuple[bool, ...], dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    model = Reads(dtype, bias)
+    x = torch.randn(5, 96).to(dtype)
+    expected = model(x)
+    decode.pack(model)
+    calls: list[Any] = []
+    product = decode.OneDNN.__call__
+    monkeypatch.setattr(decode.OneDNN, "__call__", lambda *a: calls.append(a) or product(*a))
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 1
+    assert model.q_proj.together.last == (None, ())  # nothing of a request stays
+
+
+@packs
+def test_one_of_several_layers_may_be_asked_alone_in_any_order_and_by_threads() -> None:
+    model = Reads()
+    inputs = [torch.randn(5, 96) for _ in range(8)]
+    expected = [model(x) for x in inputs]
+    decode.pack(model)
+
+    def ask(index: int) -> None:
+        for _ in range(50):
+            for name, part in zip(("v_proj", "q_proj", "k_proj"), (2, 0, 1), strict=True):
+                found = getattr(model, name)(inputs[index])
+                torch.testing.assert_close(found, expected[index][part])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+
+
+@packs
+@pytest.mark.parametrize("bias", [(True, False, False), (True, True, False)])
+def test_layers_that_differ_are_packed_one_by_one(bias: tuple[bool, ...]) -> None:
+    model = Reads(bias=bias)
+    decode.pack(model)
+    assert len({model.q_proj.together, model.k_proj.together, model.v_proj.together}) == 3
+
+
+# ---------------------------------------------------------------- weights in fewer bits
+
+METHODS = ("int8", "int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "off"), [("int8", 0.01), ("int4", 0.12)])
+@pytest.mark.parametrize("out", [48, 50])
+def test_a_product_in_fewer_bits_is_near_the_whole_one_and_is_the_one_of_its_weight(
+    out: int, method: str, off: float, dtype: torch.dtype
+) -> None:
+    linear = linear_of(dtype, out=out, bias=True)
+    layer = packed(linear, method)
+    x = torch.randn(2, 3, 96).to(dtype)
+    found, whole = layer(x).float(), torch.nn.functional.linear(x, linear.weight, linear.bias)
+    assert (found.shape, layer.weight.shape) == (whole.shape, linear.weight.shape)
+    assert (found - whole.float()).norm() <= off * whole.float().norm()
+    read = x.float() @ layer.weight.float().t() + linear.bias.float()
+    torch.testing.assert_close(found, read, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_product_in_fewer_bits_has_the_same_bits_alone(
+    method: str, dtype: torch.dtype
+) -> None:
+    layer = packed(linear_of(dtype), method)
+    x = torch.randn(64, 96).to(dtype)
+    whole = layer(x)
+    for rows in range(1, 65):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+def test_sixteen_levels_in_groups_of_32_survive_4_bits_as_they_are() -> None:
+    levels = torch.randint(0, 16, (64, 96)).float()
+    levels[:, ::32], levels[:, 1::32] = 0, 15
+    linear = linear_of(torch.float32, out=64)
+    with torch.no_grad():
+        linear.weight.copy_(levels * 0.25 - 2)
+    torch.testing.assert_close(packed(linear, "int4").weight, linear.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_are_all_alike_survive_fewer_bits() -> None:
+    for value in (0.0, 0.5):
+        linear = linear_of(torch.float32)
+        torch.nn.init.constant_(linear.weight, value)
+        for method in METHODS:
+            torch.testing.assert_close(packed(linear, method).weight, linear.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2"])
+def test_a_model_in_fewer_bits_is_the_one_of_the_weights_that_they_stand_for(
+    kind: str, method: str
+) -> None:
+    decoder = decode.prepare(tiny(kind, intermediate_size=128), method=method)
+    plain = tiny(kind, intermediate_size=128)
+    for name, module in decoder.model.named_modules():
+        if isinstance(module, decode.PackedLinear):
+            with torch.no_grad():
+                plain.get_submodule(name).weight.copy_(module.weight)
+    prompt = PROMPTS[-1]
+    mine, theirs = (newcomer(d, prompt) for d in (decoder, decode.prepare(plain)))
+    torch.testing.assert_close(
+        decode.forward(decoder, mine),
+        decode.forward(decode.prepare(plain), theirs),
+        atol=2e-3,
+        rtol=2e-3,
+    )
+    assert not decoder.pairs
+
+
+def test_the_output_layer_keeps_8_bits_of_4() -> None:
+    model = decode.prepare(tiny("llama"), method="int4").model
+    assert isinstance(model.lm_head.together.packed, decode.Int8)
+    assert isinstance(model.model.layers[0].mlp.up_proj.together.packed, decode.Int4)
+
+
+def test_fewer_bits_take_less_memory_and_the_weights_tell() -> None:
+    sizes = [decode.prepare(tiny("llama"), method=m).weight_bytes for m in (None, *METHODS)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba2", "rwkv", "bloom"])
+def test_fewer_bits_of_a_model_that_has_no_plain_layers_or_does_not_join_are_refused(
+    kind: str,
+) -> None:
+    with pytest.raises(ValueError, match="int4: needs a model of plain linear layers"):
+        decode.prepare(tiny(kind), method="int4")
 
 
 # ---------------------------------------------------------------- choosing
@@ -1078,9 +1231,15 @@ def test_without_a_bound_an_eighth_of_the_free_memory_is_taken(monkeypatch: Any)
 TOPICS = ("fox", "river", "mountain", "python", "battery", "cloud", "king", "music", "water")
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("bf16", 48), ("fp32", 12)])
-def test_texts_of_the_real_model_are_the_same_in_any_company(dtype: str, count: int) -> None:
-    config = labs.load_config(env={}, overrides={"torch_dtype": dtype})
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [({"torch_dtype": "bf16"}, 48), ({"torch_dtype": "fp32"}, 12)]
+    + [({"quant_method": method}, 12) for method in METHODS],
+)
+def test_texts_of_the_real_model_are_the_same_in_any_company(
+    settings: dict[str, str], count: int
+) -> None:
+    config = labs.load_config(env={}, overrides=settings)
     model = labs.load_model(config)
     assert model.decoder.invariant
     chance = random.Random(0)
@@ -1104,6 +1263,38 @@ def test_texts_of_the_real_model_are_the_same_in_any_company(dtype: str, count: 
             texts[index] += event.text
     assert texts == alone
     assert len(set(alone)) >= count * 0.8
+
+
+TEXT = """The river begins in the mountains, where the snow melts in spring, and runs for two
+hundred miles through forests and farms before it reaches the sea. For most of the year it is slow
+and brown. In April it is neither: the water rises by the height of a man in three days, takes
+fences, boats and once a bridge with it, and leaves behind a layer of fine black soil that has fed
+the valley since people first settled there. Nobody who lives beside it has ever wanted to move.
+They build their houses on stone, keep a rope by the door, and speak of the floods as others speak
+of a relative who visits too often: with complaint, and with some pride. When engineers came from
+the city to propose a dam, the meeting in the school hall lasted until two in the morning. The plan
+was clear, the drawings were good, and the price was fair. In the end the oldest farmer asked who
+would bring the soil if the water did not, and the engineers, who were honest people, had no answer.
+"""
+
+
+def perplexity(model: labs.Model) -> float:
+    scored = labs.score(model, labs.inputs_of_ids(model, [1]), TEXT)
+    return math.exp(-sum(each.logprob for each in scored) / len(scored))
+
+
+def test_fewer_bits_hardly_surprise_the_real_model_more() -> None:
+    """Its file has 4 bits already, so that 4 bits lose nothing but in the output layer."""
+    by_method = {
+        method: perplexity(labs.load_model(labs.load_config(env={}, overrides=overrides)))
+        for method, overrides in (
+            ("", {}),
+            *((method, {"quant_method": method}) for method in METHODS),
+        )
+    }
+    print(by_method)
+    assert by_method["int8"] <= 1.02 * by_method[""]
+    assert by_method["int4"] <= 1.02 * by_method[""]
 
 
 def test_prompts_that_share_a_call_have_the_bits_they_have_alone() -> None:
