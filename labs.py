@@ -158,6 +158,10 @@ class Generation(Settings, frozen=True, kw_only=True):
         None
     )
     stop: Annotated[tuple[Stop, ...], Meta(max_length=16, description="Texts that end it.")] = ()
+    prompt_lookup_num_tokens: Annotated[
+        Annotated[int, Meta(ge=1, le=32)] | None,
+        about("Tokens guessed from the text so far while a stream is alone; same text."),
+    ] = None
     seed: Annotated[Seed | None, about("Same seed, same text; unset draws one.")] = None
     timeout_s: Annotated[Seconds | None, about("Seconds for prompt and answer.")] = None
 
@@ -1497,6 +1501,9 @@ def open_stream(
             f"the prompt has {prompt} tokens and max_new_tokens is {generation.max_new_tokens}: "
             f"the context holds {limit}; shorten the prompt or ask for fewer tokens"
         )
+    if generation.prompt_lookup_num_tokens and not model.decoder.reuses:
+        kind = model.decoder.config.model_type
+        raise InputError(f"prompt_lookup_num_tokens: {kind} cannot take back what it has read")
     sampling = _sampling(model, generation, processors)
     stream = Stream(index, inputs, generation, sampling, time.perf_counter(), model.load_s)
     stream.exact = model.decoder.invariant or generation.seed is not None
@@ -1748,8 +1755,14 @@ def _enter(
 def _row(stream: Stream) -> Any:
     from labs_decode import Row
 
-    ids, limit = list(stream.inputs.input_ids), stream.generation.max_new_tokens
-    return Row(id=stream.index, ids=ids, max_new_tokens=limit, sampling=stream.sampling)
+    options = stream.generation
+    return Row(
+        id=stream.index,
+        ids=list(stream.inputs.input_ids),
+        max_new_tokens=options.max_new_tokens,
+        sampling=stream.sampling,
+        lookahead=options.prompt_lookup_num_tokens or 0,
+    )
 
 
 def _step(
@@ -1758,18 +1771,21 @@ def _step(
     """Step a batch and report what its rows say; return it without those that are done."""
     import labs_decode
 
+    step = labs_decode.step_ahead if len(running.streams) == 1 else labs_decode.step
     try:
-        batch, choices = labs_decode.step(model.decoder, batch)
+        batch, choices = step(model.decoder, batch)
     except (RuntimeError, MemoryError) as error:
         if not labs_decode.out_of_memory(error):
             raise
         return (yield from _halve(model, running, batch, error))
     running.beat, running.steps = time.perf_counter(), running.steps + 1
-    for index, (row, choice) in enumerate(zip(batch.rows, choices, strict=True)):
-        stream = running.streams[row.id]
+    rows = batch.rows * len(choices) if len(batch.rows) == 1 else batch.rows
+    for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
+        if (stream := running.streams.get(row.id)) is None:
+            break  # it ended before the last of its guesses
         yield from _advance(model, running, stream, choice)
         if row.id not in running.streams and not model.decoder.invariant:
-            _remember(model, running, stream, batch, index)
+            _remember(model, running, stream, batch, index % len(batch.rows))
     kept = [row.id for row in batch.rows if row.id in running.streams]
     batch = batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
     return [] if batch is None else [batch]

@@ -38,6 +38,7 @@ COMPANY = 4  # rows of a lone row and its copies: oneDNN is faster with four tha
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+NGRAMS = (3, 2)  # how many tokens have to be the same for a guess
 GROUP = 32  # 4-bit weights that share a scale
 PREFIX_SHARE = 0.125  # of the free memory, what prefixes that are kept may take
 CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
@@ -76,7 +77,8 @@ class Sampling:
 class Row:
     """One sequence. `ids` grows; `written` counts the columns its slot holds.
 
-    exact: how many of them were prefilled in whole chunks from the first on.
+    exact: how many of them were prefilled in whole chunks from the first on. lookahead: how many
+    tokens a step may guess from the text so far.
     """
 
     id: Any
@@ -86,6 +88,7 @@ class Row:
     prompt_length: int = 0
     written: int = 0
     exact: int = 0
+    lookahead: int = 0
     generated: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,11 @@ class Row:
     @property
     def columns(self) -> int:
         return self.prompt_length + self.max_new_tokens
+
+    def take(self, token: int, written: int = 1) -> None:
+        self.written += written
+        self.ids.append(token)
+        self.generated[token] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +144,7 @@ class Cursor:
     """Where the forward call under way writes and how far it reads, shared by all layers.
 
     Prefill writes one row from column `start`; a step writes row index[b], which is first + b, at
-    positions[b].
+    positions[b]. ahead: all of them are columns of the first row, which each reads to its own.
     """
 
     rows: int
@@ -146,6 +154,7 @@ class Cursor:
     first: int = 0
     positions: Tensor | None = None
     index: Tensor | None = None
+    ahead: bool = False
 
     @property
     def live(self) -> int:
@@ -189,8 +198,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             else:
                 index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
                 buffer[index, :, positions] = states[: at.live, :, 0]
-        rows = slice(at.first, at.first + at.live)
-        return self.keys[rows, :, : at.top], self.values[rows, :, : at.top]
+        rows = slice(at.first, at.first + (1 if at.ahead else at.live))
+        keys, values = self.keys[rows, :, : at.top], self.values[rows, :, : at.top]
+        if at.ahead:
+            keys, values = (each.expand(at.live, -1, -1, -1) for each in (keys, values))
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cursor.top, 0
@@ -785,7 +797,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
     """Write the next chunk of the newcomer's prompt; the last one leaves logits for `step`."""
     row, at = batch.rows[0], batch.cache.cursor
     end = row.written + (batch.pending if decoder.how == "whole" else min(CHUNK, batch.pending))
-    at.start, at.top, at.positions = row.written, end, None
+    at.start, at.top, at.positions, at.ahead = row.written, end, None, False
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
     positions = torch.arange(row.written, end, device=ids.device)[None]
     # Two, because a product with one row has other bits, see `forward`.
@@ -803,7 +815,7 @@ def prefill_together(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch
     lengths = [row.prompt_length for row in rows]
     for newcomer, length in zip(newcomers, lengths, strict=True):
         at = newcomer.cache.cursor
-        at.start, at.top, at.positions = 0, length, None
+        at.start, at.top, at.positions, at.ahead = 0, length, None, False
     ids = torch.tensor([[i for row in rows for i in row.ids]], device=decoder.device)
     cache = RowOfPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
     ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
@@ -848,10 +860,40 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
     logits = forward(decoder, batch) if batch.logits is None else batch.logits
     choices = choose(logits, batch.rows)
     for row, choice in zip(batch.rows, choices, strict=True):
-        row.written += batch.logits is None
-        row.ids.append(choice.token)
-        row.generated[choice.token] += 1
+        row.take(choice.token, batch.logits is None)
     return replace(batch, logits=None), choices
+
+
+@torch.inference_mode()
+def step_ahead(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
+    """Do as `step` for one row, but take several tokens at once where the next ones are guessed.
+
+    Returns one choice or more, all of the one row: those that further steps would have given, since
+    each guess is computed as a row of its own that reads the same slot.
+    """
+    [row], choices = batch.rows, list[Choice]()
+    guess = look_up(row) if batch.logits is None and decoder.reuses else []
+    if not guess:
+        return step(decoder, batch)
+    ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
+    logits = _forward_slots(decoder, batch, ids, [row.written + i for i in range(len(ids))])
+    for line, token in zip(logits, (*guess, None), strict=True):
+        choices += choose(line[None], batch.rows)
+        row.take(choices[-1].token)
+        if choices[-1].token != token:
+            break
+    return batch, choices
+
+
+def look_up(row: Row) -> list[int]:
+    """Return what followed the last tokens where they last stood before, as a guess."""
+    most = min(row.lookahead, row.columns - len(row.ids) - 1)
+    for size in NGRAMS if most > 0 else ():
+        tail = row.ids[-size:]
+        for start in range(len(row.ids) - size - 1, -1, -1):
+            if row.ids[start : start + size] == tail:
+                return row.ids[start + size : start + size + most]
+    return []
 
 
 @torch.inference_mode()
@@ -1110,15 +1152,28 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
 
 
 def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tensor:
-    at, rows = batch.cache.cursor, batch.rows[first:end]
+    rows = batch.rows[first:end]
     ids = torch.tensor([[row.ids[row.written]] for row in rows], device=decoder.device)
-    positions = torch.tensor([[row.written] for row in rows], device=ids.device)
-    at.first, at.positions = first, positions[:, 0]
-    at.index = torch.arange(first, first + len(rows), device=ids.device)
-    at.top = _blocks(max(row.written for row in rows) + 1)
-    if len(rows) == 1 and decoder.pairs:
+    return _forward_slots(decoder, batch, ids, [row.written for row in rows], first)
+
+
+def _forward_slots(
+    decoder: Decoder, batch: Batch, ids: Tensor, written: list[int], first: int = 0
+) -> Tensor:
+    """Return logits [B, V] after ids [B, 1] at the columns `written` of the slots from `first` on.
+
+    More ids than rows are guesses for the first slot.
+    """
+    at, live = batch.cache.cursor, len(ids)
+    positions = torch.tensor(written, device=ids.device)[:, None]
+    at.ahead = live > len(batch.rows)
+    at.first, at.positions, at.top = first, positions[:, 0], _blocks(max(written) + 1)
+    at.index = torch.arange(first, first + live, device=ids.device)
+    if at.ahead:
+        at.index = torch.zeros_like(at.index)
+    if live == 1 and decoder.pairs:
         ids, positions = ids.expand(COMPANY, 1), positions.expand(COMPANY, 1)
-    return _call(decoder, ids, positions, batch.cache, 1)[: len(rows), -1].float()
+    return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
 
 
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:

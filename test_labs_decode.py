@@ -1225,6 +1225,81 @@ def test_without_a_bound_an_eighth_of_the_free_memory_is_taken(monkeypatch: Any)
         assert len(prefixes.kept) == kept
 
 
+# ---------------------------------------------------------------- guesses
+
+REPEATING = [5, 9, 11, 7, 5, 9, 11, 7, 5, 9, 11]
+
+
+def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling: Any) -> Any:
+    """Return a row's NEW tokens by step_ahead, and how many calls that took."""
+    row = row_of(prompt, **sampling)
+    row.lookahead, calls = lookahead, 0
+    batch = decode.enter(decoder, row)
+    while batch.pending:
+        batch = decode.prefill(decoder, batch)
+    while len(row.ids) < len(prompt) + NEW:
+        batch, choices = decode.step_ahead(decoder, batch)
+        assert choices[-1].error is None
+        calls += 1
+    return row.ids[len(prompt) :], calls
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize("kind", REUSING)
+def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatch: Any) -> None:
+    decoder = decode.prepare(tiny(kind))
+    for prompt in (REPEATING, PROMPTS[-1]):
+        expected, calls = ahead(decoder, prompt, 0, **sampling)
+        assert calls == NEW
+        tokens, _ = ahead(decoder, prompt, 4, **sampling)
+        assert tokens == expected
+        guesses = iter([expected[1:4], [8, *expected[5:8]], [expected[5], 8], expected[7:13]])
+        monkeypatch.setattr(decode, "look_up", lambda row, g=guesses: next(g, []))
+        tokens, calls = ahead(decoder, prompt, 4, **sampling)
+        assert tokens == expected
+        # 1, then 4, 1 and 2 of the first three, 7 of the last: five calls for 15 tokens.
+        assert calls <= 1 + 4 + NEW - 15 + 2
+        monkeypatch.undo()
+
+
+def test_a_row_with_a_penalty_sees_each_token_that_was_guessed() -> None:
+    decoder = decode.prepare(tiny("llama"))
+    options = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2}
+    assert ahead(decoder, REPEATING, 5, **options)[0] == ahead(decoder, REPEATING, 0, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "most", "expected"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),
+        ([1, 2, 3, 4, 1, 2, 3], 9, [4, 1, 2, 3]),
+        ([9, 2, 3, 4, 1, 2, 3], 2, [4, 1]),  # two are enough
+        ([1, 2, 3, 4, 8, 2, 3, 5, 1, 2, 3], 1, [4]),  # three are better
+        ([2, 3, 4, 2, 3, 5, 2, 3], 1, [5]),  # the last place counts
+        ([3, 4, 9, 3], 3, []),
+        ([7, 7, 7, 7], 3, [7]),
+        ([1, 2, 3, 4, 1, 2, 3], 0, []),
+        ([1], 3, []),
+    ],
+)
+def test_a_guess_is_what_followed_the_last_tokens_before(
+    ids: list[int], most: int, expected: list[int]
+) -> None:
+    row = row_of(ids)
+    row.lookahead = most
+    assert decode.look_up(row) == expected
+
+
+def test_no_more_is_guessed_than_may_be_generated() -> None:
+    row = decode.Row(
+        id=0, ids=[1, 2, 3, 4, 5, 1, 2, 3], max_new_tokens=3, sampling=decode.Sampling()
+    )
+    row.lookahead = 9
+    assert decode.look_up(row) == [4, 5]
+    row.max_new_tokens = 1
+    assert decode.look_up(row) == []
+
+
 # ---------------------------------------------------------------- the same text in any company
 
 
@@ -1281,6 +1356,19 @@ would bring the soil if the water did not, and the engineers, who were honest pe
 def perplexity(model: labs.Model) -> float:
     scored = labs.score(model, labs.inputs_of_ids(model, [1]), TEXT)
     return math.exp(-sum(each.logprob for each in scored) / len(scored))
+
+
+@pytest.mark.parametrize("settings", [{}, {"torch_dtype": "fp32"}, {"quant_method": "int4"}])
+def test_texts_of_the_real_model_are_the_same_with_guesses(settings: dict[str, str]) -> None:
+    model = labs.load_model(labs.load_config(env={}, overrides=settings))
+    inputs = labs.build_inputs(model, prompt=f"Quote the first two sentences of this:\n\n{TEXT}")
+    for seed in (None, 4):
+        temperature = 0.5 if seed else 0.0
+        options = labs.Generation(max_new_tokens=60, temperature=temperature, seed=seed)
+        plain = labs.generate(model, inputs, options)
+        guessed = labs.generate(model, inputs, options, prompt_lookup_num_tokens=5)
+        assert (guessed.text, guessed.finish_reason) == (plain.text, plain.finish_reason)
+        assert guessed.usage == plain.usage
 
 
 def test_fewer_bits_hardly_surprise_the_real_model_more() -> None:

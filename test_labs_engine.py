@@ -923,6 +923,68 @@ def test_the_bound_of_the_prefixes_survives_a_failed_step(start):
     assert engine._running.prefixes.max_bytes == 77
 
 
+# ---------------------------------------------------------------- guesses
+
+GUESSING = options(temperature=0.0, prompt_lookup_num_tokens=4, max_new_tokens=40)
+
+
+def knowing(monkeypatch: pytest.MonkeyPatch, tokens: list[int], begin: int) -> None:
+    """Let each guess be right."""
+
+    def look_up(row: Any) -> list[int]:
+        done = len(row.ids) - begin
+        return tokens[done : done + 4]
+
+    monkeypatch.setattr(labs_decode, "look_up", look_up)
+
+
+def tokens_alone(model: labs.Model, inputs: labs.Inputs) -> list[int]:
+    wanted = labs.evolve(GUESSING, prompt_lookup_num_tokens=None, logprobs=0)
+    return [each.token for each in labs.generate(model, inputs, wanted).logprobs]
+
+
+def test_right_guesses_save_steps_and_change_nothing(start, monkeypatch):
+    plain = labs.generate(model_of("llama"), prompt(0), GUESSING, prompt_lookup_num_tokens=None)
+    knowing(monkeypatch, tokens_alone(model_of("llama"), prompt(0)), 6)
+    engine, gate = start()
+    text, done = read(engine.submit(prompt(0), GUESSING))
+    assert (text, done.finish_reason) == (plain.text, plain.finish_reason)
+    assert done.usage.completion_tokens == 40
+    assert len(gate.calls) <= 1 + 40 / 5 + 1
+
+
+def test_guesses_wait_while_there_is_company(start, monkeypatch):
+    knowing(monkeypatch, tokens_alone(model_of("llama"), prompt(0)), 6)
+    engine, gate = start()
+    gate.let(0)
+    answers = [engine.submit(prompt(0), GUESSING) for _ in range(2)]
+    gate.let(math.inf)
+    texts = [read(answer)[0] for answer in answers]
+    assert len({*texts}) == 1
+    assert {*gate.steps} == {2}
+
+
+def test_nothing_after_the_end_comes_of_guesses(monkeypatch):
+    model = model_of("llama")
+    tokens = tokens_alone(model, prompt(0))
+    end = next(i for i in range(7, 40) if tokens[i] not in tokens[:i])
+    ending = msgspec.structs.replace(model, eos_token_ids=frozenset({tokens[end]}))
+    knowing(monkeypatch, tokens, 6)
+    found = labs.generate(ending, prompt(0), GUESSING)
+    assert (found.finish_reason, found.usage.completion_tokens) == ("stop", end + 1)
+    text = labs.generate(model, prompt(0), GUESSING).text
+    stopped = labs.generate(model, prompt(0), GUESSING, stop=(text[12:15],))
+    assert (stopped.text, stopped.matched_stop) == (text[: text.index(text[12:15])], text[12:15])
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba", "rwkv"])
+def test_guesses_are_refused_where_they_cannot_be_taken_back(kind, start):
+    engine, gate = start(kind)
+    with pytest.raises(labs.InputError, match=f"prompt_lookup_num_tokens: {kind}"):
+        engine.submit(prompt(0), GUESSING)
+    assert gate.calls == []
+
+
 # ---------------------------------------------------------------- the cache of answers
 
 
