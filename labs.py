@@ -130,6 +130,9 @@ class ModelSpec(Settings, frozen=True, kw_only=True):
     local_files_only: Annotated[bool, about("Never ask the hub.")] = False
     cache_dir: Annotated[str | None, about("Converted GGUF files [default: ~/.cache/labs].")] = None
     batch_invariant: Annotated[bool, about("Same text in any company, where it can be.")] = True
+    cuda_graphs: Annotated[bool, about("Run steps on one GPU as CUDA graphs, where it works.")] = (
+        True
+    )
     quantization: Quantization = Quantization()
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
@@ -817,9 +820,13 @@ def _load(spec: ModelSpec) -> Model:
 def _decoder(model: Any, spec: ModelSpec) -> Any:
     import labs_decode
 
-    method = spec.quantization.quant_method
     try:
-        return labs_decode.prepare(model, batch_invariant=spec.batch_invariant, method=method)
+        return labs_decode.prepare(
+            model,
+            batch_invariant=spec.batch_invariant,
+            method=spec.quantization.quant_method,
+            cuda_graphs=spec.cuda_graphs,
+        )
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: quant_method = {error}") from error
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import inspect
+import logging
 import math
 import sys
 from collections import Counter
@@ -38,6 +39,8 @@ COMPANY = 4  # rows of a lone row and its copies: oneDNN is faster with four tha
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+CAPTURE_AFTER = 4  # steps of one shape, before it is worth a CUDA graph
+GRAPH_COLUMNS = 256  # a graph reads whole blocks of so many, so that it serves as many steps
 NGRAMS = (3, 2)  # how many tokens have to be the same for a guess
 GROUP = 32  # 4-bit weights that share a scale
 PREFIX_SHARE = 0.125  # of the free memory, what prefixes that are kept may take
@@ -46,6 +49,7 @@ MEMORY_SHARE = 0.5  # of the free memory, what slots may take
 MOST_ROWS = 64  # of a batch, where nothing is said
 TYPICAL = 1024  # columns of a row, to tell how many rows the memory holds
 
+log = logging.getLogger("labs.decode")
 Tensor = torch.Tensor
 How = Literal["joins", "whole", "alone"]
 
@@ -319,6 +323,7 @@ class Slots(cache_utils.Cache):
 
     def __init__(self, config: Any, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=_blocks(columns))
+        self.captured: dict[tuple[int, int], Any] = {}  # or how often the shape was stepped
         super().__init__(layers=[self._layer(old) for old in _layers(config)])
 
     def _layer(self, old: Any) -> Any:
@@ -354,6 +359,7 @@ class Slots(cache_utils.Cache):
 
     def make_room(self, live: int, columns: int) -> None:
         rows, columns = self.room(live, columns)
+        self.captured.clear()  # they read the old buffers
         for layer in (
             self.filled if (rows, columns) != (self.cursor.rows, self.cursor.columns) else ()
         ):
@@ -546,6 +552,7 @@ class Decoder:
     reuses: bool
     accepts: frozenset[str]
     weight_bytes: int
+    graphs: Graphs | None = None
 
     @property
     def config(self) -> Any:
@@ -557,7 +564,13 @@ class Decoder:
         return cast("torch.device", self.model.get_input_embeddings().weight.device)
 
 
-def prepare(model: Any, *, batch_invariant: bool = True, method: str | None = None) -> Decoder:
+def prepare(
+    model: Any,
+    *,
+    batch_invariant: bool = True,
+    method: str | None = None,
+    cuda_graphs: bool = True,
+) -> Decoder:
     """Decide how the rows of `model` run; give it the attention and the products that this needs.
 
     On CPU the linear layers of `model` are replaced, see `pack`, which takes the method too.
@@ -583,7 +596,10 @@ def prepare(model: Any, *, batch_invariant: bool = True, method: str | None = No
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     weight_bytes += sum(together.packed.nbytes for together in packed)
     pairs = invariant and not (method and left == 0)
-    return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes)
+    devices = {parameter.device for parameter in model.parameters()}
+    one = len(devices) == 1 and devices.pop().type == "cuda"
+    graphs = Graphs() if cuda_graphs and one and reuses else None
+    return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes, graphs)
 
 
 def _unpacked(model: Any) -> list[Tensor]:
@@ -1154,7 +1170,10 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
 def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tensor:
     rows = batch.rows[first:end]
     ids = torch.tensor([[row.ids[row.written]] for row in rows], device=decoder.device)
-    return _forward_slots(decoder, batch, ids, [row.written for row in rows], first)
+    written = [row.written for row in rows]
+    if decoder.graphs is not None and not batch.at_once:
+        return decoder.graphs.forward(decoder, batch, ids, written)
+    return _forward_slots(decoder, batch, ids, written, first)
 
 
 def _forward_slots(
@@ -1174,6 +1193,87 @@ def _forward_slots(
     if live == 1 and decoder.pairs:
         ids, positions = ids.expand(COMPANY, 1), positions.expand(COMPANY, 1)
     return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
+
+
+class Graphs:
+    """Steps as CUDA graphs, which need one launch where a model has thousands.
+
+    A shape, so many rows and so many columns, is captured once it was stepped a few times, and
+    checked against the step that it stands for; if capturing fails, all steps go on without.
+    Where rows are fewer than the shape has, dead slots are computed beside them.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self.pool: Any = None  # of memory, shared: a graph's output is read before the next one
+
+    def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
+        """Return logits [B, V] as _forward_slots does."""
+        at, captured = batch.cache.cursor, batch.cache.captured
+        blocks = math.ceil((max(written) + 1) / GRAPH_COLUMNS)
+        shape = 1 << (len(ids) - 1).bit_length(), min(blocks * GRAPH_COLUMNS, at.columns)
+        known = captured.get(shape, 0)
+        if isinstance(known, Captured):
+            return known.forward(ids, written)
+        logits = _forward_slots(decoder, batch, ids, written)
+        captured[shape] = known + 1
+        if known + 1 > CAPTURE_AFTER and not self.failed:
+            self._capture(decoder, batch, shape, ids, written, logits)
+        return logits
+
+    def _capture(self, decoder: Decoder, batch: Batch, shape: Any, *step: Any) -> None:
+        ids, written, expected = step
+        try:
+            captured = Captured(decoder, batch.cache, shape, ids, written)
+            off = float((captured.forward(ids, written) - expected).abs().max())
+            if not off <= 0.05 * float(expected.abs().max()):
+                raise ArithmeticError(f"its logits are off by {off:.3g}")
+        except Exception as error:  # of the model's code, of the driver: nothing depends on it
+            self.failed = True
+            log.warning("steps run without CUDA graphs: %s", error)
+            return
+        batch.cache.captured[shape] = captured
+
+
+class Captured:
+    """The step of a shape: ids and positions are put in, logits come out."""
+
+    def __init__(
+        self, decoder: Decoder, cache: Slots, shape: tuple[int, int], ids: Tensor, written: Any
+    ) -> None:
+        rows, top = shape
+        self.ids = torch.zeros((rows, 1), dtype=torch.long, device=ids.device)
+        self.positions, index = torch.zeros_like(self.ids), torch.arange(rows, device=ids.device)
+        self._put(ids, written)
+        ids, positions = self.ids, self.positions  # not self: the slots must go with their batch
+
+        def step() -> Tensor:
+            at = cache.cursor
+            at.first, at.positions, at.index = 0, positions[:, 0], index
+            at.top, at.ahead = top, False
+            return _call(decoder, ids, positions, cache, 1)[:, -1]
+
+        self.replay, self.logits = record(decoder.graphs, step)
+
+    def _put(self, ids: Tensor, written: list[int]) -> None:
+        live, dead = len(ids), len(self.ids) - len(ids)
+        self.ids[:live], self.ids[live:] = ids, 0
+        self.positions.copy_(torch.tensor([*written, *[0] * dead])[:, None])
+
+    def forward(self, ids: Tensor, written: list[int]) -> Tensor:
+        self._put(ids, written)
+        self.replay()
+        return self.logits[: len(ids)].to(torch.float32, copy=True)
+
+
+def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Return what repeats a step on the GPU, and the tensor that it fills."""
+    graph = torch.cuda.CUDAGraph()
+    graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
+    # Other threads may use the GPU meanwhile, to ask how much memory is free.
+    with torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local"):
+        logits = step()
+    return graph.replay, logits
 
 
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:

@@ -2447,8 +2447,8 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 
 ROOMS = {
-    "labs.py": 1870,
-    "labs_decode.py": 1420,
+    "labs.py": 1880,
+    "labs_decode.py": 1510,
     "labs_engine.py": 450,
     "labs_api.py": 1485,
     "labs_cli.py": 455,

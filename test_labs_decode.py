@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import math
@@ -1298,6 +1299,127 @@ def test_no_more_is_guessed_than_may_be_generated() -> None:
     assert decode.look_up(row) == [4, 5]
     row.max_new_tokens = 1
     assert decode.look_up(row) == []
+
+
+# ---------------------------------------------------------------- steps as graphs
+
+
+class Recorded:
+    """Stands for CUDA graphs: what is recorded runs again, on the tensors that it was given."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.replays = 0
+        monkeypatch.setattr(decode, "record", self.record)
+        monkeypatch.setattr(decode, "CAPTURE_AFTER", 1)
+
+    def record(self, graphs: decode.Graphs, step: Any) -> Any:
+        logits = step().clone()
+        self.shapes.append(tuple(logits.shape))
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(step())
+
+        return replay, logits
+
+
+def graphed(kind: str) -> decode.Decoder:
+    decoder = decode.prepare(tiny(kind), batch_invariant=False)
+    return dataclasses.replace(decoder, graphs=decode.Graphs())
+
+
+@pytest.mark.parametrize("kind", REUSING)
+def test_graphs_keep_the_tokens_of_rows_that_join_and_leave(
+    kind: str, reference: Any, monkeypatch: Any
+) -> None:
+    recorded, chance = Recorded(monkeypatch), random.Random(7)
+    decoder, (_, expected) = graphed(kind), reference[kind]
+    waiting, batch, found = list(range(len(PROMPTS))) * 2, None, []
+    while waiting or batch:
+        if waiting and (batch is None or (len(batch.rows) < 5 and chance.random() < 0.5)):
+            index = waiting.pop(0)
+            one = newcomer(decoder, PROMPTS[index], (len(waiting), index))
+            batch = decode.join(batch, one) if batch else one
+            continue
+        batch, _ = decode.step(decoder, batch)
+        over = {row.id for row in batch.rows if len(row.ids) >= row.columns}
+        over |= {row.id for row in batch.rows if chance.random() < 0.02}
+        ended = [row for row in batch.rows if row.id in over]
+        found += [(row.id[1], row.ids[row.prompt_length :]) for row in ended]
+        if ended:
+            batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in over])
+    assert len(found) == 2 * len(PROMPTS)
+    for index, tokens in found:
+        assert tokens == expected[index][: len(tokens)]
+    assert recorded.replays >= 40
+    assert {rows for rows, _ in recorded.shapes} >= {2, 4, 8}
+    assert not decoder.graphs.failed
+
+
+def test_slots_that_move_are_captured_anew(monkeypatch: Any) -> None:
+    recorded = Recorded(monkeypatch)
+    decoder = graphed("llama")
+    batch = newcomer(decoder, PROMPTS[2])
+    for _ in range(3):
+        batch, _ = decode.step(decoder, batch)
+    assert len(recorded.shapes) == 1
+    batch = decode.join(batch, newcomer(decoder, PROMPTS[3], 1))
+    assert batch.cache.captured == {}
+
+
+def test_a_graph_is_worth_it_only_for_a_shape_that_comes_again(monkeypatch: Any) -> None:
+    recorded = Recorded(monkeypatch)
+    monkeypatch.setattr(decode, "CAPTURE_AFTER", 3)
+    decoder = graphed("llama")
+    batch = newcomer(decoder, PROMPTS[2])
+    for captured in (0, 0, 0, 1, 1):
+        batch, _ = decode.step(decoder, batch)
+        assert len(recorded.shapes) == captured
+
+
+@pytest.mark.parametrize("wrong", ["raises", "is off", "is not finite"])
+def test_where_capturing_fails_steps_go_on_without(
+    wrong: str, reference: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    recorded = Recorded(monkeypatch)
+
+    def record(graphs: Any, step: Any) -> Any:
+        if wrong == "raises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        replay, logits = recorded.record(graphs, step)
+        change = {"is off": 1.0, "is not finite": math.nan}[wrong]
+        return (lambda: (replay(), logits.add_(change * logits.abs().max()))), logits
+
+    monkeypatch.setattr(decode, "record", record)
+    decoder, (_, expected) = graphed("llama"), reference["llama"]
+    for index in (2, 3):
+        assert finish(decoder, newcomer(decoder, PROMPTS[index])) == expected[index]
+    assert decoder.graphs.failed
+    assert caplog.text.count("steps run without CUDA graphs") == 1
+
+
+def test_captured_slots_go_with_their_batch(monkeypatch: Any) -> None:
+    Recorded(monkeypatch)
+    real = decode.record
+    monkeypatch.setattr(decode, "record", lambda g, step: (int, real(g, step)[1].clone()))
+    decoder = graphed("llama")
+    batch = newcomer(decoder, PROMPTS[2])
+    for _ in range(4):
+        batch, _ = decode.step(decoder, batch)
+    assert any(isinstance(each, decode.Captured) for each in batch.cache.captured.values())
+    buffers = [weakref.ref(buffer) for buffer in batch.cache.buffers]
+    gc.disable()
+    try:
+        del batch
+        assert [ref() for ref in buffers if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_graphs_are_for_one_gpu_and_are_turned_off_by_a_setting() -> None:
+    assert decode.prepare(tiny("llama")).graphs is None
+    assert labs.ModelSpec().cuda_graphs
 
 
 # ---------------------------------------------------------------- the same text in any company
