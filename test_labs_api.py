@@ -437,6 +437,7 @@ GENERATION = {
     "logit_bias": {"5": -100.0},
     "logprobs": 2,
     "stop": ["a", "b"],
+    "prompt_lookup_num_tokens": 4,
     "seed": 9,
     "timeout_s": 1.5,
 }

@@ -126,8 +126,10 @@ class Gate:
 
     @property
     def steps(self) -> list[int]:
-        """How many rows each step had; a lone row of llama has a copy beside it."""
-        return [len(call) for call in self.calls if len(call[0]) == 1]
+        """How many rows each step had; a lone row of llama has copies beside it."""
+        steps = [[token for (token,) in call] for call in self.calls if len(call[0]) == 1]
+        copies = labs_decode.COMPANY
+        return [1 if len(row) == copies == row.count(row[0]) else len(row) for row in steps]
 
 
 Start = Callable[..., tuple[labs_engine.Engine, Gate]]
