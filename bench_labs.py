@@ -17,8 +17,8 @@
     uv run bench_labs.py single many context prefix ...     labs over a peer, part by part
     uv run bench_labs.py --gpu-report [1B 8B 0.6B]          random weights on a GPU, in 8 minutes
 
-The table is written to bench.json and bench.svg too. Its neighbours: transformers' generate, one
-prompt at a time and as a static batch, its continuous batching, `transformers serve` without and
+The table is written to bench.json and bench.svg too. Its neighbours: transformers' generate
+on a static batch, its continuous batching, `transformers serve` without and
 with that, llama-cpp-python (pip install it: it compiles) and labs, in process and over HTTP. Each
 lives in a process of its own, and they are asked in turn: machines drift, the ratios of one run do
 not. Each row of a part is the median of interleaved pairs with its 90 % bootstrap interval.
@@ -234,6 +234,16 @@ def sampling() -> None:
     compare(name, lambda: rate(drawn, 8, 32), lambda: rate(greedy, 8, 32))
 
 
+def answer_all(manager: Any, inputs: list[labs.Inputs], lengths: list[int]) -> None:
+    """Let transformers' continuous batching answer with so many tokens each."""
+    for one, length in zip(inputs, lengths, strict=True):
+        manager.add_request(list(one.input_ids), max_new_tokens=length)
+    found = 0
+    while found < len(inputs):
+        result = manager.get_result(timeout=60)
+        found += result is not None and result.is_finished()
+
+
 def arrivals() -> None:
     """40 requests of 8 to 64 new tokens, 16 rows at once, against transformers' own manager."""
     from transformers import GenerationConfig
@@ -246,15 +256,11 @@ def arrivals() -> None:
     config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1, max_new_tokens=64)
 
     def theirs() -> float:
-        began, found = time.perf_counter(), 0
+        began = time.perf_counter()
         manager = other.init_continuous_batching(generation_config=config)
         manager.start()
         try:
-            for one, length in zip(inputs, lengths, strict=True):
-                manager.add_request(list(one.input_ids), max_new_tokens=length)
-            while found < len(inputs):
-                result = manager.get_result(timeout=60)
-                found += result is not None and result.is_finished()
+            answer_all(manager, inputs, lengths)
         finally:
             manager.stop(block=True)
         return sum(lengths) / (time.perf_counter() - began)
@@ -400,18 +406,27 @@ def stories(count: int = 16) -> list[str]:
     return [f"Tell me a long story about {topic}." for topic in topics]
 
 
+def api_command(folder: str) -> list[str]:
+    return [*API, "--model", folder]
+
+
+def serve_command(folder: str, *more: str) -> list[str]:
+    transformers = str(Path(sys.executable).with_name("transformers"))
+    return [transformers, "serve", folder, "--log-level", "error", *more]
+
+
 @contextlib.contextmanager
 def servers(folder: str) -> Iterator[dict[str, Served]]:
     """labs-api and `transformers serve` without and with continuous batching, on one model."""
-    ours = [*API, "--model", folder, "--port"]
-    theirs = [str(Path(sys.executable).with_name("transformers")), "serve", folder]
-    theirs += ["--log-level", "error", "--port"]
-    commands = {"labs": ours, "serve": theirs, "batching": [*theirs[:3], "--continuous-batching"]}
-    commands["batching"] += theirs[3:]
+    commands = {
+        "labs": api_command(folder),
+        "serve": serve_command(folder),
+        "batching": serve_command(folder, "--continuous-batching"),
+    }
     found: dict[str, Served] = {}
     try:
         for port, (name, command) in enumerate(commands.items(), 8431):
-            found[name] = Served([*command, str(port)], port, folder)
+            found[name] = Served([*command, "--port", str(port)], port, folder)
         yield found
     finally:
         for server in found.values():
@@ -665,9 +680,10 @@ def in_llama_cpp() -> Ask:
     return ask
 
 
-def over_http(command: list[str], port: int) -> Ask:
-    folder = str(load()[0].model.name_or_path)
-    server = Served([*command, "--port", str(port)], port, folder)
+def over_http(command: Callable[..., list[str]], port: int, *more: str) -> Ask:
+    spec = labs.load_config(env={}).model
+    folder = labs._locate(spec, labs._device(spec)[2])[0]
+    server = Served([*command(folder, *more), "--port", str(port)], port, folder)
     atexit.register(server.process.terminate)
 
     def ask(streams: int) -> dict[str, Any]:
@@ -681,28 +697,18 @@ def over_http(command: list[str], port: int) -> Ask:
     return ask
 
 
-def api_command() -> list[str]:
-    return [*API, "--model", str(load()[0].model.name_or_path)]
-
-
-def serve_command(*more: str) -> list[str]:
-    folder = str(load()[0].model.name_or_path)
-    transformers = str(Path(sys.executable).with_name("transformers"))
-    return [transformers, "serve", folder, "--log-level", "error", *more]
-
-
 NEIGHBOURS: dict[str, tuple[bool, Callable[[], Ask]]] = {  # whether streams share anything
     "labs": (True, in_labs),
     "labs, int4": (True, lambda: in_labs(quant_method="int4")),
     "generate, static batch": (True, in_static),
     "continuous batching": (True, in_batching),
     "llama-cpp-python, 4 bits": (False, in_llama_cpp),
-    "labs-api": (True, lambda: over_http(api_command(), 8441)),
-    "transformers serve": (False, lambda: over_http(serve_command(), 8442)),
+    "labs-api": (True, lambda: over_http(api_command, 8441)),
+    "transformers serve": (False, lambda: over_http(serve_command, 8442)),
     "serve --continuous-batching": (
         True,
         lambda: over_http(
-            serve_command("--continuous-batching", "--cb-max-memory-percent", str(MEMORY)), 8443
+            serve_command, 8443, "--continuous-batching", "--cb-max-memory-percent", str(MEMORY)
         ),
     ),
 }
@@ -920,13 +926,9 @@ def manager_rate(model: labs.Model, inputs: list[labs.Inputs], new: list[int]) -
     other.set_attn_implementation("sdpa")
     manager = other.init_continuous_batching(generation_config=config)
     manager.start()
-    began, found = time.perf_counter(), 0
+    began = time.perf_counter()
     try:
-        for one, length in zip(inputs, new, strict=True):
-            manager.add_request(list(one.input_ids), max_new_tokens=length)
-        while found < len(inputs):
-            result = manager.get_result(timeout=60)
-            found += result is not None and result.is_finished()
+        answer_all(manager, inputs, new)
         return sum(new) / (time.perf_counter() - began)
     finally:
         manager.stop(block=True)

@@ -359,11 +359,10 @@ class Slots(cache_utils.Cache):
 
     def make_room(self, live: int, columns: int) -> None:
         rows, columns = self.room(live, columns)
-        self.captured.clear()  # they read the old buffers
-        for layer in (
-            self.filled if (rows, columns) != (self.cursor.rows, self.cursor.columns) else ()
-        ):
-            layer.resize(live, rows, columns)
+        if (rows, columns) != (self.cursor.rows, self.cursor.columns):
+            self.captured.clear()  # they read the old buffers
+            for layer in self.filled:
+                layer.resize(live, rows, columns)
         self.cursor.rows, self.cursor.columns = rows, columns
 
 
@@ -659,7 +658,19 @@ class OneDNN:
         return cast("Tensor", self.packed.to_dense())
 
 
-class Int4:
+class FewerBits:
+    """What products of weights in 8 and 4 bits share: the kernels take rows, and no bias."""
+
+    def product(self, rows: Tensor) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product = self.product(x.reshape(-1, x.shape[-1]))
+        product = product if bias is None else product + bias
+        return cast("Tensor", product.view(*x.shape[:-1], -1))
+
+
+class Int4(FewerBits):
     """A weight as 4-bit numbers, a scale and a zero point for each GROUP of them, as in Q4_1.
 
     For few rows that is less to read, and faster; for many it is slower, because each row unpacks
@@ -679,18 +690,15 @@ class Int4:
         self.scales = scales.transpose(0, 1).contiguous().to(weight.dtype)
         self.nbytes, self.numel = self.packed.nbytes + self.scales.nbytes, weight.numel()
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, self.shape[1])
+    def product(self, rows: Tensor) -> Any:
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-        product = kernel(rows, self.packed, GROUP, self.scales)[:, : self.shape[0]]
-        product = product if bias is None else product + bias
-        return cast("Tensor", product.view(*x.shape[:-1], -1))
+        return kernel(rows, self.packed, GROUP, self.scales)[:, : self.shape[0]]
 
     def weight(self) -> Tensor:
         return self(torch.eye(self.shape[1], dtype=self.scales.dtype), None).t().contiguous()
 
 
-class Int8:
+class Int8(FewerBits):
     """A weight as 8-bit numbers with a scale for each output; else as Int4."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -699,11 +707,8 @@ class Int8:
         self.scales = scales.to(weight.dtype)
         self.nbytes, self.numel = self.packed.nbytes + self.scales.nbytes, weight.numel()
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        product = torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
-        product = product if bias is None else product + bias
-        return cast("Tensor", product.view(*x.shape[:-1], -1))
+    def product(self, rows: Tensor) -> Any:
+        return torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
 
     def weight(self) -> Tensor:
         return self.packed.to(self.scales.dtype) * self.scales[:, None]
@@ -1187,9 +1192,8 @@ def _forward_slots(
     positions = torch.tensor(written, device=ids.device)[:, None]
     at.ahead = live > len(batch.rows)
     at.first, at.positions, at.top = first, positions[:, 0], _blocks(max(written) + 1)
-    at.index = torch.arange(first, first + live, device=ids.device)
-    if at.ahead:
-        at.index = torch.zeros_like(at.index)
+    slots = [0] * live if at.ahead else range(first, first + live)
+    at.index = torch.tensor(slots, device=ids.device)
     if live == 1 and decoder.pairs:
         ids, positions = ids.expand(COMPANY, 1), positions.expand(COMPANY, 1)
     return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
