@@ -180,6 +180,21 @@ class Chat(Settings, frozen=True, kw_only=True):
     add_generation_prompt: Annotated[bool, about("End with the opening of an answer.")] = True
 
 
+class Message(Settings, frozen=True, kw_only=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateRequest(Generation, frozen=True, kw_only=True):
+    """A prompt or messages, and any generation setting; what is unset is as configured."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[tuple[Message, ...], Meta(max_length=256)] | None = None
+    use_chat_template: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
 class Server(Settings, frozen=True, kw_only=True):
     """How labs-api serves."""
 
@@ -292,11 +307,6 @@ def _description(kind: Any) -> str | None:
 # ---------------------------------------------------------------- values
 
 
-class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
 class Inputs(Struct, frozen=True):
     """A prompt as the model reads it: its ids, and the same as text with control tokens shown."""
 
@@ -304,8 +314,31 @@ class Inputs(Struct, frozen=True):
     prompt: str
 
 
+class Fingerprint(Struct, frozen=True, kw_only=True):
+    """What a text depends on, apart from its company where batch_invariant does not hold.
+
+    revision: the hub's commit, or the sha256 of the file or of the folder's files. quantization:
+    what differs from its defaults. generation: with what the request left open filled in.
+    prompt_sha256: of the token ids as a JSON list.
+    """
+
+    model: str
+    revision: str
+    dtype: str
+    device: str
+    hardware: str
+    quantization: dict[str, Any]
+    batch_invariant: bool
+    versions: dict[str, str]
+    generation: Generation = Generation()
+    prompt_sha256: str = ""
+
+
 class Model(Struct, frozen=True, eq=False):
-    """A loaded model. `lock` guards the tokenizer, which threads share; load_s is in seconds."""
+    """A loaded model. `lock` guards the tokenizer, which threads share; load_s is in seconds.
+
+    fingerprint: of the answers, without what one request adds.
+    """
 
     decoder: Any
     tokenizer: Any
@@ -317,6 +350,7 @@ class Model(Struct, frozen=True, eq=False):
     recommended: dict[str, Any]
     load_s: float
     lock: Any
+    fingerprint: Fingerprint | None = None
 
     @property
     def model(self) -> Any:
@@ -373,6 +407,7 @@ class Done(Struct, frozen=True, tag="done"):
     timings: Timings
     matched_stop: str | None = None
     seed: int | None = None
+    fingerprint: Fingerprint | None = None
 
 
 class Failed(Struct, frozen=True, tag="failed"):
@@ -393,6 +428,7 @@ class Completion(Struct, frozen=True):
     timings: Timings
     matched_stop: str | None = None
     seed: int | None = None
+    fingerprint: Fingerprint | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -412,6 +448,13 @@ def evolve(struct: S, /, **changes: Any) -> S:
     known = {field.name: field.type for field in fields(struct)}
     checked = {key: _check(key, value, known, "") for key, value in changes.items()}
     return _build(type(struct), {**_shallow(struct), **checked})
+
+
+def choice_of(generation: Generation, choice: int) -> Generation:
+    """Choice i of a seeded request has seed + i: else all choices would be the same."""
+    if choice == 0 or generation.seed is None:
+        return generation
+    return msgspec.structs.replace(generation, seed=(generation.seed + choice) % 2**63)
 
 
 def load_config(
@@ -790,7 +833,7 @@ def _progress_bars() -> Iterator[None]:
 def _load(spec: ModelSpec) -> Model:
     began = time.perf_counter()
     device_map, device, dtype = _device(spec)
-    source, options = _locate(spec, dtype)
+    source, options, origin = _locate(spec, dtype)
     config = _pretrained("AutoConfig", source, options)
     if config.is_encoder_decoder:
         raise ModelError(
@@ -803,8 +846,9 @@ def _load(spec: ModelSpec) -> Model:
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
     model = _complete(*_pretrained("AutoModelForCausalLM", source, weights))
+    decoder = _decoder(model, spec)
     return Model(
-        decoder=_decoder(model, spec),
+        decoder=decoder,
         tokenizer=tokenizer,
         spec=spec,
         device=device,
@@ -814,7 +858,45 @@ def _load(spec: ModelSpec) -> Model:
         recommended=_recommended(model),
         load_s=time.perf_counter() - began,
         lock=threading.Lock(),
+        fingerprint=Fingerprint(
+            model=spec.model_name,
+            revision=_revision(spec, config, origin),
+            dtype=dtype,
+            device=device,
+            hardware=_hardware(device),
+            quantization=_changed(spec.quantization),
+            batch_invariant=decoder.invariant,
+            versions=_versions(spec.quantization),
+        ),
     )
+
+
+def _revision(spec: ModelSpec, config: Any, origin: Path | None) -> str:
+    """Return what names the weights whatever their place is called."""
+    if origin is None:
+        return str(getattr(config, "_commit_hash", None) or spec.revision or "unknown")
+    return f"sha256:{_digest(origin, _cache(spec))}"
+
+
+def _hardware(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def _changed(struct: Struct) -> dict[str, Any]:
+    pairs = ((field, getattr(struct, field.name)) for field in fields(struct))
+    return {field.name: value for field, value in pairs if value != field.default}
+
+
+def _versions(quantization: Quantization) -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ["torch", "transformers"]
+    packages += ["bitsandbytes"] * (quantization.load_in_4bit or quantization.load_in_8bit)
+    return {"labs": __version__, **{package: version(package) for package in packages}}
 
 
 def _decoder(model: Any, spec: ModelSpec) -> Any:
@@ -981,24 +1063,35 @@ def _reason(error: BaseException) -> str:
 # ---------------------------------------------------------------- where models come from
 
 
-def _locate(spec: ModelSpec, dtype: str) -> tuple[str, dict[str, Any]]:
-    """Return what transformers loads from, a folder or a hub id, and its options."""
+def _locate(spec: ModelSpec, dtype: str) -> tuple[str, dict[str, Any], Path | None]:
+    """Return what transformers loads from, a folder or a hub id, its options, and whence it is.
+
+    That is a file or a folder, or None for the hub.
+    """
     name = spec.model_name
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if name.startswith("package:"):
-        return str(_converted(_package_file(name), spec, dtype)), options
-    if name.endswith(".gguf"):
-        path = Path(name).expanduser()
-        found = path if path.is_file() else _hub_gguf(spec)
-        return str(_converted(found, spec, dtype)), options
+    if name.startswith("package:") or name.endswith(".gguf"):
+        gguf = _gguf(spec)
+        return str(_converted(gguf, spec, dtype)), options, gguf
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: the folder holds no config.json, so it is no model")
-        return str(folder), options
+        return str(folder), options, folder
     if name.startswith((".", "/", "~")) or folder.suffix == ".safetensors" or folder.is_file():
         raise ModelError(f"{name}: there is no such model folder or .gguf file")
-    return _hub(spec, options)
+    return (*_hub(spec, options), None)
+
+
+def _gguf(spec: ModelSpec) -> Path:
+    if spec.model_name.startswith("package:"):
+        return _package_file(spec.model_name)
+    path = Path(spec.model_name).expanduser()
+    return path if path.is_file() else _hub_gguf(spec)
+
+
+def _cache(spec: ModelSpec) -> Path:
+    return Path(spec.cache_dir or "~/.cache/labs").expanduser()
 
 
 def _package_file(name: str) -> Path:
@@ -1067,7 +1160,7 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
     import shutil
     import tempfile
 
-    root = Path(spec.cache_dir or "~/.cache/labs").expanduser()
+    root = _cache(spec)
     folder = root / f"{gguf.stem}-{_digest(gguf, root)[:16]}-{dtype}"
     if _is_whole(folder):
         return folder
@@ -1100,24 +1193,36 @@ def _sweep(root: Path) -> None:
             continue
 
 
-def _digest(gguf: Path, root: Path) -> str:
-    """Return the file's sha256, remembered by path, size and time of change."""
+def _digest(place: Path, root: Path) -> str:
+    """Return the sha256 of a file, or of a list of a folder's files with theirs.
+
+    It is remembered in `root` by the files' names, sizes and times of change.
+    """
     import hashlib
 
-    state = gguf.stat()
-    key = hashlib.sha256(
-        f"{gguf.resolve()}:{state.st_size}:{state.st_mtime_ns}".encode()
-    ).hexdigest()
+    kinds = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")
+    inside = [] if place.is_file() else sorted(place.iterdir())
+    files = [place] if place.is_file() else [path for path in inside if path.suffix in kinds]
+    states = [(str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
+    key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
     memory = root / f".digest-{key[:16]}"
     with contextlib.suppress(OSError):
         if len(text := memory.read_text()) == 64:
             return text
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = [_digest_of_file(path) for path in files]
+    lines = "".join(f"{d}  {path.name}\n" for d, path in zip(digests, files, strict=True))
+    digest = digests[0] if place.is_file() else hashlib.sha256(lines.encode()).hexdigest()
     with contextlib.suppress(OSError):
         root.mkdir(parents=True, exist_ok=True)
         memory.write_text(digest)
     return digest
+
+
+def _digest_of_file(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_whole(folder: Path) -> bool:
@@ -1324,8 +1429,18 @@ def _starts(stops: tuple[str, ...], length: int) -> tuple[str, ...]:
 # ---------------------------------------------------------------- generation
 
 
+class Sourced(Struct, frozen=True):
+    """The value of a setting and where it comes from."""
+
+    value: Any
+    source: str
+
+
 class Explanation(Struct, frozen=True):
-    """What a request would do. bytes: of the weights, and of the request's keys and values."""
+    """What a request would do. bytes: of the weights, and of the request's keys and values.
+
+    settings: all that concern model and answer, with what the request leaves open filled in.
+    """
 
     prompt: str
     prompt_tokens: int
@@ -1336,14 +1451,23 @@ class Explanation(Struct, frozen=True):
     rows: int
     weight_bytes: int
     cache_bytes: int
+    settings: dict[str, Sourced]
 
 
-def explain(model: Model, inputs: Inputs, generation: Generation | None = None) -> Explanation:
-    """Tell how a request would run, without running it. Raises what running it would refuse."""
+def explain(
+    model: Model,
+    inputs: Inputs,
+    generation: Generation | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> Explanation:
+    """Tell how a request would run, without running it. Raises what running it would refuse.
+
+    sources: where settings come from, as in Config; else they are the model's or defaults.
+    """
     import labs_decode
 
     options, decoder = generation or Generation(), model.decoder
-    open_stream(model, 0, inputs, options)
+    stream = open_stream(model, 0, inputs, options)
     tokens, limit = len(inputs.input_ids), model.context_length
     return Explanation(
         prompt=inputs.prompt,
@@ -1355,6 +1479,41 @@ def explain(model: Model, inputs: Inputs, generation: Generation | None = None) 
         rows=rows_in_memory(model),
         weight_bytes=decoder.weight_bytes,
         cache_bytes=(tokens + options.max_new_tokens) * labs_decode.column_bytes(decoder),
+        settings=_sourced(model, stream, sources or {}),
+    )
+
+
+def _sourced(model: Model, stream: Stream, sources: Mapping[str, str]) -> dict[str, Sourced]:
+    found = {}
+    for setting in settings():
+        key, name = setting.key, setting.field
+        for holder in (model.spec, model.spec.quantization, _resolved(stream)):
+            if setting.section in ("generation", "quantization") and hasattr(holder, name):
+                source = sources.get(key) or ("model" if name in model.recommended else "default")
+                found[key] = Sourced(getattr(holder, name), source)
+    if stream.generation.seed is None and stream.sampling.temperature > 0:
+        found["seed"] = Sourced(None, "drawn")
+    return found
+
+
+def _resolved(stream: Stream) -> Generation:
+    """Return the options that were used; asked with them, any model of the kind does the same."""
+    sampling, given = stream.sampling, stream.generation
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    used = {name: getattr(sampling, name) for name in names}
+    seed = sampling.seed if sampling.temperature > 0 else given.seed
+    return msgspec.structs.replace(given, do_sample=None, seed=seed, **used)
+
+
+def _fingerprint(model: Model, stream: Stream) -> Fingerprint | None:
+    import hashlib
+
+    if model.fingerprint is None:
+        return None
+    ids = msgspec.json.encode(stream.inputs.input_ids)
+    digest = hashlib.sha256(ids).hexdigest()
+    return msgspec.structs.replace(
+        model.fingerprint, generation=_resolved(stream), prompt_sha256=digest
     )
 
 
@@ -1635,7 +1794,7 @@ def _admit(
 
     budget = labs_decode.CHUNK
     while budget > 0:
-        yield from _let_go(running)
+        yield from _let_go(model, running)
         yield from _enter(model, running, streams, rows)
         running.newcomers = [_recall(model, running, each) for each in running.newcomers]
         group = labs_decode.sharing(model.decoder, running.newcomers)
@@ -1722,7 +1881,7 @@ def _prefill(decoder: Any, newcomers: list[Any]) -> list[Any]:
     return [labs_decode.prefill(decoder, newcomers[0])] if pending else newcomers
 
 
-def _let_go(running: Running) -> Iterator[tuple[int, Event]]:
+def _let_go(model: Model, running: Running) -> Iterator[tuple[int, Event]]:
     """Drop who was cancelled or came too late, before anything more is computed for them."""
     import labs_decode
 
@@ -1737,7 +1896,7 @@ def _let_go(running: Running) -> Iterator[tuple[int, Event]]:
     batches = [labs_decode.keep(b, rows) if len(rows) < len(b.rows) else b for b, rows in kept]
     running.batches = [batch for batch in batches if batch is not None]
     for stream in gone:
-        yield _finish(running, stream, "cancelled" if stream.cancelled else "timeout")
+        yield _finish(model, running, stream, "cancelled" if stream.cancelled else "timeout")
 
 
 def _enter(
@@ -1843,7 +2002,7 @@ def _advance(
         logprobs, stream.logprobs = tuple(stream.logprobs), []
         yield stream.index, Delta(shown, logprobs)
     if over:
-        yield _finish(running, stream, over, stop)
+        yield _finish(model, running, stream, over, stop)
 
 
 def _over(model: Model, stream: Stream, token: int) -> FinishReason | None:
@@ -1855,7 +2014,7 @@ def _over(model: Model, stream: Stream, token: int) -> FinishReason | None:
 
 
 def _finish(
-    running: Running, stream: Stream, reason: FinishReason, stop: str | None = None
+    model: Model, running: Running, stream: Stream, reason: FinishReason, stop: str | None = None
 ) -> tuple[int, Done]:
     del running.streams[stream.index]
     now = time.perf_counter()
@@ -1864,5 +2023,5 @@ def _finish(
     usage = Usage(len(stream.inputs.input_ids), stream.tokens, stream.cached)
     queue_s = entered - stream.began
     timings = Timings(stream.load_s, first - entered, now - first, rate, queue_s)
-    seed = stream.sampling.seed if stream.sampling.temperature > 0 else stream.generation.seed
-    return stream.index, Done(reason, usage, timings, stop, seed)
+    seed = _resolved(stream).seed
+    return stream.index, Done(reason, usage, timings, stop, seed, _fingerprint(model, stream))

@@ -4,6 +4,7 @@
     GET  /health /livez /readyz      alive; ready to answer
     POST /generate                   prompt or messages and any generation setting -> text
     POST /generate/stream            the same as server-sent events
+    POST /explain                    how it would run, without running it
     GET  /v1/models                  OpenAI's endpoints
     POST /v1/chat/completions /v1/completions
     GET  /metrics /openapi.json /docs /
@@ -20,7 +21,6 @@ import hashlib
 import hmac
 import html
 import ipaddress
-import itertools
 import json
 import logging
 import math
@@ -34,16 +34,17 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import falcon
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 import labs
 import labs_engine
+import labs_openai
 
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
@@ -52,179 +53,12 @@ EngineFor = Callable[[str], labs_engine.Engine]
 S = TypeVar("S", bound=Struct)
 
 
-# ---------------------------------------------------------------- what comes in
-
-Choices = Annotated[int, Meta(ge=1, le=128)]
-Role = Literal["system", "developer", "user", "assistant"]
-Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
-
-
-class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
-    """A prompt or messages, and any generation setting; what is unset is as configured."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
-    use_chat_template: bool | None = None
-    add_generation_prompt: bool | None = None
-
-
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
-    role: Role
-    content: str | Annotated[tuple[TextPart, ...], Meta(min_length=1, max_length=256)]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    annotations: tuple[()] | None = None
-    function_call: None = None
-    tool_calls: None = None
-
-
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both of OpenAI's endpoints take."""
-
-    model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
-    temperature: labs.Scale | None = None
-    top_p: labs.Share | None = None
-    top_k: labs.Count | None = None
-    min_p: labs.Share | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    frequency_penalty: labs.Penalty | None = None
-    presence_penalty: labs.Penalty | None = None
-    logit_bias: dict[labs.TokenId, labs.Bias] | None = None
-    stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
-    seed: labs.Seed | None = None
-    n: Choices | None = None
-    user: Annotated[str, Meta(max_length=512)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-
-class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
-    """https://platform.openai.com/docs/api-reference/chat/create"""
-
-    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=256)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: labs.Rivals | None = None
-    tools: Refused = None
-    tool_choice: Refused = None
-    parallel_tool_calls: Refused = None
-    functions: Refused = None
-    function_call: Refused = None
-    response_format: Refused = None
-    modalities: Refused = None
-    audio: Refused = None
-    prediction: Refused = None
-    reasoning_effort: Refused = None
-    verbosity: Refused = None
-    web_search_options: Refused = None
-    service_tier: Refused = None
-    store: Refused = None
-    metadata: Refused = None
-    safety_identifier: Refused = None
-    prompt_cache_key: Refused = None
-
-
-class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
-    """https://platform.openai.com/docs/api-reference/completions/create, always without template"""
-
-    prompt: (
-        str
-        | Annotated[
-            tuple[
-                str | Annotated[int, Meta(ge=0)] | tuple[Annotated[int, Meta(ge=0)], ...],
-                ...,
-            ],
-            Meta(min_length=1),
-        ]
-    )
-    logprobs: labs.Rivals | None = None
-    echo: Refused = None
-    suffix: Refused = None
-    best_of: Refused = None
-
-
-# Values that ask for nothing. null always does.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "metadata": ({},),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-}
-REFUSED = {
-    name
-    for kind in (ChatRequest, CompletionRequest)
-    for name, note in kind.__annotations__.items()
-    if note == "Refused"
-}
-
-
 # ---------------------------------------------------------------- what goes out
 
 
 class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
     id: str
     model: str
-
-
-class PromptTokensDetails(Struct, frozen=True):
-    cached_tokens: int = 0
-
-
-class OpenAIUsage(Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
-    response_cached: bool = False
-
-
-class Said(Struct, frozen=True, omit_defaults=True):
-    """A message, or what a chunk adds to one."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class Choice(Struct, frozen=True):
-    """One answer, or a piece of it: `message` or `delta` in a chat, else `text`."""
-
-    index: int
-    message: Said | UnsetType = UNSET
-    delta: Said | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    logprobs: dict[str, Any] | None = None
-    finish_reason: Literal["stop", "length", "content_filter"] | None = None
-
-
-class OpenAIAnswer(Struct, frozen=True):
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    choices: tuple[Choice, ...]
-    usage: OpenAIUsage | UnsetType | None = UNSET
 
 
 class ModelCard(Struct, frozen=True):
@@ -243,17 +77,6 @@ class ModelList(Struct, frozen=True):
 
 class Health(Struct, frozen=True):
     status: Literal["ok", "loading", "draining", "dead", "stalled"]
-
-
-class ErrorDetail(Struct, frozen=True):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class Error(Struct, frozen=True):
-    error: ErrorDetail
 
 
 def dumps(value: Any) -> bytes:
@@ -287,11 +110,12 @@ class Problem(Exception):
         self.retry_after_s = retry_after_s
 
     @property
-    def error(self) -> Error:
+    def error(self) -> labs_openai.Error:
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         kind = "server_error" if self.status >= 500 else kind
-        return Error(ErrorDetail(str(self), kind, self.param, self.code))
+        detail = labs_openai.ErrorDetail(str(self), kind, self.param, self.code)
+        return labs_openai.Error(detail)
 
 
 def as_problem(error: BaseException, request_id: str) -> Problem:
@@ -300,10 +124,8 @@ def as_problem(error: BaseException, request_id: str) -> Problem:
         return error
     if isinstance(error, labs_engine.Busy):
         return Problem(503, str(error), "overloaded", retry_after_s=1)
-    if isinstance(error, labs.PromptTooLong):
-        return Problem(400, str(error), "context_length_exceeded")
     if isinstance(error, labs.InputError | labs.ConfigError):  # what a request says, both
-        return Problem(400, str(error), "invalid_value", _param(str(error)))
+        return Problem(400, str(error), *labs_openai.code_and_param(error))
     if isinstance(error, falcon.HTTPError):
         return Problem(
             falcon.http_status_to_code(error.status),
@@ -318,12 +140,6 @@ def as_problem(error: BaseException, request_id: str) -> Problem:
 
 def _code(title: str) -> str:
     return title.partition(" ")[2].lower().replace(" ", "_") or "refused"
-
-
-def _param(message: str) -> str | None:
-    """Cut the field out of a message of msgspec or of labs."""
-    found = re.search(r"- at `\$\.(.+?)`|field `(.+?)`|^(\w+(?:\[\d+\])?)(?: = |:| names)", message)
-    return next((part for part in found.groups() if part), None) if found else None
 
 
 # ---------------------------------------------------------------- who may ask, and how much
@@ -570,24 +386,14 @@ class Service:
             raise Problem(415, "the body must be application/json", "not_json")
         if (req.content_length or 0) > (limit := self.config.server.max_body_bytes):
             raise Problem(413, f"the body has more than {limit} bytes", "body_too_large")
-        data = req.bounded_stream.read()
-        try:
-            body = msgspec.json.decode(data, type=kind)
-            given = msgspec.json.decode(data)
-        except msgspec.ValidationError as error:
-            raise Problem(400, str(error), "invalid_value", _param(str(error))) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Problem(400, f"the body is no valid JSON: {error}", "invalid_json") from error
-        for name in REFUSED & given.keys():
-            neutral = [(type(value), value) for value in (None, *NEUTRAL.get(name, ()))]
-            if (type(given[name]), given[name]) not in neutral:  # 0 is not False here
-                raise Problem(400, f"{name} is not implemented here", "unsupported", name)
-        return body, given
+        return labs_openai.read(req.bounded_stream.read(), kind)
 
     def build(
-        self, engine: labs_engine.Engine, *, raw: bool = False, **request: Any
+        self, engine: labs_engine.Engine, *, ids: tuple[int, ...] = (), **request: Any
     ) -> labs.Inputs:
         """Build inputs within the limit on bytes, which is looked at before any tokenising."""
+        if ids:
+            return labs.inputs_of_ids(engine.model, ids)
         texts = [message.content for message in request.get("messages") or ()]
         size = sum(
             len(text.encode(errors="replace")) for text in [request.get("prompt") or "", *texts]
@@ -598,7 +404,6 @@ class Service:
             name: getattr(self.config, name) if request.get(name) is None else request[name]
             for name in ("use_chat_template", "add_generation_prompt")
         }
-        toggles["use_chat_template"] &= not raw
         return labs.build_inputs(engine.model, **{**request, **toggles})
 
     def check_choices(self, prompts: int, n: int) -> None:
@@ -628,7 +433,7 @@ class Service:
         try:
             for each in inputs:
                 for choice in range(n):
-                    options = _choice_of(generation, choice)
+                    options = labs.choice_of(generation, choice)
                     asked.submit(engine, each, generation=options, owner=req.context.owner)
         except BaseException:
             asked.close()
@@ -680,13 +485,6 @@ def _guarded(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
         yield b"event: error\ndata: " + data + b"\n\n"
 
 
-def _choice_of(generation: labs.Generation, choice: int) -> labs.Generation:
-    """Choice i of a seeded request has seed + i: else all choices would be the same."""
-    if choice == 0 or generation.seed is None:
-        return generation
-    return msgspec.structs.replace(generation, seed=(generation.seed + choice) % 2**63)
-
-
 class Resource:
     public = False
 
@@ -725,16 +523,29 @@ class Ready(Resource):
 
 
 class Generate(Resource):
-    """POST /generate and /generate/stream."""
+    """POST /generate, /generate/stream and /explain."""
 
-    def _ask(self, req: falcon.Request) -> Asked:
-        body, given = self.service.read(req, GenerateRequest)
+    def _read(
+        self, req: falcon.Request
+    ) -> tuple[labs_engine.Engine, labs.Inputs, labs.Generation, set[str]]:
+        """Return what is asked of whom, and which settings the request names."""
+        body, given = self.service.read(req, labs.GenerateRequest)
         engine = self.service.engine(body.model)
         names = ("prompt", "messages", "use_chat_template", "add_generation_prompt")
         inputs = self.service.build(engine, **{name: getattr(body, name) for name in names})
         options = {k: getattr(body, k) for k in labs.Generation.__struct_fields__ if k in given}
         generation = labs.evolve(self.service.config.generation, **options)
+        return engine, inputs, generation, {*options}
+
+    def _ask(self, req: falcon.Request) -> Asked:
+        engine, inputs, generation, _ = self._read(req)
         return self.service.ask(req, engine, [inputs], generation)
+
+    def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
+        engine, inputs, generation, named = self._read(req)
+        sources = dict.fromkeys(self.service.config.sources, "server")
+        sources |= dict.fromkeys(named, "request")
+        resp.data = dumps(labs.explain(engine.model, inputs, generation, sources))
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         (done,) = self.service.collect(req, self._ask(req))
@@ -789,71 +600,46 @@ class Models(Resource):
 
 
 class OpenAI(Resource):
-    """What POST /v1/chat/completions and /v1/completions have in common."""
+    """POST /v1/chat/completions and /v1/completions."""
 
-    request: type[Any]
-    prefix: str
-    kinds: tuple[Any, Any]  # object of a whole answer and of a chunk
+    def __init__(self, service: Service, endpoint: labs_openai.Endpoint) -> None:
+        super().__init__(service)
+        self.endpoint = endpoint
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        body, given = self.service.read(req, self.request)
+        body, given = self.service.read(req, self.endpoint.request)
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options need stream = true", "invalid", "stream_options")
+        n = body.n or 1
         engine = self.service.engine(body.model)
-        generation = labs.evolve(self.service.config.generation, **self.options(body, given))
-        asked = self.service.ask(req, engine, self.inputs(engine, body), generation, body.n or 1)
+        options = self.endpoint.options(body, given)
+        generation = labs.evolve(self.service.config.generation, **options)
+        prompts = self.endpoint.prompts(body)
+        self.service.check_choices(len(prompts), n)
+        inputs = [self.service.build(engine, **each) for each in prompts]
+        asked = self.service.ask(req, engine, inputs, generation, n)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            frames = self._frames(req, engine, asked, body.n or 1 if usage else 0)
+            frames = self._frames(req, engine, asked, n if usage else 0)
             self.service.stream(req, resp, asked, frames)
             return
         answers = self.service.collect(req, asked)
-        choices = tuple(self.choice(engine, i, answer) for i, answer in enumerate(answers))
-        usage = self._usage(answers, body.n or 1)
-        resp.data = dumps(self._answer(req, choices, whole=True, usage=usage))
+        names = self._names(req)
+        resp.data = dumps(self.endpoint.answer(engine.model, answers, n, **names))
 
-    def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the generation settings that the body names; null names none."""
-        names = {*labs.Generation.__struct_fields__} - {"stop", "logprobs"}
-        found = {name: getattr(body, name) for name in names & given.keys()}
-        found = {name: value for name, value in found.items() if value is not None}
-        if body.max_tokens is not None:
-            found["max_new_tokens"] = body.max_tokens
-        if body.stop is not None:
-            found["stop"] = (body.stop,) if isinstance(body.stop, str) else body.stop
-        return found
-
-    def inputs(self, engine: labs_engine.Engine, body: Any) -> list[labs.Inputs]:
-        raise NotImplementedError
-
-    def choice(self, engine: labs_engine.Engine, index: int, part: Any, offset: int = 0) -> Choice:
-        """Return a choice of a whole answer or of an event; offset: characters before it."""
-        raise NotImplementedError
-
-    def first(self, index: int) -> Choice | None:
-        """Return what a stream begins a choice with."""
-        return None
-
-    def _answer(
-        self, req: falcon.Request, choices: tuple[Choice, ...], *, whole: bool, usage: Any = UNSET
-    ) -> OpenAIAnswer:
-        return OpenAIAnswer(
-            id=f"{self.prefix}-{req.context.id}",
-            object=self.kinds[0 if whole else 1],
-            created=req.context.created,
-            model=self.service.config.model_id,
-            choices=choices,
-            usage=usage,
-        )
+    def _names(self, req: falcon.Request) -> dict[str, Any]:
+        model = self.service.config.model_id
+        return {"id": req.context.id, "created": req.context.created, "model": model}
 
     def _frames(
         self, req: falcon.Request, engine: labs_engine.Engine, asked: Asked, usage_of: int
     ) -> Iterator[bytes]:
         """Yield a chunk an event. usage_of: choices a prompt, where usage is asked for, else 0."""
-        nothing = None if usage_of else UNSET
+        nothing, names = None if usage_of else msgspec.UNSET, self._names(req)
 
-        def frame(*choices: Choice, usage: Any = nothing) -> bytes:
-            return b"data: " + dumps(self._answer(req, choices, whole=False, usage=usage)) + b"\n\n"
+        def frame(*choices: labs_openai.Choice, usage: Any = nothing) -> bytes:
+            chunk = self.endpoint.wrap(engine.model, choices, usage=usage, **names)
+            return b"data: " + dumps(chunk) + b"\n\n"
 
         lengths: dict[int, int] = {}  # of each choice so far, in characters
         for item in asked:
@@ -861,134 +647,15 @@ class OpenAI(Resource):
                 yield b": ping\n\n"
                 continue
             index, event = item
-            if index not in lengths and (first := self.first(index)) is not None:
+            if index not in lengths and (first := self.endpoint.first(index)) is not None:
                 yield frame(first)
             offset = lengths.setdefault(index, 0)
-            yield frame(self.choice(engine, index, event, offset))
+            yield frame(self.endpoint.choice(engine.model, index, event, offset))
             lengths[index] += len(getattr(event, "text", ""))
         if usage_of:
-            yield frame(usage=self._usage(asked.dones, usage_of))
+            usages = [done.usage for done in asked.dones]
+            yield frame(usage=labs_openai.usage_of(usages, usage_of))
         yield b"data: [DONE]\n\n"
-
-    def _usage(self, answers: Any, n: int) -> OpenAIUsage:
-        """Count each prompt once, as OpenAI does, and all that was generated."""
-        prompt = sum(answer.usage.prompt_tokens for answer in answers) // n
-        completion = sum(answer.usage.completion_tokens for answer in answers)
-        cached = sum(answer.usage.cached_tokens for answer in answers) // n
-        return OpenAIUsage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached),
-            response_cached=all(answer.usage.response_cached for answer in answers),
-        )
-
-
-def _reason(event: Any) -> Any:
-    """OpenAI knows no `timeout` and no `cancelled`: both cut an answer short."""
-    reason = getattr(event, "finish_reason", None)
-    return "length" if reason in ("timeout", "cancelled") else reason
-
-
-def _token(engine: labs_engine.Engine, token: int) -> str:
-    with engine.model.lock:
-        return str(engine.model.tokenizer.decode([token]))
-
-
-class ChatCompletions(OpenAI):
-    request = ChatRequest
-    prefix = "chatcmpl"
-    kinds = ("chat.completion", "chat.completion.chunk")
-
-    def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
-        found = super().options(body, given)
-        limits = {body.max_tokens, body.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            text = "max_tokens and max_completion_tokens differ: give one"
-            raise Problem(400, text, "invalid_value", "max_tokens")
-        if limits:
-            found["max_new_tokens"] = limits.pop()
-        if body.top_logprobs is not None and not body.logprobs:
-            raise Problem(400, "top_logprobs needs logprobs = true", "invalid", "top_logprobs")
-        if body.logprobs is not None:
-            found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
-        return found
-
-    def inputs(self, engine: labs_engine.Engine, body: ChatRequest) -> list[labs.Inputs]:
-        messages = [
-            labs.Message(
-                role="system" if message.role == "developer" else message.role,
-                content=message.content
-                if isinstance(message.content, str)
-                else "".join(part.text for part in message.content),
-            )
-            for message in body.messages
-        ]
-        return [self.service.build(engine, messages=messages)]
-
-    def first(self, index: int) -> Choice:
-        return Choice(index=index, delta=Said(role="assistant", content=""))
-
-    def choice(self, engine: labs_engine.Engine, index: int, part: Any, offset: int = 0) -> Choice:
-        said: dict[str, Any] = {"delta": Said()}
-        if isinstance(part, labs.Completion):
-            said = {"message": Said(role="assistant", content=part.text)}
-        elif isinstance(part, labs.Delta):
-            said = {"delta": Said(content=part.text)}
-        logprobs = self._logprobs(engine, getattr(part, "logprobs", ()))
-        return Choice(index=index, **said, logprobs=logprobs, finish_reason=_reason(part))
-
-    def _logprobs(self, engine: labs_engine.Engine, found: Any) -> dict[str, Any] | None:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = _token(engine, token)
-            data = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "logprob": logprob, "bytes": data}
-
-        content = [
-            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
-            for each in found
-        ]
-        return {"content": content, "refusal": None} if content else None
-
-
-class Completions(OpenAI):
-    request = CompletionRequest
-    prefix = "cmpl"
-    kinds = ("text_completion", "text_completion")
-
-    def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
-        found = super().options(body, given)
-        return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
-
-    def inputs(self, engine: labs_engine.Engine, body: CompletionRequest) -> list[labs.Inputs]:
-        prompt: Any = body.prompt
-        one = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
-        self.service.check_choices(1 if one else len(prompt), body.n or 1)
-        return [self._input(engine, each) for each in ([prompt] if one else prompt)]
-
-    def _input(self, engine: labs_engine.Engine, prompt: Any) -> labs.Inputs:
-        if isinstance(prompt, str):
-            return self.service.build(engine, prompt=prompt, raw=True)
-        if not isinstance(prompt, tuple) or not prompt:
-            raise Problem(400, "prompt: texts or lists of token ids", "invalid_value", "prompt")
-        return labs.inputs_of_ids(engine.model, prompt)
-
-    def choice(self, engine: labs_engine.Engine, index: int, part: Any, offset: int = 0) -> Choice:
-        logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
-        found = self._logprobs(engine, logprobs, offset) if logprobs else None
-        return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
-
-    def _logprobs(self, engine: labs_engine.Engine, found: Any, offset: int) -> dict[str, Any]:
-        tokens = [_token(engine, each.token) for each in found]
-        offsets = itertools.accumulate(map(len, tokens), initial=offset)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": [
-                {_token(engine, token): logprob for token, logprob in each.top} for each in found
-            ],
-            "text_offset": list(offsets)[:-1],
-        }
 
 
 class Metrics(Resource):
@@ -1075,34 +742,34 @@ class Route(Struct, frozen=True):
 
 def routes(service: Service) -> tuple[Route, ...]:
     alive, generate, models = Alive(service), Generate(service), Models(service)
-    chat, completions = ChatCompletions(service), Completions(service)
+    chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
     metrics, events = Metrics(service), "text/event-stream"
-    made = OpenAIAnswer
+    made, asked = labs_openai.OpenAIAnswer, labs.GenerateRequest
     return (
         Route("get", "/health", alive, "The process answers", Health),
         Route("get", "/livez", alive, "The same", Health),
         Route("get", "/readyz", Ready(service), "The model is loaded and answers", Health),
-        Route("post", "/generate", generate, "Generate text", GenerateAnswer, GenerateRequest),
-        Route(
-            "post",
-            "/generate/stream",
-            generate,
-            "The same as it comes",
-            events,
-            GenerateRequest,
-            "stream",
-        ),
+        Route("post", "/generate", generate, "Generate text", GenerateAnswer, asked),
+        Route("post", "/generate/stream", generate, "The same streamed", events, asked, "stream"),
+        Route("post", "/explain", generate, "How it would run", labs.Explanation, asked, "explain"),
         Route("get", "/v1/models", models, "The models served", ModelList),
         Route("get", "/v1/models/{name:path}", models, "One of them", ModelCard, None, "one"),
-        Route("post", "/v1/chat/completions", chat, "OpenAI's chat", made, ChatRequest),
-        Route("post", "/v1/completions", completions, "OpenAI's legacy", made, CompletionRequest),
+        Route("post", "/v1/chat/completions", chat, "OpenAI's chat", made, chat.endpoint.request),
+        Route(
+            "post",
+            "/v1/completions",
+            completions,
+            "OpenAI's legacy",
+            made,
+            completions.endpoint.request,
+        ),
         Route("get", "/metrics", metrics, "Figures for Prometheus", "text/plain"),
     )
 
 
 def openapi(service: Service, table: tuple[Route, ...]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the routes, made from the structs."""
-    kinds = [route.body for route in table if route.body] + [Error]
+    kinds = [route.body for route in table if route.body] + [labs_openai.Error]
     kinds += [route.answer for route in table if isinstance(route.answer, type)]
     reference = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(dict.fromkeys(kinds), ref_template=reference)
@@ -1128,9 +795,9 @@ def _operation(route: Route) -> dict[str, Any]:
         return {"application/json": {"schema": schema}}
 
     answer = content(route.answer)
-    if route.answer is OpenAIAnswer:
+    if route.answer is labs_openai.OpenAIAnswer:
         answer |= content("text/event-stream")
-    refused = {"description": "Refused", "content": content(Error)}
+    refused = {"description": "Refused", "content": content(labs_openai.Error)}
     found: dict[str, Any] = {
         "summary": route.summary,
         "responses": {"200": {"description": "Done", "content": answer}, "default": refused},

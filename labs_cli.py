@@ -34,6 +34,8 @@ Examples:
   labs-gen --messages-json '[{"role": "user", "content": "Hello!"}]'
   labs-gen --chat --system "You are a pirate." --seed 1
   labs-gen --model your-org/your-model --load-in-4bit --prompt "Hello!"
+  labs-gen --input prompts.jsonl --output answers.jsonl
+  labs-gen --replay answers.jsonl
   labs-gen --temperature 0.2 --show-config
 
 \b
@@ -52,7 +54,7 @@ an answer.
   /help         show this
   /exit         end the chat, as Ctrl-D does'''
 
-Options = tuple[tuple[str, str, type, str], ...]
+Options = tuple[tuple[str, str, Any, str], ...]
 # Group, flag, type and help of what is not a setting of labs.py.
 OPTIONS: Options = (
     ("Input", "--prompt", str, "The prompt; - reads standard input, as a pipe does."),
@@ -65,10 +67,17 @@ OPTIONS: Options = (
     ("Output", "--explain", bool, "Tell what would run and how, without running it."),
     ("Output", "--verbose", bool, "Tell tokens/s and where the time went."),
     ("Output", "--show-config", bool, "Show each setting and where it comes from."),
+    ("Batch", "--input", str, "A file of prompts, one JSON object a line; - is standard input."),
+    ("Batch", "--output", str, "The file of answers, appended to; what is there is not redone."),
+    ("Batch", "--batch-rows", click.IntRange(1), "Prompts at once [default: what memory holds]."),
+    ("Batch", "--ordered", bool, "Answers in the order of the prompts, not as they are done."),
+    ("Batch", "--replay", str, "Run a file of answers again and tell which differ."),
     ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
 )
 SETTINGS = [s for s in labs.settings() if s.section in ("generation", "quantization")]
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
+# What concerns one prompt only.
+SINGLE = ["prompt", "messages_json", "messages_file", "system", "chat", "stream", "json", "explain"]
 # At most one of each row: the others would have no effect.
 RIVALS = (
     "prompt messages_json messages_file",
@@ -78,6 +87,10 @@ RIVALS = (
     "explain chat",
     "explain json",
     "explain stream",
+    *(f"{mode} {other}" for mode in ("input", "replay") for other in SINGLE),
+    "input replay",
+    "replay output",
+    "replay ordered",
 )
 
 Values = dict[str, Any]  # flags, or the keywords of labs.build_inputs
@@ -152,12 +165,20 @@ def read_request(flags: Values) -> Values:
 
 
 def check_flags(flags: Values) -> None:
-    """Refuse two flags of one row of RIVALS."""
+    """Refuse two flags of one row of RIVALS, and one without what it belongs to."""
     for row in RIVALS:
         names = [name for name in row.split() if flags[name] not in (None, False)]
         given = ["--" + name.replace("_", "-") for name in names]
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
+    for name, modes in (
+        ("output", ["input"]),
+        ("ordered", ["input"]),
+        ("batch_rows", ["input", "replay"]),
+    ):
+        if flags[name] and not any(flags[mode] for mode in modes):
+            flag, needed = name.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
+            raise click.UsageError(f"--{flag} needs {needed}")
 
 
 def build_inputs(session: Session, request: Values) -> labs.Inputs:
@@ -192,14 +213,17 @@ def answer_json(session: Session, request: Values) -> None:
     config = session.config
     completion = labs.generate(session.model, build_inputs(session, request), config.generation)
     settings = {setting.key: labs.effective(config, setting) for setting in SETTINGS}
-    result = {**msgspec.structs.asdict(completion), "settings": settings}
+    toggles = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
+    result = {**msgspec.structs.asdict(completion), "request": {**request, **toggles}}
+    result["settings"] = settings
     write(msgspec.json.encode(result).decode() + "\n")
     report(session, completion)
 
 
 def explain(session: Session, request: Values) -> None:
     """Write the prompt as the model reads it and how it would be answered."""
-    told = labs.explain(session.model, build_inputs(session, request), session.config.generation)
+    config, inputs = session.config, build_inputs(session, request)
+    told = labs.explain(session.model, inputs, config.generation, config.sources)
     left = "any number of" if told.context_left is None else told.context_left
     same = "yes" if told.batch_invariant else "not promised for this model on this device"
     write(f"""{told.prompt}
@@ -208,7 +232,48 @@ prompt tokens: {told.prompt_tokens}; the context has room for {left} more
 runs: {told.how} ({told.why}); up to {told.rows} rows at once
 same text in any company: {same}
 memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes / 1e6:.1f} MB
+---
 """)
+    for key, each in told.settings.items():
+        value = "unset" if each.value is None else json.dumps(each.value, ensure_ascii=False)
+        write(f"{key} = {value}  # {each.source}\n")
+
+
+def answer_file(config: labs.Config, flags: Values) -> None:
+    """Answer the lines of --input; exit code 1 if some failed."""
+    import labs_batch
+
+    tally = labs_batch.Tally()
+    source, target = flags["input"], flags["output"] or "-"
+    options = {"batch_rows": flags["batch_rows"], "ordered": bool(flags["ordered"])}
+    load = functools.partial(labs.load_model, config)
+    try:
+        labs_batch.answer_file(load, config, source, target, tally, **options)
+    except BrokenPipeError:  # the reader has enough
+        raise click.exceptions.Exit(0) from None
+    finally:
+        if tally.done or tally.failed or tally.skipped:
+            tell(f"[{tally}]")
+    if tally.failed:
+        raise click.exceptions.Exit(1)
+
+
+def replay(config: labs.Config, flags: Values) -> None:
+    """Tell of each line of --replay how it compares; exit code 1 if a comparable one differs."""
+    import labs_batch
+
+    counts = dict.fromkeys(("same", "differs", "not comparable"), 0)
+    with labs_batch.opened(flags["replay"]) as lines:
+        model = labs.load_model(config)
+        rows = flags["batch_rows"]
+        for found in labs_batch.replay(model, config, enumerate(lines, 1), batch_rows=rows):
+            counts[found.verdict] += 1
+            at = f" at token {found.token}" if found.token else ""
+            why = f" ({found.why})" if found.why else ""
+            write(f"{found.id}: {found.verdict}{at}{why}\n")
+    tell(f"[{', '.join(f'{count} {verdict}' for verdict, count in counts.items())}]")
+    if counts["differs"]:
+        raise click.exceptions.Exit(1)
 
 
 def report(session: Session, done: labs.Done | labs.Completion) -> None:
@@ -398,6 +463,9 @@ def run(**flags: Any) -> None:
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
         write(labs.dump_effective_config(config).rstrip("\n") + "\n")
+        return
+    if flags["input"] or flags["replay"]:
+        (answer_file if flags["input"] else replay)(config, flags)
         return
     request = read_request(flags)
     stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]

@@ -38,6 +38,7 @@ from waitress import wasyncore
 import labs
 import labs_api
 import labs_engine
+import labs_openai
 import test_labs
 
 folder, one_thread = test_labs.folder, test_labs.one_thread
@@ -49,9 +50,11 @@ HELLO = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "hi"},
     "/generate/stream": {"prompt": "hi"},
+    "/explain": {"prompt": "hi"},
     CHAT: {"messages": HELLO},
     COMPLETIONS: {"prompt": "hi"},
 }
+ANSWERED = [path for path in BODIES if path != "/explain"]
 PUBLIC = ("/health", "/livez", "/readyz", "/openapi.json", "/docs", "/")
 
 
@@ -359,7 +362,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", ANSWERED)
 @pytest.mark.parametrize(("refusal", "status", "code"), REFUSALS, ids=["busy", "long", "input"])
 def test_what_the_engine_refuses_is_told(
     site: Site, path: str, refusal: Any, status: int, code: str
@@ -371,7 +374,7 @@ def test_what_the_engine_refuses_is_told(
     assert ("retry-after" in response.headers) == (status == 503)
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", ANSWERED)
 def test_an_unforeseen_error_tells_its_request_and_no_more(
     site: Site, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -409,18 +412,18 @@ def test_all_choices_are_let_go_when_one_cannot_be_taken(fake: Fake) -> None:
 ODD = {"best_of": 2, "suffix": "x", "echo": True, "store": True, "metadata": {"a": "b"}}
 
 
-@pytest.mark.parametrize("name", sorted(labs_api.REFUSED))
+@pytest.mark.parametrize("name", sorted(labs_openai.REFUSED))
 def test_what_is_not_implemented_is_refused_by_name(site: Site, name: str) -> None:
-    path = CHAT if name in labs_api.ChatRequest.__struct_fields__ else COMPLETIONS
+    path = CHAT if name in labs_openai.ChatRequest.__struct_fields__ else COMPLETIONS
     error = error_of(site.post(path, {**BODIES[path], name: ODD.get(name, ["odd"])}), 400)
     assert (error["code"], error["param"]) == ("unsupported", name)
     assert not site.engine.asked
 
 
-@pytest.mark.parametrize("name", sorted(labs_api.REFUSED))
+@pytest.mark.parametrize("name", sorted(labs_openai.REFUSED))
 def test_a_value_that_asks_for_nothing_is_taken(site: Site, name: str) -> None:
-    path = CHAT if name in labs_api.ChatRequest.__struct_fields__ else COMPLETIONS
-    for value in (None, *labs_api.NEUTRAL.get(name, ())):
+    path = CHAT if name in labs_openai.ChatRequest.__struct_fields__ else COMPLETIONS
+    for value in (None, *labs_openai.NEUTRAL.get(name, ())):
         assert site.post(path, {**BODIES[path], name: value}).status_code == 200, value
 
 
@@ -489,7 +492,7 @@ def test_what_openai_clients_ask_for_takes_effect(
 def test_null_leaves_openai_settings_as_configured(fake: Fake, path: str) -> None:
     generation = labs.Generation(max_new_tokens=5, temperature=0.5, stop=("x",), seed=3)
     site = Site(fake, configured(generation=generation))
-    kind = {CHAT: labs_api.ChatRequest, COMPLETIONS: labs_api.CompletionRequest}[path]
+    kind = {CHAT: labs_openai.ChatRequest, COMPLETIONS: labs_openai.CompletionRequest}[path]
     fields = {*kind.__struct_fields__} - BODIES[path].keys()
     assert site.post(path, {**BODIES[path], **dict.fromkeys(fields)}).status_code == 200
     assert fake.generation == generation
@@ -764,7 +767,7 @@ def test_all_else_needs_a_key(fake: Fake) -> None:
     closed = [
         (method, path) for path, found in paths.items() if path not in PUBLIC for method in found
     ]
-    assert len(closed) == 7
+    assert len(closed) == 8
     for method, path in closed:
         error_of(site.ask(method.upper(), path.replace("{name}", "tiny")), 401)
 

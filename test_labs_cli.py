@@ -347,13 +347,16 @@ def test_json_settings_hold_every_setting_and_no_secret(
 def test_explain_tells_what_would_run_and_runs_nothing(
     left: int | None, told: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = labs.Explanation("templated", 3, left, "joins", "as it can", True, 8, 2 * 10**6, 10**5)
+    used = {"top_k": labs.Sourced(7, "--top-k"), "stop": labs.Sourced(None, "default")}
+    sizes = (8, 2 * 10**6, 10**5)
+    found = labs.Explanation("templated", 3, left, "joins", "as it can", True, *sizes, used)
     monkeypatch.setattr(labs, "explain", lambda *_: found)
     fake.error = AssertionError("generated")
     text = invoke("--prompt", "Hi", "--explain").stdout
     assert text.startswith("templated\n---\nprompt tokens: 3;")
     assert f"room for {told} more\nruns: joins (as it can); up to 8 rows at once" in text
     assert "same text in any company: yes\nmemory: weights 2 MB, this request 0.1 MB" in text
+    assert text.endswith("---\ntop_k = 7  # --top-k\nstop = unset  # default\n")
     assert fake.closed == 0
 
 

@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of prompts in, files of answers out, one JSON object a line; and the same again, compared.
+
+    {"id": "a", "prompt": "Name a river.", "max_new_tokens": 8}          any setting of a request
+    {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {...}}   OpenAI's
+
+`answer_file` is what labs-gen --input runs: the lines share one decode batch, each answer is
+appended whole, and the same call goes on where another one ended. `answer_lines` does it without
+files; `replay` runs lines of answers again. Needs labs.py, labs_decode.py and, for OpenAI's lines,
+labs_openai.py; files also tqdm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, field
+
+import labs
+
+WINDOW = 1024  # lines that are sorted by length together: rows of one length share a batch well
+
+
+class Line(labs.GenerateRequest, frozen=True, kw_only=True):
+    id: str | int | None = None
+
+
+class OpenAILine(Struct, frozen=True, forbid_unknown_fields=True):
+    """https://platform.openai.com/docs/guides/batch"""
+
+    custom_id: str
+    method: str
+    url: str
+    body: msgspec.Raw
+
+
+class OpenAIRequest(Struct, frozen=True):
+    url: str
+    body: msgspec.Raw
+
+
+class Prompt(Struct, frozen=True, omit_defaults=True):
+    """What a prompt is built from; an answer repeats it, so that it can be built again."""
+
+    prompt: str | None = None
+    messages: tuple[labs.Message, ...] | None = None
+    ids: tuple[int, ...] | None = None
+    use_chat_template: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    def build(self, model: labs.Model, chat: labs.Chat) -> labs.Inputs:
+        if self.ids is not None:
+            return labs.inputs_of_ids(model, self.ids)
+        toggles = {name: getattr(self.within(chat), name) for name in labs.Chat.__struct_fields__}
+        return labs.build_inputs(model, prompt=self.prompt, messages=self.messages, **toggles)
+
+    def within(self, chat: labs.Chat) -> Prompt:
+        """Return it with what it leaves open filled in."""
+        names = [n for n in labs.Chat.__struct_fields__ if getattr(self, n) is None]
+        return msgspec.structs.replace(self, **{name: getattr(chat, name) for name in names})
+
+
+class Task(Struct, eq=False):
+    """One line under way: what it asks for, then what was found, a completion for each row.
+
+    order: among the tasks of a run. request: what the answer repeats. endpoint: OpenAI's that the
+    line speaks to. missing: rows that have not ended.
+    """
+
+    id: str | int
+    request: Any = None
+    prompts: list[Prompt] = field(default_factory=list)
+    generation: labs.Generation = labs.Generation()
+    n: int = 1
+    openai: bool = False
+    endpoint: Any = None
+    order: int = 0
+    inputs: list[labs.Inputs] = field(default_factory=list)
+    pieces: dict[int, list[labs.Delta]] = field(default_factory=dict)
+    found: dict[int, labs.Completion] = field(default_factory=dict)
+    error: labs.LabsError | None = None
+    missing: int = 1
+
+    @property
+    def length(self) -> int:
+        return max((len(each.input_ids) for each in self.inputs), default=0)
+
+    def fail(self, error: labs.LabsError) -> None:
+        """Keep the first error, without the frames it went through."""
+        self.error = self.error or error.with_traceback(None)
+
+    def take(self, place: int, event: labs.Event) -> None:
+        """Take in what one row tells."""
+        if isinstance(event, labs.Delta):
+            self.pieces.setdefault(place, []).append(event)
+            return
+        self.missing -= 1
+        if isinstance(event, labs.Failed):
+            self.fail(event.error)
+        else:
+            self.found[place] = labs.fold(self.pieces.pop(place, []), event)
+
+
+# ---------------------------------------------------------------- lines in
+
+
+def read_task(config: labs.Config, data: bytes, number: int) -> Task:
+    """Read one line; a wrong one becomes a task with an error, one without id has its number."""
+    task = Task(number)
+    try:
+        given = msgspec.json.decode(data)
+        if not isinstance(given, dict):
+            raise labs.InputError("the line is no JSON object")
+        task.openai = "custom_id" in given
+        identity = given.get("custom_id" if task.openai else "id")
+        if isinstance(identity, str | int) and not isinstance(identity, bool):
+            task.id = identity
+        (_read_openai if task.openai else _read_line)(config, data, given, task)
+    except labs.LabsError as error:
+        task.fail(error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        task.fail(labs.InputError(f"the line cannot be used: {error}"))
+    return task
+
+
+def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Task) -> None:
+    line = msgspec.json.decode(data, type=Line)
+    _check_model(config, line.model)
+    names = {*labs.Generation.__struct_fields__} & given.keys()
+    changes = {name: getattr(line, name) for name in names}
+    task.generation = labs.evolve(config.generation, **changes)
+    names = {*Prompt.__struct_fields__} - {"ids"}
+    task.request = Prompt(**{name: getattr(line, name) for name in names}).within(config)
+    task.prompts = [task.request]
+
+
+def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: Task) -> None:
+    import labs_openai
+
+    line = msgspec.json.decode(data, type=OpenAILine)
+    task.request = OpenAIRequest(line.url, line.body)
+    task.endpoint = labs_openai.ENDPOINTS.get(line.url)
+    if task.endpoint is None or line.method != "POST":
+        known = " and ".join(labs_openai.ENDPOINTS)
+        raise labs.InputError(f"{line.method} {line.url}: only POST {known} can be answered")
+    body, named = labs_openai.read(bytes(line.body), task.endpoint.request)
+    _check_model(config, body.model)
+    if body.stream or body.stream_options is not None:
+        raise labs_openai.Refusal("an answer in a file is no stream", "unsupported", "stream")
+    task.generation = labs.evolve(config.generation, **task.endpoint.options(body, named))
+    task.prompts = [Prompt(**each).within(config) for each in task.endpoint.prompts(body)]
+    task.n = body.n or 1
+    if task.n > 1 and task.generation.seed is None:  # else only one could be replayed
+        task.generation = labs.evolve(task.generation, seed=secrets.randbits(32))
+
+
+def _check_model(config: labs.Config, name: str | None) -> None:
+    if name not in (None, config.model_id):
+        raise labs.InputError(f"model = {name!r}: this run has {config.model_id} (--model)")
+
+
+def _tasks(
+    model: labs.Model, config: labs.Config, lines: Iterable[tuple[int, bytes]], tally: Tally
+) -> Iterator[Task]:
+    """Yield the tasks that are not answered yet, with their inputs."""
+    order, seen = itertools.count(), set()
+    for number, data in lines:
+        if not data.strip():
+            continue
+        task = read_task(config, data, number)
+        if _key(task.id) in seen:
+            error = labs.InputError(f"line {number}: the id {task.id!r} was used before")
+            task = Task(f"line {number}", error=error, openai=task.openai)
+        seen.add(key := _key(task.id))
+        if key in tally.answered:
+            tally.answered.remove(key)
+            tally.skipped += 1
+            continue
+        task.order = next(order)
+        yield _with_inputs(model, config, task)
+
+
+def _with_inputs(model: labs.Model, chat: labs.Chat, task: Task) -> Task:
+    try:
+        task.inputs = [prompt.build(model, chat) for prompt in task.prompts]
+    except labs.LabsError as error:
+        task.fail(error)
+    task.missing = 1 if task.error else len(task.inputs) * task.n
+    return task
+
+
+def _key(identity: str | int) -> int:
+    """Return 88 bits of the id's hash: a million of them take 80 MB, whatever ids are like."""
+    digest = hashlib.blake2b(msgspec.json.encode(identity), digest_size=11).digest()
+    return int.from_bytes(digest, "big")
+
+
+# ---------------------------------------------------------------- the batch
+
+
+def complete(
+    model: labs.Model, tasks: Iterable[Task], rows: int | None = None, *, ordered: bool = False
+) -> Iterator[Task]:
+    """Decode all tasks in one batch; yield each when it is done, or in their order.
+
+    tasks: with their inputs; read lazily. rows: at once, by default what memory allows.
+    """
+    under_way: dict[int, tuple[Task, int]] = {}
+    held: dict[int, Task] = {}
+    due = 0
+    streams = _streams(model, tasks, under_way, held)
+    for index, event in labs.run(model, streams, rows or labs.rows_in_memory(model)):
+        task, place = under_way[index]
+        task.take(place, event)
+        if isinstance(event, labs.Delta):
+            continue
+        del under_way[index]
+        if task.missing == 0:
+            held[task.order if ordered else due] = task
+        while due in held:
+            yield held.pop(due)
+            due += 1
+
+
+def _streams(
+    model: labs.Model,
+    tasks: Iterable[Task],
+    under_way: dict[int, tuple[Task, int]],
+    held: dict[int, Task],
+) -> Iterator[Any]:
+    """Open the streams of all tasks; None asks the loop to come again later."""
+    tasks, indexes = iter(tasks), itertools.count()
+    while window := list(itertools.islice(tasks, WINDOW)):
+        for task in sorted(window, key=lambda task: task.length):
+            for place in range(task.missing):
+                index = next(indexes)
+                under_way[index] = task, place
+                yield _stream(model, index, task, place)
+        while len(held) > 4 * WINDOW:  # a long one is due, and those after it wait for it
+            yield None
+
+
+def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
+    if task.error is not None:
+        return index, labs.Failed(task.error)
+    options = labs.choice_of(task.generation, place % task.n)
+    try:
+        return labs.open_stream(model, index, task.inputs[place // task.n], options)
+    except labs.LabsError as error:
+        return index, labs.Failed(error)
+
+
+def answer_lines(
+    model: labs.Model,
+    config: labs.Config,
+    lines: Iterable[tuple[int, bytes]],
+    tally: Tally,
+    *,
+    batch_rows: int | None = None,
+    ordered: bool = False,
+) -> Iterator[bytes]:
+    """Answer lines, given with their numbers; yield the lines of the answers.
+
+    tally: knows what was answered before, and counts.
+    """
+    tasks = _tasks(model, config, lines, tally)
+    for task in complete(model, tasks, batch_rows, ordered=ordered):
+        tally.count(task)
+        found = [task.found[place] for place in sorted(task.found)]
+        render = _render_openai if task.openai else _render
+        yield msgspec.json.encode(render(model, config, task, found)) + b"\n"
+
+
+class Tally(Struct, eq=False):
+    """What a run has done. answered: keys of the ids that were answered before it."""
+
+    answered: set[int] = field(default_factory=set)
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+    def count(self, task: Task) -> None:
+        self.done += task.error is None
+        self.failed += task.error is not None
+        self.tokens += sum(each.usage.completion_tokens for each in task.found.values())
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second so far."""
+        return self.tokens / (time.perf_counter() - self.began)
+
+    def __str__(self) -> str:
+        before = f", {self.skipped} before" if self.skipped else ""
+        seconds = time.perf_counter() - self.began
+        speed = f"{self.tokens} tokens in {seconds:.1f} s, {self.rate:.1f} tokens/s"
+        return f"{self.done} answered{before}, {self.failed} failed; {speed}"
+
+
+# ---------------------------------------------------------------- lines out
+
+
+def _render(
+    model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
+) -> dict[str, Any]:
+    if task.error is not None:
+        kind = "invalid_request" if _is_askers(task.error) else "failed"
+        return {"id": task.id, "error": {"type": kind, "message": str(task.error)}}
+    answer = msgspec.structs.asdict(found[0])
+    return {"id": task.id, "model": config.model_id, **answer, "request": task.request}
+
+
+def _is_askers(error: labs.LabsError) -> bool:
+    """Tell whether who asked can mend it."""
+    return isinstance(error, labs.InputError | labs.ConfigError)
+
+
+def _render_openai(
+    model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
+) -> dict[str, Any]:
+    import labs_openai
+
+    name, status, rest = secrets.token_hex(12), 200, {}
+    body: Any
+    if task.error is None:
+        body = task.endpoint.answer(model, found, task.n, id=name, model=config.model_id)
+        rest = {"fingerprint": found[0].fingerprint, "request": task.request}
+    else:
+        status = 400 if _is_askers(task.error) else 500
+        kind = "invalid_request_error" if status == 400 else "server_error"
+        code, param = "failed", None
+        if status == 400:
+            code, param = labs_openai.code_and_param(task.error)
+        body = labs_openai.Error(labs_openai.ErrorDetail(str(task.error), kind, param, code))
+    response = {"status_code": status, "request_id": name, "body": body}
+    whole = {"id": f"batch_req_{name}", "custom_id": task.id, "response": response, "error": None}
+    return {**whole, **rest}
+
+
+# ---------------------------------------------------------------- files
+
+
+class Past(Struct, frozen=True):
+    """A line of answers. response: OpenAI's; error: ours, or OpenAI's null."""
+
+    id: str | int | None = None
+    custom_id: str | int | None = None
+    text: str | UnsetType = UNSET
+    finish_reason: str | None = None
+    response: Any = UNSET
+    error: Any = UNSET
+    fingerprint: labs.Fingerprint | None = None
+    request: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str | int | None:
+        return self.id if self.custom_id is None else self.custom_id
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the text of each choice; none of an error."""
+        if self.response is UNSET:
+            return [self.text] if isinstance(self.text, str) else []
+        choices = self.response["body"].get("choices", ())
+        return [c["text"] if "text" in c else c["message"]["content"] for c in choices]
+
+
+def read_past(data: bytes, where: str) -> Past:
+    """Read a line of answers. Raises InputError for any other line."""
+    try:
+        past = msgspec.json.decode(data, type=Past)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise labs.InputError(f"{where} is no answer of labs-gen: {error}") from None
+    if all(part is UNSET for part in (past.text, past.response, past.error)):
+        raise labs.InputError(f"{where} is no answer of labs-gen")
+    return past
+
+
+def answer_file(
+    load: Callable[[], labs.Model],
+    config: labs.Config,
+    source: str,
+    target: str,
+    tally: Tally,
+    **options: Any,
+) -> None:
+    """Answer the lines of a file and append to another; what is answered there is skipped.
+
+    load: returns the model, once both files are open. source, target: - is standard input and
+    output. options: as in answer_lines. Raises LabsError if a file cannot be used.
+    """
+    with opened(source) as lines, _appending(source, target, tally) as write:
+        model = load()
+        tally.began = time.perf_counter()
+        with _progress(source, tally) as show:
+            for data in answer_lines(model, config, enumerate(lines, 1), tally, **options):
+                write(data)
+                show()
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[BinaryIO]:
+    """Open a file of lines; - is standard input."""
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    with open(name, "rb") as file:
+        file.seek(3 if file.peek(3)[:3] == b"\xef\xbb\xbf" else 0)  # a byte order mark
+        yield file
+
+
+@contextlib.contextmanager
+def _appending(source: str, target: str, tally: Tally) -> Iterator[Callable[[bytes], None]]:
+    """Hold the file of answers, whole lines in it, and what it has told to the tally."""
+    if target == "-":
+        yield _write_out
+        return
+    if os.path.exists(target) and source != "-" and os.path.samefile(source, target):
+        raise labs.InputError(f"{target} cannot be both --input and --output")
+    with open(target, "ab", buffering=0) as file:
+        _lock(file.fileno(), target)
+        _recover(target, tally)
+
+        def write(data: bytes) -> None:
+            try:
+                while data:  # what a full disk took of a line is mended by the next run
+                    data = data[file.write(data) :]
+            except OSError as error:
+                raise labs.LabsError(f"{target}: {error.strerror}") from error
+
+        yield write
+
+
+def _write_out(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _lock(descriptor: int, name: str) -> None:
+    with contextlib.suppress(ImportError):  # there is none on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise labs.LabsError(f"{name} is being written by another process") from None
+
+
+def _recover(name: str, tally: Tally) -> None:
+    """Read which ids are answered; cut off a last line that was not written whole."""
+    whole = 0
+    with open(name, "rb") as file:
+        for number, data in enumerate(file, 1):
+            if not data.endswith(b"\n") and b'{"id":'.startswith(data[:6]):
+                os.truncate(name, whole)
+                break
+            whole += len(data)
+            if data.strip():
+                past = read_past(data, f"{name}: line {number}")
+                tally.answered.add(_key(number if past.name is None else past.name))
+
+
+@contextlib.contextmanager
+def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
+    """Show a bar where standard error is a terminal."""
+    from tqdm import tqdm
+
+    total = None
+    if source != "-" and sys.stderr.isatty():
+        with open(source, "rb") as file:
+            total = sum(1 for line in file if line.strip())
+    with tqdm(total=total, unit=" lines", disable=None, leave=False) as bar:
+
+        def show() -> None:
+            bar.set_postfix_str(f"{tally.rate:.0f} tokens/s", refresh=False)
+            bar.update(tally.done + tally.failed + tally.skipped - bar.n)
+
+        yield show
+
+
+# ---------------------------------------------------------------- the same again
+
+
+class Verdict(Struct, frozen=True):
+    """How an answer compares with an earlier one. token: the first that differs, from 1."""
+
+    id: str | int
+    verdict: Literal["same", "differs", "not comparable"]
+    token: int | None = None
+    why: str | None = None
+
+
+def replay(
+    model: labs.Model,
+    config: labs.Config,
+    lines: Iterable[tuple[int, bytes]],
+    *,
+    batch_rows: int | None = None,
+) -> Iterator[Verdict]:
+    """Run lines of answers again, as their fingerprints say, and compare; in their order."""
+    pasts: dict[int, Past] = {}
+    tasks = (
+        _with_inputs(model, config, _again(pasts, order, number, data))
+        for order, (number, data) in enumerate(lines)
+    )
+    for task in complete(model, tasks, batch_rows, ordered=True):
+        yield _compare(model, pasts.pop(task.order), task)
+
+
+def _again(pasts: dict[int, Past], order: int, number: int, data: bytes) -> Task:
+    """Make the task that an answer was made by."""
+    task = Task(number, order=order)
+    pasts[order] = Past()
+    try:
+        pasts[order] = past = read_past(data, f"line {number}")
+        task.id = number if past.name is None else past.name
+        if not past.texts:
+            raise labs.InputError("it was an error")
+        if past.fingerprint is None or past.request is None:
+            raise labs.InputError("the line does not hold its request and fingerprint")
+        if past.finish_reason in ("timeout", "cancelled"):
+            raise labs.InputError(f"it was cut ({past.finish_reason})")
+        options = past.fingerprint.generation
+        # With log-probabilities come the tokens.
+        task.generation = labs.evolve(options, timeout_s=None, logprobs=options.logprobs or 0)
+        _ask_again(task, past.request)
+    except (labs.LabsError, msgspec.ValidationError, KeyError, TypeError) as error:
+        damage = labs.InputError(f"the line is damaged: {error}")
+        task.fail(error if isinstance(error, labs.LabsError) else damage)
+    return task
+
+
+def _ask_again(task: Task, request: dict[str, Any]) -> None:
+    if "url" not in request:
+        task.prompts = [msgspec.convert(request, Prompt)]
+        return
+    import labs_openai
+
+    task.endpoint = labs_openai.ENDPOINTS[request["url"]]
+    body, _ = labs_openai.read(msgspec.json.encode(request["body"]), task.endpoint.request)
+    task.prompts = [Prompt(**each) for each in task.endpoint.prompts(body)]
+    task.n = body.n or 1
+
+
+def _compare(model: labs.Model, past: Past, task: Task) -> Verdict:
+    if task.error is not None:
+        return Verdict(task.id, "not comparable", why=str(task.error))
+    now = [task.found[place] for place in sorted(task.found)]
+    pairs = zip(past.texts, now, strict=True)
+    places = [at for old, new in pairs if (at := _differs_at(model, old, new)) is not None]
+    if not places:
+        return Verdict(task.id, "same")
+    why = _changed(past.fingerprint, now[0].fingerprint)
+    if not (why or model.decoder.invariant or model.dtype == "fp32"):
+        why = f"in {model.dtype} this model's text depends on its company in the batch"
+    return Verdict(task.id, "not comparable" if why else "differs", min(places), why or None)
+
+
+def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None:
+    """Return which token of the new text is the first that is not in the old one."""
+    if old == new.text:
+        return None
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new.text, strict=False))
+    common, length, text = len(list(pairs)), 0, labs.Text()
+    for number, each in enumerate(new.logprobs, 1):
+        length += len(labs.decode_next(model.tokenizer, text, each.token))
+        if length > common:
+            return number
+    return len(new.logprobs) + 1
+
+
+def _changed(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
+    """Tell what is not as it was, but for the name of the model's place."""
+    flat = [_flat(each) for each in (old, new)]
+    return ", ".join(
+        f"{name} {flat[0].get(name)} is now {flat[1].get(name)}"
+        for name in {**flat[0], **flat[1]}
+        if flat[0].get(name) != flat[1].get(name)
+    )
+
+
+def _flat(fingerprint: labs.Fingerprint | None) -> dict[str, Any]:
+    found = msgspec.structs.asdict(fingerprint) if fingerprint else {}
+    versions = found.pop("versions", {})
+    return {k: v for k, v in {**found, **versions}.items() if k not in ("model", "generation")}

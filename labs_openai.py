@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's words for what labs does: bodies in, answers out. Nothing here serves or computes.
+
+    body, given = labs_openai.read(data, CHAT.request)     # refused by name what labs does not do
+    generation = labs.evolve(config.generation, **CHAT.options(body, given))
+    inputs = [labs.build_inputs(model, **each) for each in CHAT.prompts(body)]
+    CHAT.answer(model, completions, id=..., name=..., n=body.n or 1)
+
+Both endpoints are pure values, `CHAT` and `COMPLETIONS`; labs_api.py answers HTTP with them,
+labs_batch.py the lines of a batch file. Needs labs.py and labs_decode.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+import labs
+
+S = TypeVar("S", bound=Struct)
+Choices = Annotated[int, Meta(ge=1, le=128)]
+Role = Literal["system", "developer", "user", "assistant"]
+Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
+
+
+# ---------------------------------------------------------------- what comes in
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    role: Role
+    content: str | Annotated[tuple[TextPart, ...], Meta(min_length=1, max_length=256)]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: tuple[()] | None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both of OpenAI's endpoints take."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
+    temperature: labs.Scale | None = None
+    top_p: labs.Share | None = None
+    top_k: labs.Count | None = None
+    min_p: labs.Share | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    frequency_penalty: labs.Penalty | None = None
+    presence_penalty: labs.Penalty | None = None
+    logit_bias: dict[labs.TokenId, labs.Bias] | None = None
+    stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
+    seed: labs.Seed | None = None
+    n: Choices | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/chat/create"""
+
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=256)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: labs.Rivals | None = None
+    tools: Refused = None
+    tool_choice: Refused = None
+    parallel_tool_calls: Refused = None
+    functions: Refused = None
+    function_call: Refused = None
+    response_format: Refused = None
+    modalities: Refused = None
+    audio: Refused = None
+    prediction: Refused = None
+    reasoning_effort: Refused = None
+    verbosity: Refused = None
+    web_search_options: Refused = None
+    service_tier: Refused = None
+    store: Refused = None
+    metadata: Refused = None
+    safety_identifier: Refused = None
+    prompt_cache_key: Refused = None
+
+
+class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """https://platform.openai.com/docs/api-reference/completions/create, always without template"""
+
+    prompt: (
+        str
+        | Annotated[
+            tuple[
+                str | Annotated[int, Meta(ge=0)] | tuple[Annotated[int, Meta(ge=0)], ...],
+                ...,
+            ],
+            Meta(min_length=1),
+        ]
+    )
+    logprobs: labs.Rivals | None = None
+    echo: Refused = None
+    suffix: Refused = None
+    best_of: Refused = None
+
+
+# Values that ask for nothing. null always does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "metadata": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+REFUSED = {
+    name
+    for kind in (ChatRequest, CompletionRequest)
+    for name, note in kind.__annotations__.items()
+    if note == "Refused"
+}
+
+
+# ---------------------------------------------------------------- what goes out
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class OpenAIUsage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    response_cached: bool = False
+
+
+class Said(Struct, frozen=True, omit_defaults=True):
+    """A message, or what a chunk adds to one."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class Choice(Struct, frozen=True):
+    """One answer, or a piece of it: `message` or `delta` in a chat, else `text`."""
+
+    index: int
+    message: Said | UnsetType = UNSET
+    delta: Said | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    logprobs: dict[str, Any] | None = None
+    finish_reason: Literal["stop", "length", "content_filter"] | None = None
+
+
+class OpenAIAnswer(Struct, frozen=True):
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: tuple[Choice, ...]
+    usage: OpenAIUsage | UnsetType | None = UNSET
+    system_fingerprint: str | None = None
+
+
+class ErrorDetail(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(Struct, frozen=True):
+    error: ErrorDetail
+
+
+# ---------------------------------------------------------------- errors
+
+
+class Refusal(labs.InputError):
+    """A body that asks for what is unknown, malformed or not done here."""
+
+    def __init__(self, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
+    """Return OpenAI's words for what the one who asked can mend."""
+    if isinstance(error, Refusal):
+        return error.code, error.param
+    if isinstance(error, labs.PromptTooLong):
+        return "context_length_exceeded", None
+    return "invalid_value", param_of(str(error))
+
+
+def param_of(message: str) -> str | None:
+    """Cut the field out of a message of msgspec or of labs."""
+    found = re.search(r"- at `\$\.(.+?)`|field `(.+?)`|^(\w+(?:\[\d+\])?)(?: = |:| names)", message)
+    return next((part for part in found.groups() if part), None) if found else None
+
+
+def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
+    """Return a body as `kind`, and the fields that it names with their values.
+
+    Raises Refusal, with the field where one is to blame.
+    """
+    try:
+        body = msgspec.json.decode(data, type=kind)
+        given: dict[str, Any] = msgspec.json.decode(data)
+    except msgspec.ValidationError as error:
+        raise Refusal(str(error), "invalid_value", param_of(str(error))) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal(f"the body is no valid JSON: {error}", "invalid_json") from error
+    for name in REFUSED & given.keys():
+        neutral = [(type(value), value) for value in (None, *NEUTRAL.get(name, ()))]
+        if (type(given[name]), given[name]) not in neutral:  # 0 is not False here
+            raise Refusal(f"{name} is not implemented here", "unsupported", name)
+    return body, given
+
+
+# ---------------------------------------------------------------- from one to the other
+
+
+class Endpoint:
+    """What both endpoints have in common."""
+
+    request: type[Any]
+    prefix: str
+    kinds: tuple[Any, Any]  # object of a whole answer and of a chunk
+
+    def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the generation settings that the body names; null names none."""
+        names = {*labs.Generation.__struct_fields__} - {"stop", "logprobs"}
+        found = {name: getattr(body, name) for name in names & given.keys()}
+        found = {name: value for name, value in found.items() if value is not None}
+        if body.max_tokens is not None:
+            found["max_new_tokens"] = body.max_tokens
+        if body.stop is not None:
+            found["stop"] = (body.stop,) if isinstance(body.stop, str) else body.stop
+        return found
+
+    def prompts(self, body: Any) -> list[dict[str, Any]]:
+        """Return keywords of labs.build_inputs for each prompt, or `ids` for labs.inputs_of_ids."""
+        raise NotImplementedError
+
+    def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
+        """Return a choice of a whole answer or of an event; offset: characters before it."""
+        raise NotImplementedError
+
+    def first(self, index: int) -> Choice | None:
+        """Return what a stream begins a choice with."""
+        return None
+
+    def answer(
+        self, loaded: labs.Model, found: Sequence[labs.Completion], n: int, **names: Any
+    ) -> OpenAIAnswer:
+        """Return whole answers, `n` a prompt. names: id, model and created of the answer."""
+        choices = tuple(self.choice(loaded, index, each) for index, each in enumerate(found))
+        usage = usage_of([each.usage for each in found], n)
+        return self.wrap(loaded, choices, kind=self.kinds[0], usage=usage, **names)
+
+    def wrap(self, loaded: labs.Model, choices: tuple[Choice, ...], **rest: Any) -> OpenAIAnswer:
+        """Return choices as an answer or a chunk."""
+        rest = {"kind": self.kinds[1], "created": int(time.time()), **rest}
+        rest["id"] = f"{self.prefix}-{rest['id']}"
+        return OpenAIAnswer(
+            object=rest.pop("kind"),
+            choices=choices,
+            system_fingerprint=system_fingerprint(loaded),
+            **rest,
+        )
+
+
+def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
+    """Count each prompt once, as OpenAI does, and all that was generated."""
+    prompt = sum(usage.prompt_tokens for usage in usages) // n
+    completion = sum(usage.completion_tokens for usage in usages)
+    cached = sum(usage.cached_tokens for usage in usages) // n
+    return OpenAIUsage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached),
+        response_cached=all(usage.response_cached for usage in usages),
+    )
+
+
+def system_fingerprint(model: labs.Model) -> str | None:
+    """Return a name for all that an answer depends on, apart from the request."""
+    if model.fingerprint is None:
+        return None
+    return f"fp_{hashlib.sha256(msgspec.json.encode(model.fingerprint)).hexdigest()[:12]}"
+
+
+def _reason(event: Any) -> Any:
+    """OpenAI knows no `timeout` and no `cancelled`: both cut an answer short."""
+    reason = getattr(event, "finish_reason", None)
+    return "length" if reason in ("timeout", "cancelled") else reason
+
+
+def _token(model: labs.Model, token: int) -> str:
+    with model.lock:
+        return str(model.tokenizer.decode([token]))
+
+
+class Chat(Endpoint):
+    request = ChatRequest
+    prefix = "chatcmpl"
+    kinds = ("chat.completion", "chat.completion.chunk")
+
+    def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
+        found = super().options(body, given)
+        limits = {body.max_tokens, body.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            text = "max_tokens and max_completion_tokens differ: give one"
+            raise Refusal(text, "invalid_value", "max_tokens")
+        if limits:
+            found["max_new_tokens"] = limits.pop()
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refusal("top_logprobs needs logprobs = true", "invalid", "top_logprobs")
+        if body.logprobs is not None:
+            found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        return found
+
+    def prompts(self, body: ChatRequest) -> list[dict[str, Any]]:
+        messages = [
+            labs.Message(
+                role="system" if message.role == "developer" else message.role,
+                content=message.content
+                if isinstance(message.content, str)
+                else "".join(part.text for part in message.content),
+            )
+            for message in body.messages
+        ]
+        return [{"messages": messages}]
+
+    def first(self, index: int) -> Choice:
+        return Choice(index=index, delta=Said(role="assistant", content=""))
+
+    def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
+        said: dict[str, Any] = {"delta": Said()}
+        if isinstance(part, labs.Completion):
+            said = {"message": Said(role="assistant", content=part.text)}
+        elif isinstance(part, labs.Delta):
+            said = {"delta": Said(content=part.text)}
+        logprobs = self._logprobs(model, getattr(part, "logprobs", ()))
+        return Choice(index=index, **said, logprobs=logprobs, finish_reason=_reason(part))
+
+    def _logprobs(self, model: labs.Model, found: Any) -> dict[str, Any] | None:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = _token(model, token)
+            data = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": data}
+
+        content = [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+            for each in found
+        ]
+        return {"content": content, "refusal": None} if content else None
+
+
+class Completions(Endpoint):
+    request = CompletionRequest
+    prefix = "cmpl"
+    kinds = ("text_completion", "text_completion")
+
+    def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
+        found = super().options(body, given)
+        return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
+
+    def prompts(self, body: CompletionRequest) -> list[dict[str, Any]]:
+        prompt: Any = body.prompt
+        one = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
+        return [self._prompt(each) for each in ([prompt] if one else prompt)]
+
+    def _prompt(self, prompt: Any) -> dict[str, Any]:
+        if isinstance(prompt, str):
+            return {"prompt": prompt, "use_chat_template": False}
+        if not isinstance(prompt, tuple) or not prompt:
+            raise Refusal("prompt: texts or lists of token ids", "invalid_value", "prompt")
+        return {"ids": prompt}
+
+    def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
+        logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
+        found = self._logprobs(model, logprobs, offset) if logprobs else None
+        return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
+
+    def _logprobs(self, model: labs.Model, found: Any, offset: int) -> dict[str, Any]:
+        tokens = [_token(model, each.token) for each in found]
+        offsets = itertools.accumulate(map(len, tokens), initial=offset)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": [
+                {_token(model, token): logprob for token, logprob in each.top} for each in found
+            ],
+            "text_offset": list(offsets)[:-1],
+        }
+
+
+CHAT, COMPLETIONS = Chat(), Completions()
+ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETIONS,
+}
