@@ -485,8 +485,8 @@ def hang_up(server: Served, path: str, wait_s: float, new: int = 400) -> None:
 
 def under_way(server: Served) -> int:
     text = httpx.get(f"{server.url}/metrics").text
-    names = ("labs_num_requests_running ", "labs_num_requests_waiting ")
-    return sum(int(float(x.split()[1])) for x in text.splitlines() if x.startswith(names))
+    names = ("labs_num_requests_running{", "labs_num_requests_waiting{")
+    return sum(int(float(x.split()[-1])) for x in text.splitlines() if x.startswith(names))
 
 
 def freed(server: Served, path: str) -> float:

@@ -25,10 +25,11 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -233,6 +234,16 @@ class Server(Settings, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=10**12)] | None, about("Tokens, prompts too, a key may use.")
     ] = None
     drain_s: Annotated[Seconds, about("Seconds for answers to end after SIGTERM.")] = 30.0
+    max_loaded_models: Annotated[
+        int, Meta(ge=1, le=100, description="Models in memory at once at most.")
+    ] = 4
+    model_memory_bytes: Annotated[
+        Annotated[int, Meta(ge=1, le=2**50)] | None,
+        about("Memory for all models' weights [default: what is free]."),
+    ] = None
+    keep_alive_s: Annotated[
+        Seconds | None, about("Seconds until an idle model is let go [default: never].")
+    ] = None
 
 
 class ResponseCache(Settings, frozen=True, kw_only=True):
@@ -244,18 +255,45 @@ class ResponseCache(Settings, frozen=True, kw_only=True):
     ttl_s: Annotated[Seconds, about("Seconds that an answer is kept.")] = 3600.0
 
 
+class Rule(Settings, frozen=True, kw_only=True):
+    """A request that all of this is true of goes to `model`. pattern: found anywhere in the text.
+
+    over_prompt_tokens: as the default model counts them.
+    """
+
+    model: str
+    over_prompt_tokens: Count | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.over_prompt_tokens is None and self.pattern is None:
+            raise ValueError("a rule needs over_prompt_tokens or pattern")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern = {self.pattern!r}: {error}") from error
+
+
+class Router(Settings, frozen=True, kw_only=True):
+    """Which model answers a request for the model `auto`: the first rule's that fits."""
+
+    rules: Annotated[tuple[Rule, ...], about("Rules for the model `auto`, in their order.")] = ()
+
+
 class Config(Chat, frozen=True, kw_only=True):
     """Every effective setting. `sources` tells where each came from; unnamed ones are defaults.
 
-    model_id: the name that the model was asked for by; api_keys: sha256 digests, in hex.
+    model_id: the name that the model was asked for by; models: those of [models.NAME], each as if
+    it had been asked for; api_keys: sha256 digests, in hex.
     """
 
     model: ModelSpec = ModelSpec()
     generation: Generation = Generation()
     server: Server = Server()
     response_cache: ResponseCache = ResponseCache()
+    router: Router = Router()
     model_id: str = DEFAULT_MODEL
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, Config] = {}
     sources: dict[str, str] = {}
     api_keys: tuple[str, ...] = ()
 
@@ -277,6 +315,7 @@ _PARTS: dict[str, tuple[type[Struct], ...]] = {
     "quantization": (Quantization,),
     "server": (Server,),
     "response_cache": (ResponseCache,),
+    "router": (Router,),
 }
 
 
@@ -472,22 +511,49 @@ def load_config(
     tables = _read_toml(file, required=path is not None)
     dotenv = _read_dotenv(Path(".env"))
     environment = os.environ if env is None else env
-    upper = [
+    layers = [
         _from_names(dotenv, ".env", strict=True),
         _from_names(environment, "environment", strict=False),
         {key: (value, f"--{key.replace('_', '-')}") for key, value in (overrides or {}).items()},
     ]
-    for key in upper[2]:
+    for key in layers[2]:
         _known_key(key, "the overrides")
-    values = functools.reduce(lambda low, high: {**low, **high}, upper)
-    values = {**_toml_layer(tables, values, file), **values}
-    trust, source = values.get("trust_remote_code", (False, ""))
-    if trust and (source.endswith(".env") or (path is None and source.startswith(str(file)))):
-        log.warning("trust_remote_code is on because %s in this folder says so", source)
+    upper = functools.reduce(lambda low, high: {**low, **high}, layers)
     secrets = {**dotenv, **{name: text for name, text in environment.items() if text}}
-    config = _config(values, tables.get("models", {}), secrets.get("HF_TOKEN") or None)
+    resolve = functools.partial(_resolve, tables, upper, file, secrets.get("HF_TOKEN") or None)
+    config = resolve(_chosen(tables, upper, file))
+    _warn_of_trust(config, str(file) if path is None else None)
+    models = {name: resolve(name) for name in tables.get("models", {})}
     keys = _api_keys(secrets.get("LABS_API_KEYS", ""), config.server.api_keys_file)
-    return msgspec.structs.replace(config, api_keys=keys)
+    _check_rules(config, models)
+    return msgspec.structs.replace(config, models=models, api_keys=keys)
+
+
+def _warn_of_trust(config: Config, found: str | None) -> None:
+    """Tell that code of others is trusted, if a file says so that nobody named."""
+    source = config.sources.get("trust_remote_code", "")
+    of_itself = source.endswith(".env") or (found is not None and source.startswith(found))
+    if config.model.trust_remote_code and of_itself:
+        log.warning("trust_remote_code is on because %s in this folder says so", source)
+
+
+def _check_rules(config: Config, models: Mapping[str, Config]) -> None:
+    for number, rule in enumerate(config.router.rules):
+        if rule.model not in (config.model_id, *models):
+            where = f"router_rules[{number}] names the model {rule.model!r}, which is not there"
+            raise ConfigError(f"{where}{_guess(rule.model, models)}")
+
+
+def route(router: Router, text: str, count: Callable[[], int]) -> str | None:
+    """Return the model of the first rule that a request fits, or None.
+
+    text: the prompt, or all messages. count: returns the prompt's tokens; only called if need be.
+    """
+    for rule in router.rules:
+        found = rule.pattern is None or re.search(rule.pattern, text)
+        if found and (rule.over_prompt_tokens is None or count() > rule.over_prompt_tokens):
+            return rule.model
+    return None
 
 
 def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
@@ -531,15 +597,20 @@ def effective(config: Config, setting: Setting) -> Any:
         "quantization": (config.model.quantization,),
         "server": (config.server,),
         "response_cache": (config.response_cache,),
+        "router": (config.router,),
     }
     holder = next(h for h in holders[setting.section] if hasattr(h, setting.field))
     return getattr(holder, setting.field)
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, Struct):
+        return _toml({key: item for key, item in asdict(value).items() if item is not None})
     if isinstance(value, dict):
         return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return msgspec.json.encode(value).decode()
 
 
 def _read_toml(path: Path, *, required: bool) -> dict[str, Any]:
@@ -556,6 +627,8 @@ def _read_toml(path: Path, *, required: bool) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from error
     for section, table in tables.items():
+        if section == "default_model" and isinstance(table, str):
+            continue
         if section not in (*_PARTS, "models"):
             raise ConfigError(
                 f"{path}: unknown section [{section}]{_guess(section, (*_PARTS, 'models'))}"
@@ -622,27 +695,57 @@ def _guess(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _toml_layer(
-    tables: dict[str, Any], values: Mapping[str, tuple[Any, str]], file: Path
-) -> dict[str, Any]:
+def _chosen(tables: dict[str, Any], upper: Mapping[str, tuple[Any, str]], file: Path) -> str | None:
+    """Return the name of the [models.NAME] table in force, or None."""
+    models, usual = tables.get("models", {}), tables.get("default_model")
+    generation = tables.get("generation", {})
+    if usual is not None and usual not in models:
+        known = _guess(usual, models) or "; there is no [models] table of this name"
+        raise ConfigError(f"{file}: default_model = {usual}{known}")
+    if usual is not None and "model_name" in generation:
+        raise ConfigError(f"{file}: default_model and [generation] model_name both say which model")
+    name = upper.get("model_name", (generation.get("model_name", usual), ""))[0]
+    return name if isinstance(name, str) and name in models else None
+
+
+def _resolve(
+    tables: dict[str, Any],
+    upper: Mapping[str, tuple[Any, str]],
+    file: Path,
+    token: str | None,
+    name: str | None,
+) -> Config:
+    """Return the configuration with the table of this name in force, or none."""
+    layer = _toml_layer(tables, name, file)
+    values = {**layer, **upper}
+    if name is not None:
+        if name == "auto" or "model_name" not in layer:
+            missing = "this name is the router's" if name == "auto" else "model_name is missing"
+            raise ConfigError(f"{file}: [models.{name}]: {missing}")
+        values["model_name"] = layer["model_name"]
+    return _config(values, name, token)
+
+
+def _toml_layer(tables: dict[str, Any], name: str | None, file: Path) -> dict[str, Any]:
     """Return {key: (value, source)} of the file: its sections, or the table of the chosen model.
 
     A [models.NAME] table replaces [generation], its `quantization` the section of that name.
     """
-    models = tables.get("models", {})
-    chosen = values.get("model_name", (tables.get("generation", {}).get("model_name"), ""))[0]
     layer: dict[str, Any] = {}
     sections = {section: tables.get(section, {}) for section in _PARTS}
-    label = str(file)
-    if isinstance(chosen, str) and chosen in models:
-        table = models[chosen]
+    labels = dict.fromkeys(sections, str(file))
+    if name is not None:
+        table = tables["models"][name]
         if not isinstance(table, dict):
-            raise ConfigError(f"{file}: [models.{chosen}] must be a section")
-        quantization = table.get("quantization", sections["quantization"])
+            raise ConfigError(f"{file}: [models.{name}] must be a section")
         rest = {key: value for key, value in table.items() if key != "quantization"}
-        sections |= {"generation": rest, "quantization": quantization}
-        label = f"{file} [models.{chosen}]"
+        sections["generation"] = rest
+        labels["generation"] = f"{file} [models.{name}]"
+        if "quantization" in table:
+            sections["quantization"] = table["quantization"]
+            labels["quantization"] = labels["generation"]
     for section, table in sections.items():
+        label = labels[section]
         if not isinstance(table, dict):
             raise ConfigError(f"{label}: {section} = {_short(table)}: must be a table")
         keys = {s.field: s.key for s in settings() if s.section == section}
@@ -653,20 +756,12 @@ def _toml_layer(
     return layer
 
 
-def _config(
-    values: dict[str, tuple[Any, str]], models: dict[str, Any], token: str | None
-) -> Config:
+def _config(values: dict[str, tuple[Any, str]], name: str | None, token: str | None) -> Config:
     types = {setting.key: setting.type for setting in settings()}
     sources = {key: source for key, (_, source) in values.items()}
     checked = {
         key: _check(key, value, types, f"{source}: ") for key, (value, source) in values.items()
     }
-    model_id = checked.get("model_name", DEFAULT_MODEL)
-    if model_id in models:
-        real = models[checked["model_name"]].get("model_name")
-        checked["model_name"] = _check(
-            "model_name", real, types, f"[models.{checked['model_name']}]: "
-        )
     parts: dict[type[Struct], dict[str, Any]] = {
         part: {
             s.field: checked[s.key]
@@ -678,13 +773,15 @@ def _config(
     }
     where = {key: f"{source}: " for key, source in sources.items()}
     quantization = _build(Quantization, parts[Quantization], where)
-    model = _build(ModelSpec, {**parts[ModelSpec], "quantization": quantization, "token": token})
-    generation = _build(Generation, parts[Generation], where)
-    server = _build(Server, parts[Server], where)
-    response_cache = _build(ResponseCache, parts[ResponseCache], where)
-    chat = {**parts[Chat], "models": models, "sources": sources, "model_id": model_id}
     return Config(
-        model=model, generation=generation, server=server, response_cache=response_cache, **chat
+        model=_build(ModelSpec, {**parts[ModelSpec], "quantization": quantization, "token": token}),
+        generation=_build(Generation, parts[Generation], where),
+        server=_build(Server, parts[Server], where),
+        response_cache=_build(ResponseCache, parts[ResponseCache], where),
+        router=_build(Router, parts[Router], where),
+        model_id=name or checked.get("model_name", DEFAULT_MODEL),
+        sources=sources,
+        **parts[Chat],
     )
 
 
@@ -745,13 +842,16 @@ _LOCKS: dict[ModelSpec, threading.Lock] = {}
 _LOADING = threading.Lock()  # transformers patches its classes while it loads: one at a time
 
 
-def load_model(config: Config | ModelSpec) -> Model:
+def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
     """Load the model, or return one of the last two; threads that ask together load once.
 
-    A failed load is not remembered. `load_model.cache_clear()` frees the memory.
+    A failed load is not remembered. `load_model.cache_clear()` frees the memory; a model that is
+    not `cached` is its caller's alone, and its memory is free when nothing refers to it.
     Raises ModelError in one sentence.
     """
     spec = config.model if isinstance(config, Config) else config
+    if not cached:
+        return _load_cached.__wrapped__(spec)
     with _LOCKS.setdefault(spec, threading.Lock()):  # setdefault is atomic
         return _load_cached(spec)
 
@@ -786,8 +886,12 @@ def _cache_clear() -> None:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Give back what nothing refers to any more, to the system too where it takes it."""
+    import ctypes
+
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -803,6 +907,52 @@ def gpu_memory() -> dict[str, int]:
     free, total = torch.cuda.mem_get_info()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     return {"allocated": allocated, "reserved": reserved, "free": free, "total": total}
+
+
+def weight_bytes(spec: ModelSpec) -> int:
+    """Return about how much memory the weights of a model take, without loading them.
+
+    Raises ModelError where load_model would.
+    """
+    import torch
+
+    transformers: Any = importlib.import_module("transformers")
+    with _LOADING, _progress_bars():
+        _, _, dtype = _device(spec)
+        source, options, _ = _locate(spec, dtype)
+        config = _pretrained("AutoConfig", source, options)
+        trust = {"trust_remote_code": spec.trust_remote_code}
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, **trust)
+    wanted = spec.quantization
+    bits = 32 if dtype == "fp32" else 16
+    bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # scales, too
+    bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
+    return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
+
+
+def system_memory(spec: ModelSpec) -> int:
+    """Return the bytes that can still be taken where a model would go, if the system tells."""
+    import torch
+
+    import labs_decode
+
+    return labs_decode.free_memory(torch.device(_device(spec)[1]))
+
+
+def context_length(spec: ModelSpec) -> int | None:
+    """Return a model's context length if that is at hand: nothing is converted or downloaded."""
+    try:
+        if spec.model_name.startswith("package:") or spec.model_name.endswith(".gguf"):
+            folder = _conversion(_gguf(msgspec.structs.replace(spec, local_files_only=True)), spec)
+            source = str(folder) if _is_whole(folder) else ""
+        else:
+            source = str(Path(spec.model_name).expanduser())
+        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        config = _pretrained("AutoConfig", source, {**options, "local_files_only": True})
+    except LabsError:
+        return None
+    return _context_length(config, None)
 
 
 def _need(*packages: str) -> None:
@@ -1152,6 +1302,11 @@ def _hub_answers(spec: ModelSpec, repository: str, file: str) -> bool:
     return True
 
 
+def _conversion(gguf: Path, spec: ModelSpec, dtype: str | None = None) -> Path:
+    root, dtype = _cache(spec), dtype or _device(spec)[2]
+    return root / f"{gguf.stem}-{_digest(gguf, root)[:16]}-{dtype}"
+
+
 def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
     """Return the folder that holds a GGUF file as safetensors, made once per content and dtype.
 
@@ -1160,8 +1315,7 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
     import shutil
     import tempfile
 
-    root = _cache(spec)
-    folder = root / f"{gguf.stem}-{_digest(gguf, root)[:16]}-{dtype}"
+    root, folder = _cache(spec), _conversion(gguf, spec, dtype)
     if _is_whole(folder):
         return folder
     _need("gguf", "accelerate")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import html
@@ -33,8 +34,8 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Literal, TypeVar, cast
 
 import falcon
 import msgspec
@@ -44,13 +45,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 import labs
 import labs_engine
+import labs_models
 import labs_openai
 
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
 PING_S = 15.0  # proxies close what is silent for longer
+LOADING_S = 1.0  # how often a stream tells that its model is still being loaded
 EngineFor = Callable[[str], labs_engine.Engine]
 S = TypeVar("S", bound=Struct)
+R = TypeVar("R")
+Waiting = Generator[None, None, R]  # yields while something is not there yet, then returns it
 
 
 # ---------------------------------------------------------------- what goes out
@@ -237,6 +242,9 @@ def log_request(req: falcon.Request, status: int) -> None:
 # ---------------------------------------------------------------- one request's answers
 
 
+LABEL = ("model_name",)
+
+
 class Meters:
     """What /metrics tells of requests, under vLLM's names with labs_ for vllm:."""
 
@@ -246,42 +254,46 @@ class Meters:
         gaps = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
         def seconds(name: str, text: str, buckets: tuple[float, ...] = waits) -> Histogram:
-            return Histogram(f"labs_{name}_seconds", text, registry=registry, buckets=buckets)
+            return Histogram(
+                f"labs_{name}_seconds", text, LABEL, registry=registry, buckets=buckets
+            )
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"labs_{name}", text, (*LABEL, *labels), registry=registry)
 
         self.first = seconds("time_to_first_token", "From the request to its first text")
         self.gap = seconds("inter_token_latency", "From one piece of text to the next", gaps)
         self.whole = seconds("e2e_request_latency", "From the request to its end")
         self.queued = seconds("request_queue_time", "From the request to a row of its own")
-        self.prompt = Counter("labs_prompt_tokens", "Prompt tokens", registry=registry)
-        self.cached = Counter(
-            "labs_prefix_cache_hits", "Prompt tokens not computed again", registry=registry
-        )
-        self.generated = Counter("labs_generation_tokens", "Generated tokens", registry=registry)
-        self.success = Counter(
-            "labs_request_success", "Answers", ["finished_reason"], registry=registry
-        )
+        self.prompt = counter("prompt_tokens", "Prompt tokens")
+        self.cached = counter("prefix_cache_hits", "Prompt tokens not computed again")
+        self.generated = counter("generation_tokens", "Generated tokens")
+        self.success = counter("request_success", "Answers", "finished_reason")
 
-    def done(self, event: labs.Done, seconds: float) -> None:
-        self.success.labels(event.finish_reason).inc()
-        self.prompt.inc(event.usage.prompt_tokens)
-        self.cached.inc(event.usage.cached_tokens)
-        self.generated.inc(event.usage.completion_tokens)
-        self.queued.observe(event.timings.queue_s)
-        self.whole.observe(seconds)
+    def done(self, name: str, event: labs.Done, seconds: float) -> None:
+        self.success.labels(name, event.finish_reason).inc()
+        self.prompt.labels(name).inc(event.usage.prompt_tokens)
+        self.cached.labels(name).inc(event.usage.cached_tokens)
+        self.generated.labels(name).inc(event.usage.completion_tokens)
+        self.queued.labels(name).observe(event.timings.queue_s)
+        self.whole.labels(name).observe(seconds)
 
 
 class Asked:
     """All answers to one HTTP request, in one queue; closing it lets their rows go."""
 
-    def __init__(self, meters: Meters, gone: Callable[[], bool]) -> None:
-        self._meters, self._gone = meters, gone
+    def __init__(self, name: str, engine: labs_engine.Engine, meters: Meters) -> None:
+        self.name, self.model = name, engine.model
+        self._engine, self._meters = engine, meters
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: list[labs_engine.Answer] = []
         self._began = time.perf_counter()
+        self.gone: Callable[[], bool] = lambda: False
         self.dones: list[labs.Done] = []
 
-    def submit(self, engine: labs_engine.Engine, inputs: labs.Inputs, **options: Any) -> None:
-        self._answers.append(engine.submit(inputs, events=self._events, **options))
+    def submit(self, inputs: labs.Inputs, generation: labs.Generation, owner: str) -> None:
+        answer = self._engine.submit(inputs, generation, owner=owner, events=self._events)
+        self._answers.append(answer)
 
     def __iter__(self) -> Iterator[tuple[int, labs.Delta | labs.Done] | None]:
         """Yield (choice, event), and None where a comment is due; raise what made it fail."""
@@ -293,7 +305,7 @@ class Asked:
                 ticket, event = self._events.get(timeout=POLL_S)
             except queue.Empty:
                 ticket, event = -1, None
-            if self._gone():
+            if self.gone():
                 raise ClientGone
             if event is None:
                 if time.perf_counter() - silent > PING_S:
@@ -305,11 +317,11 @@ class Asked:
             silent = now = time.perf_counter()
             if isinstance(event, labs.Done):
                 self.dones.append(event)
-                self._meters.done(event, now - self._began)
+                self._meters.done(self.name, event, now - self._began)
             elif last[ticket]:
-                self._meters.gap.observe(now - last[ticket])
+                self._meters.gap.labels(self.name).observe(now - last[ticket])
             else:
-                self._meters.first.observe(now - self._began)
+                self._meters.first.labels(self.name).observe(now - self._began)
             last[ticket] = now
             yield choices[ticket], event
 
@@ -317,6 +329,7 @@ class Asked:
         """Return what the log tells of the answers."""
         usages = [done.usage for done in self.dones]
         return {
+            "model": self.name,
             "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
             "cached_tokens": sum(usage.cached_tokens for usage in usages),
             "completion_tokens": sum(usage.completion_tokens for usage in usages),
@@ -354,23 +367,56 @@ class Frames:
 # ---------------------------------------------------------------- resources
 
 
-class Service:
-    """What the resources share: the configuration, the engines, quotas and meters."""
+class Brought:
+    """The engine of whoever mounts the app, with the face of labs_models.Models."""
 
-    def __init__(self, config: labs.Config, engine_for: EngineFor) -> None:
-        self.config, self._engine_for = config, engine_for
+    def __init__(self, engine_for: EngineFor, name: str) -> None:
+        self._engine_for, self._name = engine_for, name
+
+    def __call__(self, name: str) -> labs_engine.Engine:
+        return self._engine_for(name)
+
+    def release(self, name: str) -> None:
+        """Do nothing: it stays."""
+
+    def check(self) -> None:
+        """Raise if it is not there."""
+        self._engine_for(self._name)
+
+    def loaded(self) -> dict[str, labs_engine.Engine]:
+        with contextlib.suppress(labs.LabsError):
+            return {self._name: self._engine_for(self._name)}
+        return {}
+
+    def context_length(self, name: str) -> int | None:
+        engines = self.loaded()
+        return engines[name].model.context_length if name in engines else None
+
+
+class Wanted(Struct, frozen=True):
+    """What an HTTP request asks for. prompts: as in Service.build; n: answers to each.
+
+    options: the settings that it names; began: when it came, by perf_counter.
+    """
+
+    req: Any
+    model: str | None
+    prompts: list[dict[str, Any]]
+    options: dict[str, Any]
+    began: float
+    n: int = 1
+
+
+class Service:
+    """What the resources share: the configurations by name, the engines, quotas and meters."""
+
+    def __init__(self, config: labs.Config, models: labs_models.Models | Brought) -> None:
+        self.config, self.models = config, models
+        self.configs = {config.model_id: config, **config.models, config.model_id: config}
         self.meters = Meters()
         self._tokens = Quota(config.server.tokens_per_minute)
+        self._waiting = threading.Semaphore(max(1, config.server.max_waiting))
         self.created = int(time.time())
-
-    def engine(self, name: str | None = None) -> labs_engine.Engine:
-        """Return the engine of a configured name, which is only compared."""
-        if name not in (None, self.config.model_id):
-            served = self.config.model_id
-            raise Problem(
-                404, f"there is no model {name!r} here, only {served}", "model_not_found", "model"
-            )
-        return self._engine_for(self.config.model_id)
 
     def _gone(self, req: falcon.Request) -> Callable[[], bool]:
         """Return waitress's probe; raise if the client left while its request waited for us."""
@@ -389,59 +435,110 @@ class Service:
         return labs_openai.read(req.bounded_stream.read(), kind)
 
     def build(
-        self, engine: labs_engine.Engine, *, ids: tuple[int, ...] = (), **request: Any
+        self, model: labs.Model, chat: labs.Chat, *, ids: tuple[int, ...] = (), **request: Any
     ) -> labs.Inputs:
         """Build inputs within the limit on bytes, which is looked at before any tokenising."""
         if ids:
-            return labs.inputs_of_ids(engine.model, ids)
-        texts = [message.content for message in request.get("messages") or ()]
-        size = sum(
-            len(text.encode(errors="replace")) for text in [request.get("prompt") or "", *texts]
-        )
+            return labs.inputs_of_ids(model, ids)
+        size = len(_text_of(request).encode(errors="replace"))
         if size > (limit := self.config.server.max_prompt_bytes):
             raise Problem(400, f"the prompt has {size} bytes; at most {limit}", "prompt_too_large")
         toggles = {
-            name: getattr(self.config, name) if request.get(name) is None else request[name]
-            for name in ("use_chat_template", "add_generation_prompt")
+            name: getattr(chat, name) if request.get(name) is None else request[name]
+            for name in labs.Chat.__struct_fields__
         }
-        return labs.build_inputs(engine.model, **{**request, **toggles})
+        return labs.build_inputs(model, **{**request, **toggles})
 
-    def check_choices(self, prompts: int, n: int) -> None:
-        """Refuse too many answers at once, before anything is tokenised for them."""
-        if prompts * n > (most := self.config.server.max_choices):
-            text = f"{prompts * n} choices are asked for; at most {most}"
+    def _acquire(self, wanted: Wanted, name: str, limit_s: float | None) -> Waiting[Any]:
+        """Return the engine of a model, yielding while it is loaded; who waits holds a thread."""
+        gone, waits = self._gone(wanted.req), False
+        try:
+            while True:
+                try:
+                    return self.models(name)
+                except labs_models.Loading as loading:
+                    waits = waits or self._waiting.acquire(blocking=False)
+                    late = time.perf_counter() > wanted.began + (limit_s or math.inf)
+                    if late or not waits:
+                        raise
+                    loading.wait(POLL_S)
+                if gone():
+                    raise ClientGone
+                yield
+        finally:
+            if waits:
+                self._waiting.release()
+
+    def _name(self, wanted: Wanted) -> Waiting[str]:
+        """Return the name of the model that answers; what the request says is only compared."""
+        if wanted.model is None:
+            return self.config.model_id
+        if wanted.model == "auto" and self.config.router.rules:
+            return (yield from self._route(wanted))
+        if wanted.model not in self.configs:
+            served = ", ".join(self.configs)
+            text = f"there is no model {wanted.model!r} here, only {served}"
+            raise Problem(404, text, "model_not_found", "model")
+        return wanted.model
+
+    def _route(self, wanted: Wanted) -> Waiting[str]:
+        """Choose by the rules. The default model counts the tokens, where a rule asks for them."""
+        usual, rules = self.config.model_id, self.config.router.rules
+        count = 0
+        if any(rule.over_prompt_tokens is not None for rule in rules):
+            engine = yield from self._acquire(wanted, usual, None)
+            try:
+                built = [self.build(engine.model, self.config, **p) for p in wanted.prompts]
+            finally:
+                self.models.release(usual)
+            count = max(len(each.input_ids) for each in built)
+        text = "\n".join(map(_text_of, wanted.prompts))
+        return labs.route(self.config.router, text, lambda: count) or usual
+
+    def use(self, wanted: Wanted, do: Callable[..., R]) -> Waiting[R]:
+        """Return do(name, engine, inputs, generation), yielding while the model is loaded."""
+        if len(wanted.prompts) * wanted.n > (most := self.config.server.max_choices):
+            text = f"{len(wanted.prompts) * wanted.n} choices are asked for; at most {most}"
             raise Problem(400, text, "invalid_value", "n")
+        name = yield from self._name(wanted)
+        config = self.configs[name]
+        generation = labs.evolve(config.generation, **wanted.options)
+        engine = yield from self._acquire(wanted, name, generation.timeout_s)
+        try:
+            inputs = [self.build(engine.model, config, **each) for each in wanted.prompts]
+            return do(name, engine, inputs, _in_time_left(generation, wanted.began))
+        finally:
+            self.models.release(name)
 
-    def ask(
-        self,
-        req: falcon.Request,
-        engine: labs_engine.Engine,
-        inputs: list[labs.Inputs],
-        generation: labs.Generation,
-        n: int = 1,
-    ) -> Asked:
-        """Submit each of `inputs` n times; all are taken in or none."""
-        self.check_choices(len(inputs), n)
+    def ask(self, wanted: Wanted) -> Waiting[Asked]:
+        """Submit each prompt n times; all are taken in or none."""
+
+        def submit(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Asked:
+            owner = wanted.req.context.owner
+            self._pay(owner, wanted.n, inputs, generation)
+            asked = Asked(name, engine, self.meters)
+            asked.gone = self._gone(wanted.req)
+            try:
+                for each in inputs:
+                    for choice in range(wanted.n):
+                        asked.submit(each, labs.choice_of(generation, choice), owner)
+            except BaseException:
+                asked.close()
+                raise
+            return asked
+
+        return self.use(wanted, submit)
+
+    def _pay(
+        self, owner: str, n: int, inputs: list[labs.Inputs], generation: labs.Generation
+    ) -> None:
         cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
         if cost > (most := self.config.server.tokens_per_minute or cost):
             raise Problem(400, f"{cost} tokens exceed the quota of {most} a minute", "quota")
-        if wait := self._tokens.take(req.context.owner, cost):
+        if wait := self._tokens.take(owner, cost):
             raise Problem(
                 429, f"{cost} tokens exceed the quota", "rate_limit_exceeded", retry_after_s=wait
             )
-        asked = Asked(self.meters, self._gone(req))
-        try:
-            for each in inputs:
-                for choice in range(n):
-                    options = labs.choice_of(generation, choice)
-                    asked.submit(engine, each, generation=options, owner=req.context.owner)
-        except BaseException:
-            asked.close()
-            raise
-        return asked
-
-    def _record(self, asked: Asked) -> dict[str, Any]:
-        return {"model": self.config.model_id, **asked.record()}
 
     def collect(self, req: falcon.Request, asked: Asked) -> list[labs.Completion]:
         """Return whole answers by choice."""
@@ -455,23 +552,72 @@ class Service:
                     dones[choice] = event
         finally:
             asked.close()
-            req.context.record = self._record(asked)
+            req.context.record = asked.record()
         return [labs.fold(pieces.get(choice, []), dones[choice]) for choice in sorted(dones)]
 
     def stream(
-        self, req: falcon.Request, resp: falcon.Response, asked: Asked, frames: Iterator[bytes]
+        self, resp: falcon.Response, wanted: Wanted, frames_of: Callable[[Asked], Iterator[bytes]]
     ) -> None:
-        """Answer with server-sent events; what goes wrong from here on is one of them."""
+        """Answer with server-sent events; what goes wrong from here on is one of them.
+
+        A request whose model is there is taken in before the status is sent.
+        """
+        asking, found, req = self.ask(wanted), list[Asked](), wanted.req
+        try:
+            next(asking)
+        except StopIteration as end:
+            found.append(end.value)
+
+        def frames() -> Iterator[bytes]:
+            if not found:
+                found.append((yield from _while_loading(asking)))
+            yield from frames_of(found[0])
 
         def close() -> None:
-            asked.close()
-            req.context.record = self._record(asked)
+            asking.close()
+            for asked in found:
+                asked.close()
+                req.context.record = asked.record()
             log_request(req, 200)
 
         resp.content_type = "text/event-stream; charset=utf-8"
         resp.set_header("Cache-Control", "no-cache")
         resp.set_header("X-Accel-Buffering", "no")
-        resp.stream = Frames(_guarded(frames, req.context.id), close)
+        resp.stream = Frames(_guarded(frames(), req.context.id), close)
+
+
+def _text_of(request: dict[str, Any]) -> str:
+    texts = [message.content for message in request.get("messages") or ()]
+    return "\n".join([*([request["prompt"]] if request.get("prompt") else []), *texts])
+
+
+def _in_time_left(generation: labs.Generation, began: float) -> labs.Generation:
+    """Let the time that a model took to load count, where it was long enough to matter."""
+    waited = time.perf_counter() - began
+    if generation.timeout_s is None or waited < LOADING_S:
+        return generation
+    return labs.evolve(generation, timeout_s=max(0.001, generation.timeout_s - waited))
+
+
+def at_last(waiting: Waiting[R]) -> R:
+    """Wait to the end and return what there is then."""
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as end:
+            return cast("R", end.value)
+
+
+def _while_loading(asking: Waiting[Asked]) -> Generator[bytes, None, Asked]:
+    told = began = time.perf_counter()
+    while True:
+        if (now := time.perf_counter()) - told > LOADING_S:
+            told = now
+            yield f": loading the model for {now - began:.0f} s\n\n".encode()
+        try:
+            next(asking)
+        except StopIteration as end:
+            return cast("Asked", end.value)
 
 
 def _guarded(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
@@ -508,54 +654,53 @@ class Ready(Resource):
     stalled_s = 60.0  # longer than any single step or chunk
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        try:
-            status = self.service.engine().status()
-        except labs_engine.Busy:
-            health = Health("loading")
-        except labs.LabsError:
-            health = Health("dead")
-        else:
-            stalled = status.idle_s > self.stalled_s
-            health = Health("stalled" if stalled else "ok" if status.alive else "dead")
-            health = Health("draining") if status.closing else health
+        health = Health(self._state())
         resp.status = falcon.HTTP_200 if health.status == "ok" else falcon.HTTP_503
         resp.data = dumps(health)
+
+    def _state(self) -> Any:
+        try:
+            self.service.models.check()
+        except labs_engine.Busy:
+            return "loading"
+        except labs.LabsError:
+            return "dead"
+        found = [engine.status() for engine in self.service.models.loaded().values()]
+        if any(status.closing for status in found):
+            return "draining"
+        if not all(status.alive for status in found):
+            return "dead"
+        return "stalled" if any(status.idle_s > self.stalled_s for status in found) else "ok"
 
 
 class Generate(Resource):
     """POST /generate, /generate/stream and /explain."""
 
-    def _read(
-        self, req: falcon.Request
-    ) -> tuple[labs_engine.Engine, labs.Inputs, labs.Generation, set[str]]:
-        """Return what is asked of whom, and which settings the request names."""
+    def _read(self, req: falcon.Request) -> Wanted:
         body, given = self.service.read(req, labs.GenerateRequest)
-        engine = self.service.engine(body.model)
-        names = ("prompt", "messages", "use_chat_template", "add_generation_prompt")
-        inputs = self.service.build(engine, **{name: getattr(body, name) for name in names})
+        names = ("prompt", "messages", *labs.Chat.__struct_fields__)
+        prompt = {name: getattr(body, name) for name in names}
         options = {k: getattr(body, k) for k in labs.Generation.__struct_fields__ if k in given}
-        generation = labs.evolve(self.service.config.generation, **options)
-        return engine, inputs, generation, {*options}
-
-    def _ask(self, req: falcon.Request) -> Asked:
-        engine, inputs, generation, _ = self._read(req)
-        return self.service.ask(req, engine, [inputs], generation)
-
-    def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
-        engine, inputs, generation, named = self._read(req)
-        sources = dict.fromkeys(self.service.config.sources, "server")
-        sources |= dict.fromkeys(named, "request")
-        resp.data = dumps(labs.explain(engine.model, inputs, generation, sources))
+        return Wanted(req, body.model, [prompt], options, req.context.began)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        (done,) = self.service.collect(req, self._ask(req))
+        asked = at_last(self.service.ask(self._read(req)))
+        (done,) = self.service.collect(req, asked)
         answer = msgspec.structs.asdict(done)
-        model = self.service.config.model_id
-        resp.data = dumps(GenerateAnswer(id=req.context.id, model=model, **answer))
+        resp.data = dumps(GenerateAnswer(id=req.context.id, model=asked.name, **answer))
+
+    def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
+        wanted = self._read(req)
+
+        def explain(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Any:
+            sources = dict.fromkeys(self.service.configs[name].sources, "server")
+            sources |= dict.fromkeys(wanted.options, "request")
+            return labs.explain(engine.model, inputs[0], generation, sources)
+
+        resp.data = dumps(at_last(self.service.use(wanted, explain)))
 
     def on_post_stream(self, req: falcon.Request, resp: falcon.Response) -> None:
-        asked = self._ask(req)
-        self.service.stream(req, resp, asked, self._frames(req, asked))
+        self.service.stream(resp, self._read(req), functools.partial(self._frames, req))
 
     def _frames(self, req: falcon.Request, asked: Asked) -> Iterator[bytes]:
         """Text as `data:` lines, each line end a line feed; then `event: done` with JSON."""
@@ -569,7 +714,7 @@ class Generate(Resource):
                 yield _data_lines(text.removesuffix("\r"))
             else:
                 yield _data_lines("\n" * open_return)
-                answer = {"id": req.context.id, "model": self.service.config.model_id}
+                answer = {"id": req.context.id, "model": asked.name}
                 data = dumps({**answer, **msgspec.structs.asdict(item[1])})
                 yield b"event: done\ndata: " + data + b"\n\n"
 
@@ -579,24 +724,24 @@ def _data_lines(text: str) -> bytes:
     return "".join(f"data: {line}\n" for line in lines).encode() + b"\n" if text else b""
 
 
-class Models(Resource):
+class ModelsListed(Resource):
     """GET /v1/models and /v1/models/{name}."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = dumps(ModelList((self._card(),)))
+        resp.data = dumps(ModelList(tuple(map(self._card, self.service.configs))))
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
-        if name != self.service.config.model_id:
+        if name not in self.service.configs:
             raise Problem(404, f"there is no model {name!r} here", "model_not_found", "model")
-        resp.data = dumps(self._card())
+        resp.data = dumps(self._card(name))
 
-    def _card(self) -> ModelCard:
-        try:
-            context, loaded = self.service.engine().model.context_length, True
-        except labs.LabsError:
-            context, loaded = None, False
-        name, created = self.service.config.model_id, self.service.created
-        return ModelCard(id=name, created=created, context_length=context, loaded=loaded)
+    def _card(self, name: str) -> ModelCard:
+        return ModelCard(
+            id=name,
+            created=self.service.created,
+            context_length=self.service.models.context_length(name),
+            loaded=name in self.service.models.loaded(),
+        )
 
 
 class OpenAI(Resource):
@@ -610,35 +755,28 @@ class OpenAI(Resource):
         body, given = self.service.read(req, self.endpoint.request)
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options need stream = true", "invalid", "stream_options")
-        n = body.n or 1
-        engine = self.service.engine(body.model)
-        options = self.endpoint.options(body, given)
-        generation = labs.evolve(self.service.config.generation, **options)
+        n, options = body.n or 1, self.endpoint.options(body, given)
         prompts = self.endpoint.prompts(body)
-        self.service.check_choices(len(prompts), n)
-        inputs = [self.service.build(engine, **each) for each in prompts]
-        asked = self.service.ask(req, engine, inputs, generation, n)
+        wanted = Wanted(req, body.model, prompts, options, req.context.began, n)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            frames = self._frames(req, engine, asked, n if usage else 0)
-            self.service.stream(req, resp, asked, frames)
+            frames = functools.partial(self._frames, req, n if usage else 0)
+            self.service.stream(resp, wanted, frames)
             return
+        asked = at_last(self.service.ask(wanted))
         answers = self.service.collect(req, asked)
-        names = self._names(req)
-        resp.data = dumps(self.endpoint.answer(engine.model, answers, n, **names))
+        answer = self.endpoint.answer(asked.model, answers, n, **self._names(req, asked))
+        resp.data = dumps(answer)
 
-    def _names(self, req: falcon.Request) -> dict[str, Any]:
-        model = self.service.config.model_id
-        return {"id": req.context.id, "created": req.context.created, "model": model}
+    def _names(self, req: falcon.Request, asked: Asked) -> dict[str, Any]:
+        return {"id": req.context.id, "created": req.context.created, "model": asked.name}
 
-    def _frames(
-        self, req: falcon.Request, engine: labs_engine.Engine, asked: Asked, usage_of: int
-    ) -> Iterator[bytes]:
+    def _frames(self, req: falcon.Request, usage_of: int, asked: Asked) -> Iterator[bytes]:
         """Yield a chunk an event. usage_of: choices a prompt, where usage is asked for, else 0."""
-        nothing, names = None if usage_of else msgspec.UNSET, self._names(req)
+        nothing, names = None if usage_of else msgspec.UNSET, self._names(req, asked)
 
         def frame(*choices: labs_openai.Choice, usage: Any = nothing) -> bytes:
-            chunk = self.endpoint.wrap(engine.model, choices, usage=usage, **names)
+            chunk = self.endpoint.wrap(asked.model, choices, usage=usage, **names)
             return b"data: " + dumps(chunk) + b"\n\n"
 
         lengths: dict[int, int] = {}  # of each choice so far, in characters
@@ -650,7 +788,7 @@ class OpenAI(Resource):
             if index not in lengths and (first := self.endpoint.first(index)) is not None:
                 yield frame(first)
             offset = lengths.setdefault(index, 0)
-            yield frame(self.endpoint.choice(engine.model, index, event, offset))
+            yield frame(self.endpoint.choice(asked.model, index, event, offset))
             lengths[index] += len(getattr(event, "text", ""))
         if usage_of:
             usages = [done.usage for done in asked.dones]
@@ -671,34 +809,31 @@ class Metrics(Resource):
         resp.data = generate_latest(self.service.meters.registry)
 
     def collect(self) -> Iterator[Any]:
-        """Yield what the engine tells of itself at this moment."""
-        try:
-            status = self.service.engine().status()
-        except labs.LabsError:
-            return
-        for name, text, value in (
-            ("num_requests_running", "Requests with a row", status.running),
-            ("num_requests_waiting", "Requests that wait for a row", status.waiting),
-            (
-                "kv_cache_usage_perc",
-                "Share of the slots' memory in use, 0 to 1",
-                status.cache_usage,
-            ),
-            ("batch_rows", "Rows that may run at once", status.max_rows),
-            ("engine_alive", "Whether the engine's thread runs", int(status.alive)),
-        ):
-            yield GaugeMetricFamily(f"labs_{name}", text, value)
-        for name, text, value in (
-            ("response_cache_hits", "Answers not computed again", status.response_cache_hits),
-            ("steps", "Decode steps", status.steps),
-            ("out_of_memory", "Steps halved because memory ran out", status.halvings),
-            ("engine_failures", "Forward passes that failed", status.failures),
-        ):
-            yield CounterMetricFamily(f"labs_{name}", text, value)
+        """Yield what the engines tell of themselves at this moment."""
+        engines = self.service.models.loaded()
+        found = {name: engine.status() for name, engine in engines.items()}
+        for kind, name, text, field in ENGINE_METRICS:
+            family = kind(f"labs_{name}", text, labels=LABEL)
+            for model, status in found.items():
+                family.add_metric([model], float(getattr(status, field)))
+            yield family
         memory = GaugeMetricFamily("labs_gpu_memory_bytes", "Memory of the GPU", labels=["kind"])
         for kind, size in labs.gpu_memory().items():
             memory.add_metric([kind], size)
         yield memory
+
+
+ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Requests with a row", "running"),
+    (GaugeMetricFamily, "num_requests_waiting", "Requests that wait for a row", "waiting"),
+    (GaugeMetricFamily, "kv_cache_usage_perc", "Share of the slots in use, 0 to 1", "cache_usage"),
+    (GaugeMetricFamily, "batch_rows", "Rows that may run at once", "max_rows"),
+    (GaugeMetricFamily, "engine_alive", "Whether the engine's thread runs", "alive"),
+    (CounterMetricFamily, "response_cache_hits", "Answers not made anew", "response_cache_hits"),
+    (CounterMetricFamily, "steps", "Decode steps", "steps"),
+    (CounterMetricFamily, "out_of_memory", "Steps halved as memory ran out", "halvings"),
+    (CounterMetricFamily, "engine_failures", "Forward passes that failed", "failures"),
+)
 
 
 class Text(Resource):
@@ -741,7 +876,7 @@ class Route(Struct, frozen=True):
 
 
 def routes(service: Service) -> tuple[Route, ...]:
-    alive, generate, models = Alive(service), Generate(service), Models(service)
+    alive, generate, models = Alive(service), Generate(service), ModelsListed(service)
     chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
     metrics, events = Metrics(service), "text/event-stream"
     made, asked = labs_openai.OpenAIAnswer, labs.GenerateRequest
@@ -832,11 +967,16 @@ def docs(document: dict[str, Any]) -> str:
 
 
 def create_app(config: labs.Config, *, engine_for: EngineFor | None = None) -> falcon.App[Any, Any]:
-    """Return the WSGI app. Without `engine_for` the configured model is loaded in the background.
+    """Return the WSGI app. Without `engine_for` models are loaded in the background.
 
-    engine_for: called with config.model_id; returns an engine, or raises labs_engine.Busy for now.
+    engine_for: called with a configured name; returns an engine, or raises labs_engine.Busy.
     """
-    service = Service(config, engine_for or labs_engine.Engines(config))
+    models: Any = engine_for
+    if engine_for is None:
+        models = labs_models.Models(config)
+    elif not isinstance(engine_for, labs_models.Models):
+        models = Brought(engine_for, config.model_id)
+    service = Service(config, models)
     app = falcon.App(middleware=[Gate(config)])
     if config.server.allow_origins:
         origins = config.server.allow_origins
@@ -879,11 +1019,13 @@ def make_server(app: Any, config: labs.Config, rows: int) -> Any:
     from waitress.server import create_server
 
     server = config.server
+    models = min(server.max_loaded_models, len({config.model_id, *config.models}))
+    engines = models * (rows + server.max_waiting)
     waiting = create_server(
         app,
         host=_address(server.host),
         port=server.port,
-        threads=rows + server.max_waiting + 8,
+        threads=engines + server.max_waiting * (models > 1) + 8,  # those wait for a model
         channel_request_lookahead=1,  # sees who hangs up while its request runs
         asyncore_use_poll=True,  # select() dies at 1,024 descriptors
         connection_limit=server.max_connections,
@@ -940,7 +1082,7 @@ def _cut_slow_senders(server: Any, limit_s: float = 30.0) -> None:
     server.maintenance = maintain
 
 
-def drain(server: Any, engines: labs_engine.Engines, deadline_s: float) -> None:
+def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
     """Take no more connections, let answers end until the deadline, then let `run` return."""
 
     def stop_accepting() -> None:
@@ -949,7 +1091,7 @@ def drain(server: Any, engines: labs_engine.Engines, deadline_s: float) -> None:
         server.socket.close()
 
     server.trigger.pull_trigger(stop_accepting)
-    engines.close(deadline_s)
+    models.close(deadline_s)
     end = time.monotonic() + 2
     while time.monotonic() < end and any(
         channel.requests or channel.total_outbufs_len for channel in server.active_channels.values()
@@ -976,15 +1118,15 @@ def serve(config: labs.Config) -> None:
     check_exposure(config)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     logging.getLogger("waitress").setLevel(logging.ERROR)
-    engines = labs_engine.Engines(config)
-    app = create_app(config, engine_for=engines)
+    models = labs_models.Models(config, start=False)
+    app = create_app(config, engine_for=models)
     rows = config.server.max_batch_rows or 64
     try:
         server = make_server(app, config, rows)
     except OSError as error:
         where = f"{config.server.host}:{config.server.port}"
         raise labs.LabsError(f"cannot listen on {where}: {error.strerror or error}") from error
-    arguments = (server, engines, config.server.drain_s)
+    arguments = (server, models, config.server.drain_s)
     stopping = threading.Thread(target=drain, args=arguments, daemon=True)
 
     def stop(*_: Any) -> None:
@@ -999,21 +1141,23 @@ def serve(config: labs.Config) -> None:
         f"labs-api: http://{host}:{server.effective_port} (loading {config.model_id})",
         file=sys.stderr,
     )
-    announcing = threading.Thread(target=_announce, args=(engines, stop), daemon=True)
+    announcing = threading.Thread(target=_announce, args=(models, stop), daemon=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it
+            models.start()
             announcing.start()
             server.run()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # `drain` sends one at its end
-        engines.close()  # no thread may be in torch while the interpreter ends
-    engines.raise_failure()
+        models.close()  # no thread may be in torch while the interpreter ends
+    if models.failed:  # the log has told why
+        sys.exit(1)
 
 
-def _announce(engines: labs_engine.Engines, stop: Callable[[], None]) -> None:
+def _announce(models: labs_models.Models, stop: Callable[[], None]) -> None:
     try:
-        engine = engines.wait()
+        engine = models.wait()
     except labs.LabsError:
         stop()
         return

@@ -422,9 +422,9 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     origin = get_origin(kind)
     if origin is Literal:
         return click.Option(names, type=click.Choice(inner), help=help)
-    if origin is tuple:
+    if origin is tuple and inner[0] is not labs.Rule:
         return click.Option(names, multiple=True, help=help + " Can be repeated.")
-    if origin is dict:
+    if origin in (dict, tuple):
         return click.Option(names, type=json.loads, metavar="JSON", help=help)
     if inner:  # Annotated[T, ...] or T | None
         return make_option(names, inner[0], help)

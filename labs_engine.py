@@ -368,54 +368,6 @@ class Engine:
         labs.free_memory()
 
 
-class Engines:
-    """The engine of the configured model, loaded in the background; Busy until it is there."""
-
-    def __init__(self, config: labs.Config) -> None:
-        self._config = config
-        self._engine: Engine | None = None
-        self._failure: labs.LabsError | None = None
-        self._loaded = threading.Event()
-        self._closed = False
-        threading.Thread(target=self._load, name="labs-load", daemon=True).start()
-
-    def __call__(self, name: str) -> Engine:
-        if self._failure is not None:  # the reason may name what is nobody's business
-            raise labs.ModelError(f"{name} could not be loaded; the log tells why")
-        if self._engine is None:
-            raise Busy(f"{name} is being loaded")
-        return self._engine
-
-    def wait(self) -> Engine:
-        """Return the engine once it is loaded; raise what made it fail."""
-        self._loaded.wait()
-        self.raise_failure()
-        return self(self._config.model_id)
-
-    def raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)
-
-    def close(self, deadline_s: float = 0.0) -> None:
-        self._closed = True
-        if self._engine is not None:
-            self._engine.close(deadline_s)
-
-    def _load(self) -> None:
-        try:
-            model = labs.load_model(self._config)
-            self._engine = Engine(model, self._config.server, self._config.response_cache)
-            if self._closed:
-                self._engine.close()
-        except labs.LabsError as error:  # told to whoever asks
-            self._failure = error
-        except Exception as error:
-            log.exception("the model cannot be loaded")
-            self._failure = labs.ModelError(str(error))
-        finally:
-            self._loaded.set()
-
-
 def _make_cache(wanted: labs.ResponseCache) -> Any:
     if wanted.max_entries == 0:
         return {}

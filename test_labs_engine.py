@@ -1126,49 +1126,6 @@ def test_a_failure_is_not_kept(start):
     assert read(engine.submit(prompt(0), asked()))[0] == alone("llama", 0)
 
 
-# ---------------------------------------------------------------- engines
-
-
-@pytest.fixture
-def loading(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Hold labs.load_model until the event is set; what it then does is in `results`."""
-    held, results = threading.Event(), [model_of("llama")]
-
-    def load(config: Any) -> labs.Model:
-        assert held.wait(WAIT_S)
-        if isinstance(results[0], Exception):
-            raise results[0]
-        return results[0]
-
-    monkeypatch.setattr(labs, "load_model", load)
-    yield held, results
-    held.set()
-
-
-def test_a_model_that_is_being_loaded_is_busy_and_answers_then(loading):
-    engines = labs_engine.Engines(labs.Config())
-    with pytest.raises(labs_engine.Busy, match="is being loaded"):
-        engines("any")
-    engines.raise_failure()
-    loading[0].set()
-    assert read(engines.wait().submit(prompt(0), asked()))[0] == alone("llama", 0)
-    assert engines("any") is engines.wait()
-    engines.close()
-    assert not engines.wait()._thread.is_alive()
-
-
-def test_a_model_that_cannot_be_loaded_raises_why(loading):
-    engines = labs_engine.Engines(labs.Config())
-    asks = functools.partial(engines, "any")
-    loading[1][0] = labs.ModelError("there is no such model")
-    loading[0].set()
-    why = "no such model"
-    for ask, told in ((engines.wait, why), (engines.raise_failure, why), (asks, "the log tells")):
-        with pytest.raises(labs.ModelError, match=told):
-            ask()
-    engines.close()
-
-
 # ---------------------------------------------------------------- many threads
 
 
