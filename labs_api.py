@@ -379,6 +379,9 @@ class Brought:
     def release(self, name: str) -> None:
         """Do nothing: it stays."""
 
+    def reader(self, name: str) -> labs.Model:
+        return self._engine_for(name).model
+
     def check(self) -> None:
         """Raise if it is not there."""
         self._engine_for(self._name)
@@ -449,13 +452,13 @@ class Service:
         }
         return labs.build_inputs(model, **{**request, **toggles})
 
-    def _acquire(self, wanted: Wanted, name: str, limit_s: float | None) -> Waiting[Any]:
-        """Return the engine of a model, yielding while it is loaded; who waits holds a thread."""
+    def _wait_for(self, wanted: Wanted, get: Callable[[], R], limit_s: float | None) -> Waiting[R]:
+        """Return what `get` does, yielding while it raises Loading; who waits holds a thread."""
         gone, waits = self._gone(wanted.req), False
         try:
             while True:
                 try:
-                    return self.models(name)
+                    return get()
                 except labs_models.Loading as loading:
                     waits = waits or self._waiting.acquire(blocking=False)
                     late = time.perf_counter() > wanted.began + (limit_s or math.inf)
@@ -486,12 +489,12 @@ class Service:
         usual, rules = self.config.model_id, self.config.router.rules
         count = 0
         if any(rule.over_prompt_tokens is not None for rule in rules):
-            engine = yield from self._acquire(wanted, usual, None)
-            try:
-                built = [self.build(engine.model, self.config, **p) for p in wanted.prompts]
-            finally:
-                self.models.release(usual)
-            count = max(len(each.input_ids) for each in built)
+            model = yield from self._wait_for(wanted, lambda: self.models.reader(usual), None)
+            ids = [
+                each.get("ids") or self.build(model, self.config, **each).input_ids
+                for each in wanted.prompts
+            ]
+            count = max(map(len, ids))
         text = "\n".join(map(_text_of, wanted.prompts))
         return labs.route(self.config.router, text, lambda: count) or usual
 
@@ -503,7 +506,8 @@ class Service:
         name = yield from self._name(wanted)
         config = self.configs[name]
         generation = labs.evolve(config.generation, **wanted.options)
-        engine = yield from self._acquire(wanted, name, generation.timeout_s)
+        limit_s = generation.timeout_s
+        engine = yield from self._wait_for(wanted, lambda: self.models(name), limit_s)
         try:
             inputs = [self.build(engine.model, config, **each) for each in wanted.prompts]
             return do(name, engine, inputs, _in_time_left(generation, wanted.began))

@@ -12,6 +12,7 @@ labs_openai.py; files also tqdm.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import itertools
@@ -20,13 +21,14 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
 
 import labs
 
+CUT = {"timeout", "cancelled"}  # ends that another run need not come to
 WINDOW = 1024  # lines that are sorted by length together: rows of one length share a batch well
 
 
@@ -114,15 +116,20 @@ class Task(Struct, eq=False):
 
 
 def read_task(config: labs.Config, data: bytes, number: int) -> Task:
-    """Read one line; a wrong one becomes a task with an error, one without id has its number."""
-    task = Task(number)
+    """Read one line; a wrong one becomes a task with an error, one without id has its number.
+
+    One whose id cannot be read has none that another line could have: its number may be taken.
+    """
+    task = Task(f"line {number}")
     try:
         given = msgspec.json.decode(data)
         if not isinstance(given, dict):
             raise labs.InputError("the line is no JSON object")
         task.openai = "custom_id" in given
         identity = given.get("custom_id" if task.openai else "id")
-        if isinstance(identity, str | int) and not isinstance(identity, bool):
+        if identity is None:
+            task.id = number
+        elif isinstance(identity, str | int) and not isinstance(identity, bool):
             task.id = identity
         (_read_openai if task.openai else _read_line)(config, data, given, task)
     except labs.LabsError as error:
@@ -159,7 +166,8 @@ def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: 
     task.generation = labs.evolve(config.generation, **task.endpoint.options(body, named))
     task.prompts = [Prompt(**each).within(config) for each in task.endpoint.prompts(body)]
     task.n = body.n or 1
-    if task.n > 1 and task.generation.seed is None:  # else only one could be replayed
+    rows = task.n * len(task.prompts)
+    if rows > 1 and task.generation.seed is None:  # else only one could be replayed
         task.generation = labs.evolve(task.generation, seed=secrets.randbits(32))
 
 
@@ -335,6 +343,8 @@ def _render_openai(
     if task.error is None:
         body = task.endpoint.answer(model, found, task.n, id=name, model=config.model_id)
         rest = {"fingerprint": found[0].fingerprint, "request": task.request}
+        if cut := {each.finish_reason for each in found} & CUT:  # OpenAI has no word for it
+            rest["finish_reason"] = min(cut)
     else:
         status = 400 if _is_askers(task.error) else 500
         kind = "invalid_request_error" if status == 400 else "server_error"
@@ -371,8 +381,9 @@ class Past(Struct, frozen=True):
         """Return the text of each choice; none of an error."""
         if self.response is UNSET:
             return [self.text] if isinstance(self.text, str) else []
-        choices = self.response["body"].get("choices", ())
-        return [c["text"] if "text" in c else c["message"]["content"] for c in choices]
+        choices = (self.response or {}).get("body", {}).get("choices", ())
+        found = [c["text"] if "text" in c else c["message"]["content"] for c in choices]
+        return msgspec.convert(found, list[str])
 
 
 def read_past(data: bytes, where: str) -> Past:
@@ -381,7 +392,8 @@ def read_past(data: bytes, where: str) -> Past:
         past = msgspec.json.decode(data, type=Past)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise labs.InputError(f"{where} is no answer of labs-gen: {error}") from None
-    if all(part is UNSET for part in (past.text, past.response, past.error)):
+    text = past.text if past.finish_reason else UNSET
+    if all(part is UNSET for part in (text, past.response, past.error)):
         raise labs.InputError(f"{where} is no answer of labs-gen")
     return past
 
@@ -409,14 +421,10 @@ def answer_file(
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[BinaryIO]:
-    """Open a file of lines; - is standard input."""
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    with open(name, "rb") as file:
-        file.seek(3 if file.peek(3)[:3] == b"\xef\xbb\xbf" else 0)  # a byte order mark
-        yield file
+def opened(name: str) -> Iterator[Iterator[bytes]]:
+    """Open a file of lines, without a byte order mark; - is standard input."""
+    with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+        yield (data if n else data.removeprefix(codecs.BOM_UTF8) for n, data in enumerate(file))
 
 
 @contextlib.contextmanager
@@ -428,8 +436,9 @@ def _appending(source: str, target: str, tally: Tally) -> Iterator[Callable[[byt
     if os.path.exists(target) and source != "-" and os.path.samefile(source, target):
         raise labs.InputError(f"{target} cannot be both --input and --output")
     with open(target, "ab", buffering=0) as file:
-        _lock(file.fileno(), target)
-        _recover(target, tally)
+        if os.path.isfile(target):  # a device or a pipe has no past, and no end of it to read to
+            _lock(file.fileno(), target)
+            _recover(target, tally)
 
         def write(data: bytes) -> None:
             try:
@@ -458,16 +467,28 @@ def _lock(descriptor: int, name: str) -> None:
 
 def _recover(name: str, tally: Tally) -> None:
     """Read which ids are answered; cut off a last line that was not written whole."""
-    whole = 0
-    with open(name, "rb") as file:
+    whole, data = 0, b"\n"
+    with open(name, "r+b") as file:
         for number, data in enumerate(file, 1):
-            if not data.endswith(b"\n") and b'{"id":'.startswith(data[:6]):
-                os.truncate(name, whole)
-                break
+            if _is_torn(data):
+                file.truncate(whole)
+                return
             whole += len(data)
             if data.strip():
                 past = read_past(data, f"{name}: line {number}")
                 tally.answered.add(_key(number if past.name is None else past.name))
+        file.write(b"" if data.endswith(b"\n") else b"\n")
+
+
+def _is_torn(data: bytes) -> bool:
+    """Tell whether it is the beginning of an answer's line, without its end."""
+    if data.endswith(b"\n") or not b'{"id":'.startswith(data[:6]):
+        return False
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -476,7 +497,7 @@ def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
     from tqdm import tqdm
 
     total = None
-    if source != "-" and sys.stderr.isatty():
+    if os.path.isfile(source) and sys.stderr.isatty():  # a pipe can be read only once
         with open(source, "rb") as file:
             total = sum(1 for line in file if line.strip())
     with tqdm(total=total, unit=" lines", disable=None, leave=False) as bar:
@@ -509,9 +530,10 @@ def replay(
 ) -> Iterator[Verdict]:
     """Run lines of answers again, as their fingerprints say, and compare; in their order."""
     pasts: dict[int, Past] = {}
+    filled = (pair for pair in lines if pair[1].strip())
     tasks = (
         _with_inputs(model, config, _again(pasts, order, number, data))
-        for order, (number, data) in enumerate(lines)
+        for order, (number, data) in enumerate(filled)
     )
     for task in complete(model, tasks, batch_rows, ordered=True):
         yield _compare(model, pasts.pop(task.order), task)
@@ -528,15 +550,18 @@ def _again(pasts: dict[int, Past], order: int, number: int, data: bytes) -> Task
             raise labs.InputError("it was an error")
         if past.fingerprint is None or past.request is None:
             raise labs.InputError("the line does not hold its request and fingerprint")
-        if past.finish_reason in ("timeout", "cancelled"):
+        if past.finish_reason in CUT:
             raise labs.InputError(f"it was cut ({past.finish_reason})")
         options = past.fingerprint.generation
         # With log-probabilities come the tokens.
         task.generation = labs.evolve(options, timeout_s=None, logprobs=options.logprobs or 0)
         _ask_again(task, past.request)
-    except (labs.LabsError, msgspec.ValidationError, KeyError, TypeError) as error:
-        damage = labs.InputError(f"the line is damaged: {error}")
-        task.fail(error if isinstance(error, labs.LabsError) else damage)
+        if len(past.texts) != len(task.prompts) * task.n:
+            raise labs.InputError("the line is damaged: it lacks choices")
+    except labs.LabsError as error:
+        task.fail(error)
+    except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as error:
+        task.fail(labs.InputError(f"the line is damaged: {error}"))
     return task
 
 
@@ -574,7 +599,7 @@ def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None
     common, length, text = len(list(pairs)), 0, labs.Text()
     for number, each in enumerate(new.logprobs, 1):
         length += len(labs.decode_next(model.tokenizer, text, each.token))
-        if length > common:
+        if length > common or each.token in model.eos_token_ids:
             return number
     return len(new.logprobs) + 1
 

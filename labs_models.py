@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 import labs
 import labs_engine
@@ -42,7 +43,7 @@ class Slot(Struct, eq=False):
     """A model that may be loaded. holders: who was given the engine and has not released it.
 
     used: when it was last asked for or busy; failed: when a load failed (both monotonic).
-    leaving: takes no more requests.
+    leaving: takes no more requests. reader: the model without its weights, once it was loaded.
     """
 
     config: labs.Config
@@ -53,6 +54,7 @@ class Slot(Struct, eq=False):
     failure: labs.LabsError | None = None
     failed: float = 0.0
     weight_bytes: int = 0
+    reader: labs.Model | None = None
     context_length: int | None = None
 
     @property
@@ -114,8 +116,19 @@ class Models:
 
     def context_length(self, name: str) -> int | None:
         """Return what is known of it without loading the model."""
-        engine = self._slots[name].engine
-        return self._slots[name].context_length if engine is None else engine.model.context_length
+        slot = self._slots[name]
+        return slot.context_length if slot.reader is None else slot.reader.context_length
+
+    def reader(self, name: str) -> labs.Model:
+        """Return a model to build inputs with, which has no weights and stays when it is let go.
+
+        Raises as a call does, while the model was never loaded.
+        """
+        if (reader := self._slots[name].reader) is None:
+            self(name)
+            self.release(name)
+            return self.reader(name)
+        return reader
 
     @property
     def failed(self) -> bool:
@@ -185,6 +198,7 @@ class Models:
                 self._make_room(name)
                 model = labs.load_model(slot.config, cached=False)
                 engine = labs_engine.Engine(model, self._server, slot.config.response_cache)
+                slot.reader = replace(model, decoder=None)
                 del model
         except labs.LabsError as error:
             log.error("labs-api: cannot load %s", error)
@@ -244,7 +258,6 @@ class Models:
                 return
             engine, slot.engine, slot.leaving = slot.engine, None, False
         if engine is not None:
-            slot.context_length = engine.model.context_length
             engine.close()
             del engine
             labs.free_memory()
@@ -253,5 +266,5 @@ class Models:
     def _look_at_others(self) -> None:
         """Learn how long the context of models is that were not loaded yet."""
         for slot in self._slots.values():
-            if slot.engine is None and slot.context_length is None:
+            if slot.reader is None and slot.context_length is None:
                 slot.context_length = labs.context_length(slot.config.model)
