@@ -32,6 +32,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -41,6 +42,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,7 +71,11 @@ WORDS = (
 
 def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float]) -> None:
     """Print the median ratio of two rates measured in turn; the first pair only warms up."""
-    pairs = [(ours(), theirs()) for _ in range(PAIRS + 1)][1:]
+    tell(name, [(ours(), theirs()) for _ in range(PAIRS + 1)][1:])
+
+
+def tell(name: str, pairs: list[tuple[float, float]]) -> None:
+    """Print medians of both sides, and of their ratio with its interval."""
     ratios = [a / b for a, b in pairs]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
@@ -467,6 +473,78 @@ def overhead() -> None:
         server.process.terminate()
 
 
+def lines(model: labs.Model, count: int) -> list[tuple[str, labs.Inputs]]:
+    """Prompts of 20 to 400 tokens behind the template's own."""
+    draw, found = random.Random(2), list[tuple[str, labs.Inputs]]()
+    while len(found) < count:
+        text = " ".join(draw.choices(WORDS, k=draw.randint(1, 375)))
+        inputs = labs.build_inputs(model, prompt=text)
+        if 20 <= len(inputs.input_ids) <= 400:
+            found.append((text, inputs))
+    return found
+
+
+def file_rate(model: labs.Model, part: list[tuple[str, labs.Inputs]]) -> float:
+    """Tokens per second of a file of prompts, from opening it to the last answer in the other."""
+    import labs_batch
+
+    config, tally = labs.load_config(env={}), labs_batch.Tally()
+    config = labs.evolve(config, generation=labs.Generation(max_new_tokens=NEW, temperature=0.0))
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = f"{folder}/prompts.jsonl", f"{folder}/answers.jsonl"
+        Path(source).write_text("".join(json.dumps({"prompt": text}) + "\n" for text, _ in part))
+        labs_batch.answer_file(lambda: model, config, source, target, tally)
+    return tally.rate
+
+
+def static_rate(other: Any, part: list[tuple[str, labs.Inputs]], rows: int) -> float:
+    """The same by generate, sorted by length, in batches of so many."""
+    ordered = sorted((each for _, each in part), key=lambda each: len(each.input_ids))
+    began = time.perf_counter()
+    for first in range(0, len(ordered), rows):
+        generate_rate(other, ordered[first : first + rows])
+    return len(ordered) * NEW / (time.perf_counter() - began)
+
+
+def batch() -> None:
+    """A file of 512 prompts, in as many parts as there are pairs, each part by all in turn."""
+    model, other = load()
+    whole = lines(model, 512)
+    parts = [whole[first::PAIRS] for first in range(PAIRS)]
+    trials = {rows: static_rate(other, parts[0], rows) for rows in (16, 32, 64)}
+    print(
+        f"static batch of so many rows: { ({k: round(v) for k, v in trials.items()}) }", flush=True
+    )
+    rows = max(trials, key=lambda rows: trials[rows])
+    llama = llama_cpp() if importlib.util.find_spec("llama_cpp") else None
+    against: dict[str, list[tuple[float, float]]] = {f"static batch of {rows}": []}
+    for part in parts:
+        ours = file_rate(model, part)
+        against[f"static batch of {rows}"].append((ours, static_rate(other, part, rows)))
+        if llama is not None:
+            theirs = llama_rate(llama, [text for text, _ in part[:: len(part) // 20]])
+            against.setdefault("llama-cpp-python, one stream", []).append((ours, theirs))
+    for name, pairs in against.items():
+        tell(f"512 prompts of 20 to 400 tokens / {name}", pairs)
+
+
+def llama_cpp() -> Any:
+    """llama-cpp-python on the 4-bit file itself."""
+    from llama_cpp import Llama
+
+    file = str(labs._package_file(labs.DEFAULT_MODEL.removeprefix("package:")))
+    return Llama(file, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
+
+
+def llama_rate(llama: Any, texts: list[str]) -> float:
+    began, tokens = time.perf_counter(), 0
+    for text in texts:
+        chat = [{"role": "user", "content": text}]
+        answer = llama.create_chat_completion(chat, max_tokens=NEW, temperature=0)
+        tokens += answer["usage"]["completion_tokens"]
+    return tokens / (time.perf_counter() - began)
+
+
 def median_p95(name: str, values: list[float]) -> None:
     ordered = sorted(values)
     middle, late = statistics.median(ordered), ordered[int(0.95 * len(ordered))]
@@ -661,11 +739,7 @@ def in_batching() -> Ask:
 
 
 def in_llama_cpp() -> Ask:
-    """llama-cpp-python on the 4-bit file itself."""
-    from llama_cpp import Llama
-
-    file = str(labs._package_file(labs.DEFAULT_MODEL.removeprefix("package:")))
-    llama = Llama(file, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
+    llama = llama_cpp()
 
     def ask(streams: int) -> dict[str, Any]:
         llama.reset()
@@ -985,7 +1059,7 @@ def gpu_report(*shapes: str) -> None:
 
 
 PARTS = (single, many, context, arrivals, sampling, long, memory, start, prefix, serving, overhead)
-PARTS += (manners,)
+PARTS += (manners, batch)
 
 
 def main() -> None:

@@ -705,6 +705,8 @@ def _chosen(tables: dict[str, Any], upper: Mapping[str, tuple[Any, str]], file: 
     if usual is not None and "model_name" in generation:
         raise ConfigError(f"{file}: default_model and [generation] model_name both say which model")
     name = upper.get("model_name", (generation.get("model_name", usual), ""))[0]
+    if name == "auto":
+        raise ConfigError("model_name = auto: only a request to labs-api can leave it to [router]")
     return name if isinstance(name, str) and name in models else None
 
 
@@ -1042,11 +1044,10 @@ def _changed(struct: Struct) -> dict[str, Any]:
 
 
 def _versions(quantization: Quantization) -> dict[str, str]:
-    from importlib.metadata import version
-
     packages = ["torch", "transformers"]
     packages += ["bitsandbytes"] * (quantization.load_in_4bit or quantization.load_in_8bit)
-    return {"labs": __version__, **{package: version(package) for package in packages}}
+    modules = map(importlib.import_module, packages)
+    return {"labs": __version__, **{each.__name__: str(each.__version__) for each in modules}}
 
 
 def _decoder(model: Any, spec: ModelSpec) -> Any:

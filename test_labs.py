@@ -2198,6 +2198,107 @@ def test_a_text_that_cannot_be_scored_is_refused(text, error, tiny):
         labs.score(tiny, SHORT, text)
 
 
+# ---------------------------------------------------------------- fingerprints
+
+
+def fingerprint(model: labs.Model, **changes: Any) -> Any:
+    found = labs.generate(model, SHORT, **{"max_new_tokens": 6} | changes).fingerprint
+    assert found is not None
+    return found
+
+
+def test_a_fingerprint_tells_what_the_text_depends_on(tiny, tiny_folder):
+    found = fingerprint(tiny, temperature=0, stop=("x",))
+    assert (found.model, found.dtype, found.device) == (str(tiny_folder), "fp32", "cpu")
+    assert found.versions["torch"] == torch.__version__
+    assert {*found.versions} == {"labs", "torch", "transformers"}
+    assert found.prompt_sha256 == hashlib.sha256(b"[104,101,121]").hexdigest()
+    assert (found.generation.temperature, found.generation.stop) == (0, ("x",))
+    assert (found.quantization, found.batch_invariant) == ({}, True)
+    assert str(torch.get_num_threads()) in found.hardware
+
+
+def test_a_fingerprint_holds_the_seed_that_was_drawn_and_makes_the_text_again(tiny):
+    first = labs.generate(tiny, SHORT, max_new_tokens=12, temperature=1.5)
+    assert first.fingerprint.generation.seed == first.seed is not None
+    again = labs.generate(tiny, SHORT, first.fingerprint.generation)
+    assert (again.text, again.fingerprint) == (first.text, first.fingerprint)
+
+
+def test_a_fingerprint_holds_what_the_model_recommends(tiny_folder):
+    model = msgspec.structs.replace(
+        load(tiny_folder), recommended={"do_sample": True, "temperature": 0.75, "top_k": 7}
+    )
+    options = fingerprint(model).generation
+    assert (options.temperature, options.top_k, options.do_sample) == (0.75, 7, None)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_the_revision_of_a_folder_is_that_of_its_contents(name, folder, tiny_folder, fresh):
+    place, moved = folder / "model", folder / "moved"
+    shutil.copytree(tiny_folder, place)
+    shutil.copytree(tiny_folder, moved)
+    (moved / "README.md").write_text("hello")
+    cache = str(folder / "cache")
+    before = fingerprint(load(place, cache_dir=cache)).revision
+    assert fingerprint(load(moved, cache_dir=cache)).revision == before
+    data = (place / name).read_bytes()
+    at = -1 if name == "model.safetensors" else len(data)
+    (place / name).write_bytes(data[:at] + (b"\0" if at < 0 else b" "))
+    labs.load_model.cache_clear()
+    assert fingerprint(load(place, cache_dir=cache)).revision != before
+
+
+def test_the_revision_of_a_gguf_file_is_the_hash_of_the_file(folder, fresh):
+    path = save_gguf(folder / "tiny.gguf")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = fingerprint(load(path, cache_dir=str(folder / "cache")))
+    assert found.revision == f"sha256:{digest}"
+
+
+def test_the_revision_of_a_hub_model_is_its_commit():
+    config = SimpleNamespace(_commit_hash="c0ffee")
+    assert labs._revision(labs.ModelSpec(model_name="org/name"), config, None) == "c0ffee"
+
+
+def test_a_folder_is_hashed_once(folder, tiny_folder, fresh, monkeypatch):
+    hashed, hash_file = [], labs._digest_of_file
+    monkeypatch.setattr(labs, "_digest_of_file", lambda p: hashed.append(p) or hash_file(p))
+    for _ in range(2):
+        labs.load_model.cache_clear()
+        load(tiny_folder, cache_dir=str(folder / "cache"))
+    assert len(hashed) == len({*hashed}) > 2
+
+
+def test_a_fingerprint_names_the_quantisation(folder, tiny_folder, fresh):
+    model = load(tiny_folder, quantization=labs.Quantization(quant_method="int8"))
+    assert fingerprint(model).quantization == {"quant_method": "int8"}
+
+
+def test_an_explanation_tells_where_each_setting_comes_from(tiny):
+    model = msgspec.structs.replace(tiny, recommended={"do_sample": True, "top_k": 7})
+    options = labs.Generation(max_new_tokens=3)
+    told = labs.explain(model, SHORT, options, {"max_new_tokens": "labs.toml"}).settings
+    assert told["max_new_tokens"] == labs.Sourced(3, "labs.toml")
+    assert told["top_k"] == labs.Sourced(7, "model")
+    assert told["top_p"] == labs.Sourced(1.0, "default")
+    assert told["seed"] == labs.Sourced(None, "drawn")
+    assert told["torch_dtype"] == labs.Sourced("fp32", "default")
+    sections = ("generation", "quantization")
+    known = {each.key for each in labs.settings() if each.section in sections}
+    assert known - {*told} == {"use_chat_template", "add_generation_prompt"}
+
+
+def test_a_model_that_is_not_cached_is_its_callers_alone(tiny_folder, fresh):
+    spec = labs.ModelSpec(model_name=str(tiny_folder), torch_dtype="fp32")
+    kept, mine = labs.load_model(spec), labs.load_model(spec, cached=False)
+    assert kept is labs.load_model(spec) is not mine
+    gone = weakref.ref(mine.model)
+    del mine
+    labs.free_memory()
+    assert gone() is None
+
+
 # ---------------------------------------------------------------- many prompts
 
 
@@ -2447,12 +2548,13 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 
 ROOMS = {
-    "labs.py": 2120,
+    "labs.py": 2200,
     "labs_decode.py": 1510,
-    "labs_engine.py": 450,
+    "labs_engine.py": 400,
+    "labs_models.py": 280,
     "labs_openai.py": 450,
-    "labs_api.py": 1200,
-    "labs_batch.py": 600,
+    "labs_api.py": 1300,
+    "labs_batch.py": 640,
     "labs_cli.py": 520,
 }
 
@@ -2472,12 +2574,13 @@ def test_a_function_has_forty_lines_at_most(name):
     ("name", "packages"),
     [
         ("labs_engine.py", {"labs", "msgspec", "cachetools"}),
+        ("labs_models.py", {"labs", "labs_engine", "msgspec"}),
         ("labs_openai.py", {"labs", "msgspec"}),
         ("labs_batch.py", {"labs", "labs_openai", "msgspec", "tqdm"}),
         (
             "labs_api.py",
-            {"labs", "labs_engine", "labs_openai", "labs_cli", "msgspec", "falcon", "waitress"}
-            | {"prometheus_client"},
+            {"labs", "labs_engine", "labs_models", "labs_openai", "labs_cli"}
+            | {"msgspec", "falcon", "waitress", "prometheus_client"},
         ),
     ],
 )

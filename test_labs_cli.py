@@ -225,7 +225,7 @@ def test_help_fits_80_columns_of_ascii() -> None:
 def test_help_has_every_option_under_a_title() -> None:
     text = invoke("--help").stdout
     titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
-    assert titles == ["Input", "Output", "Model", "Generation", "Quantization", "Other"]
+    assert titles == ["Input", "Output", "Batch", "Model", "Generation", "Quantization", "Other"]
     for option in gen().params:
         assert option.opts[0] in text
 
@@ -664,7 +664,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def test_labs_toml_shows_every_setting_and_changes_none() -> None:
     shipped = labs.load_config(ROOT / "labs.toml", env={})
     bare = labs.load_config(env={})
-    parts = ("model", "generation", "server", "response_cache")
+    parts = ("model", "generation", "server", "response_cache", "router", "models")
     assert all(getattr(shipped, part) == getattr(bare, part) for part in parts)
     text = (ROOT / "labs.toml").read_text(encoding="utf-8")
     for setting in labs.settings():
