@@ -1948,7 +1948,7 @@ def _admit(
     import labs_decode
 
     budget = labs_decode.CHUNK
-    while budget > 0:
+    while budget > 0 or not running.streams:
         yield from _let_go(model, running)
         yield from _enter(model, running, streams, rows)
         running.newcomers = [_recall(model, running, each) for each in running.newcomers]

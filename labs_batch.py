@@ -75,7 +75,7 @@ class Task(Struct, eq=False):
     """One line under way: what it asks for, then what was found, a completion for each row.
 
     order: among the tasks of a run. request: what the answer repeats. endpoint: OpenAI's that the
-    line speaks to. missing: rows that have not ended.
+    line speaks to. seeds: how many rows have one of their own. missing: rows that have not ended.
     """
 
     id: str | int
@@ -83,6 +83,7 @@ class Task(Struct, eq=False):
     prompts: list[Prompt] = field(default_factory=list)
     generation: labs.Generation = labs.Generation()
     n: int = 1
+    seeds: int = 1
     openai: bool = False
     endpoint: Any = None
     order: int = 0
@@ -165,10 +166,15 @@ def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: 
         raise labs_openai.Refusal("an answer in a file is no stream", "unsupported", "stream")
     task.generation = labs.evolve(config.generation, **task.endpoint.options(body, named))
     task.prompts = [Prompt(**each).within(config) for each in task.endpoint.prompts(body)]
-    task.n = body.n or 1
-    rows = task.n * len(task.prompts)
-    if rows > 1 and task.generation.seed is None:  # else only one could be replayed
+    _count_choices(task, body)
+    if task.seeds > 1 and task.generation.seed is None:  # else only one could be replayed
         task.generation = labs.evolve(task.generation, seed=secrets.randbits(32))
+
+
+def _count_choices(task: Task, body: Any) -> None:
+    """Let all choices differ, but those of a seeded request only within a prompt, as HTTP's do."""
+    task.n = body.n or 1
+    task.seeds = task.n * (len(task.prompts) if body.seed is None else 1)
 
 
 def _check_model(config: labs.Config, name: str | None) -> None:
@@ -260,7 +266,7 @@ def _streams(
 def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     if task.error is not None:
         return index, labs.Failed(task.error)
-    options = labs.choice_of(task.generation, place % task.n)
+    options = labs.choice_of(task.generation, place % task.seeds)
     try:
         return labs.open_stream(model, index, task.inputs[place // task.n], options)
     except labs.LabsError as error:
@@ -289,9 +295,13 @@ def answer_lines(
 
 
 class Tally(Struct, eq=False):
-    """What a run has done. answered: keys of the ids that were answered before it."""
+    """What a run has done. answered: keys of the ids that were answered before it.
+
+    errors: how many of those in error.
+    """
 
     answered: set[int] = field(default_factory=set)
+    errors: int = 0
     done: int = 0
     failed: int = 0
     skipped: int = 0
@@ -310,6 +320,7 @@ class Tally(Struct, eq=False):
 
     def __str__(self) -> str:
         before = f", {self.skipped} before" if self.skipped else ""
+        before += f" ({self.errors} of them in error)" if self.errors else ""
         seconds = time.perf_counter() - self.began
         speed = f"{self.tokens} tokens in {seconds:.1f} s, {self.rate:.1f} tokens/s"
         return f"{self.done} answered{before}, {self.failed} failed; {speed}"
@@ -375,6 +386,11 @@ class Past(Struct, frozen=True):
     @property
     def name(self) -> str | int | None:
         return self.id if self.custom_id is None else self.custom_id
+
+    @property
+    def failed(self) -> bool:
+        status = self.response.get("status_code") if isinstance(self.response, dict) else 200
+        return self.error not in (UNSET, None) or status != 200
 
     @property
     def texts(self) -> list[str]:
@@ -477,6 +493,7 @@ def _recover(name: str, tally: Tally) -> None:
             if data.strip():
                 past = read_past(data, f"{name}: line {number}")
                 tally.answered.add(_key(number if past.name is None else past.name))
+                tally.errors += past.failed
         file.write(b"" if data.endswith(b"\n") else b"\n")
 
 
@@ -574,7 +591,7 @@ def _ask_again(task: Task, request: dict[str, Any]) -> None:
     task.endpoint = labs_openai.ENDPOINTS[request["url"]]
     body, _ = labs_openai.read(msgspec.json.encode(request["body"]), task.endpoint.request)
     task.prompts = [Prompt(**each) for each in task.endpoint.prompts(body)]
-    task.n = body.n or 1
+    _count_choices(task, body)
 
 
 def _compare(model: labs.Model, past: Past, task: Task) -> Verdict:
@@ -605,16 +622,15 @@ def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None
 
 
 def _changed(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
-    """Tell what is not as it was, but for the name of the model's place."""
-    flat = [_flat(each) for each in (old, new)]
-    return ", ".join(
-        f"{name} {flat[0].get(name)} is now {flat[1].get(name)}"
-        for name in {**flat[0], **flat[1]}
-        if flat[0].get(name) != flat[1].get(name)
-    )
+    """Tell what is not as it was: a model by its name, unless only the name is another."""
+    before, after = _flat(old), _flat(new)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    dropped = "revision" if {"model", "revision"} <= {*names} else "model"
+    names = [name for name in names if name != dropped]
+    return ", ".join(f"{name} {before.get(name)} is now {after.get(name)}" for name in names)
 
 
 def _flat(fingerprint: labs.Fingerprint | None) -> dict[str, Any]:
     found = msgspec.structs.asdict(fingerprint) if fingerprint else {}
-    versions = found.pop("versions", {})
-    return {k: v for k, v in {**found, **versions}.items() if k not in ("model", "generation")}
+    found |= found.pop("versions", {})
+    return {**found, "generation": None}

@@ -240,7 +240,7 @@ memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes
 
 
 def answer_file(config: labs.Config, flags: Values) -> None:
-    """Answer the lines of --input; exit code 1 if some failed."""
+    """Answer the lines of --input; exit code 1 if some failed, now or before."""
     import labs_batch
 
     tally = labs_batch.Tally()
@@ -254,7 +254,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
     finally:
         if tally.done or tally.failed or tally.skipped:
             tell(f"[{tally}]")
-    if tally.failed:
+    if tally.failed or tally.errors:
         raise click.exceptions.Exit(1)
 
 

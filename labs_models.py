@@ -12,6 +12,7 @@ One thread loads and lets go; who waits for a model holds up nobody else. Needs 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -42,14 +43,17 @@ class Loading(labs_engine.Busy):
 class Slot(Struct, eq=False):
     """A model that may be loaded. holders: who was given the engine and has not released it.
 
-    used: when it was last asked for or busy; failed: when a load failed (both monotonic).
+    asked: when it was last given; used: the same, or when it was last busy; failed: when a load
+    failed; awaited: so long it stays for those who waited for it (all monotonic).
     leaving: takes no more requests. reader: the model without its weights, once it was loaded.
     """
 
     config: labs.Config
     engine: labs_engine.Engine | None = None
     holders: int = 0
+    asked: float = 0.0
     used: float = 0.0
+    awaited: float = 0.0
     leaving: bool = False
     failure: labs.LabsError | None = None
     failed: float = 0.0
@@ -59,7 +63,7 @@ class Slot(Struct, eq=False):
 
     @property
     def idle(self) -> bool:
-        if self.engine is None or self.holders:
+        if self.engine is None or self.holders or time.monotonic() < self.awaited:
             return False
         status = self.engine.status()
         return status.running + status.waiting == 0
@@ -95,7 +99,8 @@ class Models:
             if self._closed:
                 raise labs_engine.Busy("the server is shutting down")
             if slot.engine is not None and not slot.leaving:
-                slot.holders, slot.used = slot.holders + 1, time.monotonic()
+                slot.holders, slot.asked = slot.holders + 1, time.monotonic()
+                slot.used, slot.awaited = slot.asked, 0.0
                 return slot.engine
             if slot.failure is not None and time.monotonic() < slot.failed + RETRY_S:
                 # The reason may name what is nobody's business.
@@ -103,6 +108,8 @@ class Models:
             if name not in self._wanted:
                 self._wanted.append(name)
                 self._change.notify_all()
+            if slot.engine is None:
+                slot.awaited = math.inf
             raise Loading(f"{name} is being loaded", self._wait)
 
     def release(self, name: str) -> None:
@@ -196,10 +203,7 @@ class Models:
         try:
             if slot.engine is None:
                 self._make_room(name)
-                model = labs.load_model(slot.config, cached=False)
-                engine = labs_engine.Engine(model, self._server, slot.config.response_cache)
-                slot.reader = replace(model, decoder=None)
-                del model
+                engine = self._start(slot)
         except labs.LabsError as error:
             log.error("labs-api: cannot load %s", error)
             failure = error
@@ -212,10 +216,17 @@ class Models:
         with self._change:
             slot.failure, slot.failed = failure, time.monotonic()
             slot.engine, slot.used, slot.leaving = engine or slot.engine, slot.failed, False
+            slot.awaited = min(slot.awaited, slot.used + PATIENCE_S)
             self._wanted.remove(name)
             self._change.notify_all()
         if engine is not None and self._closed:
             engine.close()
+
+    def _start(self, slot: Slot) -> labs_engine.Engine:
+        model = labs.load_model(slot.config, cached=False)
+        engine = labs_engine.Engine(model, self._server, slot.config.response_cache)
+        slot.reader = replace(model, decoder=None)
+        return engine
 
     def _make_room(self, name: str) -> None:
         """Let idle models go until there is room for one more."""
@@ -223,7 +234,7 @@ class Models:
         while not self._closed and not self._has_room(self._slots[name]):
             with self._change:
                 there = [n for n, slot in self._slots.items() if slot.engine is not None]
-                oldest = sorted(there, key=lambda n: self._slots[n].used)
+                oldest = sorted(there, key=lambda n: (self._slots[n].used, self._slots[n].asked))
                 idle = [n for n in oldest if self._slots[n].idle]
                 if oldest and not idle and time.monotonic() > patient_until:
                     self._slots[oldest[0]].leaving = True

@@ -2289,6 +2289,13 @@ def test_an_explanation_tells_where_each_setting_comes_from(tiny):
     assert known - {*told} == {"use_chat_template", "add_generation_prompt"}
 
 
+@pytest.mark.parametrize("rows", [1, 3, None])
+def test_rows_that_end_at_once_do_not_end_the_batch(tiny, rows):
+    events = labs.stream_batch(tiny, [SHORT] * 300, max_new_tokens=1, batch_rows=rows)
+    ended = [index for index, event in events if isinstance(event, labs.Done)]
+    assert sorted(ended) == [*range(300)]
+
+
 def test_a_model_that_is_not_cached_is_its_callers_alone(tiny_folder, fresh):
     spec = labs.ModelSpec(model_name=str(tiny_folder), torch_dtype="fp32")
     kept, mine = labs.load_model(spec), labs.load_model(spec, cached=False)
