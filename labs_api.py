@@ -5,6 +5,7 @@
     POST /generate                   prompt or messages and any generation setting -> text
     POST /generate/stream            the same as server-sent events
     POST /explain                    how it would run, without running it
+    POST /choose                     how likely each of some answers is
     GET  /v1/models                  OpenAI's endpoints
     POST /v1/chat/completions /v1/completions
     GET  /metrics /openapi.json /docs /
@@ -35,11 +36,11 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import falcon
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -64,6 +65,26 @@ Waiting = Generator[None, None, R]  # yields while something is not there yet, t
 class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
     id: str
     model: str
+    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+
+
+class ChooseRequest(labs.Settings, frozen=True, kw_only=True):
+    """A prompt or messages, and the answers to choose among."""
+
+    options: Annotated[tuple[labs.Stop, ...], Meta(min_length=2, max_length=64)]
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
+    use_chat_template: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class ChooseAnswer(Struct, frozen=True, kw_only=True):
+    """options: their probabilities, which sum to 1."""
+
+    id: str
+    model: str
+    options: dict[str, float]
 
 
 class ModelCard(Struct, frozen=True):
@@ -269,6 +290,11 @@ class Meters:
         self.cached = counter("prefix_cache_hits", "Prompt tokens not computed again")
         self.generated = counter("generation_tokens", "Generated tokens")
         self.success = counter("request_success", "Answers", "finished_reason")
+        names, text = ("rule", "side"), "Times that a rule of [guard] masked or refused"
+        self.guard = Counter("labs_guard", text, names, registry=registry)
+
+    def acted(self, rule: str, side: str) -> None:
+        self.guard.labels(rule, side).inc()
 
     def done(self, name: str, event: labs.Done, seconds: float) -> None:
         self.success.labels(name, event.finish_reason).inc()
@@ -282,18 +308,23 @@ class Meters:
 class Asked:
     """All answers to one HTTP request, in one queue; closing it lets their rows go."""
 
-    def __init__(self, name: str, engine: labs_engine.Engine, meters: Meters) -> None:
-        self.name, self.model = name, engine.model
-        self._engine, self._meters = engine, meters
+    def __init__(
+        self, name: str, engine: labs_engine.Engine, meters: Meters, rules: Any = None
+    ) -> None:
+        self.name, self._meters, self._rules = name, meters, rules
+        self.model = msgspec.structs.replace(engine.model, decoder=None)  # holds no weights
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: list[labs_engine.Answer] = []
+        self._filters: dict[int, Callable[[labs.Event], list[labs.Event]]] = {}
         self._began = time.perf_counter()
         self.gone: Callable[[], bool] = lambda: False
         self.dones: list[labs.Done] = []
+        self.documents: tuple[labs.Source, ...] | UnsetType = UNSET  # where they are used
 
-    def submit(self, inputs: labs.Inputs, generation: labs.Generation, owner: str) -> None:
-        answer = self._engine.submit(inputs, generation, owner=owner, events=self._events)
-        self._answers.append(answer)
+    def submit(self, engine: labs_engine.Engine, *asked: Any, **options: Any) -> None:
+        shown = _filter(self._rules, *asked)
+        self._answers.append(engine.submit(*asked, events=self._events, **options))
+        self._filters[self._answers[-1].ticket] = shown
 
     def __iter__(self) -> Iterator[tuple[int, labs.Delta | labs.Done] | None]:
         """Yield (choice, event), and None where a comment is due; raise what made it fail."""
@@ -301,29 +332,38 @@ class Asked:
         last = dict.fromkeys(choices, 0.0)
         silent = time.perf_counter()
         while len(self.dones) < len(choices):
-            try:
-                ticket, event = self._events.get(timeout=POLL_S)
-            except queue.Empty:
-                ticket, event = -1, None
+            ticket, events = self._next()
             if self.gone():
                 raise ClientGone
-            if event is None:
-                if time.perf_counter() - silent > PING_S:
-                    silent = time.perf_counter()
-                    yield None
-                continue
-            if isinstance(event, labs.Failed):
-                raise event.error
-            silent = now = time.perf_counter()
-            if isinstance(event, labs.Done):
-                self.dones.append(event)
-                self._meters.done(self.name, event, now - self._began)
-            elif last[ticket]:
-                self._meters.gap.labels(self.name).observe(now - last[ticket])
-            else:
-                self._meters.first.labels(self.name).observe(now - self._began)
-            last[ticket] = now
-            yield choices[ticket], event
+            if not events and time.perf_counter() - silent > PING_S:
+                silent = time.perf_counter()
+                yield None
+            for event in events:
+                if isinstance(event, labs.Failed):
+                    raise event.error
+                silent = now = time.perf_counter()
+                if isinstance(event, labs.Done):
+                    self._end(choices[ticket], event)
+                elif last[ticket]:
+                    self._meters.gap.labels(self.name).observe(now - last[ticket])
+                else:
+                    self._meters.first.labels(self.name).observe(now - self._began)
+                last[ticket] = now
+                yield choices[ticket], event
+
+    def _next(self) -> tuple[int, list[labs.Event]]:
+        """Return a ticket and what may be shown of its answer by now; wait a moment for it."""
+        try:
+            ticket, event = self._events.get(timeout=POLL_S)
+        except queue.Empty:
+            return -1, []
+        return ticket, self._filters[ticket](event)
+
+    def _end(self, choice: int, done: labs.Done) -> None:
+        self.dones.append(done)
+        self._meters.done(self.name, done, time.perf_counter() - self._began)
+        if done.finish_reason == "content_filter":  # its row may not have ended
+            self._answers[choice].close()
 
     def record(self) -> dict[str, Any]:
         """Return what the log tells of the answers."""
@@ -341,6 +381,26 @@ class Asked:
     def close(self) -> None:
         for answer in self._answers:
             answer.close()
+
+
+def _rules(config: labs.Config, meters: Meters) -> Any:
+    """Return the filters of [guard], or None where there are none."""
+    if config.guard == labs.Guard():
+        return None
+    import labs_guard
+
+    rules = labs_guard.load(config.guard, config.model)
+    return msgspec.structs.replace(rules, tell=meters.acted)
+
+
+def _filter(
+    rules: Any, inputs: labs.Inputs, generation: labs.Generation
+) -> Callable[[labs.Event], list[labs.Event]]:
+    if rules is None:
+        return lambda event: [event]
+    import labs_guard
+
+    return labs_guard.Filter(rules, inputs, generation)
 
 
 class ClientGone(Exception):
@@ -399,7 +459,9 @@ class Brought:
 class Wanted(Struct, frozen=True):
     """What an HTTP request asks for. prompts: as in Service.build; n: answers to each.
 
-    options: the settings that it names; began: when it came, by perf_counter.
+    options: the settings that it names; began: when it came, by perf_counter; response_format:
+    what its answers have to be; documents: whether they are used, unset as configured; sources:
+    takes the passages that were.
     """
 
     req: Any
@@ -408,6 +470,9 @@ class Wanted(Struct, frozen=True):
     options: dict[str, Any]
     began: float
     n: int = 1
+    response_format: labs.ResponseFormat | None = None
+    documents: bool | None = False
+    sources: list[labs.Source] = []
 
 
 class Service:
@@ -417,6 +482,7 @@ class Service:
         self.config, self.models = config, models
         self.configs = {config.model_id: config, **config.models, config.model_id: config}
         self.meters = Meters()
+        self.rules = _rules(config, self.meters)
         self._tokens = Quota(config.server.tokens_per_minute)
         self._waiting = threading.Semaphore(max(1, config.server.max_waiting))
         self.created = int(time.time())
@@ -437,15 +503,24 @@ class Service:
             raise Problem(413, f"the body has more than {limit} bytes", "body_too_large")
         return labs_openai.read(req.bounded_stream.read(), kind)
 
+    def _admit(self, wanted: Wanted) -> Wanted:
+        """Refuse too many bytes before anything looks at them, then what the filters refuse."""
+        for request in wanted.prompts:
+            size = len(_text_of(request).encode(errors="replace"))
+            if size > (limit := self.config.server.max_prompt_bytes):
+                text = f"the prompt has {size} bytes; at most {limit}"
+                raise Problem(400, text, "prompt_too_large")
+        if self.rules is None:
+            return wanted
+        prompts = [self.rules.check_request(each) for each in wanted.prompts]
+        return msgspec.structs.replace(wanted, prompts=prompts)
+
     def build(
         self, model: labs.Model, chat: labs.Chat, *, ids: tuple[int, ...] = (), **request: Any
     ) -> labs.Inputs:
-        """Build inputs within the limit on bytes, which is looked at before any tokenising."""
+        """Build the inputs of what was admitted."""
         if ids:
             return labs.inputs_of_ids(model, ids)
-        size = len(_text_of(request).encode(errors="replace"))
-        if size > (limit := self.config.server.max_prompt_bytes):
-            raise Problem(400, f"the prompt has {size} bytes; at most {limit}", "prompt_too_large")
         toggles = {
             name: getattr(chat, name) if request.get(name) is None else request[name]
             for name in labs.Chat.__struct_fields__
@@ -486,30 +561,42 @@ class Service:
 
     def _route(self, wanted: Wanted) -> Waiting[str]:
         """Choose by the rules. The default model counts the tokens, where a rule asks for them."""
-        usual, rules = self.config.model_id, self.config.router.rules
-        count = 0
-        if any(rule.over_prompt_tokens is not None for rule in rules):
-            model = yield from self._wait_for(wanted, lambda: self.models.reader(usual), None)
-            ids = [
-                each.get("ids") or self.build(model, self.config, **each).input_ids
+        config, text = self.config, "\n".join(map(_text_of, wanted.prompts))
+
+        @functools.cache
+        def count() -> int:
+            model = self.models.reader(config.model_id)
+            found = (
+                each.get("ids") or self.build(model, config, **each).input_ids
                 for each in wanted.prompts
-            ]
-            count = max(map(len, ids))
-        text = "\n".join(map(_text_of, wanted.prompts))
-        return labs.route(self.config.router, text, lambda: count) or usual
+            )
+            return max(map(len, found))
+
+        def choose() -> str:
+            return labs.route(config.router, text, count) or config.model_id
+
+        limit_s = wanted.options.get("timeout_s", config.generation.timeout_s)
+        return (yield from self._wait_for(wanted, choose, limit_s))
 
     def use(self, wanted: Wanted, do: Callable[..., R]) -> Waiting[R]:
         """Return do(name, engine, inputs, generation), yielding while the model is loaded."""
         if len(wanted.prompts) * wanted.n > (most := self.config.server.max_choices):
             text = f"{len(wanted.prompts) * wanted.n} choices are asked for; at most {most}"
             raise Problem(400, text, "invalid_value", "n")
+        wanted = self._admit(wanted)
         name = yield from self._name(wanted)
         config = self.configs[name]
         generation = labs.evolve(config.generation, **wanted.options)
-        limit_s = generation.timeout_s
+        limit_s, grounds = generation.timeout_s, config.documents.apply(wanted.documents)
         engine = yield from self._wait_for(wanted, lambda: self.models(name), limit_s)
         try:
-            inputs = [self.build(engine.model, config, **each) for each in wanted.prompts]
+            prompts = wanted.prompts
+            if grounds:
+                prompts = [_grounded(config, engine.model, each, wanted) for each in prompts]
+            inputs = [self.build(engine.model, config, **each) for each in prompts]
+            if self.rules is not None:
+                for each, request in zip(inputs, prompts, strict=True):
+                    self.rules.check_inputs(each, ids="ids" in request)
             return do(name, engine, inputs, _in_time_left(generation, wanted.began))
         finally:
             self.models.release(name)
@@ -519,13 +606,17 @@ class Service:
 
         def submit(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Asked:
             owner = wanted.req.context.owner
-            self._pay(owner, wanted.n, inputs, generation)
-            asked = Asked(name, engine, self.meters)
+            self.pay(owner, wanted.n, inputs, generation)
+            asked = Asked(name, engine, self.meters, self.rules)
             asked.gone = self._gone(wanted.req)
+            if self.configs[name].documents.apply(wanted.documents):
+                asked.documents = tuple(wanted.sources)
             try:
                 for each in inputs:
                     for choice in range(wanted.n):
-                        asked.submit(each, labs.choice_of(generation, choice), owner)
+                        options = labs.choice_of(generation, choice)
+                        processors = constraints(engine.model, wanted)
+                        asked.submit(engine, each, options, owner=owner, processors=processors)
             except BaseException:
                 asked.close()
                 raise
@@ -533,9 +624,10 @@ class Service:
 
         return self.use(wanted, submit)
 
-    def _pay(
+    def pay(
         self, owner: str, n: int, inputs: list[labs.Inputs], generation: labs.Generation
     ) -> None:
+        """Take what n answers may use from the owner's quota, or refuse."""
         cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
         if cost > (most := self.config.server.tokens_per_minute or cost):
             raise Problem(400, f"{cost} tokens exceed the quota of {most} a minute", "quota")
@@ -588,6 +680,25 @@ class Service:
         resp.set_header("Cache-Control", "no-cache")
         resp.set_header("X-Accel-Buffering", "no")
         resp.stream = Frames(_guarded(frames(), req.context.id), close)
+
+
+def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
+    """Return what keeps one answer to the request's response_format."""
+    if wanted.response_format is None:
+        return ()
+    import labs_typed
+
+    return labs_typed.constraints(model, wanted.response_format)
+
+
+def _grounded(
+    config: labs.Config, model: labs.Model, request: dict[str, Any], wanted: Wanted
+) -> dict[str, Any]:
+    import labs_rag
+
+    request, found = labs_rag.with_passages(config, model, request)
+    wanted.sources.extend(found)
+    return request
 
 
 def _text_of(request: dict[str, Any]) -> str:
@@ -685,13 +796,15 @@ class Generate(Resource):
         names = ("prompt", "messages", *labs.Chat.__struct_fields__)
         prompt = {name: getattr(body, name) for name in names}
         options = {k: getattr(body, k) for k in labs.Generation.__struct_fields__ if k in given}
-        return Wanted(req, body.model, [prompt], options, req.context.began)
+        format = body.response_format
+        began, documents = req.context.began, body.documents
+        return Wanted(req, body.model, [prompt], options, began, 1, format, documents)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         asked = at_last(self.service.ask(self._read(req)))
         (done,) = self.service.collect(req, asked)
-        answer = msgspec.structs.asdict(done)
-        resp.data = dumps(GenerateAnswer(id=req.context.id, model=asked.name, **answer))
+        names = {"id": req.context.id, "model": asked.name, "documents": asked.documents}
+        resp.data = dumps(GenerateAnswer(**names, **msgspec.structs.asdict(done)))
 
     def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
         wanted = self._read(req)
@@ -699,6 +812,8 @@ class Generate(Resource):
         def explain(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Any:
             sources = dict.fromkeys(self.service.configs[name].sources, "server")
             sources |= dict.fromkeys(wanted.options, "request")
+            constraints(engine.model, wanted)  # refuses what cannot be expressed
+            _filter(self.service.rules, inputs[0], generation)  # and this what would tell too much
             return labs.explain(engine.model, inputs[0], generation, sources)
 
         resp.data = dumps(at_last(self.service.use(wanted, explain)))
@@ -719,6 +834,7 @@ class Generate(Resource):
             else:
                 yield _data_lines("\n" * open_return)
                 answer = {"id": req.context.id, "model": asked.name}
+                answer |= {} if asked.documents is UNSET else {"documents": asked.documents}
                 data = dumps({**answer, **msgspec.structs.asdict(item[1])})
                 yield b"event: done\ndata: " + data + b"\n\n"
 
@@ -726,6 +842,25 @@ class Generate(Resource):
 def _data_lines(text: str) -> bytes:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "".join(f"data: {line}\n" for line in lines).encode() + b"\n" if text else b""
+
+
+class Choose(Resource):
+    """POST /choose: how likely each of some answers is."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        body, _ = self.service.read(req, ChooseRequest)
+        names = ("prompt", "messages", *labs.Chat.__struct_fields__)
+        prompt = {name: getattr(body, name) for name in names}
+        wanted = Wanted(req, body.model, [prompt], {"max_new_tokens": 1}, req.context.began)
+
+        def choose(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Any:
+            import labs_typed
+
+            self.service.pay(req.context.owner, len(body.options), inputs, generation)
+            ask = functools.partial(labs_typed.choose, engine.model, inputs[0], body.options)
+            return ChooseAnswer(id=req.context.id, model=name, options=engine.call(ask))
+
+        resp.data = dumps(at_last(self.service.use(wanted, choose)))
 
 
 class ModelsListed(Resource):
@@ -761,7 +896,9 @@ class OpenAI(Resource):
             raise Problem(400, "stream_options need stream = true", "invalid", "stream_options")
         n, options = body.n or 1, self.endpoint.options(body, given)
         prompts = self.endpoint.prompts(body)
-        wanted = Wanted(req, body.model, prompts, options, req.context.began, n)
+        format = getattr(body, "response_format", None)
+        documents = getattr(body, "documents", False)
+        wanted = Wanted(req, body.model, prompts, options, req.context.began, n, format, documents)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             frames = functools.partial(self._frames, req, n if usage else 0)
@@ -769,7 +906,8 @@ class OpenAI(Resource):
             return
         asked = at_last(self.service.ask(wanted))
         answers = self.service.collect(req, asked)
-        answer = self.endpoint.answer(asked.model, answers, n, **self._names(req, asked))
+        names = {**self._names(req, asked), "documents": asked.documents}
+        answer = self.endpoint.answer(asked.model, answers, n, **names)
         resp.data = dumps(answer)
 
     def _names(self, req: falcon.Request, asked: Asked) -> dict[str, Any]:
@@ -779,8 +917,8 @@ class OpenAI(Resource):
         """Yield a chunk an event. usage_of: choices a prompt, where usage is asked for, else 0."""
         nothing, names = None if usage_of else msgspec.UNSET, self._names(req, asked)
 
-        def frame(*choices: labs_openai.Choice, usage: Any = nothing) -> bytes:
-            chunk = self.endpoint.wrap(asked.model, choices, usage=usage, **names)
+        def frame(*choices: labs_openai.Choice, usage: Any = nothing, **more: Any) -> bytes:
+            chunk = self.endpoint.wrap(asked.model, choices, usage=usage, **names, **more)
             return b"data: " + dumps(chunk) + b"\n\n"
 
         lengths: dict[int, int] = {}  # of each choice so far, in characters
@@ -790,7 +928,7 @@ class OpenAI(Resource):
                 continue
             index, event = item
             if index not in lengths and (first := self.endpoint.first(index)) is not None:
-                yield frame(first)
+                yield frame(first, documents=UNSET if lengths else asked.documents)
             offset = lengths.setdefault(index, 0)
             yield frame(self.endpoint.choice(asked.model, index, event, offset))
             lengths[index] += len(getattr(event, "text", ""))
@@ -891,6 +1029,7 @@ def routes(service: Service) -> tuple[Route, ...]:
         Route("post", "/generate", generate, "Generate text", GenerateAnswer, asked),
         Route("post", "/generate/stream", generate, "The same streamed", events, asked, "stream"),
         Route("post", "/explain", generate, "How it would run", labs.Explanation, asked, "explain"),
+        Route("post", "/choose", Choose(service), "Choose", ChooseAnswer, ChooseRequest),
         Route("get", "/v1/models", models, "The models served", ModelList),
         Route("get", "/v1/models/{name:path}", models, "One of them", ModelCard, None, "one"),
         Route("post", "/v1/chat/completions", chat, "OpenAI's chat", made, chat.endpoint.request),
@@ -1023,8 +1162,8 @@ def make_server(app: Any, config: labs.Config, rows: int) -> Any:
     from waitress.server import create_server
 
     server = config.server
-    models = min(server.max_loaded_models, len({config.model_id, *config.models}))
-    engines = models * (rows + server.max_waiting)
+    models = len({config.model_id, *config.models})
+    engines = min(server.max_loaded_models, models) * (rows + server.max_waiting)
     waiting = create_server(
         app,
         host=_address(server.host),
@@ -1120,6 +1259,10 @@ def check_exposure(config: labs.Config) -> None:
 def serve(config: labs.Config) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     check_exposure(config)
+    if config.documents.database is not None:
+        import labs_rag
+
+        labs_rag.check(config)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     logging.getLogger("waitress").setLevel(logging.ERROR)
     models = labs_models.Models(config, start=False)
@@ -1138,16 +1281,14 @@ def serve(config: labs.Config) -> None:
             raise KeyboardInterrupt
         stopping.start()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    print(
-        f"labs-api: http://{host}:{server.effective_port} (loading {config.model_id})",
-        file=sys.stderr,
-    )
+    url = f"http://{host}:{server.effective_port}"
     announcing = threading.Thread(target=_announce, args=(models, stop), daemon=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, stop)
+            print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
             models.start()
             announcing.start()
             server.run()
@@ -1162,6 +1303,8 @@ def serve(config: labs.Config) -> None:
 def _announce(models: labs_models.Models, stop: Callable[[], None]) -> None:
     try:
         engine = models.wait()
+    except labs_engine.Busy:  # it is shutting down
+        return
     except labs.LabsError:
         stop()
         return

@@ -45,9 +45,10 @@ class OpenAILine(Struct, frozen=True, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-class OpenAIRequest(Struct, frozen=True):
+class OpenAIRequest(Struct, frozen=True, omit_defaults=True):
     url: str
     body: msgspec.Raw
+    documents: bool | None = None
 
 
 class Prompt(Struct, frozen=True, omit_defaults=True):
@@ -56,14 +57,28 @@ class Prompt(Struct, frozen=True, omit_defaults=True):
     prompt: str | None = None
     messages: tuple[labs.Message, ...] | None = None
     ids: tuple[int, ...] | None = None
+    response_format: labs.ResponseFormat | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
+    documents: bool | None = None
 
-    def build(self, model: labs.Model, chat: labs.Chat) -> labs.Inputs:
+    def build(self, model: labs.Model, config: labs.Config, sources: list[Any]) -> labs.Inputs:
+        """Build the inputs; `sources` takes the passages of documents that are in them."""
+        rules = _rules(config)
         if self.ids is not None:
-            return labs.inputs_of_ids(model, self.ids)
-        toggles = {name: getattr(self.within(chat), name) for name in labs.Chat.__struct_fields__}
-        return labs.build_inputs(model, prompt=self.prompt, messages=self.messages, **toggles)
+            inputs = labs.inputs_of_ids(model, self.ids)
+            return rules.check_inputs(inputs, ids=True) if rules else inputs
+        filled = self.within(config)
+        request = {name: getattr(filled, name) for name in labs.Chat.__struct_fields__}
+        request |= {"prompt": self.prompt, "messages": self.messages}
+        request = rules.check_request(request) if rules else request
+        if config.documents.apply(bool(self.documents)):
+            import labs_rag
+
+            request, found = labs_rag.with_passages(config, model, request)
+            sources.extend(found)
+        inputs = labs.build_inputs(model, **request)
+        return rules.check_inputs(inputs) if rules else inputs
 
     def within(self, chat: labs.Chat) -> Prompt:
         """Return it with what it leaves open filled in."""
@@ -88,6 +103,7 @@ class Task(Struct, eq=False):
     endpoint: Any = None
     order: int = 0
     inputs: list[labs.Inputs] = field(default_factory=list)
+    sources: list[labs.Source] = field(default_factory=list)
     pieces: dict[int, list[labs.Delta]] = field(default_factory=dict)
     found: dict[int, labs.Completion] = field(default_factory=dict)
     error: labs.LabsError | None = None
@@ -133,6 +149,8 @@ def read_task(config: labs.Config, data: bytes, number: int) -> Task:
         elif isinstance(identity, str | int) and not isinstance(identity, bool):
             task.id = identity
         (_read_openai if task.openai else _read_line)(config, data, given, task)
+        if rules := _rules(config):
+            rules.filters(task.generation)  # refuses log-probabilities
     except labs.LabsError as error:
         task.fail(error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -147,7 +165,9 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
     changes = {name: getattr(line, name) for name in names}
     task.generation = labs.evolve(config.generation, **changes)
     names = {*Prompt.__struct_fields__} - {"ids"}
-    task.request = Prompt(**{name: getattr(line, name) for name in names}).within(config)
+    given = {name: getattr(line, name) for name in names}
+    given["documents"] = config.documents.apply(line.documents) or None
+    task.request = Prompt(**given).within(config)
     task.prompts = [task.request]
 
 
@@ -155,7 +175,6 @@ def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: 
     import labs_openai
 
     line = msgspec.json.decode(data, type=OpenAILine)
-    task.request = OpenAIRequest(line.url, line.body)
     task.endpoint = labs_openai.ENDPOINTS.get(line.url)
     if task.endpoint is None or line.method != "POST":
         known = " and ".join(labs_openai.ENDPOINTS)
@@ -165,7 +184,9 @@ def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: 
     if body.stream or body.stream_options is not None:
         raise labs_openai.Refusal("an answer in a file is no stream", "unsupported", "stream")
     task.generation = labs.evolve(config.generation, **task.endpoint.options(body, named))
-    task.prompts = [Prompt(**each).within(config) for each in task.endpoint.prompts(body)]
+    documents = config.documents.apply(getattr(body, "documents", False)) or None
+    task.request = OpenAIRequest(line.url, line.body, documents)
+    task.prompts = [each.within(config) for each in _prompts(task, body, documents)]
     _count_choices(task, body)
     if task.seeds > 1 and task.generation.seed is None:  # else only one could be replayed
         task.generation = labs.evolve(task.generation, seed=secrets.randbits(32))
@@ -175,6 +196,21 @@ def _count_choices(task: Task, body: Any) -> None:
     """Let all choices differ, but those of a seeded request only within a prompt, as HTTP's do."""
     task.n = body.n or 1
     task.seeds = task.n * (len(task.prompts) if body.seed is None else 1)
+
+
+def _prompts(task: Task, body: Any, documents: bool | None = None) -> list[Prompt]:
+    wanted = getattr(body, "response_format", None)
+    more: dict[str, Any] = {"response_format": wanted, "documents": documents}
+    return [Prompt(**each, **more) for each in task.endpoint.prompts(body)]
+
+
+def _rules(config: labs.Config) -> Any:
+    """Return the filters of [guard], or None where there are none."""
+    if config.guard == labs.Guard():
+        return None
+    import labs_guard
+
+    return labs_guard.load(config.guard, config.model)
 
 
 def _check_model(config: labs.Config, name: str | None) -> None:
@@ -203,9 +239,9 @@ def _tasks(
         yield _with_inputs(model, config, task)
 
 
-def _with_inputs(model: labs.Model, chat: labs.Chat, task: Task) -> Task:
+def _with_inputs(model: labs.Model, config: labs.Config, task: Task) -> Task:
     try:
-        task.inputs = [prompt.build(model, chat) for prompt in task.prompts]
+        task.inputs = [prompt.build(model, config, task.sources) for prompt in task.prompts]
     except labs.LabsError as error:
         task.fail(error)
     task.missing = 1 if task.error else len(task.inputs) * task.n
@@ -267,10 +303,20 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     if task.error is not None:
         return index, labs.Failed(task.error)
     options = labs.choice_of(task.generation, place % task.seeds)
+    number = place // task.n
     try:
-        return labs.open_stream(model, index, task.inputs[place // task.n], options)
+        processors = _processors(model, task.prompts[number])
+        return labs.open_stream(model, index, task.inputs[number], options, processors)
     except labs.LabsError as error:
         return index, labs.Failed(error)
+
+
+def _processors(model: labs.Model, prompt: Prompt) -> tuple[Any, ...]:
+    if prompt.response_format is None:
+        return ()
+    import labs_typed
+
+    return labs_typed.constraints(model, prompt.response_format)
 
 
 def answer_lines(
@@ -286,10 +332,11 @@ def answer_lines(
 
     tally: knows what was answered before, and counts.
     """
-    tasks = _tasks(model, config, lines, tally)
+    tasks, rules = _tasks(model, config, lines, tally), _rules(config)
     for task in complete(model, tasks, batch_rows, ordered=ordered):
         tally.count(task)
         found = [task.found[place] for place in sorted(task.found)]
+        found = [rules.shown(each) for each in found] if rules else found
         render = _render_openai if task.openai else _render
         yield msgspec.json.encode(render(model, config, task, found)) + b"\n"
 
@@ -336,6 +383,7 @@ def _render(
         kind = "invalid_request" if _is_askers(task.error) else "failed"
         return {"id": task.id, "error": {"type": kind, "message": str(task.error)}}
     answer = msgspec.structs.asdict(found[0])
+    answer |= {"documents": task.sources} if task.request.documents else {}
     return {"id": task.id, "model": config.model_id, **answer, "request": task.request}
 
 
@@ -352,8 +400,11 @@ def _render_openai(
     name, status, rest = secrets.token_hex(12), 200, {}
     body: Any
     if task.error is None:
-        body = task.endpoint.answer(model, found, task.n, id=name, model=config.model_id)
-        rest = {"fingerprint": found[0].fingerprint, "request": task.request}
+        names = {"id": name, "model": config.model_id}
+        names |= {"documents": tuple(task.sources)} if task.request.documents else {}
+        body = task.endpoint.answer(model, found, task.n, **names)
+        known = all(each.fingerprint for each in found)  # not of what the filters changed
+        rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.request}
         if cut := {each.finish_reason for each in found} & CUT:  # OpenAI has no word for it
             rest["finish_reason"] = min(cut)
     else:
@@ -590,7 +641,7 @@ def _ask_again(task: Task, request: dict[str, Any]) -> None:
 
     task.endpoint = labs_openai.ENDPOINTS[request["url"]]
     body, _ = labs_openai.read(msgspec.json.encode(request["body"]), task.endpoint.request)
-    task.prompts = [Prompt(**each) for each in task.endpoint.prompts(body)]
+    task.prompts = _prompts(task, body, request.get("documents"))
     _count_choices(task, body)
 
 

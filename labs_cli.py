@@ -34,12 +34,16 @@ Examples:
   labs-gen --messages-json '[{"role": "user", "content": "Hello!"}]'
   labs-gen --chat --system "You are a pirate." --seed 1
   labs-gen --model your-org/your-model --load-in-4bit --prompt "Hello!"
+  labs-gen --prompt "Name a city." --schema city.json
+  labs-gen --prompt "Is it Paris?" --choose yes --choose no
   labs-gen --input prompts.jsonl --output answers.jsonl
   labs-gen --replay answers.jsonl
+  labs-gen --index docs --docs docs.db
+  labs-gen --docs docs.db --prompt "How is it installed?"
   labs-gen --temperature 0.2 --show-config
 
 \b
-A setting (Model, Generation, Quantization) can also stand in the environment
+A setting (Model, Generation, ...) can also stand in the environment
 or in .env as LABS_<NAME> (LABS_MODEL for --model), or in labs.toml.
 Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows where), 2 wrong usage or no
 prompt, 130 Ctrl-C.
@@ -63,6 +67,8 @@ OPTIONS: Options = (
     ("Input", "--system", str, "A system message to begin with."),
     ("Input", "--chat", bool, "Talk with the model; /help there tells more."),
     ("Output", "--stream/--no-stream", bool, "Write as it comes [default: on a terminal]."),
+    ("Output", "--schema", str, "A file with a JSON schema: the answer is JSON of it."),
+    ("Output", "--choose", tuple[str, ...], "Tell how likely this answer is, beside the others."),
     ("Output", "--json", bool, "Write one JSON object: text, usage, timings, settings."),
     ("Output", "--explain", bool, "Tell what would run and how, without running it."),
     ("Output", "--verbose", bool, "Tell tokens/s and where the time went."),
@@ -72,12 +78,16 @@ OPTIONS: Options = (
     ("Batch", "--batch-rows", click.IntRange(1), "Prompts at once [default: what memory holds]."),
     ("Batch", "--ordered", bool, "Answers in the order of the prompts, not as they are done."),
     ("Batch", "--replay", str, "Run a file of answers again and tell which differ."),
+    ("Documents", "--index", tuple[str, ...], "Bring --docs up to what this folder or file holds."),
     ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
 )
-SETTINGS = [s for s in labs.settings() if s.section in ("generation", "quantization")]
+SECTIONS = ("generation", "quantization", "documents")
+SETTINGS = [setting for setting in labs.settings() if setting.section in SECTIONS]
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
+ALIASES["documents_database"] = ["--docs"]
 # What concerns one prompt only.
-SINGLE = ["prompt", "messages_json", "messages_file", "system", "chat", "stream", "json", "explain"]
+SINGLE = ["prompt", "messages_json", "messages_file", "system", "chat", "stream", "json"]
+SINGLE += ["explain", "schema", "choose"]
 # At most one of each row: the others would have no effect.
 RIVALS = (
     "prompt messages_json messages_file",
@@ -87,8 +97,10 @@ RIVALS = (
     "explain chat",
     "explain json",
     "explain stream",
-    *(f"{mode} {other}" for mode in ("input", "replay") for other in SINGLE),
-    "input replay",
+    "explain schema",
+    *(f"choose {other}" for other in ("chat", "stream", "explain", "schema")),
+    *(f"{mode} {other}" for mode in ("input", "replay", "index") for other in SINGLE),
+    "input replay index",
     "replay output",
     "replay ordered",
 )
@@ -103,10 +115,12 @@ class Session(NamedTuple):
 
     model: labs.Model
     config: labs.Config
+    schema: labs.ResponseFormat | None
     prefixes: Any
     stream: bool
     verbose: bool
     imports_s: float
+    sources: list[labs.Source]  # of the last answer
 
 
 def write(text: str) -> None:
@@ -167,7 +181,7 @@ def read_request(flags: Values) -> Values:
 def check_flags(flags: Values) -> None:
     """Refuse two flags of one row of RIVALS, and one without what it belongs to."""
     for row in RIVALS:
-        names = [name for name in row.split() if flags[name] not in (None, False)]
+        names = [name for name in row.split() if flags[name] not in (None, False, ())]
         given = ["--" + name.replace("_", "-") for name in names]
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
@@ -182,13 +196,37 @@ def check_flags(flags: Values) -> None:
 
 
 def build_inputs(session: Session, request: Values) -> labs.Inputs:
-    """Build the inputs with the two chat toggles of the configuration."""
-    return labs.build_inputs(
-        session.model,
-        **request,
-        use_chat_template=session.config.use_chat_template,
-        add_generation_prompt=session.config.add_generation_prompt,
-    )
+    """Build the inputs as configured: the two chat toggles, and passages of documents."""
+    config = session.config
+    toggles = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
+    rules, request = rules_of(config), {**request, **toggles}
+    request = rules.check_request(request) if rules else request
+    if config.documents.apply(None):
+        import labs_rag
+
+        request, session.sources[:] = labs_rag.with_passages(config, session.model, request)
+        for source in session.sources:
+            tell(f"[{source.n}] {source.path}" + f"#{source.heading}" * bool(source.heading))
+    inputs = labs.build_inputs(session.model, **request)
+    return rules.check_inputs(inputs) if rules else inputs
+
+
+def rules_of(config: labs.Config) -> Any:
+    """Return the filters of [guard], or None where there are none."""
+    if config.guard == labs.Guard():
+        return None
+    import labs_guard
+
+    return labs_guard.load(config.guard, config.model)
+
+
+def shown(config: labs.Config, inputs: labs.Inputs, events: Any) -> Any:
+    """Return what the filters show of an answer's events, as they come."""
+    if (rules := rules_of(config)) is None:
+        return events
+    import labs_guard
+
+    return labs_guard.Filter(rules, inputs, config.generation).all(events)
 
 
 def answer(session: Session, request: Values, parts: list[str]) -> None:
@@ -198,7 +236,9 @@ def answer(session: Session, request: Values, parts: list[str]) -> None:
     """
     inputs = build_inputs(session, request)
     options, prefixes = session.config.generation, session.prefixes
-    events: Any = labs.stream_generate(session.model, inputs, options, prefixes)
+    only = processors(session)
+    events: Any = labs.stream_generate(session.model, inputs, options, prefixes, only)
+    events = shown(session.config, inputs, events)
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, labs.Delta):
@@ -210,14 +250,51 @@ def answer(session: Session, request: Values, parts: list[str]) -> None:
 
 def answer_json(session: Session, request: Values) -> None:
     """Write one JSON object: the completion and the settings that made it."""
-    config = session.config
-    completion = labs.generate(session.model, build_inputs(session, request), config.generation)
+    config, only, rules = session.config, processors(session), rules_of(session.config)
+    inputs = build_inputs(session, request)
+    if rules:
+        rules.filters(config.generation)  # refuses log-probabilities
+    completion = labs.generate(session.model, inputs, config.generation, processors=only)
+    completion = rules.shown(completion) if rules else completion
     settings = {setting.key: labs.effective(config, setting) for setting in SETTINGS}
     toggles = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
-    result = {**msgspec.structs.asdict(completion), "request": {**request, **toggles}}
+    asked = {**request, **toggles, "response_format": session.schema}
+    result = {**msgspec.structs.asdict(completion), "request": asked}
     result["settings"] = settings
+    if config.documents.apply(None):
+        asked["documents"], result["documents"] = True, session.sources
     write(msgspec.json.encode(result).decode() + "\n")
     report(session, completion)
+
+
+def read_schema(name: str | None) -> labs.ResponseFormat | None:
+    """Return what a file with a JSON schema asks for."""
+    if name is None:
+        return None
+    try:
+        schema = msgspec.json.decode(read_text(name), type=dict[str, Any])
+    except msgspec.DecodeError as exc:
+        raise labs.InputError(f"{name}: {exc}; a JSON schema, as an object, is due") from exc
+    return labs.ResponseFormat(type="json_schema", json_schema=labs.JsonSchema(schema=schema))
+
+
+def processors(session: Session) -> tuple[Any, ...]:
+    """Return what keeps the answer to --schema."""
+    if session.schema is None:
+        return ()
+    import labs_typed
+
+    return labs_typed.constraints(session.model, session.schema)
+
+
+def choose(session: Session, request: Values, options: tuple[str, ...], as_json: bool) -> None:
+    """Write how likely each of the options is, the likeliest first."""
+    import labs_typed
+
+    found = labs_typed.choose(session.model, build_inputs(session, request), options)
+    ranked = dict(sorted(found.items(), key=lambda each: -each[1]))
+    lines = [f"{share:.4f} {option}" for option, share in ranked.items()]
+    write(msgspec.json.encode(ranked).decode() + "\n" if as_json else "\n".join([*lines, ""]))
 
 
 def explain(session: Session, request: Values) -> None:
@@ -276,11 +353,27 @@ def replay(config: labs.Config, flags: Values) -> None:
         raise click.exceptions.Exit(1)
 
 
+def index(config: labs.Config, paths: tuple[str, ...]) -> None:
+    """Bring the database of documents up to date and tell what was done."""
+    import labs_rag
+
+    if config.documents.database is None:
+        raise click.UsageError("--index needs --docs DATABASE")
+    model = labs_rag.embedding_model(config)
+    done = labs_rag.index(paths, config.documents.database, embedding_model=model)
+    for each in done.unusable:
+        tell(f"passed over: {each}")
+    counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
+    tell(f"[{counts}; {done.chunks} new chunks]")
+
+
 def report(session: Session, done: labs.Done | labs.Completion) -> None:
     """Tell a person if the answer was cut and, with --verbose, where the time went."""
     flag = {"length": "--max-new-tokens", "timeout": "--timeout-s"}.get(done.finish_reason)
     if flag and (session.verbose or sys.stderr.isatty()):
         tell(f"[the answer was cut; {flag} sets the limit]")
+    if done.finish_reason == "content_filter":
+        tell("[a rule of [guard] cut the answer]")
     if session.verbose:
         counts, times = map(msgspec.structs.asdict, (done.usage, done.timings))
         figures = {**counts, "imports_s": session.imports_s, **times}
@@ -467,7 +560,10 @@ def run(**flags: Any) -> None:
     if flags["input"] or flags["replay"]:
         (answer_file if flags["input"] else replay)(config, flags)
         return
-    request = read_request(flags)
+    if flags["index"]:
+        index(config, flags["index"])
+        return
+    request, schema = read_request(flags), read_schema(flags["schema"])
     stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
     began = time.perf_counter()
     model = labs.load_model(config)
@@ -475,8 +571,11 @@ def run(**flags: Any) -> None:
     gc.freeze()  # nothing that was loaded has to be looked through for garbage
     from labs_decode import Prefixes
 
-    session = Session(model, config, Prefixes(), stream, flags["verbose"], imports_s)
-    if flags["chat"]:
+    verbose = flags["verbose"]
+    session = Session(model, config, schema, Prefixes(), stream, verbose, imports_s, [])
+    if flags["choose"]:
+        choose(session, request, flags["choose"], flags["json"])
+    elif flags["chat"]:
         chat(session, request["messages"])
     elif flags["explain"]:
         explain(session, request)

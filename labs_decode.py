@@ -1327,6 +1327,29 @@ def score(decoder: Decoder, ids: Sequence[int], start: int) -> list[float]:
     return cast("list[float]", logprobs.gather(-1, scored[:, None])[:, 0].tolist())
 
 
+@torch.inference_mode()
+def shares_of(
+    decoder: Decoder, prompt: list[int], options: list[list[int]], ends: list[int]
+) -> list[float]:
+    """Return the probability of each option, with one of `ends` after it, among all options.
+
+    One call: the rows are padded on the right, where nothing before can see.
+    """
+    longest = max(map(len, options))
+    rows = [[*prompt, *each, *[0] * (longest - len(each))] for each in options]
+    words = {"use_cache": False, "logits_to_keep": longest + 1}
+    known = {name: value for name, value in words.items() if name in decoder.accepts}
+    inputs = torch.tensor(rows, device=decoder.device)
+    logits = decoder.model(input_ids=inputs, return_dict=True, **known).logits
+    logprobs = logits[:, -longest - 1 :].float().log_softmax(-1)
+    totals = [
+        sum(row[place, token] for place, token in enumerate(each))
+        + (row[len(each), ends].logsumexp(-1) if ends else 0.0)
+        for row, each in zip(logprobs, options, strict=True)
+    ]
+    return cast("list[float]", torch.stack(totals).double().softmax(-1).tolist())
+
+
 # ---------------------------------------------------------------- choose
 
 

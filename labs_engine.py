@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -31,6 +31,7 @@ from msgspec.structs import replace
 import labs
 
 log = logging.getLogger("labs.engine")
+R = TypeVar("R")
 CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were left
 
 
@@ -167,10 +168,14 @@ class Engine:
 
     def score(self, inputs: labs.Inputs, text: str) -> tuple[labs.TokenLogprob, ...]:
         """Do as labs.score does, between two steps of the batch."""
-        future: Future[tuple[labs.TokenLogprob, ...]] = Future()
+        return self.call(functools.partial(labs.score, self.model, inputs, text))
+
+    def call(self, function: Callable[[], R]) -> R:
+        """Return what a function of the model does, called between two steps of the batch."""
+        future: Future[R] = Future()
         with self._lock:
             self._check_room()
-            self._calls.append((functools.partial(labs.score, self.model, inputs, text), future))
+            self._calls.append((function, future))
             self._lock.notify_all()
         return future.result()
 

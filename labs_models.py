@@ -11,6 +11,7 @@ One thread loads and lets go; who waits for a model holds up nobody else. Needs 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -155,11 +156,15 @@ class Models:
         """Return the engine of the configured model once it is loaded; raise what made it fail."""
         while True:
             try:
-                self.check()
-            except Loading as loading:
-                loading.wait(POLL_S)
-                continue
-            if (engine := self._slots[self._default].engine) is not None:
+                engine = self(self._default)
+            except labs.LabsError as error:
+                if self.failed:
+                    self.check()
+                if not isinstance(error, Loading):
+                    raise
+                error.wait(POLL_S)
+            else:
+                self.release(self._default)
                 return engine
 
     def close(self, deadline_s: float = 0.0) -> None:
@@ -203,6 +208,8 @@ class Models:
         try:
             if slot.engine is None:
                 self._make_room(name)
+                if self._closed:
+                    return
                 engine = self._start(slot)
         except labs.LabsError as error:
             log.error("labs-api: cannot load %s", error)
@@ -247,17 +254,17 @@ class Models:
 
     def _has_room(self, slot: Slot) -> bool:
         engines, limit = self.loaded().values(), self._server.model_memory_bytes
-        if len(engines) >= self._server.max_loaded_models:
-            return False
         if not engines and limit is None:
             return True
         spec = slot.config.model
         slot.weight_bytes = slot.weight_bytes or labs.weight_bytes(spec)
-        if limit is None:
-            return slot.weight_bytes <= MEMORY_SHARE * labs.system_memory(spec)
-        if slot.weight_bytes > limit:
+        if limit is not None and slot.weight_bytes > limit:  # nobody goes for what never fits
             needed = f"{spec.model_name} needs about {slot.weight_bytes / 1e9:.2f} GB"
             raise labs.ModelError(f"{needed}; server.model_memory_bytes is {limit / 1e9:.2f} GB")
+        if len(engines) >= self._server.max_loaded_models:
+            return False
+        if limit is None:
+            return slot.weight_bytes <= MEMORY_SHARE * labs.system_memory(spec)
         taken: int = sum(engine.model.decoder.weight_bytes for engine in engines)
         return taken + slot.weight_bytes <= limit
 
@@ -278,4 +285,5 @@ class Models:
         """Learn how long the context of models is that were not loaded yet."""
         for slot in self._slots.values():
             if slot.reader is None and slot.context_length is None:
-                slot.context_length = labs.context_length(slot.config.model)
+                with contextlib.suppress(Exception):  # a load will tell
+                    slot.context_length = labs.context_length(slot.config.model)

@@ -79,6 +79,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=256)]
+    documents: bool | None = None  # ours, as in labs.GenerateRequest
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     logprobs: bool | None = None
     top_logprobs: labs.Rivals | None = None
@@ -87,7 +88,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     parallel_tool_calls: Refused = None
     functions: Refused = None
     function_call: Refused = None
-    response_format: Refused = None
+    response_format: labs.ResponseFormat | None = None
     modalities: Refused = None
     audio: Refused = None
     prediction: Refused = None
@@ -127,7 +128,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -185,6 +185,7 @@ class OpenAIAnswer(Struct, frozen=True):
     choices: tuple[Choice, ...]
     usage: OpenAIUsage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
+    documents: tuple[labs.Source, ...] | UnsetType = UNSET
 
 
 class ErrorDetail(Struct, frozen=True):
@@ -211,8 +212,8 @@ class Refusal(labs.InputError):
 
 def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
     """Return OpenAI's words for what the one who asked can mend."""
-    if isinstance(error, Refusal):
-        return error.code, error.param
+    if code := getattr(error, "code", None):  # of a Refusal, or of labs_guard.Filtered
+        return code, getattr(error, "param", None)
     if isinstance(error, labs.PromptTooLong):
         return "context_length_exceeded", None
     return "invalid_value", param_of(str(error))

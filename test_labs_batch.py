@@ -328,10 +328,10 @@ def test_what_goes_wrong_in_the_computing_is_not_called_a_bad_request(
 ) -> None:
     true = labs.open_stream
 
-    def opened(model: Any, index: int, inputs: labs.Inputs, options: Any) -> Any:
+    def opened(model: Any, index: int, inputs: labs.Inputs, options: Any, only: Any) -> Any:
         if "fail" in inputs.prompt:
             raise labs.GenerationError("out of memory: fewer tokens")
-        return true(model, index, inputs, options)
+        return true(model, index, inputs, options, only)
 
     monkeypatch.setattr(labs, "open_stream", opened)
     failing = {"prompt": ["a", "fail"], "max_tokens": 2}
@@ -411,7 +411,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (openai_line("", "/v1/embeddings", input="x"), "/v1/embeddings"),
     (openai_line("", method="GET"), "GET"),
     (openai_line("", tools=[{"type": "function"}]), "tools is not implemented"),
-    (openai_line("", response_format={"type": "json_object"}), "response_format"),
+    (openai_line("", response_format={"type": "xml"}), "response_format"),
     (openai_line("", n=0), "`$.n`"),
     (openai_line("", n=129), "`$.n`"),
     (openai_line("", best_off=2), "`best_off`"),

@@ -54,7 +54,9 @@ class Fake:
         self.requests.append(request)
         return labs.Inputs(input_ids=(1, 2, 3), prompt="templated")
 
-    def stream_generate(self, model: Any, inputs: Any, generation: Any, prefixes: Any) -> Any:
+    def stream_generate(
+        self, model: Any, inputs: Any, generation: Any, prefixes: Any, processors: Any
+    ) -> Any:
         try:
             for piece in self.pieces:
                 yield labs.Delta(text=piece)
@@ -65,7 +67,7 @@ class Fake:
         finally:
             self.closed += 1
 
-    def generate(self, model: Any, inputs: Any, generation: Any) -> Any:
+    def generate(self, model: Any, inputs: Any, generation: Any, processors: Any) -> Any:
         return labs.Completion(
             text="".join(self.pieces), finish_reason="stop", usage=USAGE, timings=TIMINGS
         )
@@ -225,7 +227,8 @@ def test_help_fits_80_columns_of_ascii() -> None:
 def test_help_has_every_option_under_a_title() -> None:
     text = invoke("--help").stdout
     titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
-    assert titles == ["Input", "Output", "Batch", "Model", "Generation", "Quantization", "Other"]
+    own = ["Input", "Output", "Batch", "Documents"]
+    assert titles == [*own, "Model", "Generation", "Quantization", "Other"]
     for option in gen().params:
         assert option.opts[0] in text
 
@@ -664,8 +667,9 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 def test_labs_toml_shows_every_setting_and_changes_none() -> None:
     shipped = labs.load_config(ROOT / "labs.toml", env={})
     bare = labs.load_config(env={})
-    parts = ("model", "generation", "server", "response_cache", "router", "models")
-    assert all(getattr(shipped, part) == getattr(bare, part) for part in parts)
+    parts = ("model", "generation", "server", "response_cache", "router", "documents", "models")
+    for part in (*parts, "guard"):
+        assert getattr(shipped, part) == getattr(bare, part)
     text = (ROOT / "labs.toml").read_text(encoding="utf-8")
     for setting in labs.settings():
         assert re.search(rf"^#? ?{setting.field} = ", text, re.MULTILINE), setting.key

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -41,6 +41,7 @@ import labs_models
 import test_labs
 from test_labs import is_one_sentence, python, save_model, write
 from test_labs_api import (
+    CHAT,
     COMPLETIONS,
     HELLO,
     ROWS,
@@ -104,6 +105,15 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     loader.door.set()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def little_garbage() -> Iterator[None]:
+    """Let the libraries be: whenever a model goes, all that is there is looked through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 Begin = Callable[..., labs_models.Models]
 
 
@@ -131,15 +141,15 @@ def gate(begin: Begin) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Count who begins to wait for a model."""
-    waits, wait = threading.Semaphore(0), labs_models.Models._wait
+def waits(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Remember which threads have waited for a model."""
+    waits, wait = set[int](), labs_models.Models._wait
 
-    def count(models: labs_models.Models, timeout_s: float) -> None:
-        waits.release()
+    def remember(models: labs_models.Models, timeout_s: float) -> None:
+        waits.add(threading.get_ident())
         wait(models, timeout_s)
 
-    monkeypatch.setattr(labs_models.Models, "_wait", count)
+    monkeypatch.setattr(labs_models.Models, "_wait", remember)
     return waits
 
 
@@ -240,7 +250,7 @@ def test_who_waits_for_a_model_is_woken_when_it_is_there(begin, loader, waits):
         models("llama")
     with ThreadPoolExecutor() as pool:
         woken = pool.submit(caught.value.wait, 10 * WAIT_S)
-        assert waits.acquire(timeout=WAIT_S)
+        until(lambda: waits)
         loader.door.set()
         woken.result(WAIT_S)
     assert read(ask(models, "llama"))[0] == alone("llama", 0)
@@ -281,7 +291,7 @@ def test_why_a_load_failed_is_told_to_the_owner_and_the_log_only(failure, begin,
             ask_of_owner()
     assert models.failed
     for ask_of_client in (models, models.reader):
-        with pytest.raises(labs.ModelError, match="^llama could not be loaded; the log tells why$"):
+        with pytest.raises(labs.ModelError, match=r"^llama could not be loaded; the log tells"):
             ask_of_client("llama")
     errors = [record for record in caplog.records if record.name == "labs.models"]
     assert [record.levelname for record in errors] == ["ERROR"]
@@ -327,7 +337,7 @@ def test_one_model_that_cannot_be_loaded_is_no_harm_to_another(begin, loader):
     assert not models.failed
 
 
-@pytest.mark.parametrize("failing", ["load", "engine"])
+@pytest.mark.parametrize("failing", ["load", "reading", "engine"])
 def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader, monkeypatch):
     monkeypatch.setattr(labs_models.log, "disabled", True)  # pytest keeps what is logged
     models, made, held = use(begin("llama", "qwen2"), "llama"), [], []
@@ -337,6 +347,8 @@ def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader
         made.append(weakref.ref(decoder.model))
         if failing == "load":
             raise torch.OutOfMemoryError(OOM)
+        if failing == "reading":
+            raise labs.ModelError(OOM) from torch.OutOfMemoryError(OOM)
         return replace(model_of("qwen2"), decoder=decoder)
 
     def no_engine(*_: Any, **__: Any) -> Any:
@@ -485,9 +497,7 @@ def test_a_model_that_nobody_comes_for_goes(begin, loader, monkeypatch):
     assert loader.loads == ["llama", "qwen2", "llama"]
 
 
-def test_two_models_asked_by_many_in_turn_where_one_has_room_answer_all(
-    begin, loader, monkeypatch
-):
+def test_two_models_asked_by_many_in_turn_where_one_has_room_answer_all(begin, loader, monkeypatch):
     askers, rounds = 24, 3
     names = ("llama", "qwen2")
     expected = {(name, n): alone(name, n) for name in names for n in range(askers)}
@@ -522,11 +532,11 @@ def places(tiny_folder: Path, other_folder: Path) -> Iterator[Callable[..., labs
     with contextlib.ExitStack() as stack:
 
         def start(*more: labs.ModelSpec, **server: Any) -> labs_models.Models:
-            first, second = spec_of(tiny_folder), spec_of(other_folder)
+            specs = [spec_of(tiny_folder), spec_of(other_folder), *more]
             shared = labs.Server(**server)
             configs = {
                 name: labs.Config(model=spec, model_id=name, server=shared)
-                for name, spec in zip(("tiny", "other", "third"), (first, second, *more))
+                for name, spec in zip(("tiny", "other", "third"), specs, strict=False)
             }
             models = labs_models.Models(replace(configs["tiny"], models=configs))
             stack.callback(stop, models)
@@ -567,7 +577,7 @@ def test_fewer_bits_take_less_memory_known_before_loading_too(tiny_folder):
 
 
 def test_the_weights_of_what_is_no_model_are_refused_as_loading_it_is(tmp_path):
-    with pytest.raises(labs.ModelError, match="holds no config.json"):
+    with pytest.raises(labs.ModelError, match=r"holds no config\.json"):
         labs.weight_bytes(spec_of(tmp_path))
 
 
@@ -653,44 +663,44 @@ def test_nothing_refers_to_a_model_that_was_let_go(how, places):
 
 
 FREED = """
-import os, sys, time, psutil, weakref
-import torch
+import gc, time, weakref
+import psutil, torch
 import labs, labs_models
 torch.set_num_threads(1)
 models = labs_models.Models(labs.load_config("big.toml", env={}))
-rss = psutil.Process().memory_info
 
-def answer(name):
+def hold(name):
     while True:
         try:
-            engine = models(name)
+            return models(name)
         except labs_models.Loading as loading:
             loading.wait(0.05)
-            continue
-        break
+
+def answered(name):
+    engine = hold(name)
     inputs = labs.build_inputs(engine.model, prompt="hello")
     answer = engine.submit(inputs, labs.Generation(max_new_tokens=4, temperature=0))
-    models.release(name)
-    *_, done = answer
-    assert isinstance(done, labs.Done), done
-    model = engine.model
-    return weakref.ref(model.model), sum(p.nbytes for p in model.model.parameters()), model.decoder
+    assert isinstance([*answer][-1], labs.Done)
+    return weakref.ref(engine.model.model), engine.model.decoder.weight_bytes
 
-first, _, decoder = answer("first")
-weights = decoder.weight_bytes
-del decoder
-alone = rss().rss
-second, _, decoder = answer("second")
-del decoder
-both = rss().rss
-models("second")  # held: never idle
+def memory():
+    info = psutil.Process().memory_info()
+    return info.rss - info.shared  # the files of the weights are mapped, too
+
+first, weights = answered("first")
+labs.free_memory()
+alone = memory()
+answered("second")
+labs.free_memory()
+both = memory()
+models.release("first")
 end = time.monotonic() + 60
-while first() is not None or rss().rss > both - 0.7 * weights:
-    assert time.monotonic() < end, (first() is None, alone, both, rss().rss, weights)
+while first() is not None or (fallen := both - memory()) < 0.7 * weights:
+    assert time.monotonic() < end, (first(), alone, both, weights)
     time.sleep(0.05)
-after_going = rss().rss
-answer("first")
-print(weights, both - alone, both - after_going, rss().rss - both)
+answered("first")
+labs.free_memory()
+print(weights, both - alone, fallen, memory() - both)
 models.close()
 """
 
@@ -700,9 +710,9 @@ def test_the_memory_of_a_model_that_was_let_go_is_free(tmp_path):
         vocab_size=262, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
     )  # fmt: skip
-    tables = "[server]\nkeep_alive_s = 0.5\n"
+    shutil.copytree(save_model(tmp_path / "first", config), tmp_path / "second")
+    tables = "[server]\nkeep_alive_s = 0.1\n"
     for name in ("first", "second"):
-        save_model(tmp_path / name, config)
         tables += f'[models.{name}]\nmodel_name = "{tmp_path / name}"\ntorch_dtype = "fp32"\n'
         tables += f'cache_dir = "{tmp_path / "cache"}"\n'
     write("big.toml", 'default_model = "first"\n' + tables)
@@ -710,9 +720,9 @@ def test_the_memory_of_a_model_that_was_let_go_is_free(tmp_path):
     assert done.returncode == 0, done.stderr
     weights, grown, fallen, again = map(int, done.stdout.split())
     assert 100e6 < weights < 200e6
-    assert grown > 0.7 * weights, "the second model takes memory too"
+    assert grown >= 0.7 * weights
     assert fallen >= 0.7 * weights
-    assert again < 0.5 * weights, "what was freed is taken again, not more"
+    assert again <= 0.3 * weights, "more is taken than was given back"
 
 
 # ---------------------------------------------------------------- idle models
@@ -744,13 +754,23 @@ def test_a_model_that_is_busy_all_the_time_stays(busy, begin, gate, loader):
     assert loader.loads == ["llama", "qwen2", "qwen2"]
 
 
-def test_without_a_time_to_go_idle_models_stay(begin):
-    models = use(begin("llama", "qwen2"), "llama", "qwen2")
-    for slot in models._slots.values():
-        slot.used -= 10**9
-    models.release("qwen2") if models("qwen2") else None
+def test_the_time_to_go_begins_when_a_model_becomes_idle(begin, gate):
+    models = begin("llama", "qwen2", keep_alive_s=3600.0)
+    answer, slot = held_answer(models, gate), models._slots["llama"]
+    slot.used -= 10_000
+    until(lambda: time.monotonic() - slot.used < 3600)
+    gate.let(math.inf)
+    read(answer)
     use(models, "qwen2")
     assert [*models.loaded()] == ["llama", "qwen2"]
+
+
+def test_without_a_time_to_go_idle_models_stay(begin):
+    models = use(begin(*KINDS), "llama", "qwen2")
+    for slot in models._slots.values():
+        slot.used -= 10**9
+    use(models, "gpt2")
+    assert [*models.loaded()] == [*KINDS]
 
 
 def test_who_waits_for_the_default_model_gets_it_though_another_is_wanted(begin, loader):
@@ -845,3 +865,855 @@ def test_what_cannot_be_learnt_of_other_models_stops_nothing(begin, loader, monk
     monkeypatch.setattr(labs, "context_length", context_length)
     models = use(begin("llama", "qwen2"), "llama", "qwen2")
     assert models.context_length("qwen2") == 512
+
+
+# ---------------------------------------------------------------- over HTTP
+
+
+class Many(Site):
+    """An app with several models and a client of it, without sockets."""
+
+    def __init__(self, engine: labs_models.Models, config: labs.Config) -> None:
+        self.engine, self.config = engine, config
+        self.app = labs_api.create_app(config, engine_for=engine)
+        self.client = falcon.testing.TestClient(self.app)
+
+    def later(self, pool: ThreadPoolExecutor, path: str, body: Any) -> Any:
+        return pool.submit(self.post, path, body)
+
+    def card(self, name: str) -> dict[str, Any]:
+        cards = self.get("/v1/models").json["data"]
+        (card,) = [card for card in cards if card["id"] == name]
+        assert self.get(f"/v1/models/{name}").json == card
+        return card
+
+
+class LiveMany(Live, Many):
+    """The same behind waitress."""
+
+    def stream(self, body: Any, path: str = "/generate/stream") -> Any:
+        return httpx.stream("POST", self.url + path, json=body, timeout=WAIT_S)
+
+    def status_of_stream(self, body: Any) -> int:
+        """Ask for a stream, and hang up once its status has come."""
+        with self.stream(body) as response:
+            return response.status_code
+
+
+@pytest.fixture
+def many(loader: Loader) -> Iterator[Callable[..., Many]]:
+    """Serve models of these kinds, or of a whole configuration."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*names: Any, kind: Any = Many, **server: Any) -> Many:
+            given = isinstance(names[0], labs.Config)
+            config = names[0] if given else config_of(*names, **server)
+            models = labs_models.Models(config)
+            stack.callback(stop, models, loader)
+            site = kind(models, config)
+            if kind is LiveMany:
+                stack.callback(site.close)
+            return site
+
+        yield start
+
+
+@pytest.fixture
+def live(many: Any, loader: Loader) -> Callable[..., LiveMany]:
+    """Serve llama and, behind a closed door, qwen2: on a free port, with few places."""
+
+    def start(**server: Any) -> LiveMany:
+        few = {"port": 0, "max_batch_rows": ROWS, "max_waiting": 1}
+        site = many("llama", "qwen2", kind=LiveMany, **few | server)
+        use(site.engine, "llama")
+        loader.door.clear()
+        return site
+
+    return start
+
+
+def said(kind: str, number: int = 0, **more: Any) -> dict[str, Any]:
+    """Ask a model for the text that it gives alone."""
+    ids = [*prompt(number).input_ids]
+    return {"model": kind, "prompt": ids, "max_tokens": NEW, "temperature": 0, **more}
+
+
+SHORT = {"max_new_tokens": 3, "prompt": "hi", **A}
+ASKED = {
+    "/generate": {**SHORT, "model": "qwen2"},
+    "/generate/stream": {**SHORT, "model": "qwen2"},
+    CHAT: {"model": "qwen2", "messages": HELLO, "max_tokens": 3, **A},
+    COMPLETIONS: {"model": "qwen2", "prompt": "hi", "max_tokens": 3, **A},
+}
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_a_request_for_a_model_that_is_being_loaded_waits_and_is_answered(
+    path, many, loader, waits
+):
+    loader.door.clear()
+    site = many("llama", "qwen2")
+    with ThreadPoolExecutor() as pool:
+        answer = site.later(pool, path, ASKED[path])
+        until(lambda: waits)
+        loader.door.set()
+        response = answer.result(WAIT_S)
+    assert response.status_code == 200
+    assert "aaa" in response.text.replace("data: a\n\n", "a")
+    assert '"model":"qwen2"' in response.text
+
+
+def test_the_text_is_that_of_the_model_asked_for(many):
+    site = many(*KINDS)
+    texts = [site.post(COMPLETIONS, said(kind)).json["choices"][0]["text"] for kind in KINDS]
+    assert texts == [alone(kind, 0) for kind in KINDS]
+    assert len({*texts}) == len(KINDS)
+    del (body := said("llama"))["model"]
+    answer = site.post(COMPLETIONS, body).json
+    assert (answer["model"], answer["choices"][0]["text"]) == ("llama", texts[0])
+
+
+def test_a_stream_tells_that_its_model_is_being_loaded(live, loader, monkeypatch):
+    monkeypatch.setattr(labs_api, "LOADING_S", 0.05)
+    with live().stream(ASKED["/generate/stream"]) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        assert [next(lines), next(lines)] == [": ok", ""]
+        for _ in range(2):
+            assert re.fullmatch(r": loading the model for \d+ s", next(lines))
+            assert next(lines) == ""
+        loader.door.set()
+        rest = [line for line in lines if not line.startswith(":")]
+    assert events_of("\n".join(rest).encode())[:3] == [("message", "a")] * 3
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_openais_streams_wait_for_a_model_too(path, live, loader):
+    site = live()
+    with site.stream({**ASKED[path], "stream": True}, path) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        assert next(lines) == ": ok"
+        loader.door.set()
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert data.pop() == "[DONE]"
+    chunks = [json.loads(each) for each in data]
+    assert {chunk["model"] for chunk in chunks} == {"qwen2"}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_wrong_request_for_a_model_that_is_being_loaded_is_refused_then(live, loader, waits):
+    site, wrong = live(), {**SHORT, "model": "qwen2", "logit_bias": {"9999": 1}}
+    with ThreadPoolExecutor() as pool:
+        whole = site.later(pool, "/generate", wrong)
+        until(lambda: waits)
+        loader.door.set()
+        assert error_of(whole.result(WAIT_S), 400)["param"] == "logit_bias"
+    assert error_of(site.post("/generate/stream", wrong), 400)["param"] == "logit_bias"
+
+
+def test_a_wrong_stream_of_a_model_that_is_being_loaded_ends_with_an_error(live, loader):
+    wrong = {**SHORT, "model": "qwen2", "logit_bias": {"9999": 1}}
+    with live().stream(wrong) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        assert next(lines) == ": ok"
+        loader.door.set()
+        rest = "\n".join(lines)
+    ((kind, data),) = events_of(rest.encode() + b"\n")
+    error = json.loads(data)["error"]
+    assert (kind, error["type"], error["param"]) == (
+        "error", "invalid_request_error", "logit_bias"
+    )  # fmt: skip
+
+
+def test_a_model_that_fails_to_load_fails_who_waits_for_it(live, loader, waits):
+    site = live()
+    loader.failures["qwen2"] = labs.ModelError("/srv/secret: is gone")
+    with ThreadPoolExecutor() as pool, site.stream(ASKED["/generate/stream"]) as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": ok"
+        until(lambda: waits)
+        loader.door.set()
+        rest = "\n".join(lines)
+        whole = site.later(pool, "/generate", ASKED["/generate"]).result(WAIT_S)
+    ((kind, data),) = events_of(rest.encode() + b"\n")
+    assert (kind, json.loads(data)["error"]["type"]) == ("error", "server_error")
+    assert error_of(whole, 500)["type"] == "server_error"
+    assert "secret" not in rest + whole.text
+    assert site.post(COMPLETIONS, said("llama")).status_code == 200
+    assert site.get("/readyz").json == {"status": "ok"}
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_the_time_of_a_request_runs_while_its_model_is_loaded(path, many, loader):
+    loader.door.clear()
+    site = many("llama", "qwen2")
+    response = site.post(path, {**ASKED[path], "timeout_s": 0.1})
+    if path == "/generate":
+        assert error_of(response, 503)["message"] == "qwen2 is being loaded"
+        assert response.headers["retry-after"] == "1"
+    else:
+        assert response.status_code == 200
+        kind, data = events_of(response.content)[-1]
+        assert (kind, json.loads(data)["error"]["code"]) == ("error", "overloaded")
+    loader.door.set()
+    assert site.post("/generate", ASKED["/generate"]).json["text"] == "aaa"
+
+
+def test_the_time_that_a_model_may_take_is_a_setting_of_it(loader, many):
+    write("labs.toml", TABLES + "timeout_s = 0.1\n")
+    loader.door.clear()
+    site = many(labs.load_config(env={}))
+    error_of(site.post(COMPLETIONS, said("last")), 503)
+
+
+def test_the_time_that_was_waited_is_no_more_left():
+    wanted = labs.Generation(timeout_s=30.0)
+    now = time.perf_counter()
+    assert labs_api._in_time_left(wanted, now) == wanted
+    assert 0 < labs_api._in_time_left(wanted, now - 20).timeout_s <= 10
+    assert 0 < labs_api._in_time_left(wanted, now - 40).timeout_s < 0.1
+    without = labs.Generation()
+    assert labs_api._in_time_left(without, now - 40) == without
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_who_hangs_up_while_a_model_is_loaded_frees_the_place(path, live, waits):
+    site = live()
+    connection = site.connect(request(path, ASKED[path]))
+    until(lambda: waits)
+    assert site.status_of_stream(ASKED["/generate/stream"]) == 503
+    connection.close()
+    until(lambda: site.status_of_stream(ASKED["/generate/stream"]) == 200)
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_more_who_wait_for_a_model_than_there_are_places_are_refused(path, live, waits):
+    site = live()
+    with site.connect(request("/generate", ASKED["/generate"])):
+        until(lambda: waits)
+        refused = site.post(path, ASKED[path])
+    error = error_of(refused, 503)
+    assert (error["code"], error["message"]) == ("overloaded", "qwen2 is being loaded")
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_others_are_answered_while_a_model_is_loaded(live, loader, waits):
+    site = live(max_waiting=8)
+    sent = request("/generate", ASKED["/generate"], "Connection: close")
+    waiting = [site.connect(sent) for _ in range(8)]
+    until(lambda: len(waits) == len(waiting))
+    text = httpx.post(site.url + COMPLETIONS, json=said("llama"), timeout=WAIT_S).json()
+    assert text["choices"][0]["text"] == alone("llama", 0)
+    for path in ("/health", "/readyz"):
+        assert httpx.get(site.url + path, timeout=WAIT_S).json() == {"status": "ok"}
+    for path in ("/v1/models", "/metrics", "/"):
+        assert httpx.get(site.url + path, timeout=WAIT_S).status_code == 200
+    assert loader.loads == ["llama", "qwen2"]
+    loader.door.set()
+    for connection in waiting:
+        with connection:
+            answer = b"".join(iter(functools.partial(connection.recv, 65_536), b""))
+        assert b'"text":"aaa"' in answer
+
+
+def test_a_server_full_of_those_who_wait_tells_that_it_lives(live, gate, loader, waits):
+    places = 12
+    site = live(max_waiting=places, max_loaded_models=1)
+    loader.door.set()
+    gate.let(0)
+    with contextlib.ExitStack() as stack:
+        for kind, count in (("llama", ROWS + places), ("qwen2", places)):
+            sent = request("/generate", {**SHORT, "model": kind})
+            for _ in range(count):
+                stack.enter_context(site.connect(sent))
+            status = site.engine.loaded()["llama"].status
+            until(lambda status=status: status().running + status().waiting == ROWS + places)
+        until(lambda: len(waits) == places)
+        assert httpx.get(f"{site.url}/health", timeout=WAIT_S).json() == {"status": "ok"}
+        gate.let(math.inf)
+
+
+def test_many_requests_for_models_in_turn_are_all_answered_where_one_has_room(
+    many, loader, monkeypatch
+):
+    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.2)
+    few = {"port": 0, "max_batch_rows": 4, "max_waiting": 24}
+    site = many("llama", "qwen2", kind=LiveMany, max_loaded_models=1, **few)
+
+    def ask_in_turn(number: int) -> list[str]:
+        with httpx.Client(timeout=WAIT_S) as client:
+            kinds = [KINDS[(number + turn) % 2] for turn in range(2)]
+            bodies = [said(kind, number % 6) for kind in kinds]
+            answers = [client.post(site.url + COMPLETIONS, json=body).json() for body in bodies]
+            return [answer["choices"][0]["text"] for answer in answers]
+
+    with ThreadPoolExecutor(20) as pool:
+        found = [*pool.map(ask_in_turn, range(20))]
+    kinds = [[KINDS[(number + turn) % 2] for turn in range(2)] for number in range(20)]
+    assert found == [[alone(kind, n % 6) for kind in row] for n, row in enumerate(kinds)]
+
+
+def test_a_slow_reader_holds_no_model(many):
+    site = many("llama", "qwen2", max_loaded_models=1)
+    service = labs_api.Service(site.config, site.engine)
+    req = falcon.testing.create_req()
+    req.context.owner = ""
+    wanted = labs_api.Wanted(req, "llama", [{"prompt": "hi"}], dict(A), time.perf_counter())
+    asked = labs_api.at_last(service.ask(wanted))
+    engine = weakref.ref(site.engine.loaded()["llama"])
+    assert quiet(engine())
+    use(site.engine, "qwen2")
+    until(lambda: gc.collect() is not None and engine() is None)
+    assert "".join(getattr(event[1], "text", "") for event in asked) == "a" * 256
+    assert asked.record()["completion_tokens"] == 256
+
+
+TABLES = """
+default_model = "first"
+[models.first]
+model_name = "llama"
+max_new_tokens = 3
+[models.second]
+model_name = "qwen2"
+max_new_tokens = 5
+use_chat_template = false
+[models.last]
+model_name = "gpt2"
+"""
+
+
+def test_each_model_has_the_settings_of_its_table(many):
+    write("labs.toml", TABLES)
+    site = many(labs.load_config(env={}))
+    for name, new, text in (
+        ("first", 3, "<bos><|user|>hi<end><|assistant|>"), ("second", 5, "<bos>hi")
+    ):  # fmt: skip
+        body = {"prompt": "hi", "model": name, **A}
+        assert site.post("/generate", body).json["text"] == "a" * new
+        told = site.post("/explain", body).json
+        assert told["prompt"] == text
+    assert site.post("/generate", {"prompt": "hi", **A}).json["model"] == "first"
+    chat = {"messages": HELLO, "model": "second", **A}
+    assert "may not use its template" in error_of(site.post(CHAT, chat), 400)["message"]
+    assert site.post(CHAT, {**chat, "model": "first"}).json["model"] == "first"
+
+
+@pytest.mark.parametrize("path", [*ASKED, "/explain"])
+def test_an_unknown_model_is_not_found_and_those_served_are_named(path, many, loader):
+    body = {**ASKED.get(path, SHORT), "model": "lama"}
+    site = many(*KINDS)
+    error = error_of(site.post(path, body), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "'lama'" in error["message"]
+    assert all(kind in error["message"] for kind in KINDS)
+    site.engine.wait()
+    assert loader.loads == ["llama"]
+
+
+def test_the_models_are_listed_before_and_after_they_are_loaded(tiny_folder, other_folder):
+    tables = [f'[models.{name}]\nmodel_name = "{place}"\ntorch_dtype = "fp32"\n'
+              for name, place in (("tiny", tiny_folder), ("other", other_folder))]  # fmt: skip
+    write("labs.toml", 'default_model = "tiny"\n' + "".join(tables))
+    config = labs.load_config(env={})
+    models = labs_models.Models(config, start=False)
+    site = Many(models, config)
+    assert [card["id"] for card in site.get("/v1/models").json["data"]] == ["tiny", "other"]
+    assert [site.card(name)["loaded"] for name in ("tiny", "other")] == [False, False]
+    models.start()
+    until(lambda: site.card("tiny")["loaded"])
+    until(lambda: site.card("other")["context_length"] == 512)
+    assert site.card("tiny")["context_length"] == 4096
+    assert not site.card("other")["loaded"]
+    assert site.post("/generate", {**SHORT, "model": "other"}).json["text"] == "aaa"
+    card = site.card("other")
+    assert (card["loaded"], card["context_length"]) == (True, 512)
+    assert error_of(site.get("/v1/models/none"), 404)["code"] == "model_not_found"
+    stop(models)
+
+
+def test_metrics_name_each_model_that_is_loaded(many):
+    site = many(*KINDS)
+    use(site.engine, "llama")
+    site.post("/generate", {**SHORT, "model": "qwen2"})
+
+    def found() -> dict[str, str]:
+        lines = (line.rpartition(" ") for line in site.get("/metrics").text.splitlines())
+        return {name: value for name, _, value in lines}
+
+    figures = found()
+    for kind in ("llama", "qwen2"):
+        assert figures[f'labs_engine_alive{{model_name="{kind}"}}'] == "1.0"
+        assert float(figures[f'labs_steps_total{{model_name="{kind}"}}']) > 0
+    assert not [name for name in figures if "gpt2" in name]
+    assert figures['labs_generation_tokens_total{model_name="qwen2"}'] == "3.0"
+    assert 'labs_generation_tokens_total{model_name="llama"}' not in figures
+
+
+def test_each_log_line_names_the_model_that_answered(many, caplog):
+    caplog.set_level(logging.INFO, "labs.api")
+    site = many("llama", "qwen2")
+    for path in ("/generate", "/generate/stream"):
+        for kind in ("llama", "qwen2"):
+            site.post(path, {**SHORT, "model": kind})
+    assert [line["model"] for line in log_lines(caplog)] == ["llama", "qwen2"] * 2
+
+
+def test_readiness_goes_from_loading_to_ok_to_draining(many, loader, gate):
+    loader.door.clear()
+    site = many("llama", "qwen2", keep_alive_s=0.05)
+    assert (site.get("/readyz").status_code, site.get("/readyz").json["status"]) == (503, "loading")
+    assert site.get("/health").json == {"status": "ok"}
+    loader.door.set()
+    site.engine.wait()
+    assert site.get("/readyz").json == {"status": "ok"}
+    until(lambda: site.engine.loaded() == {})
+    assert site.get("/readyz").json == {"status": "ok"}  # it comes when it is asked for
+    answer = held_answer(site.engine, gate)
+    with ThreadPoolExecutor() as pool:
+        closing = pool.submit(site.engine.close, WAIT_S)
+        until(lambda: site.get("/readyz").json == {"status": "draining"})
+        assert site.get("/readyz").status_code == 503
+        refused = site.post("/generate", ASKED["/generate"])
+        assert error_of(refused, 503)["message"] == "the server is shutting down"
+        gate.let(math.inf)
+        closing.result(WAIT_S)
+    assert read(answer)[0] == alone("llama", 0)
+
+
+def test_a_default_model_that_cannot_be_loaded_leaves_others_to_answer(many, loader):
+    loader.failures["llama"] = labs.ModelError("gone")
+    site = many("llama", "qwen2")
+    assert site.post("/generate", ASKED["/generate"]).json["text"] == "aaa"
+    assert site.get("/readyz").json == {"status": "dead"}
+    assert error_of(site.post("/generate", SHORT), 500)["code"] == "failed"
+
+
+def test_who_waits_is_told_when_the_server_shuts_down(live, loader, waits):
+    site = live(max_waiting=2)
+    with ThreadPoolExecutor() as pool, site.stream(ASKED["/generate/stream"]) as response:
+        lines = response.iter_lines()
+        assert next(lines) == ": ok"
+        whole = site.later(pool, "/generate", ASKED["/generate"])
+        until(lambda: len(waits) == 2)
+        site.engine.close()
+        assert error_of(whole.result(WAIT_S), 503)["message"] == "the server is shutting down"
+        ((kind, data),) = events_of(("\n".join(lines) + "\n").encode())
+    assert (kind, json.loads(data)["error"]["code"]) == ("error", "overloaded")
+
+
+def test_another_model_is_explained_without_being_asked(many, loader, waits):
+    loader.door.clear()
+    site = many("llama", "qwen2")
+    with ThreadPoolExecutor() as pool:
+        told = site.later(pool, "/explain", {"prompt": "hi", "model": "qwen2"})
+        until(lambda: waits)
+        loader.door.set()
+        explained = told.result(WAIT_S).json
+    decoder = model_of("qwen2").decoder
+    assert (explained["how"], explained["weight_bytes"]) == (decoder.how, decoder.weight_bytes)
+    assert site.engine.loaded()["qwen2"].status().steps == 0
+    use(site.engine, "llama")
+
+
+# ---------------------------------------------------------------- the router
+
+
+ROUTED = (
+    TABLES
+    + r"""
+[[router.rules]]
+model = "second"
+pattern = '(?i)\bcode\b'
+over_prompt_tokens = 40
+[[router.rules]]
+model = "last"
+over_prompt_tokens = 80
+[[router.rules]]
+model = "last"
+pattern = "^sum:"
+"""
+)
+
+
+def configured(text: str, **changes: Any) -> labs.Config:
+    write("labs.toml", text)
+    return labs.load_config(env={}, **changes)
+
+
+def chat(*contents: str, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return {"messages": turns, **more}
+
+
+ROUTES = [
+    ("/generate", {"prompt": "hi"}, "first"),
+    ("/generate", {"prompt": "code " * 7}, "first"),  # 35, and four of the template
+    ("/generate", {"prompt": "code " * 8}, "second"),
+    ("/generate", {"prompt": "recoded " * 8}, "first"),
+    ("/generate", {"prompt": "Code " * 40}, "second"),  # the first that fits, though long
+    ("/generate", {"prompt": "x" * 76}, "first"),
+    ("/generate", {"prompt": "x" * 77}, "last"),
+    ("/generate", {"prompt": "x" * 79, "use_chat_template": False}, "first"),
+    ("/generate", {"prompt": "x" * 80, "use_chat_template": False}, "last"),
+    ("/generate", {"prompt": "sum: 1 2"}, "last"),
+    ("/generate", {"prompt": "a sum: 1 2"}, "first"),
+    ("/generate", chat("hi", "well", "x" * 70), "last"),
+    (CHAT, chat("hi"), "first"),
+    (CHAT, chat("sum: 1", "2", "more"), "last"),
+    (CHAT, chat("hi", "fine", "sum: 1"), "first"),
+    (CHAT, chat("hi", "fine", "x" * 70), "last"),
+    (COMPLETIONS, {"prompt": "x" * 79}, "first"),
+    (COMPLETIONS, {"prompt": "x" * 80}, "last"),
+    (COMPLETIONS, {"prompt": [120] * 80}, "first"),
+    (COMPLETIONS, {"prompt": [120] * 81}, "last"),
+    (COMPLETIONS, {"prompt": ["hi", "x" * 80]}, "last"),
+    (COMPLETIONS, {"prompt": [[120], [120] * 81]}, "last"),
+    (COMPLETIONS, {"prompt": ["sum: 1", "hi"]}, "last"),
+    (COMPLETIONS, {"prompt": ["x" * 30, "my code " * 6]}, "second"),
+]
+
+
+@pytest.fixture
+def routed(many: Any) -> Many:
+    """Serve by the rules of ROUTED, llama being the default."""
+    return many(configured(ROUTED))
+
+
+@pytest.mark.parametrize(("path", "body", "name"), ROUTES, ids=lambda value: str(value)[:40])
+def test_the_first_rule_that_fits_says_who_answers(path, body, name, routed):
+    limit = {"max_new_tokens" if path == "/generate" else "max_tokens": 2}
+    answer = routed.post(path, {**body, **limit, **A, "model": "auto"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json["model"] == name
+
+
+@pytest.mark.parametrize("path", [path for path in ASKED if path != CHAT])
+def test_who_names_a_model_or_none_is_not_routed(path, routed):
+    body = {**ASKED[path], "prompt": "sum: 1", "model": "second"}
+    assert '"model":"second"' in routed.post(path, body).text
+    assert '"model":"last"' in routed.post(path, {**body, "model": "auto"}).text
+    del body["model"]
+    assert '"model":"first"' in routed.post(path, body).text
+
+
+def test_a_routed_request_has_the_settings_of_its_model(routed):
+    told = routed.post("/explain", {"prompt": "my code " * 6, "model": "auto"}).json
+    assert told["prompt"] == "<bos>" + "my code " * 6
+    assert told["settings"]["max_new_tokens"]["value"] == 5
+
+
+@pytest.mark.parametrize("path", [*ASKED, "/explain"])
+def test_without_rules_there_is_no_model_auto(path, many):
+    error = error_of(many(*KINDS).post(path, {**ASKED.get(path, SHORT), "model": "auto"}), 404)
+    assert error["code"] == "model_not_found"
+    assert "'auto'" in error["message"]
+
+
+@pytest.mark.parametrize("long", ["x" * 200, [120] * 200], ids=["text", "ids"])
+def test_a_prompt_longer_than_the_default_model_holds_goes_to_one_that_holds_it(long, many, loader):
+    loader.made = lambda name: replace(
+        model_of(name), context_length=64 if name == "llama" else 512
+    )
+    body = {"prompt": long, "max_tokens": 2, **A}
+    site = many(configured(ROUTED))
+    assert error_of(site.post(COMPLETIONS, body), 400)["code"] == "context_length_exceeded"
+    answer = site.post(COMPLETIONS, {**body, "model": "auto"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json["model"] == "last"
+
+
+def test_who_asks_for_auto_waits_for_the_default_model_which_counts(many, loader, waits):
+    loader.door.clear()
+    site = many(configured(ROUTED))
+    with ThreadPoolExecutor() as pool:
+        body = {"model": "auto", "prompt": [120] * 81, "max_tokens": 2, **A}
+        answer = site.later(pool, COMPLETIONS, body)
+        until(lambda: waits)
+        loader.door.set()
+        assert answer.result(WAIT_S).json["model"] == "last"
+    assert loader.loads == ["llama", "gpt2"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_the_time_of_a_request_runs_while_the_router_waits(path, many, loader):
+    loader.door.clear()
+    site = many(configured(ROUTED))
+    with ThreadPoolExecutor() as pool:
+        asked = site.later(pool, path, {**SHORT, "model": "auto", "timeout_s": 0.1})
+        try:
+            response = asked.result(WAIT_S)
+        finally:
+            loader.door.set()
+    if path == "/generate":
+        assert error_of(response, 503)["message"] == "first is being loaded"
+    else:
+        assert events_of(response.content)[-1][0] == "error"
+
+
+def test_a_rule_of_a_pattern_alone_waits_for_no_other_model(many, loader):
+    rule = '[[router.rules]]\nmodel = "second"\npattern = "^sum:"\n'
+    loader.failures["llama"] = labs.ModelError("gone")
+    site = many(configured(ROUTED.replace("[[router.rules]]", rule + "[[router.rules]]", 1)))
+    body = {"prompt": "sum: 1", "model": "auto", **A}
+    assert site.post("/generate", body).json["model"] == "second"
+
+
+def test_a_default_model_that_was_let_go_counts_without_being_loaded_again(many, loader):
+    site = many(replace(configured(ROUTED), server=labs.Server(max_loaded_models=1)))
+    site.engine.wait()
+    assert site.post("/generate", {**SHORT, "model": "last"}).json["model"] == "last"
+    assert [*site.engine.loaded()] == ["last"]
+    for long in ("x" * 80, [120] * 81):
+        body = {"prompt": long, "max_tokens": 2, "model": "auto", **A}
+        assert site.post(COMPLETIONS, body).json["model"] == "last"
+    assert loader.loads == ["llama", "gpt2"]
+
+
+def test_a_prompt_that_cannot_be_counted_is_refused(routed):
+    refused = routed.post("/generate", {"prompt": "", "model": "auto"})
+    assert error_of(refused, 400)["message"] == "the prompt is empty"
+
+
+# ---------------------------------------------------------------- settings of several models
+
+
+NAMES = """
+[models.small]
+model_name = "org/small"
+[models.large]
+model_name = "org/large"
+"""
+RULE = '[[router.rules]]\nmodel = "small"\n'
+RULES: list[dict[str, Any]] = [
+    {"model": "small", "pattern": "^\\d+ #\"'\\\\ é\n", "over_prompt_tokens": 3},
+    {"model": "large", "over_prompt_tokens": 0},
+    {"model": "small", "pattern": ""},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        (RULE.replace("small", "smal") + 'pattern = "a"', ["router_rules[0]", "'smal'", "small?"]),
+        (
+            f'{RULE}pattern = "a"\n{RULE.replace("small", "zebra")}pattern = "a"',
+            ["router_rules[1]", "'zebra'"],
+        ),
+        (RULE + 'pattern = "("', ["labs.toml", "router_rules", "pattern = '('"]),
+        (RULE, ["labs.toml", "router_rules", "needs over_prompt_tokens or pattern"]),
+        (RULE + "over_prompt_tokens = -1", ["labs.toml", "router_rules", ">= 0"]),
+        (RULE + 'patern = "a"', ["labs.toml", "router_rules", "patern"]),
+        ('[[router.rules]]\npattern = "a"', ["labs.toml", "router_rules", "model"]),
+        ("[router]\nrules = 5", ["labs.toml", "router_rules = 5", "array"]),
+        ("[router]\nrule = []", ["labs.toml", "'rule'", "rules?"]),
+        ('[models.auto]\nmodel_name = "a"', ["labs.toml", "[models.auto]", "router's"]),
+        ("[models.third]\ntop_k = 1", ["labs.toml", "[models.third]", "model_name"]),
+        (
+            '[models.third]\nmodel_name = "a"\ntop_q = 1',
+            ["labs.toml", "[models.third]", "top_q", "top_p?"],
+        ),
+        (
+            '[models.third]\nmodel_name = "a"\ntemperature = 101',
+            ["labs.toml [models.third]", "temperature = 101", "100"],
+        ),
+        (
+            '[models.third]\nmodel_name = "a"\nquantization = {load_in_4bit = 1}',
+            ["labs.toml [models.third]", "load_in_4bit = 1"],
+        ),
+    ],
+)
+def test_what_is_wrong_about_models_and_rules_is_told_in_one_sentence(text, fragments):
+    with pytest.raises(labs.ConfigError) as caught:
+        configured(NAMES + text)
+    assert [part for part in fragments if part not in str(caught.value)] == []
+    assert is_one_sentence(caught.value)
+
+
+def program_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> labs.Config:
+    """Return the configuration that labs-api would serve with these arguments."""
+    found: list[labs.Config] = []
+    monkeypatch.setattr(labs_api, "serve", found.append)
+    options = (("Server", "--config", str, ""),)
+    command = labs_cli.make_command("labs-api", labs_api.run, options, "")
+    command.main(list(arguments), prog_name="labs-api", standalone_mode=False)
+    return found[0]
+
+
+@pytest.mark.parametrize("place", ["labs.toml", "LABS_ROUTER_RULES", "--router-rules"])
+def test_rules_come_from_a_file_the_environment_or_a_flag(place, monkeypatch):
+    text = json.dumps(RULES)
+    inline = re.sub(r'"(\w+)":', r"\1 =", text)
+    write("labs.toml", NAMES + (f"[router]\nrules = {inline}\n" if place == "labs.toml" else ""))
+    if place == "--router-rules":
+        config = program_config(monkeypatch, place, text)
+    else:
+        config = labs.load_config(env={place: text} if place.isupper() else {})
+    assert config.router.rules == tuple(labs.Rule(**rule) for rule in RULES)
+    assert config.sources["router_rules"] == place
+
+
+def test_a_flag_takes_the_place_of_the_rules_of_the_file(monkeypatch):
+    write("labs.toml", NAMES + RULE + 'pattern = "a"')
+    assert len(program_config(monkeypatch).router.rules) == 1
+    assert program_config(monkeypatch, "--router-rules", "[]").router.rules == ()
+
+
+WRONG_RULES = [
+    ('[{"model": "small", "pattern": "("}]', ["rules", "pattern = '('"]),
+    ('[{"model": "small"}]', ["rules", "needs over_prompt_tokens or pattern"]),
+    ('[{"model": "zebra", "pattern": "a"}]', ["rules[0]", "'zebra'"]),
+    ('{"model": "small", "pattern": "a"}', ["rules", "array"]),
+    ("nonsense", ["rules"]),
+    ('[{"model"', ["rules"]),
+]
+
+
+@pytest.mark.parametrize(("text", "fragments"), WRONG_RULES)
+@pytest.mark.parametrize("place", ["LABS_ROUTER_RULES", "--router-rules"])
+def test_a_wrong_rule_is_named_wherever_it_comes_from(place, text, fragments, monkeypatch):
+    write("labs.toml", NAMES)
+    if place == "--router-rules":
+        with pytest.raises(click.ClickException) as refused:
+            program_config(monkeypatch, place, text)
+        told = refused.value.format_message()
+    else:
+        with pytest.raises(labs.ConfigError) as caught:
+            labs.load_config(env={place: text})
+        told = str(caught.value)
+    assert [part for part in ["router", *fragments] if part not in told.lower()] == []
+    assert "\n" not in told
+
+
+def test_a_rule_may_name_the_default_model_by_its_id():
+    rule = '[[router.rules]]\nmodel = "org/usual"\npattern = "a"\n'
+    config = configured('[generation]\nmodel_name = "org/usual"\n' + NAMES + rule)
+    assert config.router.rules[0].model == config.model_id == "org/usual"
+
+
+CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x7f")
+TEXTS = st.text(CHARACTERS, max_size=9).map(re.escape)
+PATTERNS = st.one_of(st.none(), TEXTS, st.sampled_from([r"\bcode\b", '"', "'''", "#"]))
+COUNTS = st.one_of(st.none(), st.integers(0, 10**6))
+
+
+@given(st.lists(st.tuples(PATTERNS, COUNTS).filter(any), max_size=4))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_the_effective_configuration_tells_the_rules_as_toml(found):
+    rules = tuple(
+        labs.Rule(model="org/small", pattern=pattern, over_prompt_tokens=count)
+        for pattern, count in found
+    )
+    config = labs.Config(model_id="org/small", router=labs.Router(rules=rules))
+    tables = tomllib.loads(labs.dump_effective_config(config))
+    assert tuple(labs.Rule(**rule) for rule in tables["router"]["rules"]) == rules
+
+
+def test_the_effective_configuration_with_rules_can_be_read_back():
+    config = configured('default_model = "small"\n' + NAMES, overrides={"router_rules": RULES})
+    write("again.toml", labs.dump_effective_config(config) + NAMES)
+    assert labs.load_config("again.toml", env={}).router == config.router
+
+
+def test_the_default_model_is_that_of_the_file():
+    config = configured('default_model = "large"\n' + NAMES)
+    assert (config.model_id, config.model.model_name) == ("large", "org/large")
+    assert [*config.models] == ["small", "large"]
+    assert config.models["large"].model == config.model
+
+
+@pytest.mark.parametrize("place", ["environment", "overrides", "dotenv"])
+@pytest.mark.parametrize(("name", "model"), [("small", "org/small"), ("other/m", "other/m")])
+def test_a_model_that_is_asked_for_wins_over_the_default_one(name, model, place):
+    write("labs.toml", 'default_model = "large"\n' + NAMES)
+    write(".env", f"LABS_MODEL={name}" if place == "dotenv" else "")
+    config = labs.load_config(
+        env={"LABS_MODEL": name} if place == "environment" else {},
+        overrides={"model_name": name} if place == "overrides" else {},
+    )
+    assert (config.model_id, config.model.model_name) == (name, model)
+    found = {name: each.model.model_name for name, each in config.models.items()}
+    assert found == {"small": "org/small", "large": "org/large"}
+
+
+def test_the_flag_model_wins_over_the_default_one(monkeypatch):
+    write("labs.toml", 'default_model = "large"\n' + NAMES)
+    assert program_config(monkeypatch, "--model", "small").model_id == "small"
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ('default_model = "smal"', ["labs.toml", "default_model = smal", "did you mean small?"]),
+        ('default_model = "zebra"', ["labs.toml", "default_model = zebra", "no [models] table"]),
+        ('default_model = "auto"', ["labs.toml", "default_model = auto"]),
+        ("default_model = 5", ["labs.toml", "default_model"]),
+        (
+            'default_model = "small"\n[generation]\nmodel_name = "org/m"',
+            ["labs.toml", "default_model", "model_name", "both"],
+        ),
+    ],
+)
+def test_a_wrong_default_model_is_told_in_one_sentence(text, fragments):
+    with pytest.raises(labs.ConfigError) as caught:
+        configured(text + "\n" + NAMES)
+    assert [part for part in fragments if part not in str(caught.value)] == []
+    assert is_one_sentence(caught.value)
+
+
+def test_an_unknown_default_model_is_refused_though_another_is_asked_for():
+    with pytest.raises(labs.ConfigError, match="default_model = zebra"):
+        configured('default_model = "zebra"\n' + NAMES, overrides={"model_name": "small"})
+
+
+def test_settings_of_the_environment_hold_for_every_model():
+    write("labs.toml", NAMES + "[generation]\ntop_k = 7\n")
+    config = labs.load_config(env={"LABS_MAX_NEW_TOKENS": "9", "LABS_SERVER_KEEP_ALIVE_S": "5"})
+    every = (config, *config.models.values())
+    assert [each.generation.max_new_tokens for each in every] == [9] * 3
+    assert [each.server.keep_alive_s for each in every] == [5] * 3
+    assert [each.generation.top_k for each in every] == [7, None, None]
+
+
+# ---------------------------------------------------------------- labs-api as a program
+
+
+def test_the_program_serves_several_models_and_routes(tiny_folder, other_folder, tmp_path):
+    tables = "".join(
+        f'[models.{name}]\nmodel_name = "{place}"\ntorch_dtype = "fp32"\n'
+        for name, place in (("tiny", tiny_folder), ("other", other_folder))
+    )
+    rule = '[[router.rules]]\nmodel = "other"\nover_prompt_tokens = 9\n'
+    write("labs.toml", f'default_model = "tiny"\n{tables}[server]\nmax_loaded_models = 1\n{rule}')
+    with program("--config", str(tmp_path / "labs.toml")) as process:
+        url = serving(process)
+        with httpx.Client(timeout=WAIT_S) as client:
+            for name in ("tiny", "other", "auto", "tiny"):
+                body = {**SHORT, "model": name, "prompt": "ten words" if name == "auto" else "a"}
+                answer = client.post(f"{url}/generate", json=body).json()
+                told = (answer["text"], answer["model"])
+                assert told == ("aaa", "other" if name == "auto" else name)
+            cards = client.get(f"{url}/v1/models").json()["data"]
+        process.send_signal(signal.SIGTERM)
+        code, said = end_of(process)
+    assert [(card["id"], card["loaded"]) for card in cards] == [("tiny", True), ("other", False)]
+    assert code == 0
+    assert said.count("labs-api: other was let go") == 1
+
+
+def test_the_program_ends_while_its_model_is_loaded(tiny_folder):
+    with program(MODEL=str(tiny_folder)) as process:
+        assert b"loading" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        code, said = end_of(process)
+    assert (code, said) == (0, "")
+
+
+def test_the_program_refuses_a_wrong_table_that_nobody_chose(tmp_path):
+    write("labs.toml", '[models.small]\nmodel_name = "a"\ntop_q = 1\n')
+    with program("--config", str(tmp_path / "labs.toml")) as process:
+        code, said = end_of(process)
+    assert code == 1
+    assert re.fullmatch(r"Error: .*\[models\.small\].*top_q.*\n", said)

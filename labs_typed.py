@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of a given type, and choices among given answers.
+
+    city = labs_typed.generate_as(model, inputs, City)              # a msgspec struct, or any type
+    labs_typed.choose(model, inputs, ["yes", "no"])                 # {"yes": 0.97, "no": 0.03}
+    only = labs_typed.Constraint(model, schema)                     # JSON schema, as a dict
+    labs.generate(model, inputs, processors=[only])                 # one Constraint for each answer
+
+The grammar is llguidance's (pip install llguidance): at each token it tells which ones may follow,
+and the row chooses among those. What it cannot express is refused by name. Needs labs.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+import labs
+
+T = TypeVar("T")
+KEPT = 256  # grammars remembered
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+class IncompleteOutput(labs.GenerationError):
+    """The answer ended before it was whole; `completion` is what there is of it."""
+
+    def __init__(self, completion: labs.Completion) -> None:
+        reason = completion.finish_reason
+        super().__init__(f"the answer is not whole ({reason}); allow more tokens or time")
+        self.completion = completion
+
+
+def generate_as(
+    model: labs.Model,
+    inputs: labs.Inputs,
+    kind: type[T],
+    generation: labs.Generation | None = None,
+    **changes: Any,
+) -> T:
+    """Return an answer as a value of `kind`: whatever msgspec makes a JSON schema of and decodes.
+
+    Raises IncompleteOutput where the answer was cut, InputError for a type that has no schema or
+    whose schema cannot be expressed.
+    """
+    try:
+        schema = _closed(msgspec.json.schema(kind))
+    except TypeError as error:
+        raise labs.InputError(f"{kind}: {error}") from error
+    only = Constraint(model, schema)
+    completion = labs.generate(model, inputs, generation, processors=[only], **changes)
+    if completion.finish_reason != "stop" or completion.matched_stop is not None:
+        raise IncompleteOutput(completion)
+    try:
+        return msgspec.json.decode(completion.text, type=kind)
+    except msgspec.DecodeError as error:  # more than a schema can say: 31 February
+        raise labs.GenerationError(f"the answer is no {kind}: {error}") from error
+
+
+def _closed(schema: Any) -> Any:
+    """Let objects have no fields that their type does not name: decoding would drop them."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else {}
+    return {**closed, **{key: _closed(value) for key, value in schema.items()}}
+
+
+def constraints(model: labs.Model, wanted: labs.ResponseFormat | None) -> tuple[Constraint, ...]:
+    """Return what a response_format asks for, to be used for one answer."""
+    if wanted is None or wanted.type == "text":
+        return ()
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
+    return (Constraint(model, schema),)
+
+
+class Constraint:
+    """Lets one answer be nothing but JSON of a schema; a processor as in labs_decode.Sampling.
+
+    Raises InputError, naming what the schema has that cannot be expressed.
+    """
+
+    def __init__(self, model: labs.Model, schema: dict[str, Any]) -> None:
+        self._matcher = _matcher(model, json.dumps(schema)).deep_copy()
+        self._ends = list(model.eos_token_ids)
+        self._start: int | None = None
+        self._read: list[int] = []
+
+    def __call__(self, ids: list[int], logits: Any) -> Any:
+        """Return logits [V] with what may not follow at -inf; ids: the prompt's and the answer's.
+
+        The first call has the prompt alone. Later ones may go back: guessed tokens can be wrong.
+        """
+        import torch
+
+        self._start = len(ids) if self._start is None else self._start
+        self._follow(ids[self._start :])
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        allowed = bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        allowed = allowed.bool().view(-1)[: len(logits)]
+        allowed[self._ends] = self._matcher.is_accepting()
+        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+    def _follow(self, answer: list[int]) -> None:
+        pairs = zip(self._read, answer, strict=False)
+        common = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+        common = min(len(self._read), len(answer)) if common is None else common
+        if common < len(self._read):
+            self._matcher.rollback(len(self._read) - common)
+        if not self._matcher.consume_tokens(answer[common:]):
+            raise labs.GenerationError(f"the grammar lost track: {self._matcher.get_error()}")
+        self._read = answer
+
+
+def _matcher(model: labs.Model, schema: str) -> Any:
+    """Return a matcher at its beginning, to be copied; made once for a tokenizer and schema."""
+    with _LOCK:  # making one takes a third of a second for a tokenizer, then a millisecond
+        if (make := _TOKENIZERS.get(model.tokenizer)) is None:
+            make = _TOKENIZERS[model.tokenizer] = _maker(model)
+        return make(schema)
+
+
+def _maker(model: labs.Model) -> Any:
+    if importlib.util.find_spec("llguidance") is None:
+        raise labs.InputError("answers of a type need llguidance: pip install llguidance")
+    llguidance: Any = importlib.import_module("llguidance")
+    hf: Any = importlib.import_module("llguidance.hf")
+    tokenizer = hf.from_tokenizer(model.tokenizer, n_vocab=model.decoder.config.vocab_size)
+    compact = {"whitespace_flexible": False}  # a small model would go on with blanks for ever
+
+    @functools.lru_cache(KEPT)
+    def make(schema: str) -> Any:
+        if (key := "contentEncoding") in schema:  # which llguidance passes over
+            raise labs.InputError(f'schema: Unimplemented keys: ["{key}"]')
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
+        wrong, told = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+        if wrong or told:
+            raise labs.InputError(f"schema: {'; '.join(told)}")
+        return llguidance.LLMatcher(tokenizer, grammar)
+
+    return make
+
+
+def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> dict[str, float]:
+    """Return how likely each option is as the whole answer, out of these; one forward call.
+
+    The probabilities are those of the options' tokens with an end after them, made to sum to 1.
+    Raises InputError for fewer than two options, equal or empty ones, PromptTooLong.
+    """
+    import labs_decode
+
+    if len(options) < 2 or len({*options}) < len(options) or not all(options):
+        raise labs.InputError("options: give two or more different texts")
+    with model.lock:
+        encode = functools.partial(model.tokenizer, add_special_tokens=False)
+        ids = [list(encode(option)["input_ids"]) for option in options]
+    longest, limit = len(inputs.input_ids) + max(map(len, ids)), model.context_length
+    if limit is not None and longest > limit:
+        raise labs.PromptTooLong(
+            f"prompt and option have {longest} tokens: the context holds {limit}"
+        )
+    prompt, ends = list(inputs.input_ids), list(model.eos_token_ids)
+    shares = labs_decode.shares_of(model.decoder, prompt, ids, ends)
+    return dict(zip(options, shares, strict=True))
