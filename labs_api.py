@@ -1259,10 +1259,6 @@ def check_exposure(config: labs.Config) -> None:
 def serve(config: labs.Config) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     check_exposure(config)
-    if config.documents.database is not None:
-        import labs_rag
-
-        labs_rag.check(config)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     logging.getLogger("waitress").setLevel(logging.ERROR)
     models = labs_models.Models(config, start=False)
@@ -1320,7 +1316,12 @@ def run(**flags: Any) -> None:
     """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
     overrides = {key: value for key, value in flags.items() if value not in (None, ())}
     path = overrides.pop("config", None)
-    serve(labs.load_config(path, overrides=overrides))
+    config = labs.load_config(path, overrides=overrides)
+    if config.documents.database is not None:
+        import labs_rag
+
+        labs_rag.check(config)
+    serve(config)
 
 
 def main() -> None:

@@ -400,7 +400,7 @@ def _render_openai(
     name, status, rest = secrets.token_hex(12), 200, {}
     body: Any
     if task.error is None:
-        names = {"id": name, "model": config.model_id}
+        names: dict[str, Any] = {"id": name, "model": config.model_id}
         names |= {"documents": tuple(task.sources)} if task.request.documents else {}
         body = task.endpoint.answer(model, found, task.n, **names)
         known = all(each.fingerprint for each in found)  # not of what the filters changed

@@ -211,6 +211,8 @@ def index(
         _store(connection, [(name, "", []) for name in gone])
         if embedding_model is not None:
             _embed(connection, embedding_model)
+        with contextlib.suppress(sqlite3.OperationalError):  # another process still writes
+            connection.executescript("PRAGMA busy_timeout = 50; PRAGMA journal_mode = DELETE")
     return Indexed(written, len(seen) - written, len(gone), chunks, tuple(unusable))
 
 
@@ -352,8 +354,8 @@ def search(
                 scores[chunk] = scores.get(chunk, 0.0) + 1 / (60 + rank)
         best = sorted(scores, key=lambda chunk: -scores[chunk])[:k]
         row = "SELECT file, heading, text FROM chunks WHERE id = ?"
-        found = [(connection.execute(row, (chunk,)).fetchone(), scores[chunk]) for chunk in best]
-    return tuple(Passage(*parts, score) for parts, score in found if parts)
+        found = [(scores[chunk], connection.execute(row, (chunk,)).fetchone()) for chunk in best]
+    return tuple(Passage(p[0], p[1], p[2], score) for score, p in found if p)
 
 
 def _by_words(connection: sqlite3.Connection, query: str) -> list[int]:

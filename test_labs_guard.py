@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import falcon.testing
 import msgspec
 import openai
 import pytest
@@ -702,6 +703,23 @@ def test_an_answer_is_judged_by_the_sentence_in_any_pieces(classifier: str, name
         assert shown(found, pieces) == (expected, reason), pieces
 
 
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(
+        st.sampled_from(["good", "bad", "evi", "l", ". ", "! ", "\n", " "]), max_size=12
+    ),
+    ends=st.lists(st.integers(0, 40), max_size=6),
+)
+def test_any_answer_is_judged_alike_in_any_pieces(
+    classifier: str, parts: list[str], ends: list[int]
+) -> None:
+    found = judged(classifier, deny=("evil", "od bad"))
+    text = "".join(parts)
+    bounds = [0, *sorted(min(end, len(text)) for end in ends), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
+    assert shown(found, pieces) == shown(found, [text]) == shown(found, text)
+
+
 def test_a_sentence_is_shown_once_it_is_judged(classifier: str) -> None:
     take = filtered(judged(classifier))
     assert take(labs.Delta("It is good. It is")) == [labs.Delta("It is good. ")]
@@ -918,6 +936,31 @@ def test_metrics_count_what_each_rule_does(fake: Fake) -> None:
     }
     text = site.get("/metrics").text
     assert 'finished_reason="content_filter",model_name="tiny"} 3.0' in text
+
+
+def test_a_prompt_is_refused_before_its_model_is_there() -> None:
+    def loading(name: str) -> Any:
+        raise labs_engine.Busy(f"{name} is being loaded")
+
+    guard = labs.Guard(deny=("bad",))
+    config = msgspec.structs.replace(test_labs_api.configured(), guard=guard)
+    app = labs_api.create_app(config, engine_for=loading)
+    headers = {"Host": "localhost", **test_labs_api.JSON}
+    client = falcon.testing.TestClient(app, headers=headers)
+    for text, status in (("bad", 400), ("good", 503)):
+        body = json.dumps({"prompt": text}).encode()
+        assert client.simulate_post("/generate/stream", body=body).status_code == status
+
+
+def test_a_classifier_judges_requests_and_answers(fake: Fake, classifier: str) -> None:
+    site = site_of(fake, classifier=classifier, classifier_labels=("toxic",))
+    error = error_of(site.post(CHAT, {"messages": [{"role": "user", "content": "so bad"}]}), 400)
+    assert "classifier[toxic]" in error["message"]
+    fake.pieces = ["It is ", "good. It", " is bad. It", " is"]
+    response = site.post(CHAT, {**BODIES[CHAT], "stream": True})
+    assert answers_of(response, CHAT) == [("It is good. ", "content_filter")]
+    with pytest.raises(labs.ModelError, match="guard_classifier"):
+        site_of(fake, classifier="./nowhere", classifier_labels=("toxic",))
 
 
 def test_a_held_back_stream_sends_comments(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

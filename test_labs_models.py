@@ -174,6 +174,11 @@ def config_of(*names: str, **server: Any) -> labs.Config:
     return replace(configs[names[0]], models=configs)
 
 
+def configured(text: str, **changes: Any) -> labs.Config:
+    write("labs.toml", text)
+    return labs.load_config(env={}, **changes)
+
+
 def come(models: labs_models.Models, name: str) -> labs_engine.Engine:
     """Return an engine once it is there, as a request does; it is to be released."""
     end = time.monotonic() + WAIT_S
@@ -217,9 +222,10 @@ def leaving(models: labs_models.Models) -> list[str]:
 
 def held_answer(models: labs_models.Models, gate: Gate) -> labs_engine.Answer:
     """Let llama begin an answer and hold it there."""
+    before = len(gate.calls)
     gate.let(3)
     answer = ask(models, "llama")
-    gate.until(4)
+    gate.until(before + 4)
     return answer
 
 
@@ -545,6 +551,14 @@ def places(tiny_folder: Path, other_folder: Path) -> Iterator[Callable[..., labs
         yield start
 
 
+def tables(**places: Path) -> str:
+    """Return a configuration of true models by their folders; the first is the default."""
+    lines = [f'default_model = "{next(iter(places))}"']
+    for name, place in places.items():
+        lines += [f"[models.{name}]", f'model_name = "{place}"', 'torch_dtype = "fp32"']
+    return "\n".join([*lines, ""])
+
+
 def spec_of(folder: Path, method: Any = None) -> labs.ModelSpec:
     quantization = labs.Quantization(quant_method=method)
     return labs.ModelSpec(model_name=str(folder), torch_dtype="fp32", quantization=quantization)
@@ -552,23 +566,23 @@ def spec_of(folder: Path, method: Any = None) -> labs.ModelSpec:
 
 def answered(models: labs_models.Models, name: str) -> weakref.ref[Any]:
     """Let a model answer; return a reference to it that does not hold it."""
-    assert read(ask(models, name))[1].usage.completion_tokens > 0
-    engine = models.loaded()[name]
-    assert quiet(engine)
-    return weakref.ref(engine.model.model)
+    engine = come(models, name)
+    try:
+        answer = engine.submit(prompt(0), asked())
+        assert read(answer)[1].usage.completion_tokens > 0
+        assert quiet(engine)
+        return weakref.ref(engine.model.model)
+    finally:
+        models.release(name)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_weights_of_a_model_are_known_before_it_is_loaded(dtype, tiny_folder):
-    spec = replace(spec_of(tiny_folder), torch_dtype=dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype_of(dtype))
+    spec = replace(spec_of(tiny_folder), torch_dtype=str(dtype).removeprefix("torch."))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
     size = sum(parameter.nbytes for parameter in model.parameters())
     assert labs.weight_bytes(spec) == size
     assert labs.load_model(spec, cached=False).decoder.weight_bytes == size
-
-
-def dtype_of(name: str) -> torch.dtype:
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def test_fewer_bits_take_less_memory_known_before_loading_too(tiny_folder):
@@ -602,16 +616,14 @@ def test_models_that_fit_stay_side_by_side(places, tiny_folder, other_folder):
 
 
 def test_a_model_larger_than_the_limit_is_refused_and_lets_nobody_go(
-    places, tiny_folder, other_folder, caplog
+    tiny_folder, other_folder, caplog
 ):
-    limit = labs.weight_bytes(spec_of(tiny_folder))
-    large = replace(spec_of(tiny_folder), torch_dtype="fp32", cuda_graphs=False)
-    small = spec_of(other_folder)
+    limit = labs.weight_bytes(spec_of(tiny_folder)) - 1
     config = {
-        "small": labs.Config(model=small, model_id="small"),
-        "large": labs.Config(model=large, model_id="large"),
+        "small": labs.Config(model=spec_of(other_folder), model_id="small"),
+        "large": labs.Config(model=spec_of(tiny_folder), model_id="large"),
     }
-    server = labs.Server(model_memory_bytes=limit - 1, max_loaded_models=1)
+    server = labs.Server(model_memory_bytes=limit, max_loaded_models=1)
     models = labs_models.Models(replace(config["small"], server=server, models=config))
     weights = answered(models, "small")
     with pytest.raises(labs.ModelError, match="the log tells why"):
@@ -710,12 +722,10 @@ def test_the_memory_of_a_model_that_was_let_go_is_free(tmp_path):
         vocab_size=262, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
     )  # fmt: skip
-    shutil.copytree(save_model(tmp_path / "first", config), tmp_path / "second")
-    tables = "[server]\nkeep_alive_s = 0.1\n"
-    for name in ("first", "second"):
-        tables += f'[models.{name}]\nmodel_name = "{tmp_path / name}"\ntorch_dtype = "fp32"\n'
-        tables += f'cache_dir = "{tmp_path / "cache"}"\n'
-    write("big.toml", 'default_model = "first"\n' + tables)
+    first = save_model(tmp_path / "first", config)
+    second = shutil.copytree(first, tmp_path / "second")
+    limit = "[server]\nkeep_alive_s = 0.1\n"
+    write("big.toml", tables(first=first, second=second) + limit)
     done = python(FREED, tmp_path)
     assert done.returncode == 0, done.stderr
     weights, grown, fallen, again = map(int, done.stdout.split())
@@ -1062,9 +1072,8 @@ def test_the_time_of_a_request_runs_while_its_model_is_loaded(path, many, loader
 
 
 def test_the_time_that_a_model_may_take_is_a_setting_of_it(loader, many):
-    write("labs.toml", TABLES + "timeout_s = 0.1\n")
     loader.door.clear()
-    site = many(labs.load_config(env={}))
+    site = many(configured(TABLES + "timeout_s = 0.1\n"))
     error_of(site.post(COMPLETIONS, said("last")), 503)
 
 
@@ -1155,19 +1164,20 @@ def test_many_requests_for_models_in_turn_are_all_answered_where_one_has_room(
     assert found == [[alone(kind, n % 6) for kind in row] for n, row in enumerate(kinds)]
 
 
-def test_a_slow_reader_holds_no_model(many):
-    site = many("llama", "qwen2", max_loaded_models=1)
-    service = labs_api.Service(site.config, site.engine)
+def test_a_slow_reader_holds_no_model(tiny_folder, other_folder):
+    limit = "[server]\nmax_loaded_models = 1\n"
+    config = configured(tables(tiny=tiny_folder, other=other_folder) + limit)
+    service = labs_api.Service(config, models := labs_models.Models(config))
     req = falcon.testing.create_req()
     req.context.owner = ""
-    wanted = labs_api.Wanted(req, "llama", [{"prompt": "hi"}], dict(A), time.perf_counter())
+    wanted = labs_api.Wanted(req, "tiny", [{"prompt": "hi"}], dict(A), time.perf_counter())
     asked = labs_api.at_last(service.ask(wanted))
-    engine = weakref.ref(site.engine.loaded()["llama"])
-    assert quiet(engine())
-    use(site.engine, "qwen2")
-    until(lambda: gc.collect() is not None and engine() is None)
-    assert "".join(getattr(event[1], "text", "") for event in asked) == "a" * 256
+    weights = answered(models, "tiny")
+    answered(models, "other")
+    until(lambda: weights() is None)
+    assert "".join(getattr(event, "text", "") for _, event in asked) == "a" * 256
     assert asked.record()["completion_tokens"] == 256
+    stop(models)
 
 
 TABLES = """
@@ -1185,15 +1195,12 @@ model_name = "gpt2"
 
 
 def test_each_model_has_the_settings_of_its_table(many):
-    write("labs.toml", TABLES)
-    site = many(labs.load_config(env={}))
-    for name, new, text in (
-        ("first", 3, "<bos><|user|>hi<end><|assistant|>"), ("second", 5, "<bos>hi")
-    ):  # fmt: skip
+    site = many(configured(TABLES))
+    template = "<bos><|user|>hi<end><|assistant|>"
+    for name, new, text in (("first", 3, template), ("second", 5, "<bos>hi")):
         body = {"prompt": "hi", "model": name, **A}
         assert site.post("/generate", body).json["text"] == "a" * new
-        told = site.post("/explain", body).json
-        assert told["prompt"] == text
+        assert site.post("/explain", body).json["prompt"] == text
     assert site.post("/generate", {"prompt": "hi", **A}).json["model"] == "first"
     chat = {"messages": HELLO, "model": "second", **A}
     assert "may not use its template" in error_of(site.post(CHAT, chat), 400)["message"]
@@ -1213,10 +1220,7 @@ def test_an_unknown_model_is_not_found_and_those_served_are_named(path, many, lo
 
 
 def test_the_models_are_listed_before_and_after_they_are_loaded(tiny_folder, other_folder):
-    tables = [f'[models.{name}]\nmodel_name = "{place}"\ntorch_dtype = "fp32"\n'
-              for name, place in (("tiny", tiny_folder), ("other", other_folder))]  # fmt: skip
-    write("labs.toml", 'default_model = "tiny"\n' + "".join(tables))
-    config = labs.load_config(env={})
+    config = configured(tables(tiny=tiny_folder, other=other_folder))
     models = labs_models.Models(config, start=False)
     site = Many(models, config)
     assert [card["id"] for card in site.get("/v1/models").json["data"]] == ["tiny", "other"]
@@ -1335,11 +1339,6 @@ model = "last"
 pattern = "^sum:"
 """
 )
-
-
-def configured(text: str, **changes: Any) -> labs.Config:
-    write("labs.toml", text)
-    return labs.load_config(env={}, **changes)
 
 
 def chat(*contents: str, **more: Any) -> dict[str, Any]:
@@ -1681,12 +1680,9 @@ def test_settings_of_the_environment_hold_for_every_model():
 
 
 def test_the_program_serves_several_models_and_routes(tiny_folder, other_folder, tmp_path):
-    tables = "".join(
-        f'[models.{name}]\nmodel_name = "{place}"\ntorch_dtype = "fp32"\n'
-        for name, place in (("tiny", tiny_folder), ("other", other_folder))
-    )
     rule = '[[router.rules]]\nmodel = "other"\nover_prompt_tokens = 9\n'
-    write("labs.toml", f'default_model = "tiny"\n{tables}[server]\nmax_loaded_models = 1\n{rule}')
+    limit = "[server]\nmax_loaded_models = 1\n"
+    write("labs.toml", tables(tiny=tiny_folder, other=other_folder) + limit + rule)
     with program("--config", str(tmp_path / "labs.toml")) as process:
         url = serving(process)
         with httpx.Client(timeout=WAIT_S) as client:
