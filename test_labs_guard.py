@@ -377,6 +377,12 @@ ANSWERS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a phone": ({"mask": ("phone",)}, "at +49 30 12345-67 or", "at [phone] or", "length"),
     "no phone": ({"mask": ("phone",)}, "on 2024-01-31 10:30", "on 2024-01-31 10:30", "length"),
     "a card": ({"mask": ("card",)}, f"is {CARD} 12/29", "is [card] 12/29", "length"),
+    "a card of single digits": (
+        {"mask": ("card",)},
+        "6 3 0 4" + " 0" * 15 + ".",
+        "[card].",
+        "length",
+    ),
     "no card": ({"mask": ("card",)}, "4111 1111 1111 1112", "4111 1111 1111 1112", "length"),
     "a denied e-mail": ({"deny_pii": ("email",)}, "to a@b.co.", "to ", "content_filter"),
     "a denied card": ({"deny_pii": ("card",)}, f"is {CARD}", "is ", "content_filter"),
@@ -691,6 +697,7 @@ JUDGED = {
     "another script": ("好。bad。", "好。", "content_filter"),
     "one that a pattern cuts": ("So evil. Not bad.", "So ", "content_filter"),
     "a pattern in what is rejected": ("So good. So bad, evil.", "So good. ", "content_filter"),
+    "a text that goes on after it": ("So good. Not bad. X.", "So good. ", "content_filter"),
     "a mask": ("To a@b.co. Not bad.", "To [email]. ", "content_filter"),
 }
 
@@ -698,7 +705,8 @@ JUDGED = {
 @pytest.mark.parametrize("name", JUDGED)
 def test_an_answer_is_judged_by_the_sentence_in_any_pieces(classifier: str, name: str) -> None:
     text, expected, reason = JUDGED[name]
-    found = judged(classifier, deny_patterns=("evil",), mask=("email",), hold_back_chars=6)
+    guard = {"deny": ("od. not bad. x",), "deny_patterns": ("evil",), "mask": ("email",)}
+    found = judged(classifier, hold_back_chars=6, **guard)
     for pieces in [*cuts(text, 2), [text], list(text)]:
         assert shown(found, pieces) == (expected, reason), pieces
 
@@ -713,7 +721,7 @@ def test_an_answer_is_judged_by_the_sentence_in_any_pieces(classifier: str, name
 def test_any_answer_is_judged_alike_in_any_pieces(
     classifier: str, parts: list[str], ends: list[int]
 ) -> None:
-    found = judged(classifier, deny=("evil", "od bad"))
+    found = judged(classifier, deny=("evil", "od bad", "od. bad. g"))
     text = "".join(parts)
     bounds = [0, *sorted(min(end, len(text)) for end in ends), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]

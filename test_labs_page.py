@@ -35,7 +35,7 @@ class Site:
     cuts: the answer comes byte by byte, with carriage returns.
     """
 
-    model = msgspec.defstruct("Model", ["context_length"])(64)
+    model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(64, None, None)
     url: str
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Site:
         self.asked: list[tuple[list[dict[str, str]], labs.Generation]] = []
         self.gone = threading.Event()  # set when an answer is let go
 
-    def submit(self, inputs: Any, generation: Any, *, events: Any, owner: str) -> Any:
+    def submit(self, inputs: Any, generation: Any, *, events: Any, **_: Any) -> Any:
         self.asked.append((json.loads(inputs.prompt), generation))
         if self.refusal:
             raise self.refusal
