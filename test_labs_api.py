@@ -1038,7 +1038,8 @@ class Live(Site):
         self._thread.start()
 
     def close(self) -> None:
-        self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
+        with contextlib.suppress(OSError):  # it may be closed before the trigger is written to
+            self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
         self._thread.join(WAIT_S)
         self.server.task_dispatcher.shutdown(timeout=1)
 
