@@ -27,6 +27,7 @@ import labs
 
 T = TypeVar("T")
 KEPT = 256  # grammars remembered
+MOST = 2**53 - 1  # of integers without a bound: what all readers of JSON agree on (RFC 8259 §6)
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -53,7 +54,7 @@ def generate_as(
     whose schema cannot be expressed.
     """
     try:
-        schema = _closed(msgspec.json.schema(kind))
+        schema = _bounded(msgspec.json.schema(kind))
     except TypeError as error:
         raise labs.InputError(f"{kind}: {error}") from error
     only = Constraint(model, schema)
@@ -66,14 +67,22 @@ def generate_as(
         raise labs.GenerationError(f"the answer is no {kind}: {error}") from error
 
 
-def _closed(schema: Any) -> Any:
-    """Let objects have no fields that their type does not name: decoding would drop them."""
+def _bounded(schema: Any) -> Any:
+    """Let objects have no fields that their type does not name, and integers a bound.
+
+    Decoding would drop the ones, and a small model writes digits for ever.
+    """
     if isinstance(schema, list):
-        return [_closed(each) for each in schema]
+        return [_bounded(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else {}
-    return {**closed, **{key: _closed(value) for key, value in schema.items()}}
+    bounds: dict[str, Any] = {}
+    if isinstance(schema.get("properties"), dict):
+        bounds["additionalProperties"] = False
+    if schema.get("type") == "integer":
+        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -MOST}
+        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": MOST}
+    return {**bounds, **{key: _bounded(value) for key, value in schema.items()}}
 
 
 def constraints(model: labs.Model, wanted: labs.ResponseFormat | None) -> tuple[Constraint, ...]:

@@ -132,12 +132,19 @@ def test_an_answer_is_a_value_of_the_type_that_was_asked_for(tiny, options):
     [
         (Literal["red", "green"], {"red", "green"}),
         (Annotated[int, Meta(ge=3, le=5)], {3, 4, 5}),
+        (Annotated[int, Meta(gt=3, lt=5)], {4}),
         (bool, {True, False}),
         (None, {None}),
     ],
 )
 def test_a_type_need_not_be_a_struct(tiny, kind, values):
     assert labs_typed.generate_as(tiny, ask(tiny), kind, temperature=0) in values
+
+
+def test_an_integer_ends_though_the_model_goes_on_with_digits(tiny):
+    digit = tiny.tokenizer("1", add_special_tokens=False)["input_ids"][0]
+    found = labs_typed.generate_as(tiny, ask(tiny), int, logit_bias={digit: 100.0}, temperature=0)
+    assert found == int("1" * 16)
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 2}, {"stop": ('"',)}])
