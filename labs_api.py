@@ -1394,7 +1394,8 @@ async function ask() {
   const content = text.value, chat = turns, started = performance.now();
   if (request || !content.trim()) return;
   chat.push({ role: "user", content });
-  const sent = { model: model.value || undefined, stream: true, stream_options: { include_usage: true } };
+  const sent = { stream: true, stream_options: { include_usage: true } };
+  if (model.value) sent.model = model.value;  // else the names have not come yet
   sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : chat;
   for (const { valueAsNumber: value, labels } of settings)
     if (isFinite(value)) sent[labels[0].textContent] = value;

@@ -151,6 +151,13 @@ def tab(browser: Any, site: Site) -> Iterator[Tab]:
     assert [url for url in tab.addresses if not url.startswith((site.url, "data:"))] == []
 
 
+def test_who_is_faster_than_the_list_of_models_asks_the_default_one(tab: Tab) -> None:
+    tab.page.route("**/v1/models", lambda route: route.abort())
+    tab.page.reload()
+    tab.ask("Hello?")
+    expect(tab.answer).to_contain_text("Hello there")
+
+
 @pytest.mark.parametrize("cuts", [False, True])
 def test_an_answer_grows_and_ends_with_its_figures(tab: Tab, site: Site, cuts: bool) -> None:
     rest = threading.Event()
