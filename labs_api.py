@@ -1240,7 +1240,8 @@ def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
         channel.requests or channel.total_outbufs_len for channel in server.active_channels.values()
     ):
         time.sleep(0.02)
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    # Without channels waitress's loop ends; it would swallow an exception raised in a thunk.
+    server.trigger.pull_trigger(server._map.clear)
 
 
 def check_exposure(config: labs.Config) -> None:
@@ -1273,7 +1274,7 @@ def serve(config: labs.Config) -> None:
     stopping = threading.Thread(target=drain, args=arguments, daemon=True)
 
     def stop(*_: Any) -> None:
-        if stopping.ident:  # a second signal, of a person or of `drain` at its end
+        if stopping.ident:  # somebody does not want to wait
             raise KeyboardInterrupt
         stopping.start()
 
@@ -1290,7 +1291,7 @@ def serve(config: labs.Config) -> None:
             server.run()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # `drain` sends one at its end
+            signal.signal(number, signal.SIG_IGN)  # what follows takes a moment only
         models.close()  # no thread may be in torch while the interpreter ends
     if models.failed:  # the log has told why
         sys.exit(1)

@@ -1370,13 +1370,14 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def program(*arguments: str, **settings: str) -> Iterator[Any]:
-    """Run labs-api with LABS_ variables; end it if a test has not."""
+def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
+    """Run labs-api, or other code, with LABS_ variables; end it if a test has not."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
     environment |= {"OMP_NUM_THREADS": "1", "LABS_SERVER_PORT": "0"}
     environment |= {f"LABS_{name}": value for name, value in settings.items()}
-    code = [sys.executable, str(test_labs.ROOT / "labs_api.py"), *arguments]
-    with subprocess.Popen(code, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
+    command = [sys.executable, *(code or [str(test_labs.ROOT / "labs_api.py")]), *arguments]
+    environment |= {"PYTHONPATH": str(test_labs.ROOT)}
+    with subprocess.Popen(command, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
         try:
             yield process
         finally:
@@ -1458,6 +1459,26 @@ def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None
     assert read_stream(url, process, tokens=150_000, signals=2).count(b"data: a") < 150_000
     code, said = end_of(process)
     assert code == 0, said
+
+
+def test_sigterm_ends_the_server_though_its_thread_is_slow(tiny_folder: Path) -> None:
+    slow = """if 1:
+        import time, labs_api
+        make = labs_api.make_server
+        def make_server(*arguments):
+            server = make(*arguments)
+            leave = server.del_channel
+            server.del_channel = lambda: (leave(), time.sleep(2))
+            return server
+        labs_api.make_server = make_server
+        labs_api.main()
+        """
+    with program(MODEL=str(tiny_folder), code=["-c", slow]) as process:
+        url = serving(process)
+        assert httpx.post(f"{url}/generate", json={"prompt": "hi", **A}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        code, _ = end_of(process)
+    assert code == 0
 
 
 def test_a_taken_port_is_told_in_one_sentence(tiny_folder: Path) -> None:
