@@ -36,7 +36,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import falcon
 import msgspec
@@ -52,6 +52,7 @@ import labs_openai
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
 PING_S = 15.0  # proxies close what is silent for longer
+ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
 LOADING_S = 1.0  # how often a stream tells that its model is still being loaded
 EngineFor = Callable[[str], labs_engine.Engine]
 S = TypeVar("S", bound=Struct)
@@ -192,16 +193,28 @@ class Quota:
             return wait
 
 
+class Quotas(NamedTuple):
+    """What an owner may use in a minute; without keys all are one owner."""
+
+    requests: Quota
+    tokens: Quota
+
+
+def quotas_of(config: labs.Config) -> Quotas:
+    server = config.server
+    return Quotas(Quota(server.requests_per_minute), Quota(server.tokens_per_minute))
+
+
 class Gate:
     """Middleware: hosts, request ids, keys; denies unless a resource says that it is public."""
 
-    def __init__(self, config: labs.Config) -> None:
+    def __init__(self, config: labs.Config, quota: Quota) -> None:
         server = config.server
         hosts = {"localhost", "127.0.0.1", "[::1]", *server.allowed_hosts}
         hosts |= {server.host, f"[{server.host}]"}
         self._hosts = None if "*" in hosts else {host.lower() for host in hosts}
         self._digests = config.api_keys
-        self._requests = Quota(server.requests_per_minute)
+        self._requests = quota
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         given = req.get_header("X-Request-Id") or ""
@@ -269,8 +282,8 @@ LABEL = ("model_name",)
 class Meters:
     """What /metrics tells of requests, under vLLM's names with labs_ for vllm:."""
 
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
         waits = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
         gaps = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -478,12 +491,18 @@ class Wanted(Struct, frozen=True):
 class Service:
     """What the resources share: the configurations by name, the engines, quotas and meters."""
 
-    def __init__(self, config: labs.Config, models: labs_models.Models | Brought) -> None:
+    def __init__(
+        self,
+        config: labs.Config,
+        models: labs_models.Models | Brought,
+        quota: Quota,
+        registry: CollectorRegistry,
+    ) -> None:
         self.config, self.models = config, models
         self.configs = {config.model_id: config, **config.models, config.model_id: config}
-        self.meters = Meters()
+        self.meters = Meters(registry)
         self.rules = _rules(config, self.meters)
-        self._tokens = Quota(config.server.tokens_per_minute)
+        self._tokens = quota
         self._waiting = threading.Semaphore(max(1, config.server.max_waiting))
         self.created = int(time.time())
 
@@ -1109,18 +1128,26 @@ def docs(document: dict[str, Any]) -> str:
     )
 
 
-def create_app(config: labs.Config, *, engine_for: EngineFor | None = None) -> falcon.App[Any, Any]:
+def create_app(
+    config: labs.Config,
+    *,
+    engine_for: EngineFor | None = None,
+    quotas: Quotas | None = None,
+    registry: CollectorRegistry | None = None,
+) -> falcon.App[Any, Any]:
     """Return the WSGI app. Without `engine_for` models are loaded in the background.
 
     engine_for: called with a configured name; returns an engine, or raises labs_engine.Busy.
+    quotas, registry: by default this app's alone.
     """
+    quotas = quotas or quotas_of(config)
     models: Any = engine_for
     if engine_for is None:
         models = labs_models.Models(config)
     elif not isinstance(engine_for, labs_models.Models):
         models = Brought(engine_for, config.model_id)
-    service = Service(config, models)
-    app = falcon.App(middleware=[Gate(config)])
+    service = Service(config, models, quotas.tokens, registry or CollectorRegistry())
+    app = falcon.App(middleware=[Gate(config, quotas.requests)])
     if config.server.allow_origins:
         origins = config.server.allow_origins
         app.add_middleware(falcon.CORSMiddleware("*" if "*" in origins else origins))
@@ -1157,18 +1184,24 @@ def _tell(req: falcon.Request, resp: falcon.Response, error: Exception, params: 
 # ---------------------------------------------------------------- serving
 
 
-def make_server(app: Any, config: labs.Config, rows: int) -> Any:
-    """Return waitress, listening; each open request holds a thread, so there are enough of them."""
+def threads_for(config: labs.Config) -> int:
+    """Return how many threads are enough, as each open request holds one."""
+    server, models = config.server, len({config.model_id, *config.models})
+    rows = (server.max_batch_rows or ROWS) + server.max_waiting
+    waiting = server.max_waiting * (models > 1)  # for a model
+    return min(server.max_loaded_models, models) * rows + waiting + 8
+
+
+def make_server(app: Any, config: labs.Config) -> Any:
+    """Return waitress, listening."""
     from waitress.server import create_server
 
     server = config.server
-    models = len({config.model_id, *config.models})
-    engines = min(server.max_loaded_models, models) * (rows + server.max_waiting)
     waiting = create_server(
         app,
         host=_address(server.host),
         port=server.port,
-        threads=engines + server.max_waiting * (models > 1) + 8,  # those wait for a model
+        threads=threads_for(config),
         channel_request_lookahead=1,  # sees who hangs up while its request runs
         asyncore_use_poll=True,  # select() dies at 1,024 descriptors
         connection_limit=server.max_connections,
@@ -1264,9 +1297,8 @@ def serve(config: labs.Config) -> None:
     logging.getLogger("waitress").setLevel(logging.ERROR)
     models = labs_models.Models(config, start=False)
     app = create_app(config, engine_for=models)
-    rows = config.server.max_batch_rows or 64
     try:
-        server = make_server(app, config, rows)
+        server = make_server(app, config)
     except OSError as error:
         where = f"{config.server.host}:{config.server.port}"
         raise labs.LabsError(f"cannot listen on {where}: {error.strerror or error}") from error

@@ -132,7 +132,7 @@ class Task(Struct, eq=False):
 # ---------------------------------------------------------------- lines in
 
 
-def read_task(config: labs.Config, data: bytes, number: int) -> Task:
+def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
     """Read one line; a wrong one becomes a task with an error, one without id has its number.
 
     One whose id cannot be read has none that another line could have: its number may be taken.
@@ -219,7 +219,7 @@ def _check_model(config: labs.Config, name: str | None) -> None:
 
 
 def _tasks(
-    model: labs.Model, config: labs.Config, lines: Iterable[tuple[int, bytes]], tally: Tally
+    model: labs.Model, config: labs.Config, lines: Iterable[tuple[int | str, bytes]], tally: Tally
 ) -> Iterator[Task]:
     """Yield the tasks that are not answered yet, with their inputs."""
     order, seen = itertools.count(), set()
@@ -322,7 +322,7 @@ def _processors(model: labs.Model, prompt: Prompt) -> tuple[Any, ...]:
 def answer_lines(
     model: labs.Model,
     config: labs.Config,
-    lines: Iterable[tuple[int, bytes]],
+    lines: Iterable[tuple[int | str, bytes]],
     tally: Tally,
     *,
     batch_rows: int | None = None,
@@ -354,6 +354,13 @@ class Tally(Struct, eq=False):
     skipped: int = 0
     tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
+
+    def learn(self, data: bytes, number: int, name: str) -> None:
+        """Take in a line of an earlier run's answers, of the file called so."""
+        if data.strip():
+            past = read_past(data, f"{name}: line {number}")
+            self.answered.add(_key(number if past.name is None else past.name))
+            self.errors += past.failed
 
     def count(self, task: Task) -> None:
         self.done += task.error is None
@@ -541,10 +548,7 @@ def _recover(name: str, tally: Tally) -> None:
                 file.truncate(whole)
                 return
             whole += len(data)
-            if data.strip():
-                past = read_past(data, f"{name}: line {number}")
-                tally.answered.add(_key(number if past.name is None else past.name))
-                tally.errors += past.failed
+            tally.learn(data, number, name)
         file.write(b"" if data.endswith(b"\n") else b"\n")
 
 

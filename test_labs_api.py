@@ -1031,7 +1031,7 @@ class Live(Site):
 
     def __init__(self, engine: Any, config: labs.Config) -> None:
         super().__init__(engine, config)
-        self.server = labs_api.make_server(self.app, config, ROWS)
+        self.server = labs_api.make_server(self.app, config)
         self.port = self.server.effective_port
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.server.run, daemon=True)

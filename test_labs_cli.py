@@ -511,7 +511,12 @@ def labs_gen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byt
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     words = [sys.executable, ROOT / "labs_cli.py", "--temperature", "0", *arguments]
-    return subprocess.Popen(words, env=ONE_THREAD, **options)
+    return subprocess.Popen(words, env=ONE_THREAD, preexec_fn=heed_sigint, **options)
+
+
+def heed_sigint() -> None:
+    """Undo what a shell does to its background jobs, of which the tests may be one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_until(descriptor: int, text: str, seen: str = "") -> str:

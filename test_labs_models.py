@@ -31,6 +31,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from prometheus_client import CollectorRegistry
 
 import labs
 import labs_api
@@ -929,13 +930,14 @@ def many(loader: Loader) -> Iterator[Callable[..., Many]]:
 
 
 @pytest.fixture
-def live(many: Any, loader: Loader) -> Callable[..., LiveMany]:
+def live(many: Any, loader: Loader, waits: set[int]) -> Callable[..., LiveMany]:
     """Serve llama and, behind a closed door, qwen2: on a free port, with few places."""
 
     def start(**server: Any) -> LiveMany:
         few = {"port": 0, "max_batch_rows": ROWS, "max_waiting": 1}
         site = many("llama", "qwen2", kind=LiveMany, **few | server)
         use(site.engine, "llama")
+        waits.clear()  # of the test's own thread
         loader.door.clear()
         return site
 
@@ -1167,7 +1169,9 @@ def test_many_requests_for_models_in_turn_are_all_answered_where_one_has_room(
 def test_a_slow_reader_holds_no_model(tiny_folder, other_folder):
     limit = "[server]\nmax_loaded_models = 1\n"
     config = configured(tables(tiny=tiny_folder, other=other_folder) + limit)
-    service = labs_api.Service(config, models := labs_models.Models(config))
+    quota, registry = labs_api.Quota(None), CollectorRegistry()
+    models = labs_models.Models(config)
+    service = labs_api.Service(config, models, quota, registry)
     req = falcon.testing.create_req()
     req.context.owner = ""
     wanted = labs_api.Wanted(req, "tiny", [{"prompt": "hi"}], dict(A), time.perf_counter())

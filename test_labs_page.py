@@ -94,7 +94,7 @@ def site(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         return labs.Inputs((1, 2, 3), msgspec.json.encode(messages).decode())
 
     monkeypatch.setattr(labs, "build_inputs", build_inputs)
-    server = labs_api.make_server(cut, config, rows=4)
+    server = labs_api.make_server(cut, config)
     site.url = f"http://127.0.0.1:{server.effective_port}"
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

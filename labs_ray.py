@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs on Ray, when one machine or one GPU is not enough.
+
+    labs-api --ray --replicas 2                   Ray Serve: the same HTTP API, an engine each
+    serve run labs_ray:app replicas=2             the same, by Ray's own command
+    labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
+
+Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_api.py and
+labs_batch.py with theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import fsspec
+import msgspec
+import ray
+import ray.data
+from a2wsgi import WSGIMiddleware
+from msgspec import Meta, Struct
+from prometheus_client import CollectorRegistry, Metric
+from ray import serve
+from starlette.middleware import Middleware
+
+import labs
+import labs_api
+import labs_batch
+import labs_models
+
+APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
+MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app writes its own
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
+
+class Cluster(Struct, frozen=True, forbid_unknown_fields=True):
+    """How many replicas, and what each of them takes of its machine.
+
+    max_replicas: with it Ray keeps between `replicas` and so many, by how many requests wait.
+    num_gpus: by default one, where there are any and the model may use them.
+    sticky: requests with the same X-Session-Id go to the same replica, which knows their prefix.
+    """
+
+    replicas: Annotated[int, Meta(ge=1)] = 1
+    max_replicas: Annotated[int, Meta(ge=1)] | None = None
+    num_cpus: Annotated[float, Meta(ge=0)] = 1
+    num_gpus: Annotated[float, Meta(ge=0)] | None = None
+    sticky: bool = False
+
+    def resources(self, config: labs.Config) -> dict[str, float]:
+        gpus = self.num_gpus
+        if gpus is None:
+            wanted = config.model.device_map not in ("cpu", "mps")
+            gpus = float(wanted and ray.cluster_resources().get("GPU", 0) >= 1)
+        return {"num_cpus": self.num_cpus, "num_gpus": gpus}
+
+
+def cluster_of(given: dict[str, Any]) -> Cluster:
+    """Read flags, or what stands behind `serve run labs_ray:app`; what is None is left out."""
+    named = {key: value for key, value in given.items() if value is not None}
+    try:
+        return msgspec.convert(named, Cluster, strict=False)
+    except msgspec.ValidationError as error:
+        raise labs.ConfigError(f"Ray: {error}") from error
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Be in a cluster: `local` starts one for as long as this lasts, `auto` finds a running one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(MIDDLEWARES, "labs_ray.middlewares")
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    for name in ("ray", "ray.data", "ray.serve"):  # what matters is raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        ray.init(address, logging_level=logging.CRITICAL, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise labs.LabsError(f"cannot reach Ray at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+# ---------------------------------------------------------------- online: Ray Serve
+
+
+class Replica:
+    """The Falcon app and its engines, in a process that Ray Serve starts, watches and ends.
+
+    quotas: deployments of labs_api.Quota, by the names of labs_api.Quotas.
+    """
+
+    def __init__(self, config: labs.Config, quotas: dict[str, Any]) -> None:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        self.config, self.registry = config, Registry()
+        shared = {name: Shared(each) for name, each in quotas.items()}
+        self.quotas = labs_api.quotas_of(config)._replace(**shared)
+        self.models = labs_models.Models(config)
+        self.models.wait()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        options: dict[str, Any] = {"quotas": self.quotas, "registry": self.registry}
+        app = labs_api.create_app(self.config, engine_for=self.models, **options)
+        return Bridge(app, workers=labs_api.threads_for(self.config))
+
+    def check_health(self) -> None:
+        """Raise what makes Ray Serve start another replica."""
+        if not all(engine.status().alive for engine in self.models.loaded().values()):
+            raise RuntimeError("the engine's thread has ended")
+
+    def metrics(self) -> tuple[str, list[Metric]]:
+        """Return the name of this replica and what it tells Prometheus."""
+        name = serve.get_replica_context().replica_id.unique_id
+        return name, list(CollectorRegistry.collect(self.registry))
+
+    def __del__(self) -> None:
+        self.models.close()  # no thread may be in torch while the interpreter ends
+
+
+class Shared:
+    """A labs_api.Quota that all replicas take from."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def take(self, owner: str, cost: float) -> float:
+        return float(self._handle.take.remote(owner, cost).result())
+
+
+class Registry(CollectorRegistry):
+    """Shows what all replicas tell, whichever is asked, with their names as a label."""
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        handle = serve.get_deployment_handle(REPLICAS, APP)
+        for name, found in handle.broadcast("metrics").results():
+            for family in found:
+                samples, family.samples = family.samples, []
+                whole = families.setdefault(family.name, family).samples
+                whole += (s._replace(labels={**s.labels, "replica": name}) for s in samples)
+        yield from families.values()
+
+
+class Bridge(WSGIMiddleware):
+    """a2wsgi's bridge, which also tells the app when its client has gone; else its thread stays."""
+
+    def __init__(self, app: Any, workers: int) -> None:
+        def wsgi(environ: dict[str, Any], start_response: Any) -> Any:
+            environ["waitress.client_disconnected"] = environ["asgi.scope"]["gone"]
+            return app(environ, start_response)
+
+        super().__init__(wsgi, workers, send_queue_size=0)  # a full one would block for ever
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        gone = threading.Event()
+        try:
+            await super().__call__({**scope, "gone": gone.is_set}, receive, send)
+        finally:  # Ray cancels this when the client hangs up
+            gone.set()
+
+
+class Whole:
+    """What Ray's proxies are wrapped in: an answer whose replica died still ends, in an error."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        began, stream, ended = False, False, scope["type"] != "http"
+
+        async def watch(message: Any) -> None:
+            nonlocal began, stream, ended
+            if message["type"] == "http.response.start":
+                kinds = (value for name, value in message["headers"] if name == b"content-type")
+                began, stream = True, any(kind.startswith(b"text/event-stream") for kind in kinds)
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
+            await send(message)
+
+        await self.app(scope, receive, watch)
+        if not ended and (stream or not began):
+            await end_with_error(send, began)
+
+
+async def end_with_error(send: Any, began: bool) -> None:
+    """Answer with an error, or let one be the last event of a stream that has begun."""
+    problem = labs_api.Problem(
+        503, "the replica that answered has ended; ask again", "replica_lost"
+    )
+    data = labs_api.dumps(problem.error)
+    if began:
+        data = b"event: error\ndata: " + data + b"\n\n"
+    else:
+        headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+        await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Ray wraps its proxies in."""
+    return [Middleware(Whole)]
+
+
+def deployment(config: labs.Config, cluster: Cluster) -> Any:
+    """Return the application for Ray Serve."""
+    options: dict[str, Any] = {
+        "name": REPLICAS,
+        "ray_actor_options": cluster.resources(config),
+        "max_ongoing_requests": labs_api.threads_for(config),
+        "graceful_shutdown_timeout_s": config.server.drain_s,
+        "logging_config": LOGGING,
+    }
+    if cluster.max_replicas is None:
+        options["num_replicas"] = cluster.replicas
+    else:
+        options["autoscaling_config"] = {
+            "min_replicas": cluster.replicas,
+            "max_replicas": cluster.max_replicas,
+            "target_ongoing_requests": config.server.max_batch_rows or labs_api.ROWS,
+        }
+    if cluster.sticky:
+        options["request_router_config"] = {"request_router_class": ROUTER}
+    return serve.deployment(serve.ingress()(Replica), **options).bind(config, quotas_of(config))
+
+
+def quotas_of(config: labs.Config) -> dict[str, Any]:
+    """Return a deployment for each limit that there is: one process counts for all replicas."""
+    quota = serve.deployment(labs_api.Quota, ray_actor_options={"num_cpus": 0})
+    limits = {name: each.per_minute for name, each in labs_api.quotas_of(config)._asdict().items()}
+    return {name: quota.options(name=name).bind(n) for name, n in limits.items() if n is not None}
+
+
+def app(arguments: dict[str, Any]) -> Any:
+    """Build the application for `serve run labs_ray:app`; settings stand where they always do.
+
+    arguments: the fields of Cluster, and `config`, a file of settings.
+    """
+    named = {**arguments}
+    return deployment(labs.load_config(named.pop("config", None)), cluster_of(named))
+
+
+def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
+    labs_api.check_exposure(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), connected(address):
+        http = {"host": config.server.host, "port": config.server.port}
+        serve.start(http_options=http, logging_config=LOGGING)
+        url = f"http://{config.server.host}:{config.server.port}"
+        print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
+        try:
+            serve.run(deployment(config, cluster), name=APP)
+            print(f"labs-api: ready, {cluster.replicas} replicas", file=sys.stderr)
+            threading.Event().wait()
+        finally:
+            serve.delete(APP)
+
+
+# ---------------------------------------------------------------- offline: Ray Data
+
+
+class Chunk(Struct, frozen=True):
+    """Lines of a file. name: the file's, within what the pattern fixes; first: number of a line."""
+
+    path: str
+    name: str
+    first: int
+    start: int
+    size: int
+
+
+def answer_files(
+    config: labs.Config,
+    source: str,
+    target: str,
+    address: str,
+    cluster: Cluster,
+    tally: labs_batch.Tally,
+    *,
+    lines: int = labs_batch.WINDOW,
+    batch_rows: int | None = None,
+) -> None:
+    """Answer the lines of files into files of a folder; ids that are answered there are skipped.
+
+    source: a path, a glob, or a folder with *.jsonl, of any fsspec address; so is target. A line
+    without an id is known by its file and number. lines: what one replica answers at a time; what
+    was not finished is answered anew when a replica dies, and by the same call.
+    """
+    chunks = [msgspec.structs.asdict(each) for each in _chunks(source, lines)]
+    _recover(target, tally)  # tells at once of what is no answer there
+    tally.answered.clear()
+    most = cluster.max_replicas or cluster.replicas
+    with connected(address):
+        ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+        answers = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map(
+            Answers,
+            compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas, max_size=most),
+            fn_constructor_args=(config, target, batch_rows),
+            **cluster.resources(config),
+        )
+        for counts in answers.iter_rows():
+            for name, count in counts.items():
+                setattr(tally, name, getattr(tally, name) + int(count))
+
+
+def _chunks(source: str, lines: int) -> Iterator[Chunk]:
+    """Yield the lines of all files, so many at a time. Reads them once."""
+    files, pattern = fsspec.core.url_to_fs(source)
+    pattern = f"{pattern.rstrip('/')}/*.jsonl" if files.isdir(pattern) else pattern
+    found = [pattern] if files.exists(pattern) else sorted(files.glob(pattern))
+    if not found:
+        raise labs.InputError(f"{source}: there is no such file")
+    root = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
+    for path in found:
+        first, start, name = 1, 0, path.removeprefix(root).lstrip("/")
+        with files.open(path, "rb") as file:
+            while some := list(itertools.islice(file, lines)):
+                yield Chunk(files.unstrip_protocol(path), name, first, start, sum(map(len, some)))
+                first, start = first + len(some), start + sum(map(len, some))
+
+
+def _recover(target: str, tally: labs_batch.Tally) -> None:
+    """Tell the tally what is answered in a folder, which is made if there is none."""
+    files, folder = fsspec.core.url_to_fs(target)
+    files.makedirs(folder, exist_ok=True)
+    for path in files.glob(f"{folder}/*.jsonl"):
+        with files.open(path, "rb") as file:
+            for number, data in enumerate(file, 1):
+                tally.learn(data, number, path)
+
+
+class Answers:
+    """A model in a process of its own, which answers chunks of lines, each into a file."""
+
+    def __init__(self, config: labs.Config, target: str, batch_rows: int | None) -> None:
+        self.config, self.batch_rows = config, batch_rows
+        self.files, self.folder = fsspec.core.url_to_fs(target)
+        self.past = labs_batch.Tally()
+        _recover(target, self.past)
+        self.model = labs.load_model(config)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        chunk = msgspec.convert(row, Chunk)
+        tally = labs_batch.Tally(answered={*self.past.answered})
+        with fsspec.open(chunk.path, "rb") as file:
+            file.seek(chunk.start)
+            lines = file.read(chunk.size).splitlines(keepends=True)
+        numbered = ((f"{chunk.name}:{n}", line) for n, line in enumerate(lines, chunk.first))
+        answers = labs_batch.answer_lines(
+            self.model, self.config, numbered, tally, batch_rows=self.batch_rows
+        )
+        if data := b"".join(answers):
+            self._write(f"{chunk.name}-{chunk.first}", data)
+        return {name: getattr(tally, name) for name in ("done", "failed", "skipped", "tokens")}
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file whole, in place of one that was made of the same lines."""
+        name = hashlib.sha256(name.encode()).hexdigest()[:16]
+        self.files.pipe_file(f"{self.folder}/.{name}", data)
+        self.files.mv(f"{self.folder}/.{name}", f"{self.folder}/{name}.jsonl")
