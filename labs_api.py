@@ -387,6 +387,7 @@ def _rules(config: labs.Config, meters: Meters) -> Any:
     """Return the filters of [guard], or None where there are none."""
     if config.guard == labs.Guard():
         return None
+    labs.need("labs_guard")
     import labs_guard
 
     rules = labs_guard.load(config.guard, config.model)
@@ -686,6 +687,7 @@ def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
     """Return what keeps one answer to the request's response_format."""
     if wanted.response_format is None:
         return ()
+    labs.need("labs_typed")
     import labs_typed
 
     return labs_typed.constraints(model, wanted.response_format)
@@ -694,6 +696,7 @@ def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
 def _grounded(
     config: labs.Config, model: labs.Model, request: dict[str, Any], wanted: Wanted
 ) -> dict[str, Any]:
+    labs.need("labs_rag")
     import labs_rag
 
     request, found = labs_rag.with_passages(config, model, request)
@@ -854,6 +857,7 @@ class Choose(Resource):
         wanted = Wanted(req, body.model, [prompt], {"max_new_tokens": 1}, req.context.began)
 
         def choose(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Any:
+            labs.need("labs_typed")
             import labs_typed
 
             self.service.pay(req.context.owner, len(body.options), inputs, generation)
@@ -1159,6 +1163,7 @@ def _tell(req: falcon.Request, resp: falcon.Response, error: Exception, params: 
 
 def make_server(app: Any, config: labs.Config, rows: int) -> Any:
     """Return waitress, listening; each open request holds a thread, so there are enough of them."""
+    labs.need("waitress")
     from waitress.server import create_server
 
     server = config.server
@@ -1319,6 +1324,7 @@ def run(**flags: Any) -> None:
     path = overrides.pop("config", None)
     config = labs.load_config(path, overrides=overrides)
     if config.documents.database is not None:
+        labs.need("labs_rag")
         import labs_rag
 
         labs_rag.check(config)
@@ -1327,6 +1333,10 @@ def run(**flags: Any) -> None:
 
 def main() -> None:
     """Run labs-api as a program."""
+    try:
+        labs.need("labs_cli")
+    except labs.ConfigError as error:
+        sys.exit(f"Error: {error}")
     import labs_cli
 
     options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
