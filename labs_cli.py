@@ -190,7 +190,8 @@ def read_request(flags: Values) -> Values:
 def check_flags(flags: Values) -> None:
     """Refuse two flags of one row of RIVALS, and one without what it belongs to."""
     for row in RIVALS:
-        names = [name for name in row.split() if flags[name] not in (None, False, ())]
+        names = [name for name in row.split() if flags[name] not in (None, ())]
+        names = [name for name in names if flags[name] is not False]  # which 0 is equal to
         given = ["--" + name.replace("_", "-") for name in names]
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")

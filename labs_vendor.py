@@ -41,7 +41,8 @@ def vendor(folder: str, rooms: Collection[str] = ()) -> int:
 
     Raises LabsError, and writes nothing, where there is no such room or something would be lost.
     """
-    copies, states = _copies(Path(folder), rooms), check(folder, rooms)
+    copies = _copies(Path(folder), rooms)
+    states = {name: _state(Path(folder, name), text) for name, text in copies.items()}
     lost = [f"{name} ({state})" for name, state in states.items() if state in (FOREIGN, EDITED)]
     if lost:
         raise labs.LabsError(f"{folder}: {', '.join(lost)} would be lost: move that away first")
@@ -55,9 +56,9 @@ def vendor(folder: str, rooms: Collection[str] = ()) -> int:
     return len(new)
 
 
-def check(folder: str, rooms: Collection[str] = ()) -> dict[str, str]:
+def check(folder: str) -> dict[str, str]:
     """Return how each copy is that is there or ought to be: the file's name, and words."""
-    copies = _copies(Path(folder), rooms)
+    copies = _copies(Path(folder), ())
     return {name: _state(Path(folder, name), text) for name, text in copies.items()}
 
 
@@ -71,14 +72,14 @@ def _state(path: Path, text: str) -> str:
         return FOREIGN
     if header["copy"] != _digest(there[header.end() :]):
         return EDITED
-    return f"outdated: from labs {header['version']}, and {labs.__version__} would write it anew"
+    return f"outdated (from labs {header['version']}; {labs.__version__} has it otherwise)"
 
 
 def _copies(folder: Path, rooms: Collection[str]) -> dict[str, str]:
     """Return what the files are to hold: these rooms', those that are there, and their needs."""
     texts = {path.stem: path.read_text("utf-8") for path in Path(__file__).parent.glob("labs*.py")}
     if READ.match(texts["labs_vendor"]):
-        raise labs.LabsError("this labs is a copy itself: run the labs-gen that it was copied by")
+        raise labs.LabsError("this labs is a copy itself: run the labs-gen that made it")
     known = sorted(name.removeprefix("labs_") for name in texts if name != "labs")
     if unknown := [room for room in rooms if room not in known]:
         raise labs.LabsError(f"there is no room {unknown[0]!r}, only {', '.join(known)}")
@@ -114,19 +115,19 @@ def relative(text: str, ours: Collection[str]) -> str:
     starts = [0, *itertools.accumulate(map(len, data.splitlines(keepends=True)))]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, IMPORTS) and not {*ours}.isdisjoint(_modules(node)):
-            old = ast.get_source_segment(text, node) or ""
-            place, new = starts[node.lineno - 1] + node.col_offset, _relative(node, old, ours)
-            edits.append((place, old.encode(), new.encode()))
-    for place, before, after in sorted(edits, reverse=True):
-        data = data[:place] + after + data[place + len(before) :]
+            begin = starts[node.lineno - 1] + node.col_offset
+            end = starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
+            edits.append((begin, end, _relative(node, data[begin:end], ours)))
+    for begin, end, new in sorted(edits, reverse=True):
+        data = data[:begin] + new + data[end:]
     return data.decode()
 
 
-def _relative(node: ast.Import | ast.ImportFrom, source: str, ours: Collection[str]) -> str:
+def _relative(node: ast.Import | ast.ImportFrom, source: bytes, ours: Collection[str]) -> bytes:
     if isinstance(node, ast.ImportFrom):
-        return source.replace("from ", "from .", 1)
+        return source.replace(b"from ", b"from .", 1)
     parts = [("from . " * (each.name in ours), ast.unparse(each)) for each in node.names]
-    return "; ".join(f"{start}import {name}" for start, name in parts)
+    return "; ".join(f"{start}import {name}" for start, name in parts).encode()
 
 
 def _digest(text: str) -> str:

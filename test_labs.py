@@ -2565,7 +2565,7 @@ ROOMS = {
     "labs_typed.py": 200,
     "labs_rag.py": 470,
     "labs_guard.py": 290,
-    "labs_vendor.py": 130,
+    "labs_vendor.py": 135,
     "labs_cli.py": 645,
 }
 
