@@ -961,7 +961,7 @@ def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
 
 @functools.lru_cache(maxsize=2)
 def _load_cached(spec: ModelSpec) -> Model:
-    _need("torch", "transformers")
+    need("torch", "transformers", "labs_decode")
     with _LOADING, _no_collection(), _progress_bars():
         import labs_decode  # noqa: F401  (what it imports is no part of load_s)
 
@@ -1058,10 +1058,18 @@ def context_length(spec: ModelSpec) -> int | None:
     return _context_length(config, None)
 
 
-def _need(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ModelError(f"the package {package} is missing: pip install {package}")
+def need(*names: str) -> None:
+    """Refuse, by name, to go on without a package, or without another file of labs."""
+    package = __name__.removesuffix("labs")  # "" unless labs was copied into one
+    for name in names:
+        ours = name.startswith("labs_")
+        if importlib.util.find_spec(package * ours + name) is not None:
+            continue
+        if ours:
+            copy = f"copy it with labs-gen --vendor DEST --rooms {name.removeprefix('labs_')}"
+            raise ConfigError(f"{name}.py is not beside labs.py: {copy}")
+        wanted = "'ray[data,serve]'" if name == "ray" else name
+        raise ModelError(f"the package {name} is missing: pip install {wanted}")
 
 
 @contextlib.contextmanager
@@ -1201,7 +1209,7 @@ def _device(spec: ModelSpec) -> tuple[Any, str, str]:
             "install a build of torch for it, or use device_map = cpu"
         )
     if device_map is not None:
-        _need("accelerate")
+        need("accelerate")
     return (
         device_map,
         device,
@@ -1420,7 +1428,7 @@ def _converted(gguf: Path, spec: ModelSpec, dtype: str) -> Path:
     root, folder = _cache(spec), _conversion(gguf, spec, dtype)
     if _is_whole(folder):
         return folder
-    _need("gguf", "accelerate")
+    need("gguf", "accelerate")
     try:
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)

@@ -400,6 +400,7 @@ def _rules(config: labs.Config, meters: Meters) -> Any:
     """Return the filters of [guard], or None where there are none."""
     if config.guard == labs.Guard():
         return None
+    labs.need("labs_guard")
     import labs_guard
 
     rules = labs_guard.load(config.guard, config.model)
@@ -705,6 +706,7 @@ def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
     """Return what keeps one answer to the request's response_format."""
     if wanted.response_format is None:
         return ()
+    labs.need("labs_typed")
     import labs_typed
 
     return labs_typed.constraints(model, wanted.response_format)
@@ -713,6 +715,7 @@ def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
 def _grounded(
     config: labs.Config, model: labs.Model, request: dict[str, Any], wanted: Wanted
 ) -> dict[str, Any]:
+    labs.need("labs_rag")
     import labs_rag
 
     request, found = labs_rag.with_passages(config, model, request)
@@ -873,6 +876,7 @@ class Choose(Resource):
         wanted = Wanted(req, body.model, [prompt], {"max_new_tokens": 1}, req.context.began)
 
         def choose(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Any:
+            labs.need("labs_typed")
             import labs_typed
 
             self.service.pay(req.context.owner, len(body.options), inputs, generation)
@@ -1194,6 +1198,7 @@ def threads_for(config: labs.Config) -> int:
 
 def make_server(app: Any, config: labs.Config) -> Any:
     """Return waitress, listening."""
+    labs.need("waitress")
     from waitress.server import create_server
 
     server = config.server
@@ -1347,22 +1352,37 @@ def _announce(models: labs_models.Models, stop: Callable[[], None]) -> None:
 
 def run(**flags: Any) -> None:
     """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
+    import labs_cli
+
+    labs_cli.check_needs(flags, labs_cli.RAY_NEEDS)
+    address, cluster = labs_cli.take_ray(flags)
     overrides = {key: value for key, value in flags.items() if value not in (None, ())}
     path = overrides.pop("config", None)
     config = labs.load_config(path, overrides=overrides)
     if config.documents.database is not None:
+        labs.need("labs_rag")
         import labs_rag
 
         labs_rag.check(config)
-    serve(config)
+    if address is None:
+        serve(config)
+        return
+    labs.need("labs_ray", "ray", "a2wsgi")
+    import labs_ray
+
+    labs_ray.serve_replicas(config, address, labs_ray.cluster_of(cluster))
 
 
 def main() -> None:
     """Run labs-api as a program."""
+    try:
+        labs.need("labs_cli")
+    except labs.ConfigError as error:
+        sys.exit(f"Error: {error}")
     import labs_cli
 
     options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
-    labs_cli.start("labs-api", run, options, EPILOG)
+    labs_cli.start("labs-api", run, (*options, *labs_cli.RAY, *labs_cli.STICKY), EPILOG)
 
 
 EPILOG = """\b
@@ -1370,6 +1390,7 @@ Examples:
   labs-api
   labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
   LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
+  labs-api --ray --replicas 2
 
 \b
 Keys come from LABS_API_KEYS (commas between) or --api-keys-file FILE, never

@@ -73,6 +73,7 @@ class Prompt(Struct, frozen=True, omit_defaults=True):
         request |= {"prompt": self.prompt, "messages": self.messages}
         request = rules.check_request(request) if rules else request
         if config.documents.apply(bool(self.documents)):
+            labs.need("labs_rag")
             import labs_rag
 
             request, found = labs_rag.with_passages(config, model, request)
@@ -142,13 +143,13 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
         given = msgspec.json.decode(data)
         if not isinstance(given, dict):
             raise labs.InputError("the line is no JSON object")
-        task.openai = "custom_id" in given
-        identity = given.get("custom_id" if task.openai else "id")
+        openai = "custom_id" in given
+        identity = given.get("custom_id" if openai else "id")
         if identity is None:
             task.id = number
         elif isinstance(identity, str | int) and not isinstance(identity, bool):
             task.id = identity
-        (_read_openai if task.openai else _read_line)(config, data, given, task)
+        (_read_openai if openai else _read_line)(config, data, given, task)
         if rules := _rules(config):
             rules.filters(task.generation)  # refuses log-probabilities
     except labs.LabsError as error:
@@ -172,8 +173,10 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
 
 
 def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: Task) -> None:
+    labs.need("labs_openai")
     import labs_openai
 
+    task.openai = True
     line = msgspec.json.decode(data, type=OpenAILine)
     task.endpoint = labs_openai.ENDPOINTS.get(line.url)
     if task.endpoint is None or line.method != "POST":
@@ -208,6 +211,7 @@ def _rules(config: labs.Config) -> Any:
     """Return the filters of [guard], or None where there are none."""
     if config.guard == labs.Guard():
         return None
+    labs.need("labs_guard")
     import labs_guard
 
     return labs_guard.load(config.guard, config.model)
@@ -314,6 +318,7 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
 def _processors(model: labs.Model, prompt: Prompt) -> tuple[Any, ...]:
     if prompt.response_format is None:
         return ()
+    labs.need("labs_typed")
     import labs_typed
 
     return labs_typed.constraints(model, prompt.response_format)
@@ -566,6 +571,7 @@ def _is_torn(data: bytes) -> bool:
 @contextlib.contextmanager
 def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
     """Show a bar where standard error is a terminal."""
+    labs.need("tqdm")
     from tqdm import tqdm
 
     total = None
@@ -641,6 +647,7 @@ def _ask_again(task: Task, request: dict[str, Any]) -> None:
     if "url" not in request:
         task.prompts = [msgspec.convert(request, Prompt)]
         return
+    labs.need("labs_openai")
     import labs_openai
 
     task.endpoint = labs_openai.ENDPOINTS[request["url"]]

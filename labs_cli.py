@@ -37,10 +37,12 @@ Examples:
   labs-gen --prompt "Name a city." --schema city.json
   labs-gen --prompt "Is it Paris?" --choose yes --choose no
   labs-gen --input prompts.jsonl --output answers.jsonl
+  labs-gen --input 's3://bucket/*.jsonl' --output answers --ray --replicas 4
   labs-gen --replay answers.jsonl
   labs-gen --index docs --docs docs.db
   labs-gen --docs docs.db --prompt "How is it installed?"
   labs-gen --temperature 0.2 --show-config
+  labs-gen --vendor src/thing --rooms api,cli
 
 \b
 A setting (Model, Generation, ...) can also stand in the environment
@@ -59,7 +61,18 @@ an answer.
   /exit         end the chat, as Ctrl-D does'''
 
 Options = tuple[tuple[str, str, Any, str], ...]
-# Group, flag, type and help of what is not a setting of labs.py.
+# Group, flag, type and help of what is not a setting of labs.py. A text instead of a type is the
+# value of a flag that is given without one.
+RAY: Options = (
+    ("Ray", "--ray", "local", "Use this Ray cluster; auto finds one, without ADDRESS make one."),
+    ("Ray", "--replicas", click.IntRange(1), "Processes with a model each [default: 1]."),
+    ("Ray", "--max-replicas", click.IntRange(1), "Let Ray start up to so many as work waits."),
+    ("Ray", "--num-cpus", click.FloatRange(0), "Cores of each replica [default: 1]."),
+    ("Ray", "--num-gpus", click.FloatRange(0), "GPUs of each replica [default: 1 where they are]."),
+)
+STICKY: Options = (("Ray", "--sticky", bool, "Send requests of one X-Session-Id to one replica."),)
+RAY_KEYS = [flag[2:].replace("-", "_") for _, flag, *_ in (*RAY, *STICKY)]
+RAY_NEEDS = tuple(f"{key} ray" for key in RAY_KEYS if key != "ray")  # as NEEDS
 OPTIONS: Options = (
     ("Input", "--prompt", str, "The prompt; - reads standard input, as a pipe does."),
     ("Input", "--messages-json", str, "A conversation: a JSON list of role and content."),
@@ -79,12 +92,17 @@ OPTIONS: Options = (
     ("Batch", "--ordered", bool, "Answers in the order of the prompts, not as they are done."),
     ("Batch", "--replay", str, "Run a file of answers again and tell which differ."),
     ("Documents", "--index", tuple[str, ...], "Bring --docs up to what this folder or file holds."),
+    ("Vendoring", "--vendor", str, "Copy labs into this folder, or bring the copy up to date."),
+    ("Vendoring", "--rooms", str, "What else to copy, commas between: api,cli,typed."),
+    ("Vendoring", "--check", bool, "Tell what differs from labs, and write nothing."),
     ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
+    *RAY,
 )
 SECTIONS = ("generation", "quantization", "documents")
 SETTINGS = [setting for setting in labs.settings() if setting.section in SECTIONS]
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 ALIASES["documents_database"] = ["--docs"]
+KEYS = [setting.key for setting in SETTINGS]
 # What concerns one prompt only.
 SINGLE = ["prompt", "messages_json", "messages_file", "system", "chat", "stream", "json"]
 SINGLE += ["explain", "schema", "choose"]
@@ -99,10 +117,18 @@ RIVALS = (
     "explain stream",
     "explain schema",
     *(f"choose {other}" for other in ("chat", "stream", "explain", "schema")),
-    *(f"{mode} {other}" for mode in ("input", "replay", "index") for other in SINGLE),
-    "input replay index",
+    *(f"{mode} {other}" for mode in ("input", "replay", "index", "vendor") for other in SINGLE),
+    *(f"vendor {other}" for other in ["config", "verbose", "show_config", *KEYS]),
+    "input replay index vendor",
+    "rooms check",
     "replay output",
     "replay ordered",
+    "ray ordered",
+)
+# Each needs one of those after it.
+NEEDS = (
+    *("output input", "ordered input", "batch_rows input replay", "ray input", *RAY_NEEDS),
+    *("rooms vendor", "check vendor"),
 )
 
 Values = dict[str, Any]  # flags, or the keywords of labs.build_inputs
@@ -181,16 +207,20 @@ def read_request(flags: Values) -> Values:
 def check_flags(flags: Values) -> None:
     """Refuse two flags of one row of RIVALS, and one without what it belongs to."""
     for row in RIVALS:
-        names = [name for name in row.split() if flags[name] not in (None, False, ())]
+        names = [name for name in row.split() if flags[name] not in (None, ())]
+        names = [name for name in names if flags[name] is not False]  # which 0 is equal to
         given = ["--" + name.replace("_", "-") for name in names]
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
-    for name, modes in (
-        ("output", ["input"]),
-        ("ordered", ["input"]),
-        ("batch_rows", ["input", "replay"]),
-    ):
-        if flags[name] and not any(flags[mode] for mode in modes):
+    check_needs(flags, NEEDS)
+
+
+def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
+    """Refuse a flag, the first of a row, that is given without one of the others."""
+    for row in rows:
+        name, *modes = row.split()
+        given = flags.get(name) is not None and flags[name] is not False
+        if given and not any(flags[mode] for mode in modes):
             flag, needed = name.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
             raise click.UsageError(f"--{flag} needs {needed}")
 
@@ -202,6 +232,7 @@ def build_inputs(session: Session, request: Values) -> labs.Inputs:
     rules, request = rules_of(config), {**request, **toggles}
     request = rules.check_request(request) if rules else request
     if config.documents.apply(None):
+        labs.need("labs_rag")
         import labs_rag
 
         request, session.sources[:] = labs_rag.with_passages(config, session.model, request)
@@ -215,6 +246,7 @@ def rules_of(config: labs.Config) -> Any:
     """Return the filters of [guard], or None where there are none."""
     if config.guard == labs.Guard():
         return None
+    labs.need("labs_guard")
     import labs_guard
 
     return labs_guard.load(config.guard, config.model)
@@ -282,6 +314,7 @@ def processors(session: Session) -> tuple[Any, ...]:
     """Return what keeps the answer to --schema."""
     if session.schema is None:
         return ()
+    labs.need("labs_typed")
     import labs_typed
 
     return labs_typed.constraints(session.model, session.schema)
@@ -289,6 +322,7 @@ def processors(session: Session) -> tuple[Any, ...]:
 
 def choose(session: Session, request: Values, options: tuple[str, ...], as_json: bool) -> None:
     """Write how likely each of the options is, the likeliest first."""
+    labs.need("labs_typed")
     import labs_typed
 
     found = labs_typed.choose(session.model, build_inputs(session, request), options)
@@ -318,14 +352,22 @@ memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes
 
 def answer_file(config: labs.Config, flags: Values) -> None:
     """Answer the lines of --input; exit code 1 if some failed, now or before."""
+    labs.need("labs_batch")
     import labs_batch
 
-    tally = labs_batch.Tally()
-    source, target = flags["input"], flags["output"] or "-"
-    options = {"batch_rows": flags["batch_rows"], "ordered": bool(flags["ordered"])}
-    load = functools.partial(labs.load_model, config)
+    tally, address = labs_batch.Tally(), flags["ray"]
+    source, target, rows = flags["input"], flags["output"] or "-", flags["batch_rows"]
     try:
-        labs_batch.answer_file(load, config, source, target, tally, **options)
+        if address is None:
+            load, ordered = functools.partial(labs.load_model, config), bool(flags["ordered"])
+            options = {"batch_rows": rows, "ordered": ordered}
+            labs_batch.answer_file(load, config, source, target, tally, **options)
+        else:
+            labs.need("labs_ray", "ray", "a2wsgi")
+            import labs_ray
+
+            cluster = labs_ray.cluster_of(take_ray(flags)[1])
+            labs_ray.answer_files(config, source, target, address, cluster, tally, rows)
     except BrokenPipeError:  # the reader has enough
         raise click.exceptions.Exit(0) from None
     finally:
@@ -337,6 +379,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
 def replay(config: labs.Config, flags: Values) -> None:
     """Tell of each line of --replay how it compares; exit code 1 if a comparable one differs."""
+    labs.need("labs_batch")
     import labs_batch
 
     counts = dict.fromkeys(("same", "differs", "not comparable"), 0)
@@ -353,18 +396,38 @@ def replay(config: labs.Config, flags: Values) -> None:
         raise click.exceptions.Exit(1)
 
 
-def index(config: labs.Config, paths: tuple[str, ...]) -> None:
+def index(config: labs.Config, flags: Values) -> None:
     """Bring the database of documents up to date and tell what was done."""
+    labs.need("labs_rag")
     import labs_rag
 
     if config.documents.database is None:
         raise click.UsageError("--index needs --docs DATABASE")
     model = labs_rag.embedding_model(config)
-    done = labs_rag.index(paths, config.documents.database, embedding_model=model)
+    done = labs_rag.index(flags["index"], config.documents.database, embedding_model=model)
     for each in done.unusable:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
     tell(f"[{counts}; {done.chunks} new chunks]")
+
+
+def take_ray(flags: Values) -> tuple[str | None, Values]:
+    """Take the flags of Ray out of the others: the cluster's address, if any, and the rest."""
+    taken = {name: flags.pop(name) for name in RAY_KEYS if name in flags}
+    return taken.pop("ray"), taken
+
+
+def vendor(folder: str, rooms: str, check: bool) -> None:
+    """Copy labs into a folder, or tell how each copy there is; exit code 1 if one differs."""
+    labs.need("labs_vendor")
+    import labs_vendor
+
+    if check:
+        found = labs_vendor.check(folder)
+        write("".join(f"{name}: {state}\n" for name, state in found.items()))
+        raise click.exceptions.Exit(int({*found.values()} != {"same"}))
+    count = labs_vendor.vendor(folder, [room.strip() for room in rooms.split(",") if rooms])
+    tell(f"[{count} files written]")
 
 
 def report(session: Session, done: labs.Done | labs.Completion) -> None:
@@ -521,6 +584,8 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
         return click.Option(names, type=json.loads, metavar="JSON", help=help)
     if inner:  # Annotated[T, ...] or T | None
         return make_option(names, inner[0], help)
+    if isinstance(kind, str):
+        return click.Option(names, is_flag=False, flag_value=kind, metavar="[ADDRESS]", help=help)
     if kind is bool and len(names) > 1:
         names[-1] += "/--no-" + names[-1][2:]
     return click.Option(names, type=kind, is_flag=kind is bool, default=None, help=help)
@@ -551,18 +616,18 @@ def make_command(name: str, callback: Any, options: Options, epilog: str) -> cli
 def run(**flags: Any) -> None:
     """Generate text with a Hugging Face instruct model."""
     check_flags(flags)
-    values = {setting.key: flags[setting.key] for setting in SETTINGS}
-    overrides = {key: value for key, value in values.items() if value not in (None, ())}
+    if flags["vendor"]:
+        vendor(flags["vendor"], flags["rooms"] or "", flags["check"])
+        return
+    overrides = {key: flags[key] for key in KEYS if flags[key] not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
         write(labs.dump_effective_config(config).rstrip("\n") + "\n")
         return
-    if flags["input"] or flags["replay"]:
-        (answer_file if flags["input"] else replay)(config, flags)
-        return
-    if flags["index"]:
-        index(config, flags["index"])
-        return
+    for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
+        if flags[name]:
+            mode(config, flags)
+            return
     request, schema = read_request(flags), read_schema(flags["schema"])
     stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
     began = time.perf_counter()

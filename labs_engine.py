@@ -376,6 +376,7 @@ class Engine:
 def _make_cache(wanted: labs.ResponseCache) -> Any:
     if wanted.max_entries == 0:
         return {}
+    labs.need("cachetools")
     from cachetools import TTLCache
 
     return TTLCache(wanted.max_entries, wanted.ttl_s)

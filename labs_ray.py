@@ -58,7 +58,7 @@ class Cluster(Struct, frozen=True, forbid_unknown_fields=True):
     num_gpus: Annotated[float, Meta(ge=0)] | None = None
     sticky: bool = False
 
-    def resources(self, config: labs.Config) -> dict[str, float]:
+    def resources(self, config: labs.Config) -> dict[str, Any]:
         gpus = self.num_gpus
         if gpus is None:
             wanted = config.model.device_map not in ("cpu", "mps")
@@ -84,13 +84,20 @@ def connected(address: str) -> Iterator[None]:
     for name in ("ray", "ray.data", "ray.serve"):  # what matters is raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        ray.init(address, logging_level=logging.CRITICAL, **options)
+        wordy = os.environ.get("LABS_DEBUG") == "1"
+        ray.init(address, logging_level=logging.CRITICAL, log_to_driver=wordy, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise labs.LabsError(f"cannot reach Ray at {address}: {error}") from error
     try:
         yield
+    except ray.exceptions.RayError as error:  # it ends in what made it, after many frames
+        raise labs.LabsError(f"Ray: {last_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def last_line(text: Any) -> str:
+    return re.sub(r"^labs\.\w+: ", "", str(text).strip().rpartition("\n")[2])
 
 
 # ---------------------------------------------------------------- online: Ray Serve
@@ -106,7 +113,7 @@ class Replica:
         logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
         logging.getLogger("ray").setLevel(logging.WARNING)
         self.config, self.registry = config, Registry()
-        shared = {name: Shared(each) for name, each in quotas.items()}
+        shared: dict[str, Any] = {name: Shared(each) for name, each in quotas.items()}
         self.quotas = labs_api.quotas_of(config)._replace(**shared)
         self.models = labs_models.Models(config)
         self.models.wait()
@@ -154,7 +161,7 @@ class Registry(CollectorRegistry):
         yield from families.values()
 
 
-class Bridge(WSGIMiddleware):
+class Bridge(WSGIMiddleware):  # type: ignore[misc]
     """a2wsgi's bridge, which also tells the app when its client has gone; else its thread stays."""
 
     def __init__(self, app: Any, workers: int) -> None:
@@ -222,6 +229,7 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
         "max_ongoing_requests": labs_api.threads_for(config),
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
+        "max_constructor_retry_count": 1,  # a model that cannot be loaded never can
     }
     if cluster.max_replicas is None:
         options["num_replicas"] = cluster.replicas
@@ -262,11 +270,22 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
         url = f"http://{config.server.host}:{config.server.port}"
         print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
         try:
-            serve.run(deployment(config, cluster), name=APP)
-            print(f"labs-api: ready, {cluster.replicas} replicas", file=sys.stderr)
+            _run(config, cluster)
+            logs = "/tmp/ray/session_latest/logs of their machines"
+            print(f"labs-api: ready, {cluster.replicas} replicas; logs: {logs}", file=sys.stderr)
             threading.Event().wait()
         finally:
             serve.delete(APP)
+
+
+def _run(config: labs.Config, cluster: Cluster) -> None:
+    """Start the replicas and wait until they are ready. Raises LabsError in one sentence."""
+    try:
+        serve.run(deployment(config, cluster), name=APP)
+    except RuntimeError as error:
+        found = serve.status().applications[APP].deployments
+        told = [last_line(each.message) for each in found.values() if each.message]
+        raise labs.LabsError(" ".join(told) or last_line(error)) from error
 
 
 # ---------------------------------------------------------------- offline: Ray Data
@@ -289,9 +308,9 @@ def answer_files(
     address: str,
     cluster: Cluster,
     tally: labs_batch.Tally,
+    batch_rows: int | None = None,
     *,
     lines: int = labs_batch.WINDOW,
-    batch_rows: int | None = None,
 ) -> None:
     """Answer the lines of files into files of a folder; ids that are answered there are skipped.
 
@@ -299,6 +318,8 @@ def answer_files(
     without an id is known by its file and number. lines: what one replica answers at a time; what
     was not finished is answered anew when a replica dies, and by the same call.
     """
+    if "-" in (source, target):
+        raise labs.InputError("with Ray, --input names files and --output a folder")
     chunks = [msgspec.structs.asdict(each) for each in _chunks(source, lines)]
     _recover(target, tally)  # tells at once of what is no answer there
     tally.answered.clear()
@@ -311,9 +332,11 @@ def answer_files(
             fn_constructor_args=(config, target, batch_rows),
             **cluster.resources(config),
         )
-        for counts in answers.iter_rows():
-            for name, count in counts.items():
-                setattr(tally, name, getattr(tally, name) + int(count))
+        for row in answers.iter_rows():
+            if failure := row.pop("failure"):
+                raise labs.ModelError(failure)
+            for name, count in row.items():
+                setattr(tally, name, getattr(tally, name) + count)
 
 
 def _chunks(source: str, lines: int) -> Iterator[Chunk]:
@@ -350,9 +373,15 @@ class Answers:
         self.files, self.folder = fsspec.core.url_to_fs(target)
         self.past = labs_batch.Tally()
         _recover(target, self.past)
-        self.model = labs.load_model(config)
+        self.failure = ""  # told by the answers: Ray would try again and again
+        try:
+            self.model = labs.load_model(config)
+        except labs.LabsError as error:
+            self.failure = str(error)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.failure:
+            return {"failure": self.failure}
         chunk = msgspec.convert(row, Chunk)
         tally = labs_batch.Tally(answered={*self.past.answered})
         with fsspec.open(chunk.path, "rb") as file:
@@ -364,7 +393,8 @@ class Answers:
         )
         if data := b"".join(answers):
             self._write(f"{chunk.name}-{chunk.first}", data)
-        return {name: getattr(tally, name) for name in ("done", "failed", "skipped", "tokens")}
+        names = "done", "failed", "skipped", "tokens"
+        return {"failure": "", **{name: getattr(tally, name) for name in names}}
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file whole, in place of one that was made of the same lines."""
