@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of what users begin with: the files in examples/."""
+"""Tests of what users begin with: the files in examples/, and a typed program of their own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import csv
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ import httpx
 import pytest
 from werkzeug.test import Client
 
+import labs
 import test_labs
 import test_labs_cli
 
@@ -201,3 +204,95 @@ def test_the_flask_example_serves_streams_and_ends_at_ctrl_c(tiny_folder: Path) 
 def listens(host: str, port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex((host, port)) == 0
+
+
+# ---------------------------------------------------------------- a typed program of a user
+
+
+PROGRAM = """
+from collections.abc import Iterator
+
+import msgspec
+
+import labs
+import labs_engine
+import labs_typed
+
+
+class City(msgspec.Struct):
+    name: str
+
+
+def answer(config: labs.Config, question: str) -> str:
+    model = labs.load_model(config)
+    inputs = labs.build_inputs(model, messages=[{"role": "user", "content": question}])
+    return labs.generate(model, inputs, config.generation, temperature=0.5).text
+
+
+def pieces(model: labs.Model, inputs: labs.Inputs) -> Iterator[str]:
+    for event in labs.stream_generate(model, inputs, labs.Generation(max_new_tokens=5)):
+        yield event.text if isinstance(event, labs.Delta) else event.finish_reason
+
+
+def city(model: labs.Model, inputs: labs.Inputs) -> City:
+    return labs_typed.generate_as(model, inputs, City)
+
+
+def share(model: labs.Model, inputs: labs.Inputs) -> list[labs.Event]:
+    return list(labs_engine.Engine(model).submit(inputs, labs.Generation()))
+"""
+MISTAKES = """
+import labs
+
+model = labs.load_model(labs.load_config())
+labs.generate(model, 3)
+labs.Generation(max_new_tokens="many")
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel into an environment of its own, beside the packages of this one."""
+    if (uv := shutil.which("uv")) is None:
+        pytest.skip("uv is not installed")
+    place = tmp_path_factory.mktemp("installed")
+    venv = place / "venv"
+    subprocess.run([uv, "build", "--quiet", "--wheel", "--out-dir", place, ROOT], check=True)
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, venv], check=True)
+    install = [uv, "pip", "install", "--quiet", "--no-deps", "--python", venv]
+    subprocess.run([*install, *place.glob("*.whl")], check=True)
+    (packages,) = venv.glob("lib/*/site-packages")
+    (packages / "these.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    return venv
+
+
+def mypy(code: str, installed: Path) -> list[str]:
+    """Check a program as its author does, with what the README says to set; return the lines."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (setting,) = re.findall(r"```toml\n(\[\[tool.mypy.*?)```", readme, re.DOTALL)
+    test_labs.write("pyproject.toml", setting)
+    test_labs.write("program.py", code)
+    options = ["--strict", "--python-executable", installed / "bin" / "python"]
+    command = [sys.executable, "-m", "mypy", *options, "--cache-dir", installed / "cache"]
+    done = subprocess.run([*command, "program.py"], capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_a_users_program_passes_mypy_strict(installed: Path) -> None:
+    assert mypy(PROGRAM, installed) == ["Success: no issues found in 1 source file"]
+
+
+def test_a_users_mistakes_are_found_by_mypy(installed: Path) -> None:
+    generate, generation, _ = mypy(MISTAKES, installed)
+    assert 'Argument 2 to "generate" has incompatible type "int"; expected "Inputs"' in generate
+    assert 'Argument "max_new_tokens" to "Generation" has incompatible type "str"' in generation
+
+
+def test_the_installed_modules_are_those_of_the_wheel(installed: Path) -> None:
+    code = "import labs; print(labs.__file__, labs.__version__)"
+    done = subprocess.run(
+        [installed / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(installed))
+    assert done.stdout.split()[1] == labs.__version__
