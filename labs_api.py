@@ -1010,6 +1010,8 @@ class Text(Resource):
         self._data, self._type, self._policy = data, content_type, policy
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if not req.env.get("PATH_INFO"):  # mounted, and asked for without the slash at the end
+            raise falcon.HTTPMovedPermanently(f"{req.root_path}/")  # addresses are relative
         resp.data, resp.content_type = self._data, self._type
         resp.set_header("Content-Security-Policy", self._policy)
         resp.set_header("Referrer-Policy", "no-referrer")

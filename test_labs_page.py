@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import labs
 import labs_api
@@ -94,7 +95,8 @@ def site(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         return labs.Inputs((1, 2, 3), msgspec.json.encode(messages).decode())
 
     monkeypatch.setattr(labs, "build_inputs", build_inputs)
-    server = labs_api.make_server(cut, config)
+    mounted = DispatcherMiddleware(cut, {"/a/prefix": cut})
+    server = labs_api.make_server(mounted, config)
     site.url = f"http://127.0.0.1:{server.effective_port}"
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -156,6 +158,15 @@ def test_who_is_faster_than_the_list_of_models_asks_the_default_one(tab: Tab) ->
     tab.page.reload()
     tab.ask("Hello?")
     expect(tab.answer).to_contain_text("Hello there")
+
+
+def test_the_page_works_under_a_prefix_with_or_without_its_slash(tab: Tab, site: Site) -> None:
+    for end in ("", "/"):
+        tab.page.goto(f"{site.url}/a/prefix{end}")
+        expect(tab.models).to_have_text([labs.DEFAULT_MODEL])
+        tab.ask("Hello?")
+        expect(tab.answer).to_contain_text("Hello there")
+    assert tab.addresses.count(f"{site.url}/a/prefix/v1/chat/completions") == 2
 
 
 @pytest.mark.parametrize("cuts", [False, True])

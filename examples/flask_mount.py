@@ -1,0 +1,28 @@
+"""labs in a Flask app, on one engine: /llm/ is the chat page and the API, /ask a route of Flask."""
+
+import flask
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+import labs
+import labs_api
+import labs_engine
+
+config = labs.load_config()
+engine = labs_engine.Engine(labs.load_model(config), config.server)
+site = flask.Flask(__name__)
+site.register_error_handler(labs.InputError, lambda error: (str(error), 400))
+llm = labs_api.create_app(config, engine_for=lambda name: engine)
+app = DispatcherMiddleware(site, {"/llm": llm})  # for any WSGI server, with threads
+
+
+@site.get("/ask")
+def ask() -> flask.Response:
+    inputs = labs.build_inputs(engine.model, prompt=flask.request.args["question"])
+    events = engine.submit(inputs, config.generation)
+    pieces = (event.text for event in events if isinstance(event, labs.Delta))
+    return flask.Response(pieces, mimetype="text/plain")
+
+
+if __name__ == "__main__":
+    labs_api.make_server(app, config).run()
+    engine.close()
