@@ -124,6 +124,9 @@ class ModelSpec(Settings, frozen=True, kw_only=True):
     model_name: Annotated[str, Meta(min_length=1, description=NAMES)] = DEFAULT_MODEL
     revision: Annotated[str | None, about("Branch, tag or commit of a hub model.")] = None
     device_map: Annotated[str, about("auto, cpu, cuda, cuda:N, mps, or a JSON map.")] = "auto"
+    tp_plan: Annotated[
+        Literal["auto"] | None, about("Split each layer over the processes of torchrun.")
+    ] = None
     torch_dtype: Annotated[Dtype, about("Weights' format; auto: what the device does fast.")] = (
         "auto"
     )
@@ -1102,7 +1105,7 @@ def _load(spec: ModelSpec) -> Model:
         )
     tokenizer = _pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
-    weights |= {"dtype": _torch_dtype(dtype), "device_map": device_map}
+    weights |= {"dtype": _torch_dtype(dtype), **_places(spec, config, device_map)}
     weights["output_loading_info"] = True
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
@@ -1130,6 +1133,22 @@ def _load(spec: ModelSpec) -> Model:
             versions=_versions(spec.quantization),
         ),
     )
+
+
+def _places(spec: ModelSpec, config: Any, device_map: Any) -> dict[str, Any]:
+    """Return what tells transformers where the weights go, or which share of them is ours."""
+    if spec.tp_plan is None:
+        return {"device_map": device_map}
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if (world := int(os.environ.get("WORLD_SIZE", 0))) < 2:
+        raise ModelError("tp_plan: start it with torchrun --nproc-per-node N, N of two or more")
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(f"tp_plan: transformers has none for {text.model_type}")
+    if (heads := getattr(text, "num_key_value_heads", None) or 0) % world:
+        raise ModelError(f"tp_plan: {heads} key-value heads do not go into {world} processes")
+    return {"distributed_config": DistributedConfig(tp_plan=spec.tp_plan)}
 
 
 def _revision(spec: ModelSpec, config: Any, origin: Path | None) -> str:
@@ -1934,6 +1953,8 @@ def open_stream(
             f"the prompt has {prompt} tokens and max_new_tokens is {generation.max_new_tokens}: "
             f"the context holds {limit}; shorten the prompt or ask for fewer tokens"
         )
+    if generation.timeout_s and model.spec.tp_plan:
+        raise InputError("timeout_s: the processes of a model split by tp_plan have no one clock")
     if generation.prompt_lookup_num_tokens and not model.decoder.reuses:
         kind = model.decoder.config.model_type
         raise InputError(f"prompt_lookup_num_tokens: {kind} cannot take back what it has read")
@@ -1954,8 +1975,6 @@ def _stream_or_failed(
 
 def _sampling(model: Model, options: Generation, processors: tuple[Any, ...]) -> Any:
     """Fill what the request leaves open: the model's recommendation, else the neutral value."""
-    import secrets
-
     from labs_decode import Sampling
 
     def pick(name: str, neutral: Any) -> Any:
@@ -1976,9 +1995,21 @@ def _sampling(model: Model, options: Generation, processors: tuple[Any, ...]) ->
         presence_penalty=options.presence_penalty,
         logit_bias=tuple(options.logit_bias.items()),
         logprobs=options.logprobs,
-        seed=secrets.randbits(32) if options.seed is None else options.seed,
+        seed=_draw_seed(model) if options.seed is None else options.seed,
         processors=processors,
     )
+
+
+def _draw_seed(model: Model) -> int:
+    """Draw a seed, the same in all processes that a model is split over."""
+    import secrets
+
+    drawn = [secrets.randbits(32)]
+    if model.spec.tp_plan:
+        import torch
+
+        torch.distributed.broadcast_object_list(drawn)
+    return drawn[0]
 
 
 def _samples(options: Generation, recommended: bool) -> bool:

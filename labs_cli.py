@@ -411,6 +411,15 @@ def index(config: labs.Config, flags: Values) -> None:
     tell(f"[{counts}; {done.chunks} new chunks]")
 
 
+def let_one_speak(flags: Values) -> None:
+    """Silence all processes of torchrun but one; refuse what they would not read alike."""
+    asked = [flags[name] for name in ("prompt", "messages_json", "messages_file")]
+    if flags["chat"] or flags["input"] or "-" in asked or not any(asked):
+        raise click.UsageError("with tp_plan, give --prompt TEXT or a file of messages")
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def take_ray(flags: Values) -> tuple[str | None, Values]:
     """Take the flags of Ray out of the others: the cluster's address, if any, and the rest."""
     taken = {name: flags.pop(name) for name in RAY_KEYS if name in flags}
@@ -624,6 +633,8 @@ def run(**flags: Any) -> None:
     if flags["show_config"]:
         write(labs.dump_effective_config(config).rstrip("\n") + "\n")
         return
+    if config.model.tp_plan:
+        let_one_speak(flags)
     for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
         if flags[name]:
             mode(config, flags)

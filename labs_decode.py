@@ -579,14 +579,17 @@ def prepare(
     layers = _layers(model.config.get_text_config()) if how == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    invariant = batch_invariant and on_cpu and how == "joins" and not recurrent
+    split = getattr(model.config, "distributed_config", None) is not None  # over processes
+    invariant = batch_invariant and on_cpu and how == "joins" and not recurrent and not split
     if how != "alone" and model._can_set_attn_implementation():
         model.set_attn_implementation("labs_invariant" if invariant else "labs")
     accepts = frozenset(inspect.signature(model.forward).parameters)
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
     reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
-    if how == "joins" and not recurrent:  # others ask for `weight`, which unpacks it, at each step
+    if (
+        how == "joins" and not recurrent and not split
+    ):  # others ask for `weight`, which unpacks it, at each step
         pack(model, method)
     packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
     left = sum(each.numel() for each in _unpacked(model))
@@ -596,7 +599,7 @@ def prepare(
     weight_bytes += sum(together.packed.nbytes for together in packed)
     pairs = invariant and not (method and left == 0)
     devices = {parameter.device for parameter in model.parameters()}
-    one = len(devices) == 1 and devices.pop().type == "cuda"
+    one = len(devices) == 1 and devices.pop().type == "cuda" and not split
     graphs = Graphs() if cuda_graphs and one and reuses else None
     return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes, graphs)
 

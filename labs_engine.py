@@ -113,6 +113,8 @@ class Engine:
         server: labs.Server = labs.Server(),  # noqa: B008  (frozen)
         response_cache: labs.ResponseCache = labs.ResponseCache(),  # noqa: B008
     ) -> None:
+        if model.spec.tp_plan:
+            raise labs.ModelError("tp_plan: its processes cannot share a queue of requests")
         self.model = model
         self.max_rows = labs.rows_in_memory(model, server.max_batch_rows)
         if self.max_rows < (server.max_batch_rows or 1):

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -263,11 +264,12 @@ def app(arguments: dict[str, Any]) -> Any:
 def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     labs_api.check_exposure(config)
+    host = config.server.host
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), connected(address):
-        http = {"host": config.server.host, "port": config.server.port}
-        serve.start(http_options=http, logging_config=LOGGING)
-        url = f"http://{config.server.host}:{config.server.port}"
+        port = _free_port(config.server)
+        serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
         try:
             _run(config, cluster)
@@ -276,6 +278,17 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
             threading.Event().wait()
         finally:
             serve.delete(APP)
+
+
+def _free_port(server: labs.Server) -> int:
+    """Return the port, any for 0. Raises LabsError where it is taken."""
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    try:
+        with socket.create_server((server.host, server.port), family=family) as free:
+            return int(free.getsockname()[1])
+    except OSError as error:
+        where = f"{server.host}:{server.port}"
+        raise labs.LabsError(f"cannot listen on {where}: {error.strerror or error}") from error
 
 
 def _run(config: labs.Config, cluster: Cluster) -> None:

@@ -1,0 +1,385 @@
+"""Tests of labs_ray.py: true clusters on this machine, replicas that are killed, processes that
+share a model."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import psutil
+import pytest
+import ray.cluster_utils
+
+import labs
+import labs_batch
+import labs_ray
+import test_labs
+from test_labs_api import CHAT, A, end_of, program
+from test_labs_cli import ONE_THREAD, ROOT, labs_gen
+
+WAIT_S = 120
+KEY = "one key that is long enough"
+BOUNDED = "another key, for the test of the quota"
+PER_MINUTE = 600
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+TWO = labs_ray.Cluster(replicas=2)
+
+
+def until(condition: Any, wait_s: float = WAIT_S) -> Any:
+    end = time.monotonic() + wait_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.1)
+    return found
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Return the living workers of Ray that run a class."""
+    found = []
+    for each in psutil.process_iter():
+        try:
+            title = " ".join(each.cmdline())
+        except psutil.Error:
+            continue
+        found += [each] if title.startswith("ray::") and name in title else []
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny model whose answers may be long."""
+    config = test_labs.llama()
+    config.max_position_embeddings = 200_000
+    return test_labs.save_model(tmp_path_factory.mktemp("ray") / "model", config)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> labs.Model:
+    return test_labs.load(folder)
+
+
+# ---------------------------------------------------------------- online
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Any]:
+    """Run labs-api with two replicas; it has to end well on SIGTERM."""
+    settings = {
+        "MODEL": str(folder),
+        "TORCH_DTYPE": "fp32",
+        "API_KEYS": f"{KEY},{BOUNDED}",
+        "SERVER_REQUESTS_PER_MINUTE": str(PER_MINUTE),
+        "SERVER_DRAIN_S": "5",
+    }
+    with program(
+        "--ray", "--replicas", "2", "--num-cpus", "0.5", "--sticky", **settings
+    ) as process:
+        url = re.search(rb"http://[^ ]+", process.stderr.readline())
+        assert url
+        assert b"ready, 2 replicas" in process.stderr.readline()
+        with httpx.Client(base_url=url[0].decode(), headers=HEADERS, timeout=WAIT_S) as client:
+            yield client
+        process.send_signal(signal.SIGTERM)
+        code, said = end_of(process)
+    assert (code, said) == (0, "")
+    assert not processes("ServeReplica")
+
+
+def metric(client: httpx.Client, name: str) -> dict[str, float]:
+    """Return the values of a metric by replica, summed over its other labels."""
+    found: dict[str, float] = collections.Counter()
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(name):
+            found[re.findall(r'replica="(\w+)"', line)[0]] += float(line.rpartition(" ")[2])
+    return found
+
+
+def text_of(stream: str) -> str:
+    data = [line[6:] for line in stream.splitlines() if line.startswith("data: {")]
+    chunks = [json.loads(each) for each in data]
+    return "".join(choice["delta"].get("content", "") for c in chunks for choice in c["choices"])
+
+
+@pytest.mark.parametrize("more", [{"temperature": 0}, {"temperature": 1, "seed": 7}])
+def test_a_stream_through_serve_has_the_text_of_a_single_process(
+    server: httpx.Client, model: labs.Model, more: dict[str, Any]
+) -> None:
+    inputs = labs.build_inputs(model, messages=[{"role": "user", "content": "hi"}])
+    alone = labs.generate(model, inputs, max_new_tokens=40, **more).text
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, **more}
+    streamed = server.post(CHAT, json={**body, "stream": True}).text
+    assert streamed.endswith("data: [DONE]\n\n")
+    whole = server.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+    assert [text_of(streamed), whole] == [alone] * 2
+
+
+def test_events_come_while_the_answer_is_being_made(server: httpx.Client) -> None:
+    body = {"prompt": "hi", "max_new_tokens": 1500, **A}
+    began = time.monotonic()
+    with server.stream("POST", "/generate/stream", json=body) as response:
+        times = [time.monotonic() - began for line in response.iter_lines() if line]
+    assert len(times) > 1500
+    assert times[10] < times[-1] / 2
+
+
+def test_the_other_endpoints_are_the_same(server: httpx.Client) -> None:
+    assert server.get("/v1/models").json()["data"][0]["loaded"] is True
+    assert server.get("/readyz").json() == {"status": "ok"}
+    assert "<title>labs</title>" in server.get("/").text
+    told = server.post("/explain", json={"prompt": "hi"}).json()
+    assert told["how"] == "joins"
+    wrong = server.post("/generate", json={"prompt": "hi", "top_q": 1})
+    assert (wrong.status_code, "top_q" in wrong.text) == (400, True)
+
+
+def test_keys_hold_and_a_quota_is_that_of_all_replicas(server: httpx.Client) -> None:
+    assert httpx.get(server.base_url.join("/v1/models")).status_code == 401
+    headers, began = {"Authorization": f"Bearer {BOUNDED}"}, time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(server.get, "/v1/models", headers=headers) for _ in range(PER_MINUTE + 400)
+        ]
+        codes = collections.Counter(each.result().status_code for each in asked)
+    refilled = PER_MINUTE / 60 * (time.monotonic() - began)
+    assert {*codes} == {200, 429}
+    assert PER_MINUTE <= codes[200] <= PER_MINUTE + refilled + 1
+
+
+def test_a_session_stays_with_its_replica_and_metrics_tell_them_apart(server: httpx.Client) -> None:
+    before = metric(server, "labs_request_success_total")
+    body = {"prompt": "hi", "max_new_tokens": 3, **A}
+    for session in range(12):
+        server.post("/generate", json=body, headers={"X-Session-Id": str(session)})
+    both = metric(server, "labs_request_success_total")
+    assert len(both) == 2
+    for _ in range(6):
+        server.post("/generate", json=body, headers={"X-Session-Id": "mine"})
+    after = metric(server, "labs_request_success_total")
+    assert sum(both.values()) - sum(before.values()) == 12
+    assert sorted(after[name] - both[name] for name in after) == [0, 6]
+
+
+def running(server: httpx.Client) -> float:
+    return sum(metric(server, "labs_num_requests_running").values())
+
+
+def test_who_hangs_up_leaves_no_row_behind(server: httpx.Client) -> None:
+    body = {"prompt": "hi", "max_new_tokens": 150_000, **A}
+    for _ in range(3):
+        with server.stream("POST", "/generate/stream", json=body) as response:
+            next(line for line in response.iter_lines() if line.startswith("data: a"))
+            assert running(server) == 1
+        until(lambda: running(server) == 0)
+
+
+def test_no_request_is_lost_without_an_error_when_a_replica_dies(server: httpx.Client) -> None:
+    """The last test of the server: one of its two replicas begins anew."""
+
+    def stream(number: int) -> tuple[int, str]:
+        body = {"prompt": f"story {number}", "max_new_tokens": 3000, **A}
+        text = server.post("/generate/stream", json=body).text
+        ends = re.findall(r"^event: (\w+)\ndata: (.*)\n\n\Z", text, re.MULTILINE)
+        return 200, ends[0][0] + ends[0][1] * (ends[0][0] == "error")
+
+    def whole(number: int) -> tuple[int, str]:
+        answer = server.post("/generate", json={"prompt": f"tale {number}", **A, **SLOW})
+        return answer.status_code, answer.text
+
+    SLOW = {"max_new_tokens": 3000}
+    with ThreadPoolExecutor(32) as pool:
+        asked = [pool.submit(stream if n % 2 else whole, n) for n in range(16)]
+        until(lambda: min(metric(server, "labs_num_requests_running").values()) >= 2)
+        processes("ServeReplica:labs:replicas")[0].kill()
+        found = [each.result(WAIT_S) for each in asked]
+        later = [pool.submit(stream if n % 2 else whole, n) for n in range(8)]
+        answered = [each.result(WAIT_S) for each in later]
+    lost = [(code, text) for code, text in found if "replica_lost" in text]
+    assert {code for code, _ in lost} == {200, 503}
+    assert len(lost) < len(found)
+    for code, text in [*answered, *({*found} - {*lost})]:
+        assert code == 200
+        assert text == "done" or json.loads(text)["finish_reason"] == "length"
+    until(lambda: len(processes("ServeReplica:labs:replicas")) == 2)
+
+
+def test_serve_run_builds_it_from_words() -> None:
+    assert labs_ray.cluster_of({"replicas": "2", "num_gpus": "0.5"}) == labs_ray.Cluster(
+        replicas=2, num_gpus=0.5
+    )
+    with pytest.raises(labs.ConfigError, match="replica_count"):
+        labs_ray.app({"replica_count": 2})
+    with pytest.raises(labs.ConfigError, match="replicas"):
+        labs_ray.app({"replicas": 0})
+
+
+# ---------------------------------------------------------------- offline
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[str]:
+    """Run a cluster of two nodes; return its address."""
+    cluster = ray.cluster_utils.Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def lines(count: int, first: int = 0) -> str:
+    rows = ({"id": f"n{n}", "prompt": str(n), "max_new_tokens": 2} for n in range(first, count))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(row) for each in folder.glob("*.jsonl") for row in each.open()]
+
+
+def answered(
+    folder: Path, source: str, target: Path, address: str, **options: Any
+) -> labs_batch.Tally:
+    config = labs.load_config(env={}, overrides={"model_name": str(folder), "torch_dtype": "fp32"})
+    tally = labs_batch.Tally()
+    labs_ray.answer_files(config, source, str(target), address, TWO, tally, **options)
+    return tally
+
+
+def test_every_line_is_answered_once_though_a_process_is_killed(
+    folder: Path, tmp_path: Path, nodes: str
+) -> None:
+    (tmp_path / "in" / "more").mkdir(parents=True)
+    (tmp_path / "in" / "a.jsonl").write_text(lines(1200))
+    (tmp_path / "in" / "more" / "b.jsonl").write_text(lines(2000, 1200))
+    target, source = tmp_path / "out", f"{tmp_path}/in/**/*.jsonl"
+
+    def kill() -> None:
+        until(lambda: any(target.glob("*.jsonl")))
+        processes("MapWorker")[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answered(folder, source, target, nodes, lines=50)
+    killer.join()
+    found = answers(target)
+    assert sorted(row["id"] for row in found) == sorted(f"n{n}" for n in range(2000))
+    assert not [row for row in found if "error" in row]
+    assert not [*target.glob(".*")], "a file was not put in its place"
+    (tmp_path / "in" / "c.jsonl").write_text('{"prompt": "hi", "max_new_tokens": 2}\nbroken\n')
+    again = answered(folder, source, target, f"{nodes}", lines=1000)
+    assert (again.done, again.failed, again.skipped) == (1, 1, 2000)
+    ids = {row["id"]: "error" in row for row in answers(target)}
+    assert len(ids) == 2002
+    assert (ids["c.jsonl:1"], ids["line c.jsonl:2"]) == (False, True)
+
+
+def test_the_command_answers_a_folder_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(lines(30))
+    words = ["--model", str(folder), "--torch-dtype", "fp32", "--ray", "--input", "in"]
+    done = labs_gen(*words, "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == b""
+    assert b"[30 answered, 0 failed; 60 tokens in " in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert sorted(row["id"] for row in answers(tmp_path / "out")) == sorted(
+        f"n{n}" for n in range(30)
+    )
+
+
+def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path, nodes: str) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(3))
+    with pytest.raises(labs.ModelError, match=r"config\.json"):
+        answered(tmp_path, f"{tmp_path}/a.jsonl", tmp_path / "out", nodes)
+
+
+def test_what_is_no_answer_in_the_folder_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(3))
+    with pytest.raises(labs.InputError, match="no answer of labs-gen"):
+        answered(tmp_path, f"{tmp_path}/a.jsonl", tmp_path, "nowhere")
+
+
+@pytest.mark.parametrize("source", ["nothing.jsonl", "*.jsonl", "-"])
+def test_files_that_are_not_there_are_told(tmp_path: Path, source: str) -> None:
+    where = source if source == "-" else f"{tmp_path}/{source}"
+    with pytest.raises(labs.InputError):
+        answered(tmp_path, where, tmp_path / "out", "nowhere")
+
+
+def test_a_cluster_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines(3))
+    with pytest.raises(labs.LabsError, match="cannot reach Ray at auto"):
+        answered(tmp_path, f"{tmp_path}/a.jsonl", tmp_path / "out", "auto")
+
+
+# ---------------------------------------------------------------- one model over processes
+
+
+def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[bytes]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    words += ["--master-port", "0", str(ROOT / "labs_cli.py"), "--device-map", "cpu"]
+    return subprocess.run(
+        [*words, *arguments], env=ONE_THREAD, capture_output=True, timeout=WAIT_S, check=False
+    )
+
+
+@pytest.mark.parametrize("more", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 5}])
+def test_a_split_model_writes_the_same_text_once(
+    folder: Path, model: labs.Model, more: dict[str, Any]
+) -> None:
+    inputs = labs.build_inputs(model, prompt="hi")
+    alone = labs.generate(model, inputs, max_new_tokens=12, **more).text
+    words = [w for key, value in more.items() for w in (f"--{key}", str(value))]
+    words += ["--model", str(folder), "--torch-dtype", "fp32", "--tp-plan", "auto"]
+    done = torchrun(*words, "--prompt", "hi", "--max-new-tokens", "12", "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout)["text"] == alone
+
+
+def test_processes_that_share_a_model_draw_the_same_seed(folder: Path) -> None:
+    words = ["--model", str(folder), "--torch-dtype", "fp32", "--tp-plan", "auto"]
+    done = torchrun(*words, "--prompt", "hi", "--max-new-tokens", "60", "--temperature", "1.5")
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompt", "hi", "--timeout-s", "9"], "timeout_s"),
+        (["--chat"], "with tp_plan, give --prompt"),
+        (["--prompt", "-"], "with tp_plan, give --prompt"),
+    ],
+)
+def test_what_processes_could_not_do_alike_is_refused(
+    folder: Path, words: list[str], told: str
+) -> None:
+    done = torchrun("--model", str(folder), "--tp-plan", "auto", *words)
+    assert done.returncode != 0
+    assert told.encode() in done.stderr
+    assert done.stdout == b""
+
+
+def test_heads_that_do_not_go_into_the_processes_are_told(folder: Path) -> None:
+    done = torchrun("--model", str(folder), "--tp-plan", "auto", "--prompt", "hi", count=3)
+    assert b"key-value heads do not go into 3 processes" in done.stderr
+
+
+def test_a_split_model_needs_torchrun_and_is_not_served(folder: Path) -> None:
+    with pytest.raises(labs.ModelError, match="torchrun"):
+        test_labs.load(folder, tp_plan="auto")
+    with program(MODEL=str(folder), TP_PLAN="auto") as process:
+        code, said = end_of(process)
+    assert (code, "torchrun" in said) == (1, True)
