@@ -26,13 +26,17 @@ from typing import Annotated, Any
 
 import fsspec
 import msgspec
-import ray
-import ray.data
 from a2wsgi import WSGIMiddleware
 from msgspec import Meta, Struct
 from prometheus_client import CollectorRegistry, Metric
-from ray import serve
 from starlette.middleware import Middleware
+
+# Read when ray is imported. Under `uv run` it would copy the whole folder to each worker.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+import ray
+import ray.data
+from ray import serve
 
 import labs
 import labs_api
@@ -79,7 +83,6 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
     """Be in a cluster: `local` starts one for as long as this lasts, `auto` finds a running one."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(MIDDLEWARES, "labs_ray.middlewares")
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     for name in ("ray", "ray.data", "ray.serve"):  # what matters is raised
@@ -87,8 +90,9 @@ def connected(address: str) -> Iterator[None]:
     try:
         wordy = os.environ.get("LABS_DEBUG") == "1"
         ray.init(address, logging_level=logging.CRITICAL, log_to_driver=wordy, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise labs.LabsError(f"cannot reach Ray at {address}: {error}") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own writes a core's trace
     try:
         yield
     except ray.exceptions.RayError as error:  # it ends in what made it, after many frames
@@ -265,7 +269,6 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     labs_api.check_exposure(config)
     host = config.server.host
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), connected(address):
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
@@ -274,7 +277,8 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
         try:
             _run(config, cluster)
             logs = "/tmp/ray/session_latest/logs of their machines"
-            print(f"labs-api: ready, {cluster.replicas} replicas; logs: {logs}", file=sys.stderr)
+            count = f"{cluster.replicas} replica" + "s" * (cluster.replicas > 1)
+            print(f"labs-api: ready, {count}; logs: {logs}", file=sys.stderr)
             threading.Event().wait()
         finally:
             serve.delete(APP)
@@ -333,6 +337,8 @@ def answer_files(
     """
     if "-" in (source, target):
         raise labs.InputError("with Ray, --input names files and --output a folder")
+    files, folder = fsspec.core.url_to_fs(target)
+    target = files.unstrip_protocol(folder)  # whole: the workers run elsewhere
     chunks = [msgspec.structs.asdict(each) for each in _chunks(source, lines)]
     _recover(target, tally)  # tells at once of what is no answer there
     tally.answered.clear()
