@@ -184,7 +184,8 @@ def test_who_hangs_up_leaves_no_row_behind(server: httpx.Client) -> None:
     body = {"prompt": "hi", "max_new_tokens": 150_000, **A}
     for _ in range(3):
         with server.stream("POST", "/generate/stream", json=body) as response:
-            next(line for line in response.iter_lines() if line.startswith("data: a"))
+            events = response.iter_lines()
+            until(lambda events=events: next(events).startswith("data: a"))
             until(lambda: running(server) == 1)
         until(lambda: running(server) == 0)
 
