@@ -400,6 +400,19 @@ class Served:
             pieces = sum(pool.map(self.ask, texts))
         return pieces / (time.perf_counter() - began)
 
+    def whole(self, texts: list[str]) -> float:
+        """Tokens per second of all clients together, whose answers come in one piece."""
+
+        def ask(text: str) -> int:
+            body = {"prompt": text, "max_new_tokens": NEW, "temperature": 0}
+            answer = httpx.post(f"{self.url}/generate", json=body, timeout=300)
+            return int(answer.json()["usage"]["completion_tokens"])
+
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+            pieces = sum(pool.map(ask, texts))
+        return pieces / (time.perf_counter() - began)
+
     def p95(self) -> float:
         return sorted(self.first)[int(0.95 * len(self.first))]
 
@@ -471,6 +484,29 @@ def overhead() -> None:
         in_process = functools.partial(batch_rate, model, inputs, 16, max_new_tokens=NEW)
         compare("16 clients / stream_batch in process", rate_of(texts), in_process)
     finally:
+        server.process.terminate()
+
+
+def ray() -> None:
+    """Serve beside labs-api alone; two full replicas beside one. Each has a core."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder, texts = str(load()[0].model.name_or_path), stories(32)
+    ports = itertools.count(8436)
+
+    def started(*words: str) -> Served:
+        port, words = next(ports), (*words, "--max-batch-rows", "8", "--model", folder)
+        return Served([*API, *words, "--port", str(port)], port, folder)
+
+    one, alone = started("--ray"), started()
+    pairs = [(one.rate(texts[:1]), alone.rate(texts[:1])) for _ in range(PAIRS)]
+    alone.process.terminate()
+    tell("1 stream, 1 replica / labs-api", pairs)
+    lags = [1000 / serve - 1000 / plain for serve, plain in pairs]
+    print(f"{'  what Serve adds to a token, ms':58} {statistics.median(lags):8.2f}")
+    two = started("--ray", "--replicas", "2")
+    rates = (functools.partial(server.whole, texts) for server in (two, one))
+    compare("32 answers, 8 rows a replica, 2 replicas / 1", *rates)
+    for server in (one, two):
         server.process.terminate()
 
 
@@ -1165,7 +1201,7 @@ def gpu_report(*shapes: str) -> None:
 
 
 PARTS = (single, many, context, arrivals, sampling, long, memory, start, prefix, serving, overhead)
-PARTS += (manners, batch, typed, documents)
+PARTS += (manners, batch, typed, documents, ray)
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ import labs_models
 
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
 MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
+SPARE = 8  # requests of a replica that wait for a row, or need none
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app writes its own
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -228,10 +229,13 @@ def middlewares() -> list[Middleware]:
 
 def deployment(config: labs.Config, cluster: Cluster) -> Any:
     """Return the application for Ray Serve."""
+    rows = config.server.max_batch_rows or labs_api.ROWS
     options: dict[str, Any] = {
         "name": REPLICAS,
         "ray_actor_options": cluster.resources(config),
-        "max_ongoing_requests": labs_api.threads_for(config),
+        # More wait with Ray, which knows the replica that is free first.
+        "max_ongoing_requests": rows + SPARE,
+        "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
         "max_constructor_retry_count": 1,  # a model that cannot be loaded never can
@@ -242,7 +246,7 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
         options["autoscaling_config"] = {
             "min_replicas": cluster.replicas,
             "max_replicas": cluster.max_replicas,
-            "target_ongoing_requests": config.server.max_batch_rows or labs_api.ROWS,
+            "target_ongoing_requests": rows,
         }
     if cluster.sticky:
         options["request_router_config"] = {"request_router_class": ROUTER}
