@@ -1634,7 +1634,7 @@ class Text(Struct):
     held: str = ""  # may be the beginning of a stop text
 
 
-def decode_next(tokenizer: Any, text: Text, token: int | None, *, last: bool) -> str:
+def decode_next(tokenizer: Any, text: Text, token: int | None, *, last: bool = False) -> str:
     """Return the text that `token` completes; "" inside a character of several tokens.
 
     After TGI's decode_token: the difference of two decodings of a short window, so O(1) a token.
