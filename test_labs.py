@@ -854,6 +854,37 @@ def test_lists_tables_and_texts_are_bounded_too(good, bad):
         labs.load_config(env={}, overrides=bad)
 
 
+@pytest.mark.parametrize(
+    ("database", "default", "asked", "used"),
+    [
+        ("a.db", True, None, True),
+        ("a.db", False, None, False),
+        ("a.db", False, True, True),
+        ("a.db", True, False, False),
+        (None, True, None, False),
+        (None, True, False, False),
+    ],
+)
+def test_documents_are_used_as_asked_or_as_configured(database, default, asked, used):
+    assert labs.Documents(database=database, default=default).apply(asked) is used
+
+
+def test_documents_that_are_not_there_cannot_be_asked_for():
+    with pytest.raises(labs.InputError, match="no database of documents is configured"):
+        labs.Documents().apply(True)
+
+
+@pytest.mark.parametrize("kind", ["text", "json_object", "json_schema"])
+@pytest.mark.parametrize("schema", [None, {"schema": {"type": "object"}}])
+def test_a_schema_belongs_to_the_format_of_that_name_and_to_no_other(kind, schema):
+    text = json.dumps({"type": kind, "json_schema": schema})
+    if (kind == "json_schema") == (schema is not None):
+        assert msgspec.json.decode(text, type=labs.ResponseFormat).type == kind
+    else:
+        with pytest.raises(msgspec.ValidationError, match="belongs to the type json_schema"):
+            msgspec.json.decode(text, type=labs.ResponseFormat)
+
+
 WRITTEN = [each for each in vars(labs).values() if isinstance(each, type)]
 WRITTEN = [each for each in WRITTEN if issubclass(each, labs.Settings) and fields(each)]
 
