@@ -423,9 +423,7 @@ def settings() -> tuple[Setting, ...]:
 
 
 def _description(kind: Any) -> str | None:
-    notes = [
-        note.description for note in getattr(kind, "__metadata__", ()) if isinstance(note, Meta)
-    ]
+    notes = (note.description for note in getattr(kind, "__metadata__", ()))
     return next((note for note in notes if note), None)
 
 
@@ -585,7 +583,7 @@ def evolve(struct: S, /, **changes: Any) -> S:
 
 def choice_of(generation: Generation, choice: int) -> Generation:
     """Choice i of a seeded request has seed + i: else all choices would be the same."""
-    if choice == 0 or generation.seed is None:
+    if generation.seed is None:
         return generation
     return msgspec.structs.replace(generation, seed=(generation.seed + choice) % 2**63)
 
@@ -610,8 +608,6 @@ def load_config(
         _from_names(environment, "environment", strict=False),
         {key: (value, f"--{key.replace('_', '-')}") for key, value in (overrides or {}).items()},
     ]
-    for key in layers[2]:
-        _known_key(key, "the overrides")
     upper = functools.reduce(lambda low, high: {**low, **high}, layers)
     secrets = {**dotenv, **{name: text for name, text in environment.items() if text}}
     resolve = functools.partial(_resolve, tables, upper, file, secrets.get("HF_TOKEN") or None)
@@ -778,12 +774,6 @@ def _from_text(text: str, kind: Any, source: str) -> Any:
         raise ConfigError(f"{source} = {text!r}: {error}") from error
 
 
-def _known_key(key: str, place: str) -> None:
-    keys = [setting.key for setting in settings()]
-    if key not in keys:
-        raise ConfigError(f"unknown setting {key!r} in {place}{_guess(key, keys)}")
-
-
 def _guess(name: str, known: Iterable[str]) -> str:
     import difflib
 
@@ -800,7 +790,8 @@ def _chosen(tables: dict[str, Any], upper: Mapping[str, tuple[Any, str]], file: 
         raise ConfigError(f"{file}: default_model = {usual}{known}")
     if usual is not None and "model_name" in generation:
         raise ConfigError(f"{file}: default_model and [generation] model_name both say which model")
-    name = upper.get("model_name", (generation.get("model_name", usual), ""))[0]
+    name = generation.get("model_name", usual)
+    name = upper["model_name"][0] if "model_name" in upper else name
     if name == "auto":
         raise ConfigError("model_name = auto: only a request to labs-api can leave it to [router]")
     return name if isinstance(name, str) and name in models else None
@@ -1696,17 +1687,11 @@ def match_stop(text: Text, piece: str, stops: tuple[str, ...]) -> tuple[str, str
         _, at, stop = min(found)
         text.held = ""
         return buffer[:at], stop
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    keep = next(
-        (n for n in range(min(longest, len(buffer)), 0, -1) if buffer.endswith(_starts(stops, n))),
-        0,
-    )
+    most = min(len(buffer), max(map(len, stops), default=0))
+    ends = (n for n in range(most, 0, -1) if buffer.endswith(tuple(stop[:n] for stop in stops)))
+    keep = next(ends, 0)
     shown, text.held = buffer[: len(buffer) - keep], buffer[len(buffer) - keep :]
     return shown, None
-
-
-def _starts(stops: tuple[str, ...], length: int) -> tuple[str, ...]:
-    return tuple(stop[:length] for stop in stops if len(stop) > length)
 
 
 # ---------------------------------------------------------------- generation
@@ -2295,7 +2280,7 @@ def _advance(
     shown, stop = match_stop(stream.text, piece, stream.generation.stop)
     over = "stop" if stop else over
     if over:
-        shown, stream.text.held = shown + stream.text.held, ""
+        shown += stream.text.held
     if shown or (over and stream.logprobs):
         logprobs, stream.logprobs = tuple(stream.logprobs), []
         yield stream.index, Delta(shown, logprobs)

@@ -24,6 +24,7 @@ import tempfile
 import termios
 import threading
 import time
+import tomllib
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ import transformers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from msgspec.structs import fields
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
@@ -428,7 +430,12 @@ def test_the_effective_configuration_names_every_setting():
 
 def test_the_effective_configuration_can_be_read_back():
     said = {"temperature": 0.5, "stop": ("a\nb", '"'), "load_in_4bit": True, "top_k": 3}
-    said |= {"server_port": 80, "server_allowed_hosts": ("a", "b"), "response_cache_ttl_s": 3}
+    said |= {
+        "logit_bias": {5: -1.5, 7: 2},
+        "server_port": 80,
+        "server_allowed_hosts": ("a", "b"),
+        "response_cache_ttl_s": 3,
+    }
     config = labs.load_config(env={}, overrides=said)
     write("again.toml", labs.dump_effective_config(config))
     again = labs.load_config("again.toml", env={})
@@ -449,7 +456,8 @@ def test_a_token_is_never_shown(show):
 
 def test_a_token_is_masked_in_the_effective_configuration():
     write(".env", "HF_TOKEN=hf_secret\n")
-    assert '"********"' in labs.dump_effective_config(labs.load_config(env={}))
+    lines = labs.dump_effective_config(labs.load_config(env={})).splitlines()
+    assert '# HF_TOKEN = "********"' in lines
 
 
 @pytest.mark.parametrize("place", ["environment", "dotenv"])
@@ -465,6 +473,18 @@ def test_an_empty_secret_in_the_environment_leaves_that_of_the_dotenv_file_alone
     write(".env", "LABS_API_KEYS=one\nHF_TOKEN=hf_x")
     config = labs.load_config(env={"LABS_API_KEYS": "", "HF_TOKEN": ""})
     assert (len(config.api_keys), config.model.token) == (1, "hf_x")
+
+
+def test_a_secret_in_the_environment_wins_over_that_of_the_dotenv_file():
+    write(".env", "LABS_API_KEYS=one\nHF_TOKEN=hf_x")
+    config = labs.load_config(env={"LABS_API_KEYS": "two,three", "HF_TOKEN": "hf_y"})
+    assert (len(config.api_keys), config.model.token) == (2, "hf_y")
+
+
+def test_commas_without_a_key_between_are_refused_and_one_after_a_key_is_not():
+    assert len(labs.load_config(env={"LABS_API_KEYS": "one, "}).api_keys) == 1
+    with pytest.raises(labs.ConfigError, match="LABS_API_KEYS holds no key"):
+        labs.load_config(env={"LABS_API_KEYS": " ,"})
 
 
 def test_api_keys_come_from_a_file_too():
@@ -526,6 +546,18 @@ def test_an_empty_variable_means_unset():
     assert (config.generation.temperature, config.model.token) == (0.5, None)
 
 
+def test_a_name_alone_in_the_dotenv_file_means_unset():
+    write(".env", "LABS_TOP_K\nLABS_API_KEYS\nHF_TOKEN\n")
+    assert labs.load_config(env={}) == labs.Config()
+
+
+@pytest.mark.parametrize("place", ["environment", "dotenv"])
+def test_the_switch_of_tracebacks_is_no_setting_and_no_mistake(place, caplog):
+    write(".env", "LABS_DEBUG=1" if place == "dotenv" else "")
+    config = labs.load_config(env={"LABS_DEBUG": "1"} if place == "environment" else {})
+    assert (config, caplog.records) == (labs.Config(), [])
+
+
 def test_loading_the_configuration_never_writes_the_environment():
     write(".env", "LABS_TOP_K=3\nHF_TOKEN=hf_secret\nOTHER=1\n")
     before = dict(os.environ)
@@ -567,6 +599,7 @@ WRONG = [
     (TOML, "top_k = 1", ["labs.toml", "top_k"]),
     (TOML, "generation = 1", ["labs.toml", "generation", "section"]),
     (TOML, "models = 1", ["labs.toml", "models", "section"]),
+    (TOML, "[models]\nsmall = 1", ["labs.toml", "[models.small]", "section"]),
     (TOML, "[generation\n", ["labs.toml", "line 1"]),
     (".env", "LABS_TEMPERATUR=1", [".env", "LABS_TEMPERATUR", "LABS_TEMPERATURE?"]),
     (".env", "LABS_ZEBRA=1", [".env", "LABS_ZEBRA"]),
@@ -637,7 +670,7 @@ def test_foreign_keys_of_the_dotenv_file_are_named_once(caplog):
     labs.load_config(env={})
     warnings = [record.message for record in caplog.records if record.name == "labs"]
     assert len(warnings) == 1
-    assert all(part in warnings[0] for part in (".env", "DATABASE", "PASSWORD"))
+    assert all(part in warnings[0] for part in (".env", "DATABASE, PASSWORD"))
     assert not any(part in warnings[0] for part in ("secret", "LABS_TOP_K", "HF_TOKEN"))
 
 
@@ -759,11 +792,133 @@ def test_every_setting_has_a_description_and_a_variable_of_its_own():
     assert len({setting.environment for setting in labs.settings()}) == len(SETTINGS)
 
 
+BOUNDS = [
+    # key, the least and the most that it may be; beyond that by a step it is refused
+    ("max_new_tokens", 1, 2**20, 1),
+    ("temperature", 0, 100, 0.01),
+    ("top_p", 0, 1, 0.01),
+    ("top_k", 0, 1_000_000, 1),
+    ("min_p", 0, 1, 0.01),
+    ("repetition_penalty", 0.01, 100, 0.01),
+    ("frequency_penalty", -2, 2, 0.01),
+    ("presence_penalty", -2, 2, 0.01),
+    ("logprobs", 0, 20, 1),
+    ("prompt_lookup_num_tokens", 1, 32, 1),
+    ("seed", 0, 2**63 - 1, 1),
+    ("timeout_s", 0.01, 86_400, 0.01),
+    ("server_port", 0, 65_535, 1),
+    ("server_max_batch_rows", 1, 4096, 1),
+    ("server_prefix_cache_bytes", 0, 2**50, 1),
+    ("server_max_waiting", 0, 100_000, 1),
+    ("server_max_body_bytes", 1024, 2**30, 1),
+    ("server_max_prompt_bytes", 1, 2**30, 1),
+    ("server_max_choices", 1, 128, 1),
+    ("server_max_connections", 16, 100_000, 1),
+    ("server_requests_per_minute", 1, 10**9, 1),
+    ("server_tokens_per_minute", 1, 10**12, 1),
+    ("server_max_loaded_models", 1, 100, 1),
+    ("server_model_memory_bytes", 1, 2**50, 1),
+    ("response_cache_max_entries", 0, 10**6, 1),
+    ("documents_passages", 1, 50, 1),
+    ("documents_max_tokens", 1, 2**20, 1),
+    ("guard_classifier_threshold", 0, 1, 0.01),
+    ("guard_hold_back_chars", 1, 65_536, 1),
+]
+
+
+@pytest.mark.parametrize(("key", "least", "most", "step"), BOUNDS, ids=[each[0] for each in BOUNDS])
+def test_a_number_is_taken_up_to_its_bounds_and_refused_beyond(key, least, most, step):
+    for value in (least, most):
+        assert labs.load_config(env={}, overrides={key: value}).sources[key]
+    for value in (least - step, most + step):
+        with pytest.raises(labs.ConfigError, match=key):
+            labs.load_config(env={}, overrides={key: value})
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"stop": ["x" * 1024] * 16}, {"stop": ["x" * 1025]}),
+        ({"stop": ["x"]}, {"stop": ["x"] * 17}),
+        ({"stop": ["x"]}, {"stop": [""]}),
+        ({"logit_bias": {0: -100, 2**31: 100}}, {"logit_bias": {-1: 0}}),
+        ({"logit_bias": {}}, {"logit_bias": {2**31 + 1: 0}}),
+        ({"logit_bias": {}}, {"logit_bias": {5: -100.01}}),
+        ({"logit_bias": {}}, {"logit_bias": {5: 100.01}}),
+        ({"model_name": "m"}, {"model_name": ""}),
+    ],
+)
+def test_lists_tables_and_texts_are_bounded_too(good, bad):
+    assert labs.load_config(env={}, overrides=good).sources.keys() == good.keys()
+    with pytest.raises(labs.ConfigError):
+        labs.load_config(env={}, overrides=bad)
+
+
+@pytest.mark.parametrize(
+    ("database", "default", "asked", "used"),
+    [
+        ("a.db", True, None, True),
+        ("a.db", False, None, False),
+        ("a.db", False, True, True),
+        ("a.db", True, False, False),
+        (None, True, None, False),
+        (None, True, False, False),
+    ],
+)
+def test_documents_are_used_as_asked_or_as_configured(database, default, asked, used):
+    assert labs.Documents(database=database, default=default).apply(asked) is used
+
+
+def test_documents_that_are_not_there_cannot_be_asked_for():
+    with pytest.raises(labs.InputError, match="no database of documents is configured"):
+        labs.Documents().apply(True)
+
+
+@pytest.mark.parametrize("kind", ["text", "json_object", "json_schema"])
+@pytest.mark.parametrize("schema", [None, {"schema": {"type": "object"}}])
+def test_a_schema_belongs_to_the_format_of_that_name_and_to_no_other(kind, schema):
+    text = json.dumps({"type": kind, "json_schema": schema})
+    if (kind == "json_schema") == (schema is not None):
+        assert msgspec.json.decode(text, type=labs.ResponseFormat).type == kind
+    else:
+        with pytest.raises(msgspec.ValidationError, match="belongs to the type json_schema"):
+            msgspec.json.decode(text, type=labs.ResponseFormat)
+
+
+WRITTEN = [each for each in vars(labs).values() if isinstance(each, type)]
+WRITTEN = [each for each in WRITTEN if issubclass(each, labs.Settings) and fields(each)]
+
+
+@pytest.mark.parametrize("kind", WRITTEN, ids=[kind.__name__ for kind in WRITTEN])
+def test_what_a_person_writes_is_named_known_and_never_changed(kind):
+    assert kind.__struct_config__.frozen
+    assert kind.__struct_config__.forbid_unknown_fields
+    with pytest.raises(TypeError, match="positional"):
+        kind("x")
+
+
 def test_evolve_copies_and_leaves_the_original_alone():
     old = labs.Generation(temperature=0.5, top_k=3)
     new = labs.evolve(old, temperature=1)
     assert (new.temperature, new.top_k, old.temperature) == (1.0, 3, 0.5)
     assert isinstance(new.temperature, float)
+
+
+def test_evolve_by_nothing_is_what_it_was():
+    assert labs.evolve(labs.Generation(top_k=3)) == labs.Generation(top_k=3)
+
+
+def test_what_evolve_refuses_is_told_by_its_name_alone():
+    with pytest.raises(labs.ConfigError, match=r"^temperature = -1: "):
+        labs.evolve(labs.Generation(), temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "choice", "expected"),
+    [(None, 3, None), (7, 0, 7), (7, 1, 8), (2**62, 1, 2**62 + 1), (2**63 - 1, 2, 1)],
+)
+def test_each_choice_of_a_seeded_request_has_the_next_seed(seed, choice, expected):
+    assert labs.choice_of(labs.Generation(seed=seed), choice).seed == expected
 
 
 @pytest.mark.parametrize(
@@ -1573,7 +1728,11 @@ def test_a_real_replacement_character_does_not_stall():
 
 def test_bytes_that_never_become_a_character_do_not_stall():
     pieces = pieces_of(TOKENIZER, [0x80] * 12)
-    assert any(pieces[:6])
+    assert any(pieces[:4])  # a character has four bytes at most
+
+
+def test_control_tokens_inside_an_answer_are_not_shown():
+    assert pieces_of(TOKENIZER, [*b"ab", USER, *b"cd"]) == ["a", "b", "", "c", "d"]
 
 
 def test_a_character_that_is_never_finished_is_shown_at_the_end():
@@ -1882,6 +2041,12 @@ def test_a_stop_text_on_the_last_token_is_a_stop(tiny):
     with saying(tiny, encoded("abEND")):
         done = labs.generate(tiny, SHORT, max_new_tokens=5, stop=("END",))
     assert (done.finish_reason, done.matched_stop, done.text) == ("stop", "END", "ab")
+
+
+def test_an_answer_without_text_is_its_end_alone(tiny):
+    with saying(tiny, [EOS]):
+        events = list(labs.stream_generate(tiny, SHORT, max_new_tokens=4))
+    assert [type(event) for event in events] == [labs.Done]
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
@@ -2500,6 +2665,19 @@ def test_labs_toml_says_exactly_the_defaults():
         pytest.skip("this checkout has no labs.toml")
     config = labs.load_config(ROOT / "labs.toml", env={})
     assert msgspec.structs.replace(config, sources={}) == labs.Config()
+
+
+def test_labs_toml_shows_the_default_of_every_setting_that_has_one():
+    text = (ROOT / "labs.toml").read_text(encoding="utf-8")
+    sections = dict(part.split("]\n", 1) for part in text.split("\n[") if "]\n" in part)
+    for setting in labs.settings():
+        line = next(
+            line.removeprefix("# ")
+            for line in sections[setting.section].splitlines()
+            if line.removeprefix("# ").startswith(f"{setting.field} = ")
+        )
+        if setting.default not in (None, (), {}):
+            assert tomllib.loads(line) == {setting.field: setting.default}
 
 
 def test_importing_labs_imports_neither_torch_nor_transformers(folder):

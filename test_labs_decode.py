@@ -892,6 +892,19 @@ def test_the_kept_set_is_the_one_of_transformers_warpers(
 
 
 @pytest.mark.parametrize(
+    ("option", "count"),
+    [({"top_p": 0.5}, 2), ({"min_p": 1.0}, 4), ({"top_k": 1}, 4), ({"top_p": 0.0}, 1)],
+)
+def test_of_equal_tokens_as_many_are_kept_as_by_transformers(
+    option: dict[str, Any], count: int
+) -> None:
+    top = torch.zeros(1, 4)
+    total = top.logsumexp(-1, keepdim=True)
+    kept = decode.kept_candidates(top, total, [decode.Sampling(temperature=1.0, **option)])
+    assert int(kept.sum()) == count
+
+
+@pytest.mark.parametrize(
     "option",
     [
         {"temperature": 1.0},
@@ -958,6 +971,24 @@ def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_its_company() -> Non
     assert together == alone
 
 
+def test_draws_from_all_tokens_are_alike_in_any_company() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 2000).expand(60, -1)
+    options = [{"temperature": 1.0, "seed": seed} for seed in range(60)]
+    together = [choice.token for choice in decode.choose(logits, rows_of(options))]
+    alone = [decode.choose(logits[:1], rows_of([each]))[0].token for each in options]
+    assert together == alone
+    assert {*together} - {*logits[0].topk(decode.CANDIDATES[0]).indices.tolist()}
+
+
+def test_a_higher_temperature_draws_more_kinds_of_tokens() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 2000).expand(200, -1)
+    options = [[{"temperature": t, "seed": n} for n in range(200)] for t in (0.1, 0.5, 1.0, 3.0)]
+    drawn = [{c.token for c in decode.choose(logits, rows_of(each))} for each in options]
+    assert len(drawn[0]) < len(drawn[1]) < len(drawn[2]) < len(drawn[3])
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -980,6 +1011,33 @@ def test_a_draw_that_looks_at_few_candidates_first_gives_the_token_of_all(
     few = decode.draw(scores, rows, range(60))
     assert few == decode.draw(scores, rows, range(60), ())
     assert len(set(few)) > 1
+
+
+def finaliser(x: int, bits: int, rounds: Sequence[tuple[int, int]]) -> int:
+    for shift, factor in rounds:
+        x = (x ^ (x >> shift)) * factor % 2**bits
+    return x
+
+
+MURMUR3 = 32, ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))
+SPLITMIX64 = 64, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**63 - 1])
+@pytest.mark.parametrize("step", [0, 1, 700])
+def test_the_noise_is_a_published_hash_of_seed_step_and_token(seed: int, step: int) -> None:
+    golden = 0x9E3779B97F4A7C15
+    assert finaliser(1, *MURMUR3) == 0x514E28B7  # as its authors print it
+    assert finaliser(golden, *SPLITMIX64) == 0xE220A8397B1DCDAF
+    row, ids = rows_of([{"seed": seed}], [1, 2])[0], [0, 1, 777, 49_151]
+    row.ids += [3] * step
+    key = finaliser((seed * golden + (step + 1) * 0xD1342543DE82EF95) % 2**64, *SPLITMIX64)
+    low, high = key % 2**32, key >> 32
+    hashes = [finaliser((finaliser(i ^ low, *MURMUR3) + high) % 2**32, *MURMUR3) for i in ids]
+    expected = [-math.log(-math.log((each + 0.5) / 2**32)) for each in hashes]
+    assert decode.gumbel([row], torch.tensor([ids]))[0].tolist() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_rows_that_need_more_candidates_are_drawn_beside_rows_that_do_not() -> None:
@@ -1007,21 +1065,50 @@ def test_the_global_random_state_is_neither_read_nor_changed() -> None:
     assert first == again
 
 
-def test_the_repetition_penalty_is_transformers_own() -> None:
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
+def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
     logits, prompt = torch.randn(1, 50), [3, 4, 4, 9]
-    processor = logits_process.RepetitionPenaltyLogitsProcessor(1.3)
+    processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor([prompt]), logits.clone())
     scores = logits.clone()
-    decode._process(scores, 0, rows_of([{"repetition_penalty": 1.3}], prompt)[0])
+    decode._process(scores, 0, rows_of([{"repetition_penalty": penalty}], prompt)[0])
     assert torch.equal(scores, expected)
 
 
-def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer_only() -> None:
-    row = rows_of([{"frequency_penalty": 0.5, "presence_penalty": 0.25}], [3, 4])[0]
+@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.25), (1.0, 0.0), (0.0, -1.0)])
+def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer_only(
+    frequency: float, presence: float
+) -> None:
+    row = rows_of([{"frequency_penalty": frequency, "presence_penalty": presence}], [3, 4])[0]
     row.generated.update([7, 7, 9])
     scores = torch.zeros(1, 12)
     decode._process(scores, 0, row)
-    assert scores[0, [3, 7, 9]].tolist() == [0, -(2 * 0.5 + 0.25), -(0.5 + 0.25)]
+    assert scores[0, [3, 7, 9]].tolist() == [0, -(2 * frequency + presence), -frequency - presence]
+
+
+def louder(ids: list[int], line: torch.Tensor) -> torch.Tensor:
+    return line * 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"repetition_penalty": 2.0},
+        *(
+            {name: x}
+            for name in ("frequency_penalty", "presence_penalty")
+            for x in (-1.0, 0.5, 1.0)
+        ),
+        {"logit_bias": ((4, 1.0),)},
+        {"processors": (louder,)},
+    ],
+)
+def test_choosing_leaves_the_models_logits_as_they_are(option: dict[str, Any]) -> None:
+    logits = torch.randn(3, 30)
+    before, rows = logits.clone(), rows_of([option, option, {}], [3, 4])
+    rows[0].generated.update([7, 7, 9])
+    assert [choice.error for choice in decode.choose(logits, rows)] == [None] * 3
+    assert torch.equal(logits, before)
 
 
 def test_a_logit_bias_can_force_and_forbid_a_token() -> None:
@@ -1038,6 +1125,13 @@ def test_log_probabilities_are_the_models_own_with_the_likeliest_rivals() -> Non
     assert choice.token == 1
     assert choice.logprob == pytest.approx(float(expected[1]))
     assert [i for i, _ in choice.top] == expected.topk(3).indices.tolist()
+    assert [value for _, value in choice.top] == pytest.approx(expected.topk(3).values.tolist())
+
+
+def test_a_row_that_asks_for_nothing_is_greedy_and_has_the_neutral_options() -> None:
+    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+    neutral |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "temperature": 0.0}
+    assert decode.Sampling() == decode.Sampling(**neutral, logit_bias=(), processors=())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1198,6 +1198,22 @@ def test_a_wrong_setting_is_refused_by_name(text: str, words: list[str]) -> None
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_prompt_tokens": 5, "side": "input"},
+        {"max_prompt_tokens": 5},
+        {"side": "output"},
+        {"mask": ("card",), "deny_pii": ("email", "phone")},
+        {"classifier": "a/b", "classifier_labels": ("toxic",)},
+        {"deny_patterns": ("a", "b+")},
+    ],
+    ids=str,
+)
+def test_what_goes_together_is_taken(changes: dict[str, Any]) -> None:
+    assert labs.evolve(labs.Guard(), **changes) == labs.Guard(**changes)
+
+
 def test_the_section_is_set_in_each_layer() -> None:
     configure(deny=["bad"], mask=["email"], hold_back_chars=9)
     env = {"LABS_GUARD_MASK": '["card", "phone"]', "LABS_GUARD_SIDE": "input"}
