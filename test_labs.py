@@ -2733,18 +2733,19 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 
 ROOMS = {
-    "labs.py": 2300,
+    "labs.py": 2320,
     "labs_decode.py": 1530,
     "labs_engine.py": 400,
     "labs_models.py": 295,
     "labs_openai.py": 450,
-    "labs_api.py": 1450,
+    "labs_api.py": 1500,
     "labs_batch.py": 700,
     "labs_typed.py": 200,
     "labs_rag.py": 470,
     "labs_guard.py": 290,
+    "labs_ray.py": 430,
     "labs_vendor.py": 135,
-    "labs_cli.py": 645,
+    "labs_cli.py": 695,
 }
 
 
@@ -2770,13 +2771,18 @@ def test_a_function_has_forty_lines_at_most(name):
         ("labs_guard.py", {"labs", "msgspec", "transformers"}),
         ("labs_vendor.py", {"labs"}),
         (
+            "labs_ray.py",
+            {"labs", "labs_api", "labs_batch", "labs_models", "msgspec", "prometheus_client"}
+            | {"ray", "a2wsgi", "fsspec", "starlette"},
+        ),
+        (
             "labs_batch.py",
             {"labs", "labs_openai", "labs_rag", "labs_typed", "labs_guard", "msgspec", "tqdm"},
         ),
         (
             "labs_api.py",
             {"labs", "labs_engine", "labs_models", "labs_openai", "labs_cli"}
-            | {"labs_typed", "labs_rag", "labs_guard"}
+            | {"labs_typed", "labs_rag", "labs_guard", "labs_ray"}
             | {"msgspec", "falcon", "waitress", "prometheus_client"},
         ),
     ],
