@@ -2,7 +2,7 @@
 """labs on Ray, when one machine or one GPU is not enough.
 
     labs-api --ray --replicas 2                   Ray Serve: the same HTTP API, an engine each
-    serve run labs_ray:app replicas=2             the same, by Ray's own command
+    serve run labs_ray:app num_gpus=1             the same, by Ray's own command
     labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
 
 Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_api.py and
@@ -67,6 +67,8 @@ class Cluster(Struct, frozen=True, forbid_unknown_fields=True):
     def resources(self, config: labs.Config) -> dict[str, Any]:
         gpus = self.num_gpus
         if gpus is None:
+            if not ray.is_initialized():  # `serve run` asks before
+                raise labs.ConfigError("num_gpus: say how many each replica takes, 0 for none")
             wanted = config.model.device_map not in ("cpu", "mps")
             gpus = float(wanted and ray.cluster_resources().get("GPU", 0) >= 1)
         return {"num_cpus": self.num_cpus, "num_gpus": gpus}
@@ -118,7 +120,9 @@ class Replica:
     def __init__(self, config: labs.Config, quotas: dict[str, Any]) -> None:
         logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
         logging.getLogger("ray").setLevel(logging.WARNING)
-        self.config, self.registry = config, Registry()
+        context = serve.get_replica_context()
+        self.name, self.config = context.replica_id.unique_id, config
+        self.registry = Registry(context.app_name)
         shared: dict[str, Any] = {name: Shared(each) for name, each in quotas.items()}
         self.quotas = labs_api.quotas_of(config)._replace(**shared)
         self.models = labs_models.Models(config)
@@ -136,8 +140,7 @@ class Replica:
 
     def metrics(self) -> tuple[str, list[Metric]]:
         """Return the name of this replica and what it tells Prometheus."""
-        name = serve.get_replica_context().replica_id.unique_id
-        return name, list(CollectorRegistry.collect(self.registry))
+        return self.name, list(CollectorRegistry.collect(self.registry))
 
     def __del__(self) -> None:
         self.models.close()  # no thread may be in torch while the interpreter ends
@@ -156,9 +159,13 @@ class Shared:
 class Registry(CollectorRegistry):
     """Shows what all replicas tell, whichever is asked, with their names as a label."""
 
+    def __init__(self, app_name: str) -> None:
+        super().__init__()
+        self._app_name = app_name
+
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        handle = serve.get_deployment_handle(REPLICAS, APP)
+        handle = serve.get_deployment_handle(REPLICAS, self._app_name)
         for name, found in handle.broadcast("metrics").results():
             for family in found:
                 samples, family.samples = family.samples, []

@@ -2743,7 +2743,7 @@ ROOMS = {
     "labs_typed.py": 200,
     "labs_rag.py": 470,
     "labs_guard.py": 290,
-    "labs_ray.py": 430,
+    "labs_ray.py": 435,
     "labs_vendor.py": 135,
     "labs_cli.py": 695,
 }

@@ -224,6 +224,9 @@ def test_serve_run_builds_it_from_words() -> None:
     assert labs_ray.cluster_of({"replicas": "2", "num_gpus": "0.5"}) == labs_ray.Cluster(
         replicas=2, num_gpus=0.5
     )
+    assert labs_ray.app({"replicas": "2", "num_gpus": "0"})
+    with pytest.raises(labs.ConfigError, match="num_gpus"):
+        labs_ray.app({})
     with pytest.raises(labs.ConfigError, match="replica_count"):
         labs_ray.app({"replica_count": 2})
     with pytest.raises(labs.ConfigError, match="replicas"):
