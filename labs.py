@@ -523,7 +523,7 @@ class Source(Struct, frozen=True):
     heading: str
 
 
-class Delta(Struct, frozen=True, tag="delta"):
+class Delta(Struct, frozen=True, tag="delta", repr_omit_defaults=True):
     """A piece of text; `logprobs` are those of the tokens read since the last piece."""
 
     text: str
