@@ -76,13 +76,6 @@ class Fake:
 labs_load_config = labs.load_config
 
 
-@pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
-    """Let the garbage of this process be collected; a program that ends has no need to."""
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     fake = Fake()
@@ -106,7 +99,10 @@ def gen() -> Any:
 
 
 def invoke(*arguments: str, input: str | bytes | None = None) -> Any:
-    return CliRunner().invoke(gen(), arguments, input=input)
+    try:
+        return CliRunner().invoke(gen(), arguments, input=input)
+    finally:
+        gc.unfreeze()  # what the command froze for a process that ends with it
 
 
 # What is asked
