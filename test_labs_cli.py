@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -507,7 +506,7 @@ def labs_gen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[byt
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     words = [sys.executable, ROOT / "labs_cli.py", "--temperature", "0", *arguments]
-    return subprocess.Popen(words, env=ONE_THREAD, preexec_fn=heed_sigint, **options)
+    return subprocess.Popen(words, env=ONE_THREAD, **{"preexec_fn": heed_sigint} | options)
 
 
 def heed_sigint() -> None:
@@ -599,9 +598,12 @@ def test_a_chat_on_a_terminal_survives_ctrl_c() -> None:
     terminal, child = pty.openpty()
     arguments = ["--chat", "--max-new-tokens", "4000"]
     # A session of its own with this terminal: its Ctrl-C reaches the child and not pytest.
-    process = start(
-        *arguments, stdin=child, stdout=child, stderr=child, preexec_fn=lambda: os.login_tty(child)
-    )
+
+    def begin() -> None:
+        heed_sigint()
+        os.login_tty(child)
+
+    process = start(*arguments, stdin=child, stdout=child, stderr=child, preexec_fn=begin)
     os.close(child)
     try:
         read_until(terminal, "> ")
