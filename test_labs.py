@@ -2791,5 +2791,34 @@ def test_a_room_uses_only_the_rooms_above_it(name, packages):
     assert imports(ast.walk(tree(name))) - {*sys.stdlib_module_names} == packages
 
 
+def public_names() -> list[str]:
+    """Return what others may rely on: functions, classes with their fields, public methods."""
+    found = []
+    for name in ROOMS:
+        for node in tree(name).body:
+            found += public_of(node, f"{name.removesuffix('.py')}.")
+    return found
+
+
+def public_of(node: Any, before: str) -> list[str]:
+    if getattr(node, "name", "_").startswith("_"):
+        return []
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        return [f"{before}{node.name}({ast.unparse(node.args)}){returned}"]
+    fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+    names = ", ".join(ast.unparse(each.target) for each in fields)
+    inner = [line for each in node.body for line in public_of(each, f"{before}{node.name}.")]
+    return [f"{before}{node.name}: {names}".rstrip(": "), *inner]
+
+
+def test_the_public_names_and_their_signatures_are_those_of_public_txt() -> None:
+    """A change of them is a change for users: LABS_PUBLIC=1 writes the file, CHANGELOG tells it."""
+    path, names = ROOT / "public.txt", public_names()
+    if os.environ.get("LABS_PUBLIC"):
+        path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    assert path.read_text(encoding="utf-8").splitlines() == names
+
+
 def test_labs_does_not_configure_logging():
     assert logging.getLogger("labs").handlers == []
