@@ -2,8 +2,8 @@
 """README.md holds: blocks tagged `run` are run, in order, and must show what they then say.
 
 The text that the default model generates is compared too, letter by letter, on machines like the
-one where it was recorded; elsewhere those tests are skipped. After a change that is meant to change outputs or
-settings, write them anew and read the diff:
+one where it was recorded; elsewhere those tests are skipped. After a change that is meant to change
+outputs or settings, write them anew and read the diff:
 
     LABS_README=1 uv run pytest test_labs_readme.py
 """
