@@ -423,7 +423,7 @@ def let_one_speak(flags: Values) -> None:
 def take_ray(flags: Values) -> tuple[str | None, Values]:
     """Take the flags of Ray out of the others: the cluster's address, if any, and the rest."""
     taken = {name: flags.pop(name) for name in RAY_KEYS if name in flags}
-    return taken.pop("ray"), taken
+    return taken.pop("ray", None), taken
 
 
 def vendor(folder: str, rooms: str, check: bool) -> None:

@@ -222,7 +222,7 @@ def test_help_fits_80_columns_of_ascii() -> None:
 def test_help_has_every_option_under_a_title() -> None:
     text = invoke("--help").stdout
     titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
-    own = ["Input", "Output", "Batch", "Documents", "Vendoring"]
+    own = ["Input", "Output", "Batch", "Documents", "Vendoring", "Ray"]
     assert titles == [*own, "Model", "Generation", "Quantization", "Other"]
     for option in gen().params:
         assert option.opts[0] in text

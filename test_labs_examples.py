@@ -186,7 +186,8 @@ def test_the_flask_example_serves_streams_and_ends_at_ctrl_c(tiny_folder: Path) 
         host, port = free.getsockname()
     settings = SAYS_A | {"LABS_MODEL": str(tiny_folder), "LABS_SERVER_PORT": str(port)}
     command = example("flask_mount.py", **settings)
-    with subprocess.Popen(**command, stderr=subprocess.PIPE) as process:
+    heeding = {"preexec_fn": test_labs_cli.heed_sigint, "stderr": subprocess.PIPE}
+    with subprocess.Popen(**command, **heeding) as process:
         try:
             while process.poll() is None and not listens(host, port):
                 time.sleep(0.1)
