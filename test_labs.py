@@ -599,6 +599,9 @@ WRONG = [
     (TOML, "top_k = 1", ["labs.toml", "top_k"]),
     (TOML, "generation = 1", ["labs.toml", "generation", "section"]),
     (TOML, "models = 1", ["labs.toml", "models", "section"]),
+    (TOML, 'default_model = "a"\n[generatoin]\ntop_k = 1', ["labs.toml", "[generatoin]"]),
+    (TOML, '[generation]\nmodel_name = "auto"', ["model_name = auto", "[router]"]),
+    (ENV, "LABS_MODEL=auto", ["model_name = auto", "[router]"]),
     (TOML, "[models]\nsmall = 1", ["labs.toml", "[models.small]", "section"]),
     (TOML, "[generation\n", ["labs.toml", "line 1"]),
     (".env", "LABS_TEMPERATUR=1", [".env", "LABS_TEMPERATUR", "LABS_TEMPERATURE?"]),
@@ -637,8 +640,10 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_place_key_and_bound(
 
 def test_four_and_eight_bits_from_two_places_are_refused_with_both_named():
     write("labs.toml", "[quantization]\nload_in_4bit = true\n")
-    with pytest.raises(labs.ConfigError, match=r"(?=.*labs\.toml)(?=.*LABS_LOAD_IN_8BIT)"):
-        labs.load_config(env={"LABS_LOAD_IN_8BIT": "true"})
+    env = {"LABS_LOAD_IN_8BIT": "true", "LABS_BNB_4BIT_QUANT_TYPE": "fp4"}
+    with pytest.raises(labs.ConfigError, match=r"(?=.*labs\.toml)(?=.*LABS_LOAD_IN_8BIT)") as told:
+        labs.load_config(env=env)
+    assert "BNB" not in str(told.value)  # it is no part of the contradiction
 
 
 @pytest.mark.parametrize("name", ["labs.toml", ".env"])
@@ -902,6 +907,13 @@ def test_evolve_copies_and_leaves_the_original_alone():
     new = labs.evolve(old, temperature=1)
     assert (new.temperature, new.top_k, old.temperature) == (1.0, 3, 0.5)
     assert isinstance(new.temperature, float)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(60, "x" * 58 + "':"), (61, "x" * 56 + "...:")])
+def test_of_a_long_value_only_the_beginning_is_told(length, shown):
+    with pytest.raises(labs.ConfigError) as told:
+        labs.evolve(labs.Generation(), stop="x" * (length - 2))
+    assert f"stop = '{shown}" in str(told.value)
 
 
 def test_evolve_by_nothing_is_what_it_was():

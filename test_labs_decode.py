@@ -978,7 +978,22 @@ def test_draws_from_all_tokens_are_alike_in_any_company() -> None:
     together = [choice.token for choice in decode.choose(logits, rows_of(options))]
     alone = [decode.choose(logits[:1], rows_of([each]))[0].token for each in options]
     assert together == alone
-    assert {*together} - {*logits[0].topk(decode.CANDIDATES[0]).indices.tolist()}
+    candidates = {*logits[0].topk(decode.CANDIDATES[0]).indices.tolist()}
+    assert {*together} & candidates
+    assert {*together} & ({*range(2000)} - candidates)
+
+
+def test_tokens_beyond_the_candidates_are_drawn_by_their_shares() -> None:
+    likely, size = 0.6, decode.CANDIDATES[0]
+    line = torch.full((size + 300,), math.log(1 - likely))
+    line[:size], line[size::2] = 3.0, math.log(likely)
+    rows = rows_of([{"temperature": 1.0, "seed": seed} for seed in range(9000)])
+    tokens = [c.token for c in decode.choose(line.expand(len(rows), -1), rows)]
+    beyond = [token - size for token in tokens if token >= size]
+    share = sum(place % 2 == 0 for place in beyond) / len(beyond)
+    assert share == pytest.approx(likely, abs=3 * math.sqrt(0.24 / len(beyond)))
+    inside = size * math.exp(3)
+    assert len(beyond) == pytest.approx(9000 * 150 / (150 + inside), rel=0.25)
 
 
 def test_a_higher_temperature_draws_more_kinds_of_tokens() -> None:
@@ -1103,11 +1118,15 @@ def louder(ids: list[int], line: torch.Tensor) -> torch.Tensor:
         {"processors": (louder,)},
     ],
 )
-def test_choosing_leaves_the_models_logits_as_they_are(option: dict[str, Any]) -> None:
-    logits = torch.randn(3, 30)
-    before, rows = logits.clone(), rows_of([option, option, {}], [3, 4])
+@pytest.mark.parametrize("others", [[], [{}]])
+def test_choosing_leaves_the_models_logits_as_they_are(
+    option: dict[str, Any], others: list[dict[str, Any]]
+) -> None:
+    rows = rows_of([option, option, *others], [3, 4])
     rows[0].generated.update([7, 7, 9])
-    assert [choice.error for choice in decode.choose(logits, rows)] == [None] * 3
+    logits = torch.randn(len(rows), 30)
+    before = logits.clone()
+    assert not any(choice.error for choice in decode.choose(logits, rows))
     assert torch.equal(logits, before)
 
 
