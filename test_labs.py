@@ -1710,6 +1710,18 @@ def test_threads_that_encode_at_once_get_what_one_would(default):
         assert list(threads.map(encode, range(200))) == alone
 
 
+def test_a_template_that_leaves_nothing_of_the_prompt_is_refused(tiny):
+    silent = msgspec.structs.replace(tiny, tokenizer=byte_tokenizer("{# nothing #}"))
+    with pytest.raises(labs.InputError, match="no tokens"):
+        labs.build_inputs(silent, prompt="hello")
+
+
+@pytest.mark.parametrize(("stated", "length"), [(77, 77), (10**30, None), (None, None)])
+def test_where_the_model_states_no_length_that_of_its_tokenizer_counts(stated, length):
+    silent = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert labs._context_length(silent, SimpleNamespace(model_max_length=stated)) == length
+
+
 # ---------------------------------------------------------------- text
 
 
