@@ -764,8 +764,12 @@ def _guarded(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
     except ClientGone:
         return
     except Exception as error:
-        data = dumps(as_problem(error, request_id).error)
-        yield b"event: error\ndata: " + data + b"\n\n"
+        yield error_event(as_problem(error, request_id))
+
+
+def error_event(problem: Problem) -> bytes:
+    """Return the last event of a stream that failed."""
+    return b"event: error\ndata: " + dumps(problem.error) + b"\n\n"
 
 
 class Resource:
@@ -1297,6 +1301,15 @@ def check_exposure(config: labs.Config) -> None:
         )
 
 
+def cannot_listen(server: labs.Server, error: OSError) -> labs.LabsError:
+    where = f"{server.host}:{server.port}"
+    return labs.LabsError(f"cannot listen on {where}: {error.strerror or error}")
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def serve(config: labs.Config) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     check_exposure(config)
@@ -1307,8 +1320,7 @@ def serve(config: labs.Config) -> None:
     try:
         server = make_server(app, config)
     except OSError as error:
-        where = f"{config.server.host}:{config.server.port}"
-        raise labs.LabsError(f"cannot listen on {where}: {error.strerror or error}") from error
+        raise cannot_listen(config.server, error) from error
     arguments = (server, models, config.server.drain_s)
     stopping = threading.Thread(target=drain, args=arguments, daemon=True)
 
@@ -1317,8 +1329,7 @@ def serve(config: labs.Config) -> None:
             raise KeyboardInterrupt
         stopping.start()
 
-    host = f"[{server.effective_host}]" if ":" in server.effective_host else server.effective_host
-    url = f"http://{host}:{server.effective_port}"
+    url = url_of(server.effective_host, server.effective_port)
     announcing = threading.Thread(target=_announce, args=(models, stop), daemon=True)
     try:
         with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it

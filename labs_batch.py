@@ -503,7 +503,12 @@ def answer_file(
 def opened(name: str) -> Iterator[Iterator[bytes]]:
     """Open a file of lines, without a byte order mark; - is standard input."""
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-        yield (data if n else data.removeprefix(codecs.BOM_UTF8) for n, data in enumerate(file))
+        yield unmarked(file)
+
+
+def unmarked(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a file without a byte order mark."""
+    return (data if n else data.removeprefix(codecs.BOM_UTF8) for n, data in enumerate(lines))
 
 
 @contextlib.contextmanager

@@ -207,20 +207,21 @@ def read_request(flags: Values) -> Values:
 def check_flags(flags: Values) -> None:
     """Refuse two flags of one row of RIVALS, and one without what it belongs to."""
     for row in RIVALS:
-        names = [name for name in row.split() if flags[name] not in (None, ())]
-        names = [name for name in names if flags[name] is not False]  # which 0 is equal to
-        given = ["--" + name.replace("_", "-") for name in names]
-        if len(given) > 1:
-            raise click.UsageError(f"{' and '.join(given)} exclude each other; give one of them")
+        names = ["--" + name.replace("_", "-") for name in row.split() if is_given(flags[name])]
+        if len(names) > 1:
+            raise click.UsageError(f"{' and '.join(names)} exclude each other; give one of them")
     check_needs(flags, NEEDS)
+
+
+def is_given(value: Any) -> bool:
+    return value not in (None, ()) and value is not False  # 0 is given, and equal to False
 
 
 def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
     """Refuse a flag, the first of a row, that is given without one of the others."""
     for row in rows:
         name, *modes = row.split()
-        given = flags.get(name) is not None and flags[name] is not False
-        if given and not any(flags[mode] for mode in modes):
+        if is_given(flags.get(name)) and not any(flags[mode] for mode in modes):
             flag, needed = name.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
             raise click.UsageError(f"--{flag} needs {needed}")
 

@@ -580,16 +580,15 @@ def prepare(
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     split = getattr(model.config, "distributed_config", None) is not None  # over processes
-    invariant = batch_invariant and on_cpu and how == "joins" and not recurrent and not split
+    packs = how == "joins" and not recurrent and not split
+    invariant = batch_invariant and on_cpu and packs
     if how != "alone" and model._can_set_attn_implementation():
         model.set_attn_implementation("labs_invariant" if invariant else "labs")
     accepts = frozenset(inspect.signature(model.forward).parameters)
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
     reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
-    if (
-        how == "joins" and not recurrent and not split
-    ):  # others ask for `weight`, which unpacks it, at each step
+    if packs:  # others ask for `weight`, which unpacks it, at each step
         pack(model, method)
     packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
     left = sum(each.numel() for each in _unpacked(model))

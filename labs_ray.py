@@ -220,10 +220,8 @@ async def end_with_error(send: Any, began: bool) -> None:
     problem = labs_api.Problem(
         503, "the replica that answered has ended; ask again", "replica_lost"
     )
-    data = labs_api.dumps(problem.error)
-    if began:
-        data = b"event: error\ndata: " + data + b"\n\n"
-    else:
+    data = labs_api.error_event(problem) if began else labs_api.dumps(problem.error)
+    if not began:
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
@@ -283,7 +281,7 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     with contextlib.suppress(KeyboardInterrupt), connected(address):
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = labs_api.url_of(host, port)
         print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
         try:
             _run(config, cluster)
@@ -302,8 +300,7 @@ def _free_port(server: labs.Server) -> int:
         with socket.create_server((server.host, server.port), family=family) as free:
             return int(free.getsockname()[1])
     except OSError as error:
-        where = f"{server.host}:{server.port}"
-        raise labs.LabsError(f"cannot listen on {where}: {error.strerror or error}") from error
+        raise labs_api.cannot_listen(server, error) from error
 
 
 def _run(config: labs.Config, cluster: Cluster) -> None:
@@ -320,13 +317,16 @@ def _run(config: labs.Config, cluster: Cluster) -> None:
 
 
 class Chunk(Struct, frozen=True):
-    """Lines of a file. name: the file's, within what the pattern fixes; first: number of a line."""
+    """Lines of a file. name: the file's, within what the pattern fixes; first: number of a line.
+
+    start: its byte; count: how many lines.
+    """
 
     path: str
     name: str
     first: int
     start: int
-    size: int
+    count: int
 
 
 def answer_files(
@@ -381,7 +381,7 @@ def _chunks(source: str, lines: int) -> Iterator[Chunk]:
         first, start, name = 1, 0, path.removeprefix(root).lstrip("/")
         with files.open(path, "rb") as file:
             while some := list(itertools.islice(file, lines)):
-                yield Chunk(files.unstrip_protocol(path), name, first, start, sum(map(len, some)))
+                yield Chunk(files.unstrip_protocol(path), name, first, start, len(some))
                 first, start = first + len(some), start + sum(map(len, some))
 
 
@@ -416,7 +416,7 @@ class Answers:
         tally = labs_batch.Tally(answered={*self.past.answered})
         with fsspec.open(chunk.path, "rb") as file:
             file.seek(chunk.start)
-            lines = file.read(chunk.size).splitlines(keepends=True)
+            lines = list(itertools.islice(labs_batch.unmarked(file), chunk.count))
         numbered = ((f"{chunk.name}:{n}", line) for n, line in enumerate(lines, chunk.first))
         answers = labs_batch.answer_lines(
             self.model, self.config, numbered, tally, batch_rows=self.batch_rows

@@ -2763,7 +2763,7 @@ ROOMS = {
     "labs_models.py": 295,
     "labs_openai.py": 450,
     "labs_api.py": 1500,
-    "labs_batch.py": 700,
+    "labs_batch.py": 705,
     "labs_typed.py": 200,
     "labs_rag.py": 470,
     "labs_guard.py": 290,

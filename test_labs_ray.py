@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
@@ -310,6 +311,20 @@ def test_the_command_answers_a_folder_and_goes_on(folder: Path, tmp_path: Path) 
     assert sorted(row["id"] for row in answers(tmp_path / "out")) == sorted(
         f"n{n}" for n in range(30)
     )
+
+
+def test_lines_are_those_that_a_single_process_reads(folder: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.jsonl", tmp_path / "out"
+    first = b'\xef\xbb\xbf{"id": "a",\r "prompt": "hi", "max_new_tokens": 2}\n'
+    source.write_bytes(first + b'{"prompt": "hi",\r"max_new_tokens": 2}\n{"prompt": "hi"')
+    config = labs.load_config(env={}, overrides={"model_name": str(folder), "torch_dtype": "fp32"})
+    chunks = [*labs_ray._chunks(str(source), 2)]
+    assert [(chunk.first, chunk.count) for chunk in chunks] == [(1, 2), (3, 1)]
+    target.mkdir()
+    answer = labs_ray.Answers(config, str(target), None)
+    done = [answer(msgspec.structs.asdict(chunk)) for chunk in chunks]
+    assert [(row["done"], row["failed"]) for row in done] == [(2, 0), (0, 1)]
+    assert {row["id"] for row in answers(target)} == {"a", "a.jsonl:2", "line a.jsonl:3"}
 
 
 def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path, nodes: str) -> None:
