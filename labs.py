@@ -2075,7 +2075,7 @@ def _admit(
     """Prefill newcomers, as many tokens as one chunk has, so that nobody waits longer for them."""
     import labs_decode
 
-    budget = labs_decode.CHUNK
+    budget = model.decoder.chunk
     while budget > 0 or not running.streams:
         yield from _let_go(model, running)
         yield from _enter(model, running, streams, rows)
@@ -2087,13 +2087,13 @@ def _admit(
         if not group or not _has_room(model, running, group):
             running.singly = bool(group) and running.singly
             return
-        budget -= sum(min(newcomer.pending, labs_decode.CHUNK) for newcomer in group)
+        budget -= sum(min(newcomer.pending, model.decoder.chunk) for newcomer in group)
         try:
             running.newcomers[: len(group)] = _prefill(model.decoder, group)
         except (RuntimeError, MemoryError) as error:
             if not labs_decode.out_of_memory(error):
                 raise
-            yield from _drop(running, group, error)
+            yield from _drop(model, running, group, error)
             continue
         running.beat = time.perf_counter()
         while running.newcomers and not running.newcomers[0].pending:
@@ -2111,7 +2111,7 @@ def _has_room(model: Model, running: Running, group: list[Any]) -> bool:
         return True
     if not running.prefixes.kept:
         return False
-    _give_way(running)
+    _give_way(model, running)
     return labs_decode.has_room(model.decoder, running.batches, group)
 
 
@@ -2122,7 +2122,8 @@ def _recall(model: Model, running: Running, newcomer: Any) -> Any:
     row, stream = newcomer.rows[0], running.streams[newcomer.rows[0].id]
     if row.written or not model.decoder.reuses:
         return newcomer
-    prefix, stream.cached = running.prefixes.find(stream.owner, row.ids, stream.exact)
+    border = model.decoder.chunk if stream.exact else 0
+    prefix, stream.cached = running.prefixes.find(stream.owner, row.ids, border)
     if prefix is None:
         return newcomer
     return labs_decode.recall(model.decoder, newcomer, prefix, stream.cached)
@@ -2134,24 +2135,28 @@ def _remember(model: Model, running: Running, stream: Stream, batch: Any, index:
         running.prefixes.add(stream.owner, batch, index, exact=model.decoder.invariant)
 
 
-def _drop(running: Running, group: list[Any], error: Exception) -> Iterator[tuple[int, Event]]:
+def _drop(
+    model: Model, running: Running, group: list[Any], error: Exception
+) -> Iterator[tuple[int, Event]]:
     """Fail a newcomer whose prompt memory does not hold; several are tried again singly."""
     error.__traceback__ = None  # its frames hold tensors
     if len(group) > 1:
         running.singly = True
-        _give_way(running)
+        _give_way(model, running)
         return
     del running.newcomers[: len(group)]
     for row in (newcomer.rows[0] for newcomer in group):
         del running.streams[row.id]
         yield row.id, Failed(cast("LabsError", _out_of_memory(error)))
     group.clear()
-    _give_way(running)
+    _give_way(model, running)
 
 
-def _give_way(running: Running) -> None:
+def _give_way(model: Model, running: Running) -> None:
     """Free what nothing under way needs."""
     running.prefixes.clear()
+    if model.decoder.graphs is not None:
+        model.decoder.graphs.homes.clear()
     free_memory()
 
 
@@ -2190,7 +2195,7 @@ def _enter(
 
     while len(running.streams) < rows:
         ahead = sum(newcomer.pending or 1 for newcomer in running.newcomers)
-        stream = next(streams, None) if ahead < labs_decode.CHUNK else None
+        stream = next(streams, None) if ahead < model.decoder.chunk else None
         if stream is None:
             return
         if not isinstance(stream, Stream):
@@ -2248,7 +2253,7 @@ def _halve(
 
     error.__traceback__ = None  # its frames hold tensors
     running.halvings += 1
-    _give_way(running)
+    _give_way(model, running)
     try:
         halves = labs_decode.halve(model.decoder, batch)
     except (RuntimeError, MemoryError) as again:

@@ -37,8 +37,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 COMPANY = 4  # rows of a lone row and its copies: oneDNN is faster with four than with two
 CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
+GPU_CHUNKS = 8  # of them in a call on a GPU, which takes a millisecond to be asked for anything
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
 PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+ROOMY = 512  # columns at least of slots whose steps are captured
 CAPTURE_AFTER = 4  # steps of one shape, before it is worth a CUDA graph
 GRAPH_COLUMNS = 256  # a graph reads whole blocks of so many, so that it serves as many steps
 NGRAMS = (3, 2)  # how many tokens have to be the same for a guess
@@ -124,6 +126,7 @@ class Batch:
 
     logits: what a prompt's last token gave, float32 [1, V], until `step` makes a token of it.
     at_once: how many rows a forward call takes, 0 for all; fewer where memory ran out.
+    homes: where its slots go at its end, with the graphs that read them; see `_begin`.
     """
 
     rows: tuple[Row, ...]
@@ -131,6 +134,7 @@ class Batch:
     alone: Generator[Tensor, int, None] | None = None
     logits: Tensor | None = None
     at_once: int = 0
+    homes: list[Slots] | None = None
 
     @property
     def pending(self) -> int:
@@ -562,6 +566,11 @@ class Decoder:
         """Where ids go: the device of the input embedding, sharded models included."""
         return cast("torch.device", self.model.get_input_embeddings().weight.device)
 
+    @property
+    def chunk(self) -> int:
+        """Prompt tokens per prefill call."""
+        return CHUNK * (GPU_CHUNKS if self.device.type == "cuda" else 1)
+
 
 def prepare(
     model: Any,
@@ -598,8 +607,8 @@ def prepare(
     weight_bytes += sum(together.packed.nbytes for together in packed)
     pairs = invariant and not (method and left == 0)
     devices = {parameter.device for parameter in model.parameters()}
-    one = len(devices) == 1 and devices.pop().type == "cuda" and not split
-    graphs = Graphs() if cuda_graphs and one and reuses else None
+    one = len(devices) == 1 and next(iter(devices)).type == "cuda" and not split
+    graphs = Graphs(devices.pop()) if cuda_graphs and one and reuses else None
     return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes, graphs)
 
 
@@ -819,13 +828,14 @@ def enter(decoder: Decoder, row: Row) -> Batch:
 def prefill(decoder: Decoder, batch: Batch) -> Batch:
     """Write the next chunk of the newcomer's prompt; the last one leaves logits for `step`."""
     row, at = batch.rows[0], batch.cache.cursor
-    end = row.written + (batch.pending if decoder.how == "whole" else min(CHUNK, batch.pending))
+    chunk = batch.pending if decoder.how == "whole" else decoder.chunk
+    end = row.written + min(chunk, batch.pending)
     at.start, at.top, at.positions, at.ahead = row.written, end, None, False
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
     positions = torch.arange(row.written, end, device=ids.device)[None]
     # Two, because a product with one row has other bits, see `forward`.
     logits = _call(decoder, ids, positions, batch.cache, 2)[:, -1].float()
-    if row.exact == row.written == end - CHUNK:
+    if row.exact == row.written == end - decoder.chunk:
         row.exact = end
     row.written = end
     return batch if batch.pending else replace(batch, logits=logits)
@@ -858,7 +868,7 @@ def sharing(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
     together: list[Batch] = []
     for newcomer in newcomers if decoder.shares else ():
         tokens = sum(each.pending for each in (*together, newcomer))
-        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > CHUNK:
+        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > decoder.chunk:
             break
         together.append(newcomer)
     return together or list(newcomers[:1])
@@ -868,7 +878,8 @@ def sharing(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
 def join(batch: Batch, newcomer: Batch) -> Batch:
     """Give the newcomer, who has made its first step alone, a slot of its own in `batch`."""
     row, live = newcomer.rows[0], len(batch.rows)
-    batch.cache.make_room(live, newcomer.cache.cursor.columns)
+    columns = newcomer.cache.cursor.columns
+    batch.cache.make_room(live, columns if batch.homes is None else _roomy(columns))
     for mine, theirs in zip(batch.cache.filled, newcomer.cache.filled, strict=True):
         mine.write(live, theirs, row.written)
     return replace(batch, rows=(*batch.rows, row))
@@ -934,6 +945,8 @@ def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
     for layer in batch.cache.filled:
         layer.cut(len(rows))
     at_once = batch.at_once if len(rows) > batch.at_once else 0  # that many did fit
+    if not rows and batch.homes is not None and _is_small(batch.cache):
+        batch.homes[:] = [batch.cache]
     return replace(batch, rows=tuple(rows), at_once=at_once) if rows else None
 
 
@@ -1004,17 +1017,17 @@ class Prefixes:
     def clear(self) -> None:
         self.kept.clear()
 
-    def find(self, owner: str, ids: list[int], exact: bool) -> tuple[Prefix | None, int]:
+    def find(self, owner: str, ids: list[int], border: int) -> tuple[Prefix | None, int]:
         """Return the prefix that spares most of a prompt, and how many columns; (None, 0) if none.
 
-        exact: only columns that have the bits of a prefill, to the border of a chunk, count. The
-        last token is always computed, and less than a chunk is not worth a call of its own.
+        border: the length of chunks, where only columns that have the bits of a prefill count; 0
+        for all of them. The last token is always computed, and little is not worth the copying.
         """
         best, most = None, CHUNK - 1
         for prefix in (each for each in self.kept if each.owner == owner):
             columns = _common(prefix.ids, ids[:-1])
-            if exact:
-                columns = min(columns, prefix.exact) // CHUNK * CHUNK
+            if border:
+                columns = min(columns, prefix.exact) // border * border
             if columns > most:
                 best, most = prefix, columns
         if best is None:
@@ -1058,7 +1071,7 @@ def recall(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> B
     row, buffers = newcomer.rows[0], iter(prefix.buffers)
     for layer in newcomer.cache.filled:
         layer.begin(next(buffers)[None, :, :columns], next(buffers)[None, :, :columns])
-    row.written, row.exact = columns, min(columns, prefix.exact) // CHUNK * CHUNK
+    row.written, row.exact = columns, min(columns, prefix.exact) // decoder.chunk * decoder.chunk
     return newcomer
 
 
@@ -1082,7 +1095,38 @@ def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[B
                     raise  # else the newcomer stays in the slot that it has
                 for layer in batch.cache.filled:
                     layer.cut(len(batch.rows))  # some may hold its states already
-    return [*batches, newcomer]
+    return [*batches, _begin(decoder, newcomer)]
+
+
+def _begin(decoder: Decoder, newcomer: Batch) -> Batch:
+    """Begin a batch with a newcomer, in the slots of one that ended where it fits into them.
+
+    Their graphs are captured already. The first ones get room for longer rows than its own.
+    """
+    if decoder.graphs is None:
+        return newcomer
+    homes, columns = decoder.graphs.homes, newcomer.cache.cursor.columns
+    with contextlib.suppress(IndexError):  # pop, because a batch of another thread may be quicker
+        if (home := homes.pop()).cursor.columns >= columns:
+            return join(Batch((), home, homes=homes), newcomer)
+    try:
+        newcomer.cache.make_room(1, _roomy(columns))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return newcomer
+    return replace(newcomer, homes=homes)
+
+
+def _roomy(columns: int) -> int:
+    """Return as many columns or more: slots that seldom grow are seldom captured anew."""
+    return max(ROOMY, 1 << (columns - 1).bit_length())
+
+
+def _is_small(cache: Slots) -> bool:
+    """Tell whether slots that nobody is in may be kept, beside what may come."""
+    size = sum(buffer.nbytes for buffer in cache.buffers)
+    return size <= PREFIX_SHARE * (free_memory(cache.buffers[0].device) + size)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -1096,11 +1140,12 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     if not batches and len(newcomers) == 1:
         return True
     own = [newcomer.cache.cursor.columns for newcomer in newcomers]
+    longest = max(own) if decoder.graphs is None else _roomy(max(own))
     live, at = (len(batches[0].rows), batches[0].cache.cursor) if batches else (0, Cursor(0, 0))
     rows = max(at.rows, 1)
     while rows < live + len(newcomers):
         rows *= 2
-    grown = rows * max(at.columns, *own) - at.rows * at.columns
+    grown = rows * max(at.columns, longest) - at.rows * at.columns
     per_column = batches[0].cache.bytes_per_column if batches else column_bytes(decoder)
     return (sum(own) + grown) * per_column < MEMORY_SHARE * free_memory(decoder.device)
 
@@ -1207,11 +1252,14 @@ class Graphs:
     A shape, so many rows and so many columns, is captured once it was stepped a few times, and
     checked against the step that it stands for; if capturing fails, all steps go on without.
     Where rows are fewer than the shape has, dead slots are computed beside them.
+    homes: the slots of the batch that ended last, for the next one.
     """
 
-    def __init__(self) -> None:
-        self.failed = False
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.failed = device, False
         self.pool: Any = None  # of memory, shared: a graph's output is read before the next one
+        self.first: Any = None  # a graph that keeps the pool, which would go with the last one
+        self.homes: list[Slots] = []
 
     def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
         """Return logits [B, V] as _forward_slots does."""
@@ -1249,9 +1297,10 @@ class Captured:
     ) -> None:
         rows, top = shape
         self.ids = torch.zeros((rows, 1), dtype=torch.long, device=ids.device)
-        self.positions, index = torch.zeros_like(self.ids), torch.arange(rows, device=ids.device)
+        self.positions = torch.zeros_like(self.ids)
+        self.index = torch.arange(rows, device=ids.device)  # read by each replay, as those two
         self._put(ids, written)
-        ids, positions = self.ids, self.positions  # not self: the slots must go with their batch
+        ids, positions, index = self.ids, self.positions, self.index  # not self: it holds the graph
 
         def step() -> Tensor:
             at = cache.cursor
@@ -1274,12 +1323,20 @@ class Captured:
 
 def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Return what repeats a step on the GPU, and the tensor that it fills."""
-    graph = torch.cuda.CUDAGraph()
-    graphs.pool = graphs.pool or torch.cuda.graph_pool_handle()
-    # Other threads may use the GPU meanwhile, to ask how much memory is free.
-    with torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local"):
-        logits = step()
+    with torch.cuda.device(graphs.device):
+        if graphs.pool is None:
+            graphs.pool, graphs.first = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+            with _capturing(graphs, graphs.first):
+                torch.zeros(1, device=graphs.device)
+        graph = torch.cuda.CUDAGraph()
+        with _capturing(graphs, graph):
+            logits = step()
     return graph.replay, logits
+
+
+def _capturing(graphs: Graphs, graph: Any) -> Any:
+    # Other threads may use the GPU meanwhile, to ask how much memory is free.
+    return torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local")
 
 
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:

@@ -1200,7 +1200,7 @@ def left_by(decoder: decode.Decoder, prompt: list[int], **options: Any) -> decod
 def recalled(
     decoder: decode.Decoder, prefixes: decode.Prefixes, ids: list[int], exact: bool
 ) -> Any:
-    prefix, columns = prefixes.find("", ids, exact)
+    prefix, columns = prefixes.find("", ids, exact and decode.CHUNK)
     assert prefix is not None
     batch = decode.recall(decoder, decode.enter(decoder, row_of(ids)), prefix, columns)
     assert batch.pending == len(ids) - columns
@@ -1275,8 +1275,8 @@ def test_the_longest_common_beginning_is_found_and_the_last_token_is_always_comp
         ([4, *range(3, 30)], False, 0),
         ([3], False, 0),
     ):
-        assert prefixes.find("", ids, exact)[1] == columns
-    assert prefixes.find("another", [*range(3, 30), 5], False) == (None, 0)
+        assert prefixes.find("", ids, exact and decode.CHUNK)[1] == columns
+    assert prefixes.find("another", [*range(3, 30), 5], 0) == (None, 0)
 
 
 def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_first(
@@ -1290,7 +1290,7 @@ def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_fi
     for batch in batches[:3]:
         prefixes.add("", batch, 0, exact=True)
     assert prefixes.nbytes == 3 * one
-    prefixes.find("", batches[0].rows[0].ids, True)
+    prefixes.find("", batches[0].rows[0].ids, decode.CHUNK)
     prefixes.add("", batches[3], 0, exact=True)
     assert [each.ids[0] for each in prefixes.kept] == [5, 3, 6]
     prefixes.add("", batches[0], 0, exact=True)  # known: nothing changes
@@ -1528,6 +1528,105 @@ def test_captured_slots_go_with_their_batch(monkeypatch: Any) -> None:
         assert [ref() for ref in buffers if ref() is not None] == []
     finally:
         gc.enable()
+
+
+def begun(decoder: decode.Decoder, prompt: list[int], new: int = NEW) -> decode.Batch:
+    row = decode.Row(id=0, ids=list(prompt), max_new_tokens=new, sampling=decode.Sampling())
+    batch = decode.prefill(decoder, decode.enter(decoder, row))
+    return decode.place(decoder, [], decode.step(decoder, batch)[0])[0]
+
+
+def ended(decoder: decode.Decoder, batch: decode.Batch) -> list[int]:
+    [row] = batch.rows
+    while len(row.ids) < row.columns:
+        batch, _ = decode.step(decoder, batch)
+    assert decode.keep(batch, []) is None
+    return row.ids[row.prompt_length :]
+
+
+def test_a_batch_begins_in_the_slots_of_the_last_one_whose_steps_are_captured(
+    reference: Any, monkeypatch: Any
+) -> None:
+    recorded = Recorded(monkeypatch)
+    decoder, (_, expected) = graphed("llama"), reference["llama"]
+    for index in (5, 2, 4):
+        assert ended(decoder, begun(decoder, PROMPTS[index])) == expected[index]
+    assert recorded.shapes == [(1, 211)]
+
+
+def test_two_batches_at_once_never_share_slots(reference: Any, monkeypatch: Any) -> None:
+    Recorded(monkeypatch)
+    decoder, (_, expected) = graphed("llama"), reference["llama"]
+    ended(decoder, begun(decoder, PROMPTS[1]))
+    batches = [begun(decoder, PROMPTS[index]) for index in (2, 3)]
+    assert batches[0].cache is not batches[1].cache
+    for _ in range(5):
+        batches = [decode.step(decoder, batch)[0] for batch in batches]
+    assert [ended(decoder, batch) for batch in batches] == [expected[2], expected[3]]
+    assert len(decoder.graphs.homes) == 1
+
+
+def test_a_row_too_long_for_the_last_slots_gets_larger_ones(monkeypatch: Any) -> None:
+    Recorded(monkeypatch)
+    monkeypatch.setattr(decode, "ROOMY", 64)
+    decoder = graphed("llama")
+    sizes = []
+    for new in (40, 100, 60):
+        ended(decoder, begun(decoder, PROMPTS[2], new))
+        sizes.append(decoder.graphs.homes[0].cursor.columns)
+    assert sizes == [64, 128, 128]
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_slots_are_kept_for_the_next_batch_where_memory_is_free(
+    free: int, monkeypatch: Any
+) -> None:
+    Recorded(monkeypatch)
+    monkeypatch.setattr(decode, "free_memory", lambda device: free)
+    decoder = graphed("llama")
+    ended(decoder, begun(decoder, PROMPTS[2]))
+    assert len(decoder.graphs.homes) == bool(free)
+
+
+def test_kept_slots_give_way_where_memory_runs_out(monkeypatch: Any) -> None:
+    Recorded(monkeypatch)
+    decoder = graphed("llama")
+    ended(decoder, begun(decoder, PROMPTS[2]))
+    batch, room = begun(decoder, PROMPTS[2]), decode.Slots.make_room
+    assert decoder.graphs.homes == []
+    ended(decoder, batch)
+
+    def full(self: decode.Slots, *size: int) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decode.Slots, "make_room", full)
+    decoder.graphs.homes.clear()
+    assert begun(decoder, PROMPTS[2]).homes is None, "it goes on in the slots that it has"
+    monkeypatch.setattr(decode.Slots, "make_room", room)
+
+
+@torch.inference_mode()
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch: Any) -> None:
+    """The real graph keeps addresses, not tensors: the stand-in's closure would hide that."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    arange = torch.arange
+
+    def watched(*size: Any, **options: Any) -> torch.Tensor:
+        made.append(weakref.ref(tensor := arange(*size, **options)))
+        return tensor
+
+    def record(graphs: Any, step: Any) -> Any:
+        return int, step().clone()
+
+    decoder = graphed("llama")
+    batch = newcomer(decoder, PROMPTS[2])
+    row = batch.rows[0]
+    ids = torch.tensor([[row.ids[row.written]]])
+    monkeypatch.setattr(decode, "record", record)
+    monkeypatch.setattr(torch, "arange", watched)
+    captured = decode.Captured(decoder, batch.cache, (1, 64), ids, [row.written])
+    monkeypatch.setattr(torch, "arange", arange)
+    assert made[0]() is captured.index
 
 
 def test_graphs_are_for_one_gpu_and_are_turned_off_by_a_setting() -> None:

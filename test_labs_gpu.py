@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU shows: real CUDA graphs, real memory, the same tokens as transformers there."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import labs
+import labs_decode as decode
+import labs_engine
+import labs_models
+import test_labs
+from test_labs import byte_tokenizer, save_model
+from test_labs_decode import NEW, PROMPTS, newcomer, tiny
+from test_labs_engine import asked, prompt, read
+
+folder = test_labs.folder
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+KINDS = ("llama", "qwen3", "mistral", "mixtral", "phi3", "gpt2", "cohere2", "gemma2", "gemma3_text")
+KINDS += ("gpt_oss", "deepseek_v3", "mamba2", "falcon_h1", "lfm2")
+LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+
+
+def on_gpu(kind: str, **extra: Any) -> decode.Decoder:
+    return decode.prepare(tiny(kind, **extra).cuda())
+
+
+def by_transformers(model: Any, ids: list[int]) -> list[int]:
+    inputs = torch.tensor([ids], device="cuda")
+    words = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": NEW, "do_sample": False}
+    with torch.inference_mode():
+        return model.generate(inputs, **words)[0, len(ids) :].tolist()
+
+
+def model_of(decoder: decode.Decoder, **changes: Any) -> labs.Model:
+    found = labs.Model(
+        decoder=decoder,
+        tokenizer=byte_tokenizer(),
+        spec=labs.ModelSpec(model_name="tiny"),
+        device="cuda",
+        dtype="fp32",
+        context_length=8192,
+        eos_token_ids=frozenset(),
+        recommended={},
+        load_s=0.0,
+        lock=threading.Lock(),
+    )
+    return labs.msgspec.structs.replace(found, **changes)
+
+
+def captured(batch: decode.Batch) -> list[Any]:
+    return [each for each in batch.cache.captured.values() if isinstance(each, decode.Captured)]
+
+
+def memory() -> int:
+    gc.collect()
+    labs.free_memory()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_join_and_leave_on_a_gpu_keep_transformers_tokens(kind: str, caplog: Any) -> None:
+    model = tiny(kind).cuda()
+    prompts = PROMPTS[1:5]
+    expected = [by_transformers(model, each) for each in prompts]
+    decoder, chance, found = decode.prepare(model), random.Random(2), {}
+    waiting, batch, graphs = list(range(len(prompts))) * 3, None, 0
+    while waiting or batch:
+        if waiting and (batch is None or (len(batch.rows) < 3 and chance.random() < 0.3)):
+            index = waiting.pop(0)
+            new = newcomer(decoder, prompts[index], (len(waiting), index))
+            batch = decode.join(batch, new) if batch else new
+            continue
+        batch, _ = decode.step(decoder, batch)
+        graphs += len(captured(batch))
+        done = [row for row in batch.rows if len(row.ids) == row.columns]
+        found |= {row.id: row.ids[row.prompt_length :] for row in done}
+        batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
+    assert len(found) == 3 * len(prompts)
+    assert {key: expected[key[1]] for key in found} == found
+    if decoder.graphs is not None:
+        assert graphs, "no step was a CUDA graph"
+        assert not decoder.graphs.failed, caplog.text
+
+
+def test_models_of_keys_and_values_have_graphs_and_recurrent_ones_have_none() -> None:
+    assert on_gpu("llama").graphs is not None
+    assert on_gpu("mamba2").graphs is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_same_logits_give_the_same_draws_on_a_gpu_and_without(seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = 4 * torch.randn(24, 50_000)
+    options = [{"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.5}, {}]
+    options += [{"temperature": 1.0, "top_k": 40}, {"temperature": 1.0, "min_p": 0.05}]
+    rows = [
+        decode.Row(id=i, ids=[1], max_new_tokens=2, sampling=decode.Sampling(seed=i, **each))
+        for i, each in enumerate((options * 5)[:24])
+    ]
+    tokens = [[c.token for c in decode.choose(each, rows)] for each in (logits, logits.cuda())]
+    assert tokens[0] == tokens[1]
+
+
+def test_threads_that_come_and_leave_get_the_text_that_they_get_alone() -> None:
+    model = model_of(on_gpu("llama", vocab_size=262))
+    new, numbers = 40, range(48)
+    seeds = [number % 3 or None for number in numbers]
+    alone = [
+        labs.generate(model, prompt(n, 6 + n), asked(s, new)).text
+        for n, s in zip(numbers, seeds, strict=True)
+    ]
+    engine = labs_engine.Engine(model, labs.Server(max_batch_rows=16, max_waiting=64))
+
+    def ask(number: int) -> str | None:
+        answer = engine.submit(prompt(number, 6 + number), asked(seeds[number], new))
+        if number % 4 == 3:
+            next(answer)
+            answer.close()
+            return None
+        text, end = read(answer)
+        assert isinstance(end, labs.Done), end
+        return text
+
+    with ThreadPoolExecutor(16) as pool:
+        texts = list(pool.map(ask, numbers))
+    assert [t for t in texts if t] == [alone[n] for n, t in zip(numbers, texts, strict=True) if t]
+    assert engine.status().failures == 0
+    assert not model.decoder.graphs.failed
+    assert engine.close(deadline_s=5)
+
+
+def test_a_step_that_runs_out_of_the_gpus_memory_goes_on_with_less() -> None:
+    """has_room sees the whole card, so that a limit of torch's own makes real failures."""
+    decoder = dataclasses.replace(on_gpu("llama", vocab_size=262, **LARGE), graphs=None)
+    model, rows, length = model_of(decoder), 32, 1500
+    inputs = [prompt(number, length) for number in range(rows)]
+    alone = labs.generate(model, inputs[0], asked(None, 8)).text
+    slots = rows * 2048 * decode.column_bytes(decoder)
+    limit = (memory() + 1.6 * slots) / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        running = labs.Running()
+        streams = [
+            labs.open_stream(model, number, each, asked(None, 8), ())
+            for number, each in enumerate(inputs)
+        ]
+        texts, ended = [""] * rows, 0
+        for index, event in labs.run(model, iter(streams), rows, running):
+            texts[index] += event.text if isinstance(event, labs.Delta) else ""
+            ended += isinstance(event, labs.Done)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert ended == rows
+    assert texts[0] == alone
+
+
+def test_a_model_is_loaded_to_the_gpu_and_its_memory_comes_back(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(vocab_size=262, **LARGE)
+    place = save_model(tmp_path / "model", config)
+    before = memory()
+    spec = labs.ModelSpec(model_name=str(place))
+    tables = {"one": labs.Config(model=spec, model_id="one")}
+    models = labs_models.Models(labs.msgspec.structs.replace(tables["one"], models=tables))
+    while True:
+        try:
+            engine = models("one")
+            break
+        except labs_models.Loading as loading:
+            loading.wait(0.05)
+    model = engine.model
+    assert (model.device, model.dtype) == ("cuda", "bf16")
+    assert memory() - before >= model.decoder.weight_bytes
+    _, end = read(engine.submit(prompt(1), asked(None, 60)))
+    assert isinstance(end, labs.Done), end
+    assert not model.decoder.graphs.failed
+    del engine, model
+    models.release("one")
+    models.close()
+    del models
+    assert memory() - before < 2**20
+
+
+@pytest.mark.parametrize("where", ["cuda:0", "cpu", '{"": 0}', "auto"])
+def test_a_model_lies_where_device_map_says(where: str, tmp_path: Path) -> None:
+    place = save_model(tmp_path / "model", transformers.LlamaConfig(vocab_size=262, **LARGE))
+    for dtype in ("auto", "fp16", "fp32"):
+        spec = labs.ModelSpec(model_name=str(place), device_map=where, torch_dtype=dtype)
+        model = labs.load_model(spec, cached=False)
+        devices = {parameter.device.type for parameter in model.model.parameters()}
+        assert devices == {"cpu" if where == "cpu" else "cuda"}
+        assert labs.generate(model, prompt(2), asked(None, 12)).usage.completion_tokens == 12
