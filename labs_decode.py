@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
+import gc
 import inspect
 import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -435,7 +437,8 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: A
         return torch.cat(
             [attend(module, a, b, c, None, **options)[0] for a, b, c in parts], 1
         ), None
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
+    special = options.get("softcap") is not None or options.get("s_aux") is not None
+    if special or _are_few(q, k):
         return _products(q, k, v, mask, options), None
     return sdpa_attention_forward(module, q, k, v, mask, **options)
 
@@ -474,7 +477,7 @@ def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
     """Return softmax(q k) v; q: [B, heads, Q, dim], k and v: [B, groups, T, dim]."""
     (batch, heads, queries, dim), (groups, total) = q.shape, k.shape[1:3]
-    scores = q.reshape(batch, groups, -1, dim) @ k.transpose(2, 3)
+    scores = _scores(q.reshape(batch, groups, -1, dim), k)
     scores = scores.mul_(options.get("scaling") or dim**-0.5)
     if (cap := options.get("softcap")) is not None:
         scores = cap * torch.tanh(scores / cap)
@@ -486,8 +489,36 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any
     if (sinks := options.get("s_aux")) is not None:  # a sink takes its share and gives nothing
         sinks = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(queries, 2)
         scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], -1)
-    weights = scores.softmax(-1)[..., :total]
+    weights = scores.softmax(-1)[..., :total].to(v.dtype)
     return (weights @ v).view(batch, heads, queries, -1).transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return q k, float32 on a GPU, as kernels for all of attention have it; [B, groups, ., T]."""
+    if not _sums_in_float32(q):
+        return q @ k.transpose(2, 3)
+    q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
+    return torch.bmm(q3, k3.transpose(1, 2), out_dtype=torch.float32).view(*q.shape[:3], -1)
+
+
+def _sums_in_float32(q: Tensor) -> bool:
+    has_it = hasattr(torch.ops.aten.bmm, "dtype")  # since torch 2.8
+    return q.is_cuda and q.dtype != torch.float32 and has_it
+
+
+def _are_few(q: Tensor, k: Tensor) -> bool:
+    """Tell whether one query a row gives sdpa too few heads to fill a GPU; products split columns.
+
+    An H200 takes 20 instead of 83 us for one row of 4,096 columns and 8 heads of keys.
+    """
+    if q.shape[2] > 1 or not _sums_in_float32(q):
+        return False
+    return 2 * k.shape[0] * k.shape[1] < _processors(q.device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -1221,7 +1252,7 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
 
 def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tensor:
     rows = batch.rows[first:end]
-    ids = torch.tensor([[row.ids[row.written]] for row in rows], device=decoder.device)
+    ids = upload([[row.ids[row.written]] for row in rows], decoder.device)
     written = [row.written for row in rows]
     if decoder.graphs is not None and not batch.at_once:
         return decoder.graphs.forward(decoder, batch, ids, written)
@@ -1236,11 +1267,11 @@ def _forward_slots(
     More ids than rows are guesses for the first slot.
     """
     at, live = batch.cache.cursor, len(ids)
-    positions = torch.tensor(written, device=ids.device)[:, None]
+    positions = upload(written, ids.device)[:, None]
     at.ahead = live > len(batch.rows)
     at.first, at.positions, at.top = first, positions[:, 0], _blocks(max(written) + 1)
     slots = [0] * live if at.ahead else range(first, first + live)
-    at.index = torch.tensor(slots, device=ids.device)
+    at.index = upload(slots, ids.device)
     if live == 1 and decoder.pairs:
         ids, positions = ids.expand(COMPANY, 1), positions.expand(COMPANY, 1)
     return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
@@ -1284,7 +1315,7 @@ class Graphs:
                 raise ArithmeticError(f"its logits are off by {off:.3g}")
         except Exception as error:  # of the model's code, of the driver: nothing depends on it
             self.failed = True
-            log.warning("steps run without CUDA graphs: %s", error)
+            log.warning("steps run without CUDA graphs: %s", str(error).partition("\n")[0])
             return
         batch.cache.captured[shape] = captured
 
@@ -1313,7 +1344,7 @@ class Captured:
     def _put(self, ids: Tensor, written: list[int]) -> None:
         live, dead = len(ids), len(self.ids) - len(ids)
         self.ids[:live], self.ids[live:] = ids, 0
-        self.positions.copy_(torch.tensor([*written, *[0] * dead])[:, None])
+        self.positions.copy_(upload([*written, *[0] * dead], self.ids.device)[:, None])
 
     def forward(self, ids: Tensor, written: list[int]) -> Tensor:
         self._put(ids, written)
@@ -1334,9 +1365,16 @@ def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None],
     return graph.replay, logits
 
 
-def _capturing(graphs: Graphs, graph: Any) -> Any:
-    # Other threads may use the GPU meanwhile, to ask how much memory is free.
-    return torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local")
+@contextlib.contextmanager
+def _capturing(graphs: Graphs, graph: Any) -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()  # an older graph that is found to be garbage meanwhile spoils this one
+    try:  # other threads may use the GPU meanwhile, to ask how much memory is free
+        with torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:
@@ -1419,23 +1457,23 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """
     errors: dict[int, Exception] = {}
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
+    _penalise(scores, rows)
     for index, row in enumerate(rows):
         try:
-            _process(scores, index, row)
+            for processor in row.sampling.processors:
+                scores[index] = processor(row.ids, scores[index])
         except Exception as error:  # a processor that a request brought ends its own row only
             errors[index] = error
-    tokens: list[int] = [-1] * len(rows)
-    for index, value in enumerate(scores.amax(-1).tolist()):
+    # A GPU is asked for all of it before the first answer is waited for.
+    highest = scores.amax(-1)
+    greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
+    best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
+    tokens = dict(zip(drawn, draw(scores, rows, drawn), strict=True))
+    tokens |= {} if best is None else dict(zip(greedy, best.tolist(), strict=True))
+    for index, value in enumerate(highest.tolist()):
         if not math.isfinite(value):
             errors.setdefault(index, ArithmeticError("the model gave logits that are not finite"))
-    greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
-    for places, chosen in (
-        (greedy, scores[greedy].argmax(-1).tolist() if greedy else []),
-        (drawn, draw(scores, rows, drawn)),
-    ):
-        for index, token in zip(places, chosen, strict=True):
-            tokens[index] = token
     return [
         Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
         for i, row in enumerate(rows)
@@ -1447,26 +1485,47 @@ def _changes_logits(s: Sampling) -> bool:
     return penalised or bool(s.logit_bias) or bool(s.processors)
 
 
-def _process(scores: Tensor, index: int, row: Row) -> None:
-    """Apply the row's penalties, bias and processors to scores[index], in place.
+def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
+    """Apply all rows' penalties and biases to scores [B, V], in place.
 
     repetition_penalty as transformers' RepetitionPenaltyLogitsProcessor: over prompt and answer.
     frequency_penalty and presence_penalty as in OpenAI's API reference: over the answer.
     """
-    s, line = row.sampling, scores[index]
-    if s.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(row.ids)), device=line.device)
-        old = line[seen]
-        line[seen] = torch.where(old < 0, old * s.repetition_penalty, old / s.repetition_penalty)
-    if (s.frequency_penalty or s.presence_penalty) and row.generated:
-        ids = torch.tensor(list(row.generated), device=line.device)
-        counts = line.new_tensor(list(row.generated.values()))
-        line[ids] -= counts * s.frequency_penalty + s.presence_penalty
-    if s.logit_bias:
-        ids = torch.tensor([token for token, _ in s.logit_bias], device=line.device)
-        line[ids] += line.new_tensor([bias for _, bias in s.logit_bias])
-    for processor in s.processors:
-        scores[index] = processor(row.ids, scores[index])
+    options = [(i, row, row.sampling) for i, row in enumerate(rows)]
+    if seen := [
+        (i, token, s.repetition_penalty)
+        for i, row, s in options
+        if s.repetition_penalty != 1
+        for token in set(row.ids)
+    ]:
+        lines, ids, penalties = _columns(seen, scores)
+        old = scores[lines, ids]
+        scores[lines, ids] = torch.where(old < 0, old * penalties, old / penalties)
+    if used := [
+        (i, token, count, s.frequency_penalty, s.presence_penalty)
+        for i, row, s in options
+        if s.frequency_penalty or s.presence_penalty
+        for token, count in row.generated.items()
+    ]:
+        lines, ids, counts, frequency, presence = _columns(used, scores)
+        scores[lines, ids] -= counts * frequency + presence
+    if biased := [(i, *each) for i, _, s in options for each in s.logit_bias]:
+        lines, ids, biases = _columns(biased, scores)
+        scores[lines, ids] += biases
+
+
+def _columns(table: list[tuple[Any, ...]], like: Tensor) -> list[Tensor]:
+    """Return the columns of a table: two of places, then numbers of the type of `like`."""
+    lines, ids, *numbers = zip(*table, strict=True)
+    places = [upload(each, like.device) for each in (lines, ids)]
+    return places + [upload(each, like.device, like.dtype) for each in numbers]
+
+
+def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return values as a tensor on a device; a GPU is not waited for, as torch.tensor does."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _choice(logits: Tensor, row: Row, token: int) -> Choice:
@@ -1491,19 +1550,19 @@ def draw(
     """
     if not places:
         return []
-    chosen = [rows[i] for i in places]
-    temperatures = scores.new_tensor([row.sampling.temperature for row in chosen])
-    scaled = scores[list(places)] / temperatures[:, None]
+    chosen, device = [rows[i] for i in places], scores.device
+    temperatures = upload([row.sampling.temperature for row in chosen], device, scores.dtype)
+    scaled = scores[upload(places, device)] / temperatures[:, None]
     size = min(*sizes[:1], scaled.shape[-1]) if sizes else scaled.shape[-1]
     top = scaled.topk(size)  # [N, K], descending
     kept = kept_candidates(
         top.values, scaled.logsumexp(-1, keepdim=True), [row.sampling for row in chosen]
     )
-    noisy = (top.values.double() + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
+    noisy = (top.values + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
     best = noisy.max(-1)
     tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
     whole = size == scaled.shape[-1]
-    open_ended = [] if whole else kept[:, -1].nonzero()[:, 0].tolist()
+    open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
     cut = [n for n in open_ended if _cuts(chosen[n].sampling, size)]
     # What top_p is a share of, top_k decides: all that top_k keeps must be seen.
     options = [] if whole else [row.sampling for row in chosen]
@@ -1511,9 +1570,13 @@ def draw(
     cut = sorted({*cut, *deep})
     for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
         tokens[n] = token
-    for n in (n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut):
-        rest = scaled[n].scatter(-1, top.indices[n], -torch.inf)
-        tokens[n] = _draw_lump(rest, chosen[n], float(best.values[n]), tokens[n])
+    lumps = [n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut]
+    if lumps:
+        at = upload(lumps, device)
+        rest = scaled[at].scatter(-1, top.indices[at], -torch.inf)
+        won = _draw_lumps(rest, [chosen[n] for n in lumps], best.values[at])
+        for place, token in won.items():
+            tokens[lumps[place]] = token
     return tokens
 
 
@@ -1529,27 +1592,30 @@ def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> 
     and MinPLogitsWarper in that order (ties of top_k kept, top_p over what top_k left).
     """
     size = top.shape[-1]
-    last = torch.tensor([min(s.top_k or size, size) - 1 for s in options], device=top.device)
+    last = upload([min(s.top_k or size, size) - 1 for s in options], top.device)
     kept = top >= top.gather(-1, last[:, None])
-    limited = torch.tensor([0 < s.top_k <= size for s in options], device=top.device)[:, None]
+    limited = upload([0 < s.top_k <= size for s in options], top.device)[:, None]
     below = top.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
     probabilities = (top - torch.where(limited, below, total)).exp()
     before = probabilities.cumsum(-1) - probabilities
-    share = top.new_tensor([s.top_p if s.top_p < 1 else math.inf for s in options])  # sums round
-    kept &= before < share[:, None]
-    floor = top.new_tensor([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options])
-    kept &= top >= top[:, :1] + floor[:, None]
+    share = [s.top_p if s.top_p < 1 else math.inf for s in options]  # sums round
+    kept &= before < upload(share, top.device, top.dtype)[:, None]
+    floor = [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options]
+    kept &= top >= top[:, :1] + upload(floor, top.device, top.dtype)[:, None]
     kept[:, 0] = True
     return kept
 
 
-def _draw_lump(rest: Tensor, row: Row, best: float, token: int) -> int:
-    """Return `token`, or a token of `rest` [V] where the lump of all of them beats `best`."""
-    lump = torch.tensor([[len(rest)]], device=rest.device)  # an id that no token has
-    if float(rest.logsumexp(-1)) + float(gumbel([row], lump)) <= best:
-        return token
-    ids = torch.arange(len(rest), device=rest.device)[None]
-    return int((rest.double() + gumbel([row], ids)[0]).argmax())
+def _draw_lumps(rest: Tensor, rows: Sequence[Row], best: Tensor) -> dict[int, int]:
+    """Return a token of rest [N, V] for each row whose lump, all of them, beats `best` [N]."""
+    lump = torch.full((len(rows), 1), rest.shape[-1], device=rest.device)  # an id no token has
+    wins = rest.logsumexp(-1) + gumbel(rows, lump)[:, 0] > best
+    ids = torch.arange(rest.shape[-1], device=rest.device)[None]
+    return {
+        n: int((rest[n] + gumbel([rows[n]], ids)[0]).argmax())
+        for n, won in enumerate(wins.tolist())
+        if won
+    }
 
 
 def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
@@ -1558,8 +1624,7 @@ def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
     Two rounds of murmur3's finaliser over the id, keyed by a 64-bit hash of seed and step.
     """
     keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
-    low = torch.tensor([key & _32 for key in keys], device=ids.device)[:, None]
-    high = torch.tensor([key >> 32 for key in keys], device=ids.device)[:, None]
+    low, high = (upload([key >> at & _32 for key in keys], ids.device)[:, None] for at in (0, 32))
     hashed = _mix((_mix(ids ^ low) + high) & _32)
     real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
     return -torch.log(-torch.log((hashed.to(real) + 0.5) / 2**32))

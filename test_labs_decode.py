@@ -1086,7 +1086,7 @@ def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
     processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor([prompt]), logits.clone())
     scores = logits.clone()
-    decode._process(scores, 0, rows_of([{"repetition_penalty": penalty}], prompt)[0])
+    decode._penalise(scores, rows_of([{"repetition_penalty": penalty}], prompt))
     assert torch.equal(scores, expected)
 
 
@@ -1097,7 +1097,7 @@ def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer
     row = rows_of([{"frequency_penalty": frequency, "presence_penalty": presence}], [3, 4])[0]
     row.generated.update([7, 7, 9])
     scores = torch.zeros(1, 12)
-    decode._process(scores, 0, row)
+    decode._penalise(scores, [row])
     assert scores[0, [3, 7, 9]].tolist() == [0, -(2 * frequency + presence), -frequency - presence]
 
 
