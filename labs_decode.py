@@ -612,7 +612,7 @@ def prepare(
 ) -> Decoder:
     """Decide how the rows of `model` run; give it the attention and the products that this needs.
 
-    On CPU the linear layers of `model` are replaced, see `pack`, which takes the method too.
+    Linear layers and norms of `model` are replaced: `pack`, which takes the method, `fuse_norms`.
     Raises ValueError where a method has nothing to work on.
     """
     how, why = how_it_runs(model)
@@ -628,8 +628,12 @@ def prepare(
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
     reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
+    devices = {parameter.device for parameter in model.parameters()}
+    one = len(devices) == 1 and next(iter(devices)).type == "cuda" and not split
     if packs:  # others ask for `weight`, which unpacks it, at each step
         pack(model, method)
+    if packs and one:
+        fuse_norms(model)
     packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
     left = sum(each.numel() for each in _unpacked(model))
     if method and left > sum(together.packed.numel for together in packed):
@@ -637,8 +641,6 @@ def prepare(
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     weight_bytes += sum(together.packed.nbytes for together in packed)
     pairs = invariant and not (method and left == 0)
-    devices = {parameter.device for parameter in model.parameters()}
-    one = len(devices) == 1 and next(iter(devices)).type == "cuda" and not split
     graphs = Graphs(devices.pop()) if cuda_graphs and one and reuses else None
     return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes, graphs)
 
@@ -698,6 +700,19 @@ class OneDNN:
 
     def weight(self) -> Tensor:
         return cast("Tensor", self.packed.to_dense())
+
+
+class Plain:
+    """A weight as it is, for layers that are one product: a GPU is asked once, and reads faster."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.packed, self.nbytes, self.numel = weight, weight.nbytes, weight.numel()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, self.packed, bias)
+
+    def weight(self) -> Tensor:
+        return self.packed
 
 
 class FewerBits:
@@ -779,7 +794,7 @@ class Together:
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer on CPU whose weight is packed, alone or with others that read its input."""
+    """A linear layer whose weight is packed, alone or with others that read its input."""
 
     def __init__(self, linear: torch.nn.Linear, together: Together, index: int) -> None:
         super().__init__()
@@ -797,10 +812,10 @@ class PackedLinear(torch.nn.Module):
 
 @torch.inference_mode()
 def pack(model: Any, method: str | None = None) -> None:
-    """Replace the plain linear layers on CPU by packed ones; their weights go, one group at a time.
+    """Replace the plain linear layers by packed ones; their weights go, one group at a time.
 
-    method: "int8"; "int4", with 8 bits for the output layer, where 4 are heard; None for the
-    weights as they are.
+    On a GPU only those that become one product. method, for a CPU: "int8"; "int4", with 8 bits for
+    the output layer, where 4 are heard; None for the weights as they are.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     types = _packed_types() if method is None else [torch.float32, torch.bfloat16, torch.float16]
@@ -811,7 +826,10 @@ def pack(model: Any, method: str | None = None) -> None:
         for group in _together(parent, names):
             linears = [getattr(parent, name) for name in group]
             kind = "int8" if method == "int4" and linears == [head] else method
-            together = Together(linears, PACKINGS[kind])
+            on_cpu = linears[0].weight.is_cpu
+            if len(group) == 1 and not on_cpu:
+                continue
+            together = Together(linears, PACKINGS[kind] if on_cpu else Plain)
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 setattr(parent, name, PackedLinear(linear, together, index))
 
@@ -837,11 +855,40 @@ def _together(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
 
 
 def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool:
-    if type(module) is not torch.nn.Linear or not module.weight.is_cpu:
+    if type(module) is not torch.nn.Linear or _is_hooked(module):
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    if module.weight.is_cuda:
+        return method is None
     fits = method != "int4" or module.in_features % GROUP == 0
-    return fits and not hooked and module.weight.dtype in types
+    return fits and module.weight.is_cpu and module.weight.dtype in types
+
+
+def _is_hooked(module: Any) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or hasattr(module, "_hf_hook")
+
+
+@torch.inference_mode()
+def fuse_norms(model: Any) -> None:
+    """Let norms that are torch's rms_norm be computed by it: one kernel instead of six.
+
+    What a norm is, its output tells: some add one to their weight, or leave rows as they are.
+    """
+    for module in model.modules():
+        weight, eps = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
+        if eps is None or weight is None or weight.ndim != 1 or _is_hooked(module):
+            continue
+        if len(inspect.signature(module.forward).parameters) != 1:  # with a gate
+            continue
+        norm = functools.partial(_rms_norm, weight=weight, eps=eps)
+        x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype)
+        x = x.view(1, 2, -1)
+        if torch.allclose(module(x), norm(x), rtol=0.02, atol=0.02):
+            module.forward = norm
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 # ---------------------------------------------------------------- the four functions
@@ -1493,32 +1540,37 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     """
     options = [(i, row, row.sampling) for i, row in enumerate(rows)]
     if seen := [
-        (i, token, s.repetition_penalty)
+        (set(row.ids), i, s.repetition_penalty)
         for i, row, s in options
         if s.repetition_penalty != 1
-        for token in set(row.ids)
     ]:
-        lines, ids, penalties = _columns(seen, scores)
+        ids, lines, penalties = _spread(seen, scores)
         old = scores[lines, ids]
         scores[lines, ids] = torch.where(old < 0, old * penalties, old / penalties)
     if used := [
-        (i, token, count, s.frequency_penalty, s.presence_penalty)
+        (row.generated, i, s.frequency_penalty, s.presence_penalty)
         for i, row, s in options
-        if s.frequency_penalty or s.presence_penalty
-        for token, count in row.generated.items()
+        if (s.frequency_penalty or s.presence_penalty) and row.generated
     ]:
-        lines, ids, counts, frequency, presence = _columns(used, scores)
-        scores[lines, ids] -= counts * frequency + presence
-    if biased := [(i, *each) for i, _, s in options for each in s.logit_bias]:
-        lines, ids, biases = _columns(biased, scores)
-        scores[lines, ids] += biases
+        ids, lines, frequency, presence = _spread(used, scores)
+        counts = [count for generated, *_ in used for count in generated.values()]
+        counted = upload(counts, scores.device, scores.dtype)
+        scores[lines, ids] -= counted * frequency + presence
+    if biased := [(dict(s.logit_bias), i) for i, _, s in options if s.logit_bias]:
+        ids, lines = _spread(biased, scores)
+        biases = [bias for each, _ in biased for bias in each.values()]
+        scores[lines, ids] += upload(biases, scores.device, scores.dtype)
 
 
-def _columns(table: list[tuple[Any, ...]], like: Tensor) -> list[Tensor]:
-    """Return the columns of a table: two of places, then numbers of the type of `like`."""
-    lines, ids, *numbers = zip(*table, strict=True)
-    places = [upload(each, like.device) for each in (lines, ids)]
-    return places + [upload(each, like.device, like.dtype) for each in numbers]
+def _spread(table: Sequence[tuple[Any, ...]], scores: Tensor) -> list[Tensor]:
+    """Return all ids of a table of (ids, line, numbers ...), and for each its line and numbers."""
+    ids = [token for some, *_ in table for token in some]
+    lengths = upload([len(some) for some, *_ in table], scores.device)
+    columns = [upload([row[1] for row in table], scores.device)]
+    for place in range(2, len(table[0])):
+        columns.append(upload([row[place] for row in table], scores.device, scores.dtype))
+    many = [each.repeat_interleave(lengths, output_size=len(ids)) for each in columns]
+    return [upload(ids, scores.device), *many]
 
 
 def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import math
@@ -1412,6 +1413,45 @@ def test_no_more_is_guessed_than_may_be_generated() -> None:
     assert decode.look_up(row) == [4, 5]
     row.max_new_tokens = 1
     assert decode.look_up(row) == []
+
+
+# ---------------------------------------------------------------- fewer kernels, for a GPU
+
+
+def norms_of(model: Any) -> list[Any]:
+    return [each for each in model.modules() if hasattr(each, "variance_epsilon")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_oss", "deepseek_v3"])
+def test_norms_that_are_torchs_rms_norm_are_computed_by_it(kind: str) -> None:
+    model, ids = tiny(kind), torch.tensor([PROMPTS[4]])
+    for norm in norms_of(model):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        decode.fuse_norms(model)
+        assert all(isinstance(norm.forward, functools.partial) for norm in norms_of(model))
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "mamba2"])
+def test_norms_that_do_something_else_stay_as_they_are(kind: str) -> None:
+    model = tiny(kind)
+    kept = [norm for norm in norms_of(model) if type(norm).__name__ != "Mamba2RMSNorm"]
+    assert kept
+    decode.fuse_norms(model)
+    assert not any(isinstance(norm.forward, functools.partial) for norm in kept)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_are_one_product_give_each_what_it_gives_alone(bias: bool) -> None:
+    linears = [torch.nn.Linear(8, n, bias=bias) for n in (6, 4, 2)]
+    together = decode.Together(linears, decode.Plain)
+    x = torch.randn(3, 8)
+    for index, linear in enumerate(linears):
+        packed = decode.PackedLinear(linear, together, index)
+        torch.testing.assert_close(packed(x), linear(x))
+        assert torch.equal(packed.weight, linear.weight)
 
 
 # ---------------------------------------------------------------- steps as graphs

@@ -28,6 +28,7 @@ folder = test_labs.folder
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 KINDS = ("llama", "qwen3", "mistral", "mixtral", "phi3", "gpt2", "cohere2", "gemma2", "gemma3_text")
 KINDS += ("gpt_oss", "deepseek_v3", "mamba2", "falcon_h1", "lfm2")
+EXPERTS = ("mixtral", "gpt_oss", "deepseek_v3")
 LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
 LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 
@@ -89,14 +90,48 @@ def test_rows_that_join_and_leave_on_a_gpu_keep_transformers_tokens(kind: str, c
         batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
     assert len(found) == 3 * len(prompts)
     assert {key: expected[key[1]] for key in found} == found
-    if decoder.graphs is not None:
+    if decoder.graphs is None:
+        return
+    if decoder.graphs.failed:  # experts in float32 ask the GPU how many tokens each of them has
+        assert kind in EXPERTS, caplog.text
+        assert caplog.text.count("steps run without CUDA graphs") == 1
+    else:
         assert graphs, "no step was a CUDA graph"
-        assert not decoder.graphs.failed, caplog.text
 
 
 def test_models_of_keys_and_values_have_graphs_and_recurrent_ones_have_none() -> None:
     assert on_gpu("llama").graphs is not None
     assert on_gpu("mamba2").graphs is None
+
+
+def test_layers_that_read_the_same_input_are_one_product_on_a_gpu() -> None:
+    model = tiny("llama").to(torch.bfloat16).cuda()
+    ids = torch.tensor([PROMPTS[4]], device="cuda")
+    with torch.inference_mode():
+        expected = model(ids).logits.float()
+        layers = decode.prepare(model).model.model.layers
+        assert all(type(each.self_attn.q_proj) is decode.PackedLinear for each in layers)
+        assert all(type(each.mlp.down_proj) is torch.nn.Linear for each in layers)
+        logits = model(ids).logits.float()
+    assert (logits - expected).norm() <= 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [1, 60, 1500])
+def test_attention_of_few_rows_is_sdpas(rows: int, columns: int) -> None:
+    torch.manual_seed(rows)
+    q = torch.randn(rows, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(rows, 2, 1600, 64, device="cuda", dtype=q.dtype) for _ in "kv")
+    k, v = k[:, :, :columns], v[:, :, :columns]
+    seen = torch.rand(rows, 1, 1, columns, device="cuda") < 0.7
+    seen[..., 0] = True
+    mask = decode._additive(seen, q.dtype)
+    assert decode._are_few(q, k)
+    found = decode._products(q, k, v, mask, {"scaling": 0.1}).transpose(1, 2)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    words = {"attn_mask": mask.double(), "scale": 0.1, "enable_gqa": True}
+    expected = sdpa(q.double(), k.double(), v.double(), **words)
+    assert (found.double() - expected).norm() <= 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("seed", range(5))
