@@ -2758,7 +2758,7 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 ROOMS = {
     "labs.py": 2320,
-    "labs_decode.py": 1530,
+    "labs_decode.py": 1710,
     "labs_engine.py": 400,
     "labs_models.py": 295,
     "labs_openai.py": 450,
