@@ -25,7 +25,8 @@ from test_labs_decode import NEW, PROMPTS, newcomer, tiny
 from test_labs_engine import asked, prompt, read
 
 folder = test_labs.folder
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0")
+HIDDEN = not torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(HIDDEN, reason="needs a GPU, and CUDA_VISIBLE_DEVICES=0")
 KINDS = ("llama", "qwen3", "mistral", "mixtral", "phi3", "gpt2", "cohere2", "gemma2", "gemma3_text")
 KINDS += ("gpt_oss", "deepseek_v3", "mamba2", "falcon_h1", "lfm2")
 EXPERTS = ("mixtral", "gpt_oss", "deepseek_v3")
