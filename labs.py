@@ -582,7 +582,7 @@ def evolve(struct: S, /, **changes: Any) -> S:
 
 
 def choice_of(generation: Generation, choice: int) -> Generation:
-    """Choice i of a seeded request has seed + i: else all choices would be the same."""
+    """Return the options of a choice: a given seed plus its number, or all would be the same."""
     if generation.seed is None:
         return generation
     return msgspec.structs.replace(generation, seed=(generation.seed + choice) % 2**63)
@@ -604,27 +604,27 @@ def load_config(
     dotenv = _read_dotenv(Path(".env"))
     environment = os.environ if env is None else env
     layers = [
-        _from_names(dotenv, ".env", strict=True),
-        _from_names(environment, "environment", strict=False),
+        _from_names(dotenv, ".env"),
+        _from_names(environment, "environment"),
         {key: (value, f"--{key.replace('_', '-')}") for key, value in (overrides or {}).items()},
     ]
     upper = functools.reduce(lambda low, high: {**low, **high}, layers)
     secrets = {**dotenv, **{name: text for name, text in environment.items() if text}}
     resolve = functools.partial(_resolve, tables, upper, file, secrets.get("HF_TOKEN") or None)
     config = resolve(_chosen(tables, upper, file))
-    _warn_of_trust(config, str(file) if path is None else None)
     models = {name: resolve(name) for name in tables.get("models", {})}
+    _warn_of_trust([config, *models.values()], str(file) if path is None else None)
     keys = _api_keys(secrets.get("LABS_API_KEYS", ""), config.server.api_keys_file)
     _check_rules(config, models)
     return msgspec.structs.replace(config, models=models, api_keys=keys)
 
 
-def _warn_of_trust(config: Config, found: str | None) -> None:
+def _warn_of_trust(configs: Iterable[Config], found: str | None) -> None:
     """Tell that code of others is trusted, if a file says so that nobody named."""
-    source = config.sources.get("trust_remote_code", "")
-    of_itself = source.endswith(".env") or (found is not None and source.startswith(found))
-    if config.model.trust_remote_code and of_itself:
-        log.warning("trust_remote_code is on because %s in this folder says so", source)
+    trusting = [config for config in configs if config.model.trust_remote_code]
+    for source in dict.fromkeys(each.sources.get("trust_remote_code", "") for each in trusting):
+        if source.endswith(".env") or (found is not None and source.startswith(found)):
+            log.warning("trust_remote_code is on because %s in this folder says so", source)
 
 
 def _check_rules(config: Config, models: Mapping[str, Config]) -> None:
@@ -747,7 +747,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
-def _from_names(names: Mapping[str, str], place: str, *, strict: bool) -> dict[str, Any]:
+def _from_names(names: Mapping[str, str], place: str) -> dict[str, Any]:
     """Return {key: (value, source)} of the LABS_ names; empty means unset."""
     known = {setting.environment: setting for setting in settings()}
     found = {}
@@ -757,8 +757,8 @@ def _from_names(names: Mapping[str, str], place: str, *, strict: bool) -> dict[s
         if name in known:
             source = name if place == "environment" else f"{name} in {place}"
             found[known[name].key] = (_from_text(text, known[name].type, source), source)
-        elif strict or _guess(name, known):
-            raise ConfigError(f"unknown setting {name} in the {place}{_guess(name, known)}")
+        elif (guess := _guess(name, known)) or place == ".env":
+            raise ConfigError(f"unknown setting {name} in the {place}{guess}")
         else:  # a platform may inject names of its own, such as LABS_PORT
             log.warning("%s in the environment is no setting of labs and was not used", name)
     return found
@@ -860,16 +860,16 @@ def _config(values: dict[str, tuple[Any, str]], name: str | None, token: str | N
         for section, group in _PARTS.items()
         for part in group
     }
-    where = {key: f"{source}: " for key, source in sources.items()}
-    quantization = _build(Quantization, parts[Quantization], where)
+    where = {section: _by_field(section, sources) for section in _PARTS}
+    quantization = _build(Quantization, parts[Quantization], where["quantization"])
     return Config(
         model=_build(ModelSpec, {**parts[ModelSpec], "quantization": quantization, "token": token}),
-        generation=_build(Generation, parts[Generation], where),
-        server=_build(Server, parts[Server], where),
-        response_cache=_build(ResponseCache, parts[ResponseCache], where),
-        router=_build(Router, parts[Router], where),
-        documents=_build(Documents, parts[Documents], where),
-        guard=_build(Guard, parts[Guard], _by_field("guard", sources)),
+        generation=_build(Generation, parts[Generation], where["generation"]),
+        server=_build(Server, parts[Server]),
+        response_cache=_build(ResponseCache, parts[ResponseCache]),
+        router=_build(Router, parts[Router]),
+        documents=_build(Documents, parts[Documents]),
+        guard=_build(Guard, parts[Guard], where["guard"]),
         model_id=name or checked.get("model_name", DEFAULT_MODEL),
         sources=sources,
         **parts[Chat],
@@ -1009,7 +1009,7 @@ def gpu_memory() -> dict[str, int]:
 def weight_bytes(spec: ModelSpec) -> int:
     """Return about how much memory the weights of a model take, without loading them.
 
-    Raises ModelError where load_model would.
+    A GGUF file is converted first. Raises ModelError where its files or settings are at fault.
     """
     import torch
 
@@ -1034,7 +1034,7 @@ def system_memory(spec: ModelSpec) -> int:
 
     import labs_decode
 
-    return labs_decode.free_memory(torch.device(_device(spec)[1]))
+    return labs_decode.free_memory(torch.device(_numbered(spec, _device(spec)[1])))
 
 
 def context_length(spec: ModelSpec) -> int | None:
@@ -1077,9 +1077,7 @@ def _progress_bars() -> Iterator[None]:
     ours.disable_progress_bar()
     hub.disable_progress_bars()
     try:
-        # The bar of a GGUF conversion knows no switch.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         ours.enable_progress_bar()
         hub.enable_progress_bars()
@@ -1118,7 +1116,7 @@ def _load(spec: ModelSpec) -> Model:
             revision=_revision(spec, config, origin),
             dtype=dtype,
             device=device,
-            hardware=_hardware(device),
+            hardware=_hardware(decoder.device),
             quantization=_changed(spec.quantization),
             batch_invariant=decoder.invariant,
             versions=_versions(spec.quantization),
@@ -1149,11 +1147,11 @@ def _revision(spec: ModelSpec, config: Any, origin: Path | None) -> str:
     return f"sha256:{_digest(origin, _cache(spec))}"
 
 
-def _hardware(device: str) -> str:
+def _hardware(device: Any) -> str:
     import torch
 
-    if device == "cuda":
-        return str(torch.cuda.get_device_name())
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
     return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
@@ -1223,8 +1221,13 @@ def _device(spec: ModelSpec) -> tuple[Any, str, str]:
     return (
         device_map,
         device,
-        resolve_dtype(spec.torch_dtype, device=device, has_bf16=_has_bf16(device)),
+        resolve_dtype(spec.torch_dtype, device=device, has_bf16=_has_bf16(_numbered(spec, device))),
     )
+
+
+def _numbered(spec: ModelSpec, device: str) -> str:
+    """Return the device with its number where one was given."""
+    return spec.device_map if spec.device_map.startswith(f"{device}:") else device
 
 
 def _device_table(text: str) -> dict[str, int | str]:
@@ -1238,8 +1241,8 @@ def _has_bf16(device: str) -> bool:
     """Tell whether the device computes bfloat16 natively, not by emulation."""
     import torch
 
-    if device == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
@@ -1312,8 +1315,10 @@ _REASONS = (
     ("EntryNotFound", "the repository does not hold this file"),
     ("HFValidation", "is no folder here and no valid hub id"),
     ("No space left", "the disk is full"),
-    ("OutOfMemory", "does not fit the memory; use a smaller model or load_in_4bit"),
-    ("not enough memory", "does not fit the memory; use a smaller model or load_in_4bit"),
+    *(
+        (words, "does not fit the memory; use a smaller model or load_in_4bit")
+        for words in ("OutOfMemory", "MemoryError", "can't allocate memory", "not enough memory")
+    ),
 )
 
 
@@ -1525,7 +1530,9 @@ def _convert(gguf: Path, folder: Path, dtype: str, root: Path) -> None:
 
         options = {**where, "dtype": _torch_dtype(dtype)}
         options["quantization_config"] = GgufConfig(dequantize=True)
-        model = _pretrained("AutoModelForCausalLM", str(gguf.parent), options)
+        shown = sys.stderr and sys.stderr.isatty()  # its bar knows no switch
+        with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
+            model = _pretrained("AutoModelForCausalLM", str(gguf.parent), options)
     except (ValueError, KeyError, IndexError) as error:
         raise ModelError(
             f"{gguf}: is no GGUF file that can be read: {_first_line(error)}"
@@ -1752,14 +1759,17 @@ def explain(
 
 
 def _sourced(model: Model, stream: Stream, sources: Mapping[str, str]) -> dict[str, Sourced]:
-    found = {}
-    for setting in settings():
+    found, samples = {}, stream.sampling.temperature > 0
+    holders = (model.spec, model.spec.quantization, _resolved(stream))
+    for setting in (s for s in settings() if s.section in ("generation", "quantization")):
         key, name = setting.key, setting.field
-        for holder in (model.spec, model.spec.quantization, _resolved(stream)):
-            if setting.section in ("generation", "quantization") and hasattr(holder, name):
-                source = sources.get(key) or ("model" if name in model.recommended else "default")
-                found[key] = Sourced(getattr(holder, name), source)
-    if stream.generation.seed is None and stream.sampling.temperature > 0:
+        source = sources.get(key) or ("model" if name in model.recommended else "default")
+        for holder in (each for each in holders if hasattr(each, name)):
+            found[key] = Sourced(getattr(holder, name), source)
+    found["do_sample"] = Sourced(samples, found["do_sample"].source)
+    if not samples and stream.generation.temperature is None:
+        found["temperature"] = Sourced(0.0, "do_sample")
+    if stream.generation.seed is None and samples:
         found["seed"] = Sourced(None, "drawn")
     return found
 
@@ -1856,7 +1866,16 @@ def stream_batch(
     each = itertools.repeat(generation) if shared else cast("Any", generation)
     pairs = enumerate(zip(inputs, each, strict=not shared))
     streams = (_stream_or_failed(model, index, *pair, changes) for index, pair in pairs)
-    return run(model, streams, batch_rows or rows_in_memory(model))
+    return _one_each(run(model, streams, batch_rows or rows_in_memory(model)))
+
+
+def _one_each(events: Iterator[tuple[int, Event]]) -> Iterator[tuple[int, Event]]:
+    try:
+        yield from events
+    except ValueError as error:
+        if not str(error).startswith("zip()"):
+            raise
+        raise InputError("generation: give one for all, or one for each of inputs") from None
 
 
 def rows_in_memory(model: Model, most: int | None = None) -> int:
@@ -2057,12 +2076,12 @@ def _compute_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if (told := _out_of_memory(error)) is error:
+        if (told := _with_remedy(error)) is error:
             raise
         raise told from None  # the frames of the other one hold tensors
 
 
-def _out_of_memory(error: Exception) -> Exception:
+def _with_remedy(error: Exception) -> Exception:
     """Return the error with a remedy if it is about memory, else as it is."""
     if (reason := _reason(error)).startswith("does not fit"):
         return GenerationError(f"out of memory: the request {reason}, or fewer tokens")
@@ -2109,7 +2128,8 @@ def _has_room(model: Model, running: Running, group: list[Any]) -> bool:
 
     if labs_decode.has_room(model.decoder, running.batches, group):
         return True
-    if not running.prefixes.kept:
+    graphs = model.decoder.graphs
+    if not running.prefixes.kept and not (graphs and graphs.homes):
         return False
     _give_way(model, running)
     return labs_decode.has_room(model.decoder, running.batches, group)
@@ -2144,11 +2164,9 @@ def _drop(
         running.singly = True
         _give_way(model, running)
         return
-    del running.newcomers[: len(group)]
-    for row in (newcomer.rows[0] for newcomer in group):
-        del running.streams[row.id]
-        yield row.id, Failed(cast("LabsError", _out_of_memory(error)))
-    group.clear()
+    row = group.pop().rows[0]
+    del running.newcomers[0], running.streams[row.id]
+    yield row.id, Failed(cast("LabsError", _with_remedy(error)))
     _give_way(model, running)
 
 
@@ -2156,7 +2174,7 @@ def _give_way(model: Model, running: Running) -> None:
     """Free what nothing under way needs."""
     running.prefixes.clear()
     if model.decoder.graphs is not None:
-        model.decoder.graphs.homes.clear()
+        model.decoder.graphs.give_way()
     free_memory()
 
 
@@ -2263,7 +2281,7 @@ def _halve(
     log.warning("out of memory in a step of %d rows; %s", len(batch.rows), "halved" * bool(halves))
     for row in () if halves else batch.rows:
         del running.streams[row.id]
-        yield row.id, Failed(cast("LabsError", _out_of_memory(error)))
+        yield row.id, Failed(cast("LabsError", _with_remedy(error)))
     return halves
 
 
@@ -2306,7 +2324,7 @@ def _finish(
 ) -> tuple[int, Done]:
     del running.streams[stream.index]
     now = time.perf_counter()
-    entered, first = stream.entered or now, stream.first or now
+    entered, first = stream.entered, stream.first or now
     rate = (stream.tokens - 1) / (now - first) if stream.tokens > 1 else 0.0
     usage = Usage(len(stream.inputs.input_ids), stream.tokens, stream.cached)
     queue_s = entered - stream.began

@@ -25,6 +25,7 @@ import inspect
 import logging
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,13 +47,17 @@ ROOMY = 512  # columns at least of slots whose steps are captured
 CAPTURE_AFTER = 4  # steps of one shape, before it is worth a CUDA graph
 GRAPH_COLUMNS = 256  # a graph reads whole blocks of so many, so that it serves as many steps
 NGRAMS = (3, 2)  # how many tokens have to be the same for a guess
+LOW_32 = 0xFFFFFFFF  # bits
 GROUP = 32  # 4-bit weights that share a scale
 PREFIX_SHARE = 0.125  # of the free memory, what prefixes that are kept may take
 CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
 MEMORY_SHARE = 0.5  # of the free memory, what slots may take
 MOST_ROWS = 64  # of a batch, where nothing is said
 TYPICAL = 1024  # columns of a row, to tell how many rows the memory holds
+NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
+UNTOLD = 2**30  # bytes for prefixes, where the system does not tell how much memory is free
 
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 log = logging.getLogger("labs.decode")
 Tensor = torch.Tensor
 How = Literal["joins", "whole", "alone"]
@@ -291,7 +296,6 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
     def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
         SlotLayer.__init__(self, cursor)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        self.cursor = cursor
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         kind = SlotLayer if args else LinearAttentionLayer
@@ -358,13 +362,14 @@ class Slots(cache_utils.Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cursor.start if self.cursor.positions is None else self.cursor.top - 1
 
-    def room(self, live: int, columns: int) -> tuple[int, int]:
-        """Return the (rows, columns) that hold one more row beside `live`; rows double."""
-        at = self.cursor
-        return at.rows if live < at.rows else 2 * at.rows, max(columns, at.columns)
-
     def make_room(self, live: int, columns: int) -> None:
-        rows, columns = self.room(live, columns)
+        """Make room for one more row beside `live`; rows double."""
+        at = self.cursor
+        rows = at.rows if live < at.rows else 2 * at.rows
+        self.resize(live, rows, max(columns, at.columns))
+
+    def resize(self, live: int, rows: int, columns: int) -> None:
+        """Move the first `live` rows into slots of another size."""
         if (rows, columns) != (self.cursor.rows, self.cursor.columns):
             self.captured.clear()  # they read the old buffers
             for layer in self.filled:
@@ -438,7 +443,7 @@ def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: A
             [attend(module, a, b, c, None, **options)[0] for a, b, c in parts], 1
         ), None
     special = options.get("softcap") is not None or options.get("s_aux") is not None
-    if special or _are_few(q, k):
+    if special or (options.get("position_bias") is None and _are_few(q, k)):
         return _products(q, k, v, mask, options), None
     return sdpa_attention_forward(module, q, k, v, mask, **options)
 
@@ -477,12 +482,15 @@ def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
     """Return softmax(q k) v; q: [B, heads, Q, dim], k and v: [B, groups, T, dim]."""
     (batch, heads, queries, dim), (groups, total) = q.shape, k.shape[1:3]
+    if mask is None:
+        mask = q.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
+    if queries > CHUNK:  # scores are much larger than what they are made of
+        parts = zip(*(torch.split(each, CHUNK, 2) for each in (q, mask)), strict=True)
+        return torch.cat([_products(part, k, v, seen, options) for part, seen in parts], 1)
     scores = _scores(q.reshape(batch, groups, -1, dim), k)
     scores = scores.mul_(options.get("scaling") or dim**-0.5)
     if (cap := options.get("softcap")) is not None:
         scores = cap * torch.tanh(scores / cap)
-    if mask is None:
-        mask = scores.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
     if mask.dtype == torch.bool:
         mask = _additive(mask, scores.dtype)
     scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
@@ -618,7 +626,8 @@ def prepare(
     how, why = how_it_runs(model)
     layers = _layers(model.config.get_text_config()) if how == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    devices = {parameter.device for parameter in model.parameters()}
+    on_cpu = {device.type for device in devices} == {"cpu"}
     split = getattr(model.config, "distributed_config", None) is not None  # over processes
     packs = how == "joins" and not recurrent and not split
     invariant = batch_invariant and on_cpu and packs
@@ -628,12 +637,12 @@ def prepare(
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     shares = plain and {"position_ids", "logits_to_keep"} <= accepts
     reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
-    devices = {parameter.device for parameter in model.parameters()}
-    one = len(devices) == 1 and next(iter(devices)).type == "cuda" and not split
+    on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda" and not split
     if packs:  # others ask for `weight`, which unpacks it, at each step
         pack(model, method)
-    if packs and one:
+    if packs and on_one_gpu:
         fuse_norms(model)
+        torch.cuda.empty_cache()  # of the weights that were put together
     packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
     left = sum(each.numel() for each in _unpacked(model))
     if method and left > sum(together.packed.numel for together in packed):
@@ -641,7 +650,7 @@ def prepare(
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     weight_bytes += sum(together.packed.nbytes for together in packed)
     pairs = invariant and not (method and left == 0)
-    graphs = Graphs(devices.pop()) if cuda_graphs and one and reuses else None
+    graphs = Graphs(devices.pop()) if cuda_graphs and on_one_gpu and reuses else None
     return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes, graphs)
 
 
@@ -679,7 +688,7 @@ def _whole_call_rope(config: Any) -> str | None:
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
 
 
-# ---------------------------------------------------------------- products on CPU
+# ---------------------------------------------------------------- products and norms
 
 
 class OneDNN:
@@ -829,7 +838,10 @@ def pack(model: Any, method: str | None = None) -> None:
             on_cpu = linears[0].weight.is_cpu
             if len(group) == 1 and not on_cpu:
                 continue
-            together = Together(linears, PACKINGS[kind] if on_cpu else Plain)
+            try:
+                together = Together(linears, PACKINGS[kind] if on_cpu else Plain)
+            except torch.OutOfMemoryError:  # a GPU that has room for the weights, but not twice
+                return
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 setattr(parent, name, PackedLinear(linear, together, index))
 
@@ -857,6 +869,8 @@ def _together(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
 def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool:
     if type(module) is not torch.nn.Linear or _is_hooked(module):
         return False
+    if type(module.weight) is not torch.nn.Parameter:  # of a quantisation
+        return False
     if module.weight.is_cuda:
         return method is None
     fits = method != "int4" or module.in_features % GROUP == 0
@@ -865,7 +879,7 @@ def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool
 
 def _is_hooked(module: Any) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or hasattr(module, "_hf_hook")
+    return bool(hooks) or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 
 @torch.inference_mode()
@@ -878,13 +892,15 @@ def fuse_norms(model: Any) -> None:
         weight, eps = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
         if eps is None or weight is None or weight.ndim != 1 or _is_hooked(module):
             continue
-        if len(inspect.signature(module.forward).parameters) != 1:  # with a gate
-            continue
+        if weight.dtype != model.dtype or len(inspect.signature(module.forward).parameters) != 1:
+            continue  # some have a gate
         norm = functools.partial(_rms_norm, weight=weight, eps=eps)
         x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype)
         x = x.view(1, 2, -1)
-        if torch.allclose(module(x), norm(x), rtol=0.02, atol=0.02):
-            module.forward = norm
+        with contextlib.suppress(Exception):  # of code that came with a model
+            theirs = module(x).float()
+            if (norm(x).float() - theirs).norm() <= 0.01 * theirs.norm():
+                module.forward = norm
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -957,7 +973,9 @@ def join(batch: Batch, newcomer: Batch) -> Batch:
     """Give the newcomer, who has made its first step alone, a slot of its own in `batch`."""
     row, live = newcomer.rows[0], len(batch.rows)
     columns = newcomer.cache.cursor.columns
-    batch.cache.make_room(live, columns if batch.homes is None else _roomy(columns))
+    if batch.homes is not None and columns > batch.cache.cursor.columns:
+        columns = _roomy(batch.cache, columns)
+    batch.cache.make_room(live, columns)
     for mine, theirs in zip(batch.cache.filled, newcomer.cache.filled, strict=True):
         mine.write(live, theirs, row.written)
     return replace(batch, rows=(*batch.rows, row))
@@ -1134,7 +1152,8 @@ class Prefixes:
     def _most(self, cache: Slots) -> int:
         if self.max_bytes is not None:
             return self.max_bytes
-        return int(PREFIX_SHARE * (free_memory(cache.buffers[0].device) + self.nbytes))
+        free = free_memory(cache.buffers[0].device)
+        return UNTOLD if free == sys.maxsize else int(PREFIX_SHARE * (free + self.nbytes))
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -1181,24 +1200,32 @@ def _begin(decoder: Decoder, newcomer: Batch) -> Batch:
 
     Their graphs are captured already. The first ones get room for longer rows than its own.
     """
-    if decoder.graphs is None:
+    if decoder.graphs is None or decoder.graphs.failed:
         return newcomer
     homes, columns = decoder.graphs.homes, newcomer.cache.cursor.columns
+    home: Slots | None = None
     with contextlib.suppress(IndexError):  # pop, because a batch of another thread may be quicker
-        if (home := homes.pop()).cursor.columns >= columns:
-            return join(Batch((), home, homes=homes), newcomer)
+        home = homes.pop()
+    if home is not None and home.cursor.columns >= columns:
+        return join(Batch((), home, homes=homes), newcomer)
+    del home  # before larger ones are made
     try:
-        newcomer.cache.make_room(1, _roomy(columns))
+        newcomer.cache.resize(1, 1, _roomy(newcomer.cache, columns))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return newcomer
+        return newcomer  # it has slots of its own
     return replace(newcomer, homes=homes)
 
 
-def _roomy(columns: int) -> int:
-    """Return as many columns or more: slots that seldom grow are seldom captured anew."""
-    return max(ROOMY, 1 << (columns - 1).bit_length())
+def _roomy(cache: Slots, columns: int) -> int:
+    """Return as many columns or, where memory is free, more.
+
+    Slots that seldom grow are seldom captured anew.
+    """
+    more = max(ROOMY, 1 << (columns - 1).bit_length())
+    size = 2 * cache.cursor.rows * more * cache.bytes_per_column
+    return more if size <= MEMORY_SHARE * free_memory(cache.buffers[0].device) else columns
 
 
 def _is_small(cache: Slots) -> bool:
@@ -1208,9 +1235,9 @@ def _is_small(cache: Slots) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(
-        error
-    )
+    """Tell whether memory ran out: on a GPU, in Python, or torch on a CPU, by its words."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in str(error) for words in NO_MEMORY)
 
 
 def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
@@ -1218,12 +1245,11 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     if not batches and len(newcomers) == 1:
         return True
     own = [newcomer.cache.cursor.columns for newcomer in newcomers]
-    longest = max(own) if decoder.graphs is None else _roomy(max(own))
     live, at = (len(batches[0].rows), batches[0].cache.cursor) if batches else (0, Cursor(0, 0))
     rows = max(at.rows, 1)
     while rows < live + len(newcomers):
         rows *= 2
-    grown = rows * max(at.columns, longest) - at.rows * at.columns
+    grown = rows * max(at.columns, *own) - at.rows * at.columns
     per_column = batches[0].cache.bytes_per_column if batches else column_bytes(decoder)
     return (sum(own) + grown) * per_column < MEMORY_SHARE * free_memory(decoder.device)
 
@@ -1286,6 +1312,13 @@ def free_memory(device: torch.device) -> int:
 # ---------------------------------------------------------------- forward
 
 
+def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return values as a tensor on a device; a GPU is not waited for, as torch.tensor does."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 @torch.inference_mode()
 def forward(decoder: Decoder, batch: Batch) -> Tensor:
     """Return the float32 logits [B, V] that follow each row's last token."""
@@ -1333,11 +1366,18 @@ class Graphs:
     homes: the slots of the batch that ended last, for the next one.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device, self.failed = device, False
         self.pool: Any = None  # of memory, shared: a graph's output is read before the next one
         self.first: Any = None  # a graph that keeps the pool, which would go with the last one
+        self.stream: Any = None  # to capture on: torch's own one is of the device that came first
         self.homes: list[Slots] = []
+        self.lock = threading.Lock()
+
+    def give_way(self) -> None:
+        """Free what no batch under way needs."""
+        self.homes.clear()
+        self.pool = self.first = None
 
     def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
         """Return logits [B, V] as _forward_slots does."""
@@ -1346,18 +1386,24 @@ class Graphs:
         shape = 1 << (len(ids) - 1).bit_length(), min(blocks * GRAPH_COLUMNS, at.columns)
         known = captured.get(shape, 0)
         if isinstance(known, Captured):
-            return known.forward(ids, written)
+            with self.lock:  # another thread's batch must not replay before the logits are read
+                return known.forward(ids, written)
         logits = _forward_slots(decoder, batch, ids, written)
         captured[shape] = known + 1
         if known + 1 > CAPTURE_AFTER and not self.failed:
-            self._capture(decoder, batch, shape, ids, written, logits)
+            self._capture(decoder, batch, shape, (ids, written, logits))
         return logits
 
-    def _capture(self, decoder: Decoder, batch: Batch, shape: Any, *step: Any) -> None:
+    def _capture(
+        self, decoder: Decoder, batch: Batch, shape: Any, step: tuple[Tensor, list[int], Tensor]
+    ) -> None:
         ids, written, expected = step
         try:
-            captured = Captured(decoder, batch.cache, shape, ids, written)
-            off = float((captured.forward(ids, written) - expected).abs().max())
+            with self.lock:
+                captured = Captured(decoder, batch.cache, shape, ids, written)
+                captured.logits.fill_(math.nan)  # else a replay of nothing would look right
+                found = captured.forward(ids, written)
+            off = float((found - expected).abs().max())
             if not off <= 0.05 * float(expected.abs().max()):
                 raise ArithmeticError(f"its logits are off by {off:.3g}")
         except Exception as error:  # of the model's code, of the driver: nothing depends on it
@@ -1401,7 +1447,9 @@ class Captured:
 
 def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Return what repeats a step on the GPU, and the tensor that it fills."""
-    with torch.cuda.device(graphs.device):
+    with torch.cuda.device(graphs.device), CAPTURING:
+        cuda: Any = torch.cuda
+        graphs.stream = graphs.stream or cuda.Stream(graphs.device)
         if graphs.pool is None:
             graphs.pool, graphs.first = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
             with _capturing(graphs, graphs.first):
@@ -1417,7 +1465,8 @@ def _capturing(graphs: Graphs, graph: Any) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()  # an older graph that is found to be garbage meanwhile spoils this one
     try:  # other threads may use the GPU meanwhile, to ask how much memory is free
-        with torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, graphs.pool, graphs.stream, capture_error_mode=mode):
             yield
     finally:
         if collects:
@@ -1491,7 +1540,7 @@ def shares_of(
         + (row[len(each), ends].logsumexp(-1) if ends else 0.0)
         for row, each in zip(logprobs, options, strict=True)
     ]
-    return cast("list[float]", torch.stack(totals).double().softmax(-1).tolist())
+    return cast("list[float]", torch.stack(totals).cpu().double().softmax(-1).tolist())
 
 
 # ---------------------------------------------------------------- choose
@@ -1502,7 +1551,11 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
 
     An error in a row's part, or logits that are not finite, become that row's Choice.error.
     """
-    errors: dict[int, Exception] = {}
+    errors: dict[int, Exception] = {
+        i: IndexError(f"logit_bias: the model has {logits.shape[-1]} tokens")
+        for i, row in enumerate(rows)
+        if any(token >= logits.shape[-1] for token, _ in row.sampling.logit_bias)
+    }
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
     _penalise(scores, rows)
     for index, row in enumerate(rows):
@@ -1539,8 +1592,9 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     frequency_penalty and presence_penalty as in OpenAI's API reference: over the answer.
     """
     options = [(i, row, row.sampling) for i, row in enumerate(rows)]
+    every = range(scores.shape[-1])  # some models cut off what their vocabulary is padded with
     if seen := [
-        (set(row.ids), i, s.repetition_penalty)
+        ({token for token in row.ids if token in every}, i, s.repetition_penalty)
         for i, row, s in options
         if s.repetition_penalty != 1
     ]:
@@ -1556,7 +1610,11 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
         counts = [count for generated, *_ in used for count in generated.values()]
         counted = upload(counts, scores.device, scores.dtype)
         scores[lines, ids] -= counted * frequency + presence
-    if biased := [(dict(s.logit_bias), i) for i, _, s in options if s.logit_bias]:
+    if biased := [
+        ({token: bias for token, bias in s.logit_bias if token in every}, i)
+        for i, _, s in options
+        if s.logit_bias
+    ]:
         ids, lines = _spread(biased, scores)
         biases = [bias for each, _ in biased for bias in each.values()]
         scores[lines, ids] += upload(biases, scores.device, scores.dtype)
@@ -1571,13 +1629,6 @@ def _spread(table: Sequence[tuple[Any, ...]], scores: Tensor) -> list[Tensor]:
         columns.append(upload([row[place] for row in table], scores.device, scores.dtype))
     many = [each.repeat_interleave(lengths, output_size=len(ids)) for each in columns]
     return [upload(ids, scores.device), *many]
-
-
-def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return values as a tensor on a device; a GPU is not waited for, as torch.tensor does."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _choice(logits: Tensor, row: Row, token: int) -> Choice:
@@ -1595,8 +1646,8 @@ def draw(
 ) -> list[int]:
     """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
 
-    The noise is a hash of (seed, step, token id): no state, and the same numbers in any company
-    and on any device. A row whose kept set may go on below the candidates is drawn again from
+    The noise is a hash of (seed, step, token id): no state, the same numbers in any company and on
+    any device but mps. A row whose kept set may go on below the candidates is drawn again from
     more. Where no option cuts anything off, all that is no candidate takes part as one lump
     (exact, by the maximum's own distribution) and is looked at only if the lump wins.
     """
@@ -1676,18 +1727,18 @@ def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
     Two rounds of murmur3's finaliser over the id, keyed by a 64-bit hash of seed and step.
     """
     keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
-    low, high = (upload([key >> at & _32 for key in keys], ids.device)[:, None] for at in (0, 32))
-    hashed = _mix((_mix(ids ^ low) + high) & _32)
+    low, high = (
+        upload([key >> at & LOW_32 for key in keys], ids.device)[:, None] for at in (0, 32)
+    )
+    hashed = _mix((_mix(ids ^ low) + high) & LOW_32)
     real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
-    return -torch.log(-torch.log((hashed.to(real) + 0.5) / 2**32))
-
-
-_32 = 0xFFFFFFFF
+    below = 1 - torch.finfo(real).eps / 2  # the last of them would round to 1, and its noise be inf
+    return -torch.log(-torch.log(((hashed.to(real) + 0.5) / 2**32).clamp(max=below)))
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _32
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & LOW_32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & LOW_32
     return x ^ (x >> 16)
 
 

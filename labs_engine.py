@@ -117,8 +117,9 @@ class Engine:
             raise labs.ModelError("tp_plan: its processes cannot share a queue of requests")
         self.model = model
         self.max_rows = labs.rows_in_memory(model, server.max_batch_rows)
-        if self.max_rows < (server.max_batch_rows or 1):
-            log.warning("memory holds %d rows, not %d", self.max_rows, server.max_batch_rows)
+        if self.max_rows < (most := server.max_batch_rows or 1):
+            why = model.decoder.why if model.decoder.how == "alone" else "memory holds no more"
+            log.warning("%d rows at once, not %d: %s", self.max_rows, most, why)
         self.max_waiting = server.max_waiting
         self._ids = itertools.count()
         self._lock = threading.Condition()
@@ -161,7 +162,7 @@ class Engine:
         stream.owner, stream.exact = owner, stream.exact or key is not None
         with self._lock:
             self._let_go()
-            if (known := self._known(key, generation)) is not None:
+            if (known := self._done.get(key) or self._shared.get(key)) is not None:
                 self._join(known, answer)
             else:
                 self._check_room()
@@ -180,6 +181,11 @@ class Engine:
             self._calls.append((function, future))
             self._lock.notify_all()
         return future.result()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way or waiting."""
+        return bool(self._jobs)
 
     def status(self) -> Status:
         with self._lock:
@@ -240,13 +246,7 @@ class Engine:
         repeats = options.seed is not None or stream.sampling.temperature == 0
         if not (self._keeps and repeats) or stream.sampling.processors:
             return None
-        return owner, self.model.spec, stream.inputs.input_ids, msgspec.json.encode(options)
-
-    def _known(self, key: Any, generation: labs.Generation) -> Job | None:
-        if key is None:
-            return None
-        shared = self._shared.get(key) if generation.timeout_s is None else None
-        return self._done.get(key) or shared
+        return owner, stream.inputs.input_ids, msgspec.json.encode(options)
 
     def _join(self, job: Job, answer: Answer) -> None:
         self._hits += 1

@@ -66,8 +66,7 @@ class Slot(Struct, eq=False):
     def idle(self) -> bool:
         if self.engine is None or self.holders or time.monotonic() < self.awaited:
             return False
-        status = self.engine.status()
-        return status.running + status.waiting == 0
+        return not self.engine.busy
 
 
 class Models:
@@ -185,7 +184,7 @@ class Models:
     def _serve(self) -> None:
         while not self._closed:
             with self._change:
-                if not self._wanted:
+                if not self._wanted and not self._closed:
                     self._change.wait(1.0 if self._server.keep_alive_s else None)
                 wanted = self._wanted[0] if self._wanted else None
                 late = self._expired()
@@ -221,8 +220,9 @@ class Models:
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             labs.free_memory()
         with self._change:
-            slot.failure, slot.failed = failure, time.monotonic()
-            slot.engine, slot.used, slot.leaving = engine or slot.engine, slot.failed, False
+            now = time.monotonic()
+            slot.failure, slot.failed = failure, now
+            slot.engine, slot.used, slot.leaving = engine or slot.engine, now, False
             slot.awaited = min(slot.awaited, slot.used + PATIENCE_S)
             self._wanted.remove(name)
             self._change.notify_all()

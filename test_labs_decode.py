@@ -9,6 +9,8 @@ import gc
 import itertools
 import math
 import random
+import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -321,6 +323,25 @@ def test_prompts_share_a_call_up_to_one_chunk_and_never_with_one_of_a_single_tok
         entered = [decode.enter(decoder, row_of([5] * length)) for length in lengths]
         found.append(len(decode.sharing(decoder, entered)))
     assert found == [2, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_products_of_many_queries_go_in_blocks(masked: bool, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 11, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
+    mask = torch.rand(2, 1, 11, 11) < 0.5 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    whole = decode._products(q, k, v, mask, {"softcap": 3.0})
+    monkeypatch.setattr(decode, "CHUNK", 4)
+    torch.testing.assert_close(decode._products(q, k, v, mask, {"softcap": 3.0}), whole)
+
+
+def test_memory_that_runs_out_on_a_cpu_is_known_by_its_words() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert decode.out_of_memory(caught.value)
+    assert not decode.out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 def test_encoder_decoder_layers_are_no_part_of_the_table() -> None:
@@ -1131,6 +1152,21 @@ def test_choosing_leaves_the_models_logits_as_they_are(
     assert torch.equal(logits, before)
 
 
+def test_a_bias_on_a_token_that_the_model_has_not_ends_its_row_only() -> None:
+    rows = rows_of([{"logit_bias": ((30, 1.0),)}, {"logit_bias": ((3, 100.0),)}, {}], [3, 99])
+    logits = torch.randn(3, 30)
+    choices = decode.choose(logits, rows)
+    assert isinstance(choices[0].error, IndexError)
+    assert [choice.token for choice in choices[1:]] == [3, int(logits[2].argmax())]
+
+
+def test_prompt_tokens_that_the_model_has_no_logits_for_are_not_penalised() -> None:
+    scores = torch.ones(1, 30)
+    decode._penalise(scores, rows_of([{"repetition_penalty": 2.0}], [3, 99]))
+    assert scores[0].nonzero()[:, 0].tolist() == [*range(30)]
+    assert (scores != 1).nonzero()[:, 1].tolist() == [3]
+
+
 def test_a_logit_bias_can_force_and_forbid_a_token() -> None:
     logits = torch.zeros(2, 20)
     logits[:, 5] = 10
@@ -1434,6 +1470,15 @@ def test_norms_that_are_torchs_rms_norm_are_computed_by_it(kind: str) -> None:
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.004])
+def test_a_norm_that_takes_the_mean_off_is_no_rms_norm_however_small(scale: float) -> None:
+    model = tiny("cohere2")
+    for norm in norms_of(model):
+        torch.nn.init.constant_(norm.weight, scale)
+    decode.fuse_norms(model)
+    assert not any(isinstance(norm.forward, functools.partial) for norm in norms_of(model))
+
+
 @pytest.mark.parametrize("kind", ["cohere2", "mamba2"])
 def test_norms_that_do_something_else_stay_as_they_are(kind: str) -> None:
     model = tiny(kind)
@@ -1479,7 +1524,7 @@ class Recorded:
 
 def graphed(kind: str) -> decode.Decoder:
     decoder = decode.prepare(tiny(kind), batch_invariant=False)
-    return dataclasses.replace(decoder, graphs=decode.Graphs())
+    return dataclasses.replace(decoder, graphs=decode.Graphs(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("kind", REUSING)
@@ -1555,7 +1600,12 @@ def test_where_capturing_fails_steps_go_on_without(
 def test_captured_slots_go_with_their_batch(monkeypatch: Any) -> None:
     Recorded(monkeypatch)
     real = decode.record
-    monkeypatch.setattr(decode, "record", lambda g, step: (int, real(g, step)[1].clone()))
+
+    def record(graphs: Any, step: Any) -> Any:  # holds what comes out, not what is read
+        logits = real(graphs, step)[1].clone()
+        return functools.partial(logits.copy_, logits.clone()), logits
+
+    monkeypatch.setattr(decode, "record", record)
     decoder = graphed("llama")
     batch = newcomer(decoder, PROMPTS[2])
     for _ in range(4):
@@ -1628,21 +1678,89 @@ def test_slots_are_kept_for_the_next_batch_where_memory_is_free(
     assert len(decoder.graphs.homes) == bool(free)
 
 
-def test_kept_slots_give_way_where_memory_runs_out(monkeypatch: Any) -> None:
+def test_a_batch_that_finds_no_memory_for_larger_slots_stays_in_its_own(
+    reference: Any, monkeypatch: Any
+) -> None:
     Recorded(monkeypatch)
-    decoder = graphed("llama")
-    ended(decoder, begun(decoder, PROMPTS[2]))
-    batch, room = begun(decoder, PROMPTS[2]), decode.Slots.make_room
-    assert decoder.graphs.homes == []
-    ended(decoder, batch)
 
     def full(self: decode.Slots, *size: int) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(decode.Slots, "make_room", full)
-    decoder.graphs.homes.clear()
-    assert begun(decoder, PROMPTS[2]).homes is None, "it goes on in the slots that it has"
-    monkeypatch.setattr(decode.Slots, "make_room", room)
+    decoder, (_, expected) = graphed("llama"), reference["llama"]
+    with monkeypatch.context() as patched:
+        patched.setattr(decode.Slots, "resize", full)
+        batch = begun(decoder, PROMPTS[2])
+    assert batch.homes is None
+    assert ended(decoder, batch) == expected[2]
+
+
+@pytest.mark.parametrize("free", [2**40, 0])
+def test_slots_are_larger_than_they_must_be_only_where_memory_is_free(
+    free: int, monkeypatch: Any
+) -> None:
+    Recorded(monkeypatch)
+    monkeypatch.setattr(decode, "free_memory", lambda device: free)
+    batch = begun(graphed("llama"), PROMPTS[2])
+    assert batch.cache.cursor.columns == (decode.ROOMY if free else 64)
+    assert batch.cache.cursor.rows == 1
+
+
+def test_slots_that_nobody_is_in_give_way_to_a_newcomer(monkeypatch: Any) -> None:
+    Recorded(monkeypatch)
+    decoder = graphed("llama")
+    model = labs.Model(
+        decoder=decoder,
+        tokenizer=None,
+        spec=labs.ModelSpec(),
+        device="cpu",
+        dtype="fp32",
+        context_length=512,
+        eos_token_ids=frozenset(),
+        recommended={},
+        load_s=0.0,
+        lock=threading.Lock(),
+    )
+    ended(decoder, begun(decoder, PROMPTS[2]))
+    assert decoder.graphs.homes
+    monkeypatch.setattr(decode, "has_room", lambda *args: not decoder.graphs.homes)
+    assert labs._has_room(model, labs.Running(), [])
+    assert decoder.graphs.pool is None
+
+
+def test_a_replay_of_nothing_is_no_graph(reference: Any, monkeypatch: Any, caplog: Any) -> None:
+    Recorded(monkeypatch)
+    monkeypatch.setattr(decode, "record", lambda graphs, step: (int, step().clone()))
+    decoder, (_, expected) = graphed("llama"), reference["llama"]
+    assert finish(decoder, newcomer(decoder, PROMPTS[2])) == expected[2]
+    assert decoder.graphs.failed
+    assert "off by nan" in caplog.text
+
+
+def test_threads_that_replay_the_same_memory_get_their_own_logits(
+    reference: Any, monkeypatch: Any
+) -> None:
+    """As the graphs of one pool do: what one puts out lies where the next one does."""
+    place: list[torch.Tensor] = []
+
+    def record(graphs: Any, step: Any) -> Any:
+        place.append(place[0] if place else torch.zeros_like(step()))
+
+        def replay() -> None:
+            place[0].copy_(step())
+
+        return replay, place[0]
+
+    monkeypatch.setattr(decode, "record", record)
+    monkeypatch.setattr(decode, "CAPTURE_AFTER", 1)
+    decoder, (_, expected) = graphed("llama"), reference["llama"]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda p: ended(decoder, begun(decoder, p)), PROMPTS[1:] * 2))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == expected[1:] * 2
 
 
 @torch.inference_mode()
