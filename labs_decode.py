@@ -642,7 +642,6 @@ def prepare(
         pack(model, method)
     if packs and on_one_gpu:
         fuse_norms(model)
-        torch.cuda.empty_cache()  # of the weights that were put together
     packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
     left = sum(each.numel() for each in _unpacked(model))
     if method and left > sum(together.packed.numel for together in packed):
@@ -844,6 +843,8 @@ def pack(model: Any, method: str | None = None) -> None:
                 return
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 setattr(parent, name, PackedLinear(linear, together, index))
+            del linears, linear
+    torch.cuda.empty_cache()  # what the weights left that are one now
 
 
 def _packed_types() -> list[torch.dtype]:
@@ -1551,19 +1552,8 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
 
     An error in a row's part, or logits that are not finite, become that row's Choice.error.
     """
-    errors: dict[int, Exception] = {
-        i: IndexError(f"logit_bias: the model has {logits.shape[-1]} tokens")
-        for i, row in enumerate(rows)
-        if any(token >= logits.shape[-1] for token, _ in row.sampling.logit_bias)
-    }
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
-    _penalise(scores, rows)
-    for index, row in enumerate(rows):
-        try:
-            for processor in row.sampling.processors:
-                scores[index] = processor(row.ids, scores[index])
-        except Exception as error:  # a processor that a request brought ends its own row only
-            errors[index] = error
+    errors = _process(scores, rows)
     # A GPU is asked for all of it before the first answer is waited for.
     highest = scores.amax(-1)
     greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
@@ -1583,6 +1573,21 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
 def _changes_logits(s: Sampling) -> bool:
     penalised = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
     return penalised or bool(s.logit_bias) or bool(s.processors)
+
+
+def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
+    """Apply all rows' options and processors to scores [B, V], in place; return what went wrong."""
+    errors: dict[int, Exception] = {}
+    _penalise(scores, rows)
+    for index, row in enumerate(rows):
+        if any(token >= scores.shape[-1] for token, _ in row.sampling.logit_bias):
+            errors[index] = IndexError(f"logit_bias: the model has {scores.shape[-1]} tokens")
+        try:
+            for processor in row.sampling.processors:
+                scores[index] = processor(row.ids, scores[index])
+        except Exception as error:  # a processor that a request brought ends its own row only
+            errors[index] = error
+    return errors
 
 
 def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:

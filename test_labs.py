@@ -703,6 +703,17 @@ def test_remote_code_allowed_by_a_file_that_nobody_named_warns(files, path, env,
     assert config.model.trust_remote_code is (env.get("LABS_TRUST_REMOTE_CODE") != "false")
 
 
+def test_remote_code_allowed_in_a_table_that_is_not_chosen_warns(caplog):
+    tables = [f'[models.{n}]\nmodel_name = "m"\ntrust_remote_code = true\n' for n in "ab"]
+    write("labs.toml", "".join(tables))
+    config = labs.load_config(env={})
+    assert not config.model.trust_remote_code
+    assert config.models["b"].model.trust_remote_code
+    warnings = [r.message for r in caplog.records if "trust_remote_code" in r.message]
+    assert len(warnings) >= 1
+    assert all("labs.toml" in warning for warning in warnings)
+
+
 MODELS = """
 [generation]
 model_name = "usual"
@@ -2472,10 +2483,36 @@ def test_an_explanation_tells_where_each_setting_comes_from(tiny):
     assert told["top_k"] == labs.Sourced(7, "model")
     assert told["top_p"] == labs.Sourced(1.0, "default")
     assert told["seed"] == labs.Sourced(None, "drawn")
+    assert told["do_sample"] == labs.Sourced(True, "model")
     assert told["torch_dtype"] == labs.Sourced("fp32", "default")
     sections = ("generation", "quantization")
     known = {each.key for each in labs.settings() if each.section in sections}
     assert known - {*told} == {"use_chat_template", "add_generation_prompt"}
+
+
+def test_an_explanation_tells_what_made_a_request_greedy(tiny):
+    model = msgspec.structs.replace(tiny, recommended={"do_sample": True, "temperature": 0.7})
+    options = labs.Generation(do_sample=False)
+    told = labs.explain(model, SHORT, options, {"do_sample": "labs.toml"}).settings
+    assert told["do_sample"] == labs.Sourced(False, "labs.toml")
+    assert told["temperature"] == labs.Sourced(0.0, "do_sample")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_options_that_are_not_one_for_each_prompt_are_refused_in_a_sentence(tiny, count):
+    many = [labs.Generation(max_new_tokens=2)] * count
+    with pytest.raises(labs.InputError, match="one for each of inputs"):
+        list(labs.stream_batch(tiny, [SHORT] * 2, many))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9")]
+)
+def test_memory_that_runs_out_in_a_step_has_a_remedy(error):
+    told = labs._with_remedy(error)
+    assert isinstance(told, labs.GenerationError)
+    assert "out of memory" in str(told)
+    assert "fewer tokens" in str(told)
 
 
 @pytest.mark.parametrize("rows", [1, 3, None])
@@ -2757,8 +2794,8 @@ def test_labs_decode_uses_torch_and_transformers_and_no_other_room():
 
 
 ROOMS = {
-    "labs.py": 2320,
-    "labs_decode.py": 1710,
+    "labs.py": 2335,
+    "labs_decode.py": 1760,
     "labs_engine.py": 400,
     "labs_models.py": 295,
     "labs_openai.py": 450,
