@@ -1320,6 +1320,11 @@ def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | Non
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return values as a tensor of another one's type, where it lies."""
+    return upload(values, like.device, like.dtype)
+
+
 @torch.inference_mode()
 def forward(decoder: Decoder, batch: Batch) -> Tensor:
     """Return the float32 logits [B, V] that follow each row's last token."""
@@ -1613,7 +1618,7 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     ]:
         ids, lines, frequency, presence = _spread(used, scores)
         counts = [count for generated, *_ in used for count in generated.values()]
-        counted = upload(counts, scores.device, scores.dtype)
+        counted = numbers(counts, scores)
         scores[lines, ids] -= counted * frequency + presence
     if biased := [
         ({token: bias for token, bias in s.logit_bias if token in every}, i)
@@ -1622,7 +1627,7 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     ]:
         ids, lines = _spread(biased, scores)
         biases = [bias for each, _ in biased for bias in each.values()]
-        scores[lines, ids] += upload(biases, scores.device, scores.dtype)
+        scores[lines, ids] += numbers(biases, scores)
 
 
 def _spread(table: Sequence[tuple[Any, ...]], scores: Tensor) -> list[Tensor]:
@@ -1631,7 +1636,7 @@ def _spread(table: Sequence[tuple[Any, ...]], scores: Tensor) -> list[Tensor]:
     lengths = upload([len(some) for some, *_ in table], scores.device)
     columns = [upload([row[1] for row in table], scores.device)]
     for place in range(2, len(table[0])):
-        columns.append(upload([row[place] for row in table], scores.device, scores.dtype))
+        columns.append(numbers([row[place] for row in table], scores))
     many = [each.repeat_interleave(lengths, output_size=len(ids)) for each in columns]
     return [upload(ids, scores.device), *many]
 
@@ -1659,7 +1664,7 @@ def draw(
     if not places:
         return []
     chosen, device = [rows[i] for i in places], scores.device
-    temperatures = upload([row.sampling.temperature for row in chosen], device, scores.dtype)
+    temperatures = numbers([row.sampling.temperature for row in chosen], scores)
     scaled = scores[upload(places, device)] / temperatures[:, None]
     size = min(*sizes[:1], scaled.shape[-1]) if sizes else scaled.shape[-1]
     top = scaled.topk(size)  # [N, K], descending
@@ -1707,9 +1712,9 @@ def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> 
     probabilities = (top - torch.where(limited, below, total)).exp()
     before = probabilities.cumsum(-1) - probabilities
     share = [s.top_p if s.top_p < 1 else math.inf for s in options]  # sums round
-    kept &= before < upload(share, top.device, top.dtype)[:, None]
+    kept &= before < numbers(share, top)[:, None]
     floor = [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options]
-    kept &= top >= top[:, :1] + upload(floor, top.device, top.dtype)[:, None]
+    kept &= top >= top[:, :1] + numbers(floor, top)[:, None]
     kept[:, 0] = True
     return kept
 

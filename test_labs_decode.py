@@ -975,6 +975,16 @@ def test_no_draw_leaves_what_transformers_warpers_keep(top_k: int, top_p: float)
     assert len(drawn) > 0.5 * min(len(kept), 100)
 
 
+def test_top_p_is_a_share_of_what_top_k_kept_where_that_is_all_that_is_looked_at() -> None:
+    torch.manual_seed(3)
+    logits, size = torch.randn(1, 3000), decode.CANDIDATES[0]
+    warped = logits_process.TopKLogitsWarper(size)(None, logits)  # type: ignore[arg-type]
+    warped = logits_process.TopPLogitsWarper(0.5)(None, warped)  # type: ignore[arg-type]
+    top, total = logits.topk(size), logits.logsumexp(-1, keepdim=True)
+    kept = decode.kept_candidates(top.values, total, [decode.Sampling(top_k=size, top_p=0.5)])
+    assert int(kept.sum()) == int(warped.isfinite().sum()) < size
+
+
 def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_its_company() -> None:
     torch.manual_seed(1)
     logits = torch.randn(6, 2000)
@@ -1152,6 +1162,12 @@ def test_choosing_leaves_the_models_logits_as_they_are(
     assert torch.equal(logits, before)
 
 
+def test_a_logit_bias_is_added() -> None:
+    scores = torch.full((1, 30), 2.0)
+    decode._penalise(scores, rows_of([{"logit_bias": ((3, 1.0), (4, -1.5))}]))
+    assert scores[0, 2:6].tolist() == [2.0, 3.0, 0.5, 2.0]
+
+
 def test_a_bias_on_a_token_that_the_model_has_not_ends_its_row_only() -> None:
     rows = rows_of([{"logit_bias": ((30, 1.0),)}, {"logit_bias": ((3, 100.0),)}, {}], [3, 99])
     logits = torch.randn(3, 30)
@@ -1205,6 +1221,22 @@ def test_a_processor_that_raises_ends_its_row_only() -> None:
     choices = decode.choose(torch.randn(2, 30), rows_of([{"processors": (broken,)}, {}]))
     assert isinstance(choices[0].error, KeyError)
     assert choices[1].error is None
+
+
+def test_a_processor_is_given_the_rows_ids_so_far() -> None:
+    told: list[Any] = []
+
+    def listen(ids: list[int], line: torch.Tensor) -> torch.Tensor:
+        told.append((list(ids), line.shape))
+        return line
+
+    decode.choose(torch.randn(1, 30), rows_of([{"processors": (listen,)}], [3, 4, 5]))
+    assert told == [([3, 4, 5], (30,))]
+
+
+def test_what_ended_a_row_is_told_in_words() -> None:
+    [choice] = decode.choose(torch.full((1, 30), math.nan), rows_of([{}]))
+    assert str(choice.error) == "the model gave logits that are not finite"
 
 
 def test_a_processor_changes_its_own_row_only() -> None:
