@@ -128,8 +128,9 @@ class Replica:
         context = serve.get_replica_context()
         self.name, self.config = context.replica_id.unique_id, config
         self.registry = Registry(context.app_name)
-        shared: dict[str, Any] = {name: Shared(each) for name, each in quotas.items()}
-        self.quotas = labs_api.quotas_of(config)._replace(**shared)
+        alone = labs_api.quotas_of(config)
+        shared = {name: Shared(each, getattr(alone, name)) for name, each in quotas.items()}
+        self.quotas = alone._replace(**shared)
         self.models = labs_models.Models(config)
         self.models.wait()
 
@@ -151,10 +152,11 @@ class Replica:
         self.models.close()  # no thread may be in torch while the interpreter ends
 
 
-class Shared:
+class Shared(labs_api.Quota):
     """A labs_api.Quota that all replicas take from."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, alone: labs_api.Quota) -> None:
+        super().__init__(alone.per_minute)
         self._handle = handle
 
     def take(self, owner: str, cost: float) -> float:
