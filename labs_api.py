@@ -11,7 +11,8 @@
     GET  /metrics /openapi.json /docs /
 
 `create_app(config)` is a plain WSGI callable, to be mounted anywhere; `labs-api` serves it. A
-parameter takes effect or is refused by name. Needs labs.py, labs_decode.py, labs_engine.py.
+parameter takes effect or is refused by name. Needs labs.py, labs_decode.py, labs_engine.py,
+labs_models.py and labs_openai.py; as a program also labs_cli.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import hashlib
 import hmac
 import html
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -54,19 +56,14 @@ POLL_S = 0.05  # how often a request that waits looks whether its client is stil
 PING_S = 15.0  # proxies close what is silent for longer
 ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
 LOADING_S = 1.0  # how often a stream tells that its model is still being loaded
+SENDING_S = 30.0  # what a client may take to send one request
 EngineFor = Callable[[str], labs_engine.Engine]
 S = TypeVar("S", bound=Struct)
 R = TypeVar("R")
 Waiting = Generator[None, None, R]  # yields while something is not there yet, then returns it
 
 
-# ---------------------------------------------------------------- what goes out
-
-
-class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
-    id: str
-    model: str
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+# ---------------------------------------------------------------- what comes in and goes out
 
 
 class ChooseRequest(labs.Settings, frozen=True, kw_only=True):
@@ -78,6 +75,12 @@ class ChooseRequest(labs.Settings, frozen=True, kw_only=True):
     messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
+
+
+class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
+    id: str
+    model: str
+    documents: tuple[labs.Source, ...] | UnsetType = UNSET
 
 
 class ChooseAnswer(Struct, frozen=True, kw_only=True):
@@ -181,7 +184,10 @@ class Quota:
         self._lock = threading.Lock()
 
     def take(self, owner: str, cost: float) -> float:
-        """Take `cost` and return 0, or take nothing and return after how many seconds it fits."""
+        """Take `cost` and return 0, or take nothing and return after how many seconds it fits.
+
+        A negative cost gives back.
+        """
         if self.per_minute is None:
             return 0.0
         with self._lock:
@@ -203,6 +209,11 @@ class Quotas(NamedTuple):
 def quotas_of(config: labs.Config) -> Quotas:
     server = config.server
     return Quotas(Quota(server.requests_per_minute), Quota(server.tokens_per_minute))
+
+
+def _over_quota(text: str, wait_s: float) -> Problem:
+    text = f"{text}; ask again in {math.ceil(wait_s)} s"
+    return Problem(429, text, "rate_limit_exceeded", retry_after_s=wait_s)
 
 
 class Gate:
@@ -238,9 +249,8 @@ class Gate:
         if self._digests:
             req.context.owner = self._owner(req.get_header("Authorization") or "")
         if wait := self._requests.take(req.context.owner, 1):
-            raise Problem(
-                429, "too many requests for this key", "rate_limit_exceeded", retry_after_s=wait
-            )
+            most = self._requests.per_minute
+            raise _over_quota(f"too many requests: a key may make {most} a minute", wait)
 
     def _owner(self, authorization: str) -> str:
         scheme, _, key = authorization.partition(" ")
@@ -298,7 +308,7 @@ class Meters:
         self.first = seconds("time_to_first_token", "From the request to its first text")
         self.gap = seconds("inter_token_latency", "From one piece of text to the next", gaps)
         self.whole = seconds("e2e_request_latency", "From the request to its end")
-        self.queued = seconds("request_queue_time", "From the request to a row of its own")
+        self.queued = seconds("request_queue_time", "From being taken in to a row of its own")
         self.prompt = counter("prompt_tokens", "Prompt tokens")
         self.cached = counter("prefix_cache_hits", "Prompt tokens not computed again")
         self.generated = counter("generation_tokens", "Generated tokens")
@@ -319,17 +329,19 @@ class Meters:
 
 
 class Asked:
-    """All answers to one HTTP request, in one queue; closing it lets their rows go."""
+    """All answers to one HTTP request, in one queue; closing it lets their rows go.
+
+    rules: the filters of [guard], if any; began: when the request came, by perf_counter.
+    """
 
     def __init__(
-        self, name: str, engine: labs_engine.Engine, meters: Meters, rules: Any = None
+        self, name: str, engine: labs_engine.Engine, meters: Meters, rules: Any, began: float
     ) -> None:
-        self.name, self._meters, self._rules = name, meters, rules
+        self.name, self._meters, self._rules, self._began = name, meters, rules, began
         self.model = msgspec.structs.replace(engine.model, decoder=None)  # holds no weights
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: list[labs_engine.Answer] = []
         self._filters: dict[int, Callable[[labs.Event], list[labs.Event]]] = {}
-        self._began = time.perf_counter()
         self.gone: Callable[[], bool] = lambda: False
         self.dones: list[labs.Done] = []
         self.documents: tuple[labs.Source, ...] | UnsetType = UNSET  # where they are used
@@ -438,7 +450,7 @@ class Frames:
         self._finish()
 
 
-# ---------------------------------------------------------------- resources
+# ---------------------------------------------------------------- from a request to its answers
 
 
 class Brought:
@@ -617,7 +629,7 @@ class Service:
             if self.rules is not None:
                 for each, request in zip(inputs, prompts, strict=True):
                     self.rules.check_inputs(each, ids="ids" in request)
-            return do(name, engine, inputs, _in_time_left(generation, wanted.began))
+            return do(name, engine, inputs, generation)
         finally:
             self.models.release(name)
 
@@ -626,14 +638,14 @@ class Service:
 
         def submit(name: str, engine: Any, inputs: list[labs.Inputs], generation: Any) -> Asked:
             owner = wanted.req.context.owner
-            self.pay(owner, wanted.n, inputs, generation)
-            asked = Asked(name, engine, self.meters, self.rules)
+            generation = _in_time_left(generation, wanted.began)
+            asked = Asked(name, engine, self.meters, self.rules, wanted.began)
             asked.gone = self._gone(wanted.req)
             if self.configs[name].documents.apply(wanted.documents):
                 asked.documents = tuple(wanted.sources)
             try:
-                for each in inputs:
-                    for choice in range(wanted.n):
+                with self.paid(owner, wanted.n, inputs, generation):
+                    for each, choice in itertools.product(inputs, range(wanted.n)):
                         options = labs.choice_of(generation, choice)
                         processors = constraints(engine.model, wanted)
                         asked.submit(engine, each, options, owner=owner, processors=processors)
@@ -644,17 +656,22 @@ class Service:
 
         return self.use(wanted, submit)
 
-    def pay(
+    @contextlib.contextmanager
+    def paid(
         self, owner: str, n: int, inputs: list[labs.Inputs], generation: labs.Generation
-    ) -> None:
-        """Take what n answers may use from the owner's quota, or refuse."""
+    ) -> Iterator[None]:
+        """Take what n answers may use from the owner's quota, or refuse; an error gives it back."""
         cost = n * sum(len(each.input_ids) + generation.max_new_tokens for each in inputs)
-        if cost > (most := self.config.server.tokens_per_minute or cost):
-            raise Problem(400, f"{cost} tokens exceed the quota of {most} a minute", "quota")
+        if cost > (most := self._tokens.per_minute or cost):
+            text = f"{cost} tokens exceed the quota of {most} a minute; lower max_new_tokens or n"
+            raise Problem(400, text, "quota")
         if wait := self._tokens.take(owner, cost):
-            raise Problem(
-                429, f"{cost} tokens exceed the quota", "rate_limit_exceeded", retry_after_s=wait
-            )
+            raise _over_quota(f"{cost} tokens exceed what is left of {most} a minute", wait)
+        try:
+            yield
+        except BaseException:
+            self._tokens.take(owner, -cost)
+            raise
 
     def collect(self, req: falcon.Request, asked: Asked) -> list[labs.Completion]:
         """Return whole answers by choice."""
@@ -699,7 +716,7 @@ class Service:
         resp.content_type = "text/event-stream; charset=utf-8"
         resp.set_header("Cache-Control", "no-cache")
         resp.set_header("X-Accel-Buffering", "no")
-        resp.stream = Frames(_guarded(frames(), req.context.id), close)
+        resp.stream = Frames(_ending_in_error(frames(), req.context.id), close)
 
 
 def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
@@ -757,7 +774,7 @@ def _while_loading(asking: Waiting[Asked]) -> Generator[bytes, None, Asked]:
             return cast("Asked", end.value)
 
 
-def _guarded(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
+def _ending_in_error(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
     yield b": ok\n\n"  # lets the headers go while the prompt is read
     try:
         yield from frames
@@ -772,8 +789,12 @@ def error_event(problem: Problem) -> bytes:
     return b"event: error\ndata: " + dumps(problem.error) + b"\n\n"
 
 
+# ---------------------------------------------------------------- resources
+
+
 class Resource:
-    public = False
+    public = False  # asks for no key
+    quiet = False  # is not in the log
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -828,9 +849,9 @@ class Generate(Resource):
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         asked = at_last(self.service.ask(self._read(req)))
-        (done,) = self.service.collect(req, asked)
+        (completion,) = self.service.collect(req, asked)
         names = {"id": req.context.id, "model": asked.name, "documents": asked.documents}
-        resp.data = dumps(GenerateAnswer(**names, **msgspec.structs.asdict(done)))
+        resp.data = dumps(GenerateAnswer(**names, **msgspec.structs.asdict(completion)))
 
     def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
         wanted = self._read(req)
@@ -883,9 +904,10 @@ class Choose(Resource):
             labs.need("labs_typed")
             import labs_typed
 
-            self.service.pay(req.context.owner, len(body.options), inputs, generation)
             ask = functools.partial(labs_typed.choose, engine.model, inputs[0], body.options)
-            return ChooseAnswer(id=req.context.id, model=name, options=engine.call(ask))
+            with self.service.paid(req.context.owner, len(body.options), inputs, generation):
+                options = engine.call(ask)
+            return ChooseAnswer(id=req.context.id, model=name, options=options)
 
         resp.data = dumps(at_last(self.service.use(wanted, choose)))
 
@@ -920,7 +942,8 @@ class OpenAI(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body, given = self.service.read(req, self.endpoint.request)
         if body.stream_options is not None and not body.stream:
-            raise Problem(400, "stream_options need stream = true", "invalid", "stream_options")
+            text = "stream_options need stream = true"
+            raise Problem(400, text, "invalid_value", "stream_options")
         n, options = body.n or 1, self.endpoint.options(body, given)
         prompts = self.endpoint.prompts(body)
         format = getattr(body, "response_format", None)
@@ -1041,7 +1064,7 @@ class Route(Struct, frozen=True):
     path: str
     resource: Any
     summary: str
-    answer: Any = None  # a struct, or a content type
+    answer: Any  # a struct, or a content type
     body: Any = None
     suffix: str | None = None
 
@@ -1116,7 +1139,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if "{" in route.path:
         string = {"type": "string", "minLength": 1}
         found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": string}]
-    if getattr(route.resource, "public", False):
+    if route.resource.public:
         found["security"] = []
     return found
 
@@ -1180,7 +1203,7 @@ def _tell(req: falcon.Request, resp: falcon.Response, error: Exception, params: 
     if isinstance(error, ClientGone):
         resp.status = "499 Client Closed Request"
         return
-    problem = as_problem(error, getattr(req.context, "id", "-"))
+    problem = as_problem(error, req.context.id)
     resp.status, resp.data = falcon.code_to_http_status(problem.status), dumps(problem.error)
     resp.content_type = falcon.MEDIA_JSON
     if isinstance(error, falcon.HTTPError):
@@ -1251,8 +1274,8 @@ def _socket_options() -> list[tuple[int, int, int]]:
     ]
 
 
-def _cut_slow_senders(server: Any, limit_s: float = 30.0) -> None:
-    """Close connections that take longer than limit_s to send one request.
+def _cut_slow_senders(server: Any) -> None:
+    """Close connections that take longer than SENDING_S to send one request.
 
     waitress's channel_timeout begins anew with every byte.
     """
@@ -1264,7 +1287,7 @@ def _cut_slow_senders(server: Any, limit_s: float = 30.0) -> None:
         for channel in list(server.active_channels.values()):
             part = channel.request
             if part is not None and not channel.requests:
-                channel.will_close |= now - begun.setdefault(part, now) > limit_s
+                channel.will_close |= now - begun.setdefault(part, now) > SENDING_S
 
     server.maintenance = maintain
 

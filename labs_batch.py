@@ -45,7 +45,9 @@ class OpenAILine(Struct, frozen=True, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-class OpenAIRequest(Struct, frozen=True, omit_defaults=True):
+class RepeatedLine(Struct, frozen=True, omit_defaults=True):
+    """What the answer to a line of OpenAI's repeats, so that it can be run again."""
+
     url: str
     body: msgspec.Raw
     documents: bool | None = None
@@ -149,7 +151,10 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
             task.id = number
         elif isinstance(identity, str | int) and not isinstance(identity, bool):
             task.id = identity
-        (_read_openai if openai else _read_line)(config, data, given, task)
+        if openai:
+            _read_openai(config, data, task)
+        else:
+            _read_line(config, data, given, task)
         if rules := _rules(config):
             rules.filters(task.generation)  # refuses log-probabilities
     except labs.LabsError as error:
@@ -172,7 +177,7 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
     task.prompts = [task.request]
 
 
-def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: Task) -> None:
+def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     labs.need("labs_openai")
     import labs_openai
 
@@ -188,7 +193,7 @@ def _read_openai(config: labs.Config, data: bytes, given: dict[str, Any], task: 
         raise labs_openai.Refusal("an answer in a file is no stream", "unsupported", "stream")
     task.generation = labs.evolve(config.generation, **task.endpoint.options(body, named))
     documents = config.documents.apply(getattr(body, "documents", False)) or None
-    task.request = OpenAIRequest(line.url, line.body, documents)
+    task.request = RepeatedLine(line.url, line.body, documents)
     task.prompts = [each.within(config) for each in _prompts(task, body, documents)]
     _count_choices(task, body)
     if task.seeds > 1 and task.generation.seed is None:  # else only one could be replayed
@@ -342,8 +347,11 @@ def answer_lines(
         tally.count(task)
         found = [task.found[place] for place in sorted(task.found)]
         found = [rules.shown(each) for each in found] if rules else found
-        render = _render_openai if task.openai else _render
-        yield msgspec.json.encode(render(model, config, task, found)) + b"\n"
+        if task.openai:
+            answer = _render_openai(model, config, task, found)
+        else:
+            answer = _render(config, task, found)
+        yield msgspec.json.encode(answer) + b"\n"
 
 
 class Tally(Struct, eq=False):
@@ -388,9 +396,7 @@ class Tally(Struct, eq=False):
 # ---------------------------------------------------------------- lines out
 
 
-def _render(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
-) -> dict[str, Any]:
+def _render(config: labs.Config, task: Task, found: list[labs.Completion]) -> dict[str, Any]:
     if task.error is not None:
         kind = "invalid_request" if _is_askers(task.error) else "failed"
         return {"id": task.id, "error": {"type": kind, "message": str(task.error)}}
@@ -535,8 +541,13 @@ def _appending(source: str, target: str, tally: Tally) -> Iterator[Callable[[byt
 
 
 def _write_out(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # the reader has enough, which is no failure
+        raise
+    except OSError as error:
+        raise labs.LabsError(f"standard output: {error.strerror}") from error
 
 
 def _lock(descriptor: int, name: str) -> None:

@@ -106,6 +106,7 @@ KEYS = [setting.key for setting in SETTINGS]
 # What concerns one prompt only.
 SINGLE = ["prompt", "messages_json", "messages_file", "system", "chat", "stream", "json"]
 SINGLE += ["explain", "schema", "choose"]
+MODES = ("input", "replay", "index", "vendor")  # what is done instead of answering a prompt
 # At most one of each row: the others would have no effect.
 RIVALS = (
     "prompt messages_json messages_file",
@@ -116,10 +117,11 @@ RIVALS = (
     "explain json",
     "explain stream",
     "explain schema",
-    *(f"choose {other}" for other in ("chat", "stream", "explain", "schema")),
-    *(f"{mode} {other}" for mode in ("input", "replay", "index", "vendor") for other in SINGLE),
-    *(f"vendor {other}" for other in ["config", "verbose", "show_config", *KEYS]),
-    "input replay index vendor",
+    "explain verbose",
+    *(f"choose {other}" for other in ("chat", "stream", "explain", "schema", "verbose")),
+    *(f"{mode} {other}" for mode in MODES for other in [*SINGLE, "verbose", "show_config"]),
+    *(f"vendor {other}" for other in ["config", *KEYS]),
+    " ".join(MODES),
     "rooms check",
     "replay output",
     "replay ordered",
@@ -156,6 +158,8 @@ def write(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has enough
         raise click.exceptions.Exit(0) from None
+    except OSError as exc:
+        raise click.ClickException(f"standard output: {exc.strerror}") from exc
 
 
 def read_text(name: str) -> str:
@@ -569,8 +573,8 @@ def sentence(exc: Exception) -> str:
     """Return what a person needs to know; an error nobody foresaw keeps its name."""
     if isinstance(exc, labs.LabsError):
         return str(exc)
-    if isinstance(exc, OSError) and exc.strerror:
-        return f"{exc.filename or 'standard output'}: {exc.strerror}"
+    if isinstance(exc, OSError) and exc.filename:
+        return f"{exc.filename}: {exc.strerror}"
     return f"{type(exc).__name__}: {exc} (LABS_DEBUG=1 shows where)"
 
 

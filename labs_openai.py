@@ -4,7 +4,7 @@
     body, given = labs_openai.read(data, CHAT.request)     # refused by name what labs does not do
     generation = labs.evolve(config.generation, **CHAT.options(body, given))
     inputs = [labs.build_inputs(model, **each) for each in CHAT.prompts(body)]
-    CHAT.answer(model, completions, id=..., name=..., n=body.n or 1)
+    CHAT.answer(model, completions, body.n or 1, id="1", model=config.model_id)
 
 Both endpoints are pure values, `CHAT` and `COMPLETIONS`; labs_api.py answers HTTP with them,
 labs_batch.py the lines of a batch file. Needs labs.py and labs_decode.py.
@@ -25,8 +25,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 import labs
 
 S = TypeVar("S", bound=Struct)
-Choices = Annotated[int, Meta(ge=1, le=128)]
-Role = Literal["system", "developer", "user", "assistant"]
 Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
 
 
@@ -39,7 +37,7 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
-    role: Role
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[tuple[TextPart, ...], Meta(min_length=1, max_length=256)]
     name: None = None
     refusal: None = None
@@ -69,7 +67,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     logit_bias: dict[labs.TokenId, labs.Bias] | None = None
     stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
     seed: labs.Seed | None = None
-    n: Choices | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -343,7 +341,7 @@ class Chat(Endpoint):
         if limits:
             found["max_new_tokens"] = limits.pop()
         if body.top_logprobs is not None and not body.logprobs:
-            raise Refusal("top_logprobs needs logprobs = true", "invalid", "top_logprobs")
+            raise Refusal("top_logprobs needs logprobs = true", "invalid_value", "top_logprobs")
         if body.logprobs is not None:
             found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         return found

@@ -29,7 +29,8 @@ from msgspec import Struct
 
 import labs
 
-KINDS = (".txt", ".text", ".rst", ".md", ".markdown")
+PLAIN = (".txt", ".text", ".rst")
+KINDS = (*PLAIN, ".md", ".markdown")
 CHARACTERS = 1200  # of a chunk at most: 200 to 300 tokens
 DEPTH = 50  # of each ranking, before they are fused
 LONGEST, WORDS = 8000, 32  # characters of a query that are read, words that are looked up
@@ -254,7 +255,7 @@ def _changed(
             continue
         again, seen[name] = name in seen, hashlib.sha256(data).hexdigest()
         if not again and known.get(name) != seen[name]:
-            markdown = not name.lower().endswith(KINDS[:3])
+            markdown = not name.lower().endswith(PLAIN)
             yield name, seen[name], list(chunk(text, markdown=markdown))
 
 
@@ -327,11 +328,11 @@ def _embed(connection: sqlite3.Connection, spec: labs.ModelSpec) -> None:
         rows = connection.execute(wanted, some).fetchall()
         vectors = _encode(spec, [f"{heading}\n{text}" for _, heading, text in rows])
         with _changing(connection) as execute:
-            for (chunk, *_), vector in zip(rows, vectors.to(torch.float16), strict=True):
+            for (key, *_), vector in zip(rows, vectors.to(torch.float16), strict=True):
                 execute(  # chunks, and the model too, may have been replaced meanwhile
                     "INSERT OR IGNORE INTO vectors SELECT id, ? FROM chunks, facts"
                     " WHERE id = ? AND name = 'embedding_model' AND value = ?",
-                    (vector.numpy().tobytes(), chunk, name),
+                    (vector.numpy().tobytes(), key, name),
                 )
 
 
@@ -350,11 +351,11 @@ def search(
             rankings.append(_by_meaning(connection, database, query, embedding_model))
         scores: dict[int, float] = {}
         for ranking in rankings:
-            for rank, chunk in enumerate(ranking, 1):
-                scores[chunk] = scores.get(chunk, 0.0) + 1 / (60 + rank)
-        best = sorted(scores, key=lambda chunk: -scores[chunk])[:k]
+            for rank, key in enumerate(ranking, 1):
+                scores[key] = scores.get(key, 0.0) + 1 / (60 + rank)
+        best = sorted(scores, key=lambda key: -scores[key])[:k]
         row = "SELECT file, heading, text FROM chunks WHERE id = ?"
-        found = [(scores[chunk], connection.execute(row, (chunk,)).fetchone()) for chunk in best]
+        found = [(scores[key], connection.execute(row, (key,)).fetchone()) for key in best]
     return tuple(Passage(p[0], p[1], p[2], score) for score, p in found if p)
 
 
@@ -452,8 +453,11 @@ def with_passages(
     templated = config.use_chat_template if templated is None else templated
     if not (templated and model.tokenizer.chat_template):
         raise labs.InputError("documents: passages need the model's chat template")
-    prompt, wanted = request.get("prompt"), config.documents
-    messages = request.get("messages") or [labs.Message(role="user", content=prompt or "")]
+    wanted, prompt = config.documents, request.get("prompt") or ""
+    messages = [labs.Message(role="user", content=prompt)]
+    if request.get("messages"):
+        messages = msgspec.convert(labs._messages(request["messages"]), list[labs.Message])
+        request = {**request, "messages": messages}
     query = next((each.content for each in reversed(messages) if each.role == "user"), "")
     spec, database = embedding_model(config), cast("str", wanted.database)
     passages = search(database, query, wanted.passages, embedding_model=spec)

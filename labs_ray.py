@@ -64,6 +64,11 @@ class Cluster(Struct, frozen=True, forbid_unknown_fields=True):
     num_gpus: Annotated[float, Meta(ge=0)] | None = None
     sticky: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            text = f"max_replicas = {self.max_replicas} is less than replicas = {self.replicas}"
+            raise ValueError(f"{text}: raise it or leave it out")
+
     def resources(self, config: labs.Config) -> dict[str, Any]:
         gpus = self.num_gpus
         if gpus is None:
@@ -86,7 +91,7 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
     """Be in a cluster: `local` starts one for as long as this lasts, `auto` finds a running one."""
-    os.environ.setdefault(MIDDLEWARES, "labs_ray.middlewares")
+    os.environ.setdefault(MIDDLEWARES, f"{__name__}.middlewares")
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     for name in ("ray", "ray.data", "ray.serve"):  # what matters is raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -105,7 +110,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def last_line(text: Any) -> str:
-    return re.sub(r"^labs\.\w+: ", "", str(text).strip().rpartition("\n")[2])
+    return re.sub(r"^(\w+\.)*labs\.\w+: ", "", str(text).strip().rpartition("\n")[2])
 
 
 # ---------------------------------------------------------------- online: Ray Serve
@@ -123,8 +128,9 @@ class Replica:
         context = serve.get_replica_context()
         self.name, self.config = context.replica_id.unique_id, config
         self.registry = Registry(context.app_name)
-        shared: dict[str, Any] = {name: Shared(each) for name, each in quotas.items()}
-        self.quotas = labs_api.quotas_of(config)._replace(**shared)
+        alone = labs_api.quotas_of(config)
+        shared = {name: Shared(each, getattr(alone, name)) for name, each in quotas.items()}
+        self.quotas = alone._replace(**shared)
         self.models = labs_models.Models(config)
         self.models.wait()
 
@@ -146,10 +152,11 @@ class Replica:
         self.models.close()  # no thread may be in torch while the interpreter ends
 
 
-class Shared:
+class Shared(labs_api.Quota):
     """A labs_api.Quota that all replicas take from."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, alone: labs_api.Quota) -> None:
+        super().__init__(alone.per_minute)
         self._handle = handle
 
     def take(self, owner: str, cost: float) -> float:
@@ -353,6 +360,8 @@ def answer_files(
     chunks = [msgspec.structs.asdict(each) for each in _chunks(source, lines)]
     _recover(target, tally)  # tells at once of what is no answer there
     tally.answered.clear()
+    if not chunks:
+        return
     most = cluster.max_replicas or cluster.replicas
     with connected(address):
         ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
@@ -422,12 +431,12 @@ class Answers:
             self.model, self.config, numbered, tally, batch_rows=self.batch_rows
         )
         if data := b"".join(answers):
-            self._write(f"{chunk.name}-{chunk.first}", data)
+            self._write(b"".join([f"{chunk.name}-{chunk.first}".encode(), *lines]), data)
         names = "done", "failed", "skipped", "tokens"
         return {"failure": "", **{name: getattr(tally, name) for name in names}}
 
-    def _write(self, name: str, data: bytes) -> None:
-        """Write a file whole, in place of one that was made of the same lines."""
-        name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    def _write(self, asked: bytes, data: bytes) -> None:
+        """Write a file whole, in place of one that an earlier try of the same lines has left."""
+        name = hashlib.sha256(asked).hexdigest()[:16]
         self.files.pipe_file(f"{self.folder}/.{name}", data)
         self.files.mv(f"{self.folder}/.{name}", f"{self.folder}/{name}.jsonl")

@@ -149,8 +149,8 @@ def _maker(model: labs.Model) -> Any:
 
     @functools.lru_cache(KEPT)
     def make(schema: str) -> Any:
-        if (key := "contentEncoding") in schema:  # which llguidance passes over
-            raise labs.InputError(f'schema: Unimplemented keys: ["{key}"]')
+        if '"contentEncoding": "' in schema:  # the keyword, which llguidance passes over
+            raise labs.InputError('schema: Unimplemented keys: ["contentEncoding"]')
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
         wrong, told = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
         if wrong or told:

@@ -2799,14 +2799,14 @@ ROOMS = {
     "labs_engine.py": 400,
     "labs_models.py": 295,
     "labs_openai.py": 450,
-    "labs_api.py": 1500,
-    "labs_batch.py": 705,
+    "labs_api.py": 1525,
+    "labs_batch.py": 715,
     "labs_typed.py": 200,
     "labs_rag.py": 470,
     "labs_guard.py": 290,
-    "labs_ray.py": 435,
+    "labs_ray.py": 445,
     "labs_vendor.py": 135,
-    "labs_cli.py": 695,
+    "labs_cli.py": 700,
 }
 
 

@@ -942,6 +942,32 @@ def test_tokens_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
     assert len(fake.asked) == 2
 
 
+@pytest.mark.parametrize("path", [path for path in BODIES if path != "/explain"])
+def test_what_the_engine_does_not_take_is_not_paid_for(
+    fake: Fake, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(function: Callable[[], Any]) -> Any:
+        raise labs_engine.Busy("full")
+
+    fake.refusal = labs_engine.Busy("full")
+    monkeypatch.setattr(fake, "call", call)
+    site = Site(
+        fake, configured(generation=labs.Generation(max_new_tokens=50), tokens_per_minute=100)
+    )
+    assert [site.post(path, BODIES[path]).status_code for _ in range(40)] == [503] * 40
+
+
+def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: Fake) -> None:
+    site = Site(fake, configured(requests_per_minute=3, tokens_per_minute=100))
+    answers = [site.post("/generate", {"prompt": "hi", "max_new_tokens": n}) for n in (99, 60, 60)]
+    answers.append(site.get("/v1/models"))
+    codes = ((0, 400), (2, 429), (3, 429))
+    told = [error_of(answers[place], code)["message"] for place, code in codes]
+    assert re.fullmatch(r"\d+ tokens exceed the quota of 100 a minute; lower .*", told[0])
+    assert re.fullmatch(r"\d+ tokens exceed what is left of 100 .*; ask again in \d+ s", told[1])
+    assert re.fullmatch(r"too many .* 3 a minute; ask again in (19|20) s", told[2])
+
+
 def test_a_quota_refills() -> None:
     quota = labs_api.Quota(60_000)  # one a millisecond
     assert quota.take("a", 60_000) == 0
@@ -1003,6 +1029,26 @@ def test_readiness_tells_the_state_of_the_engine(site: Site, doing: Any, health:
     assert response.json == {"status": health}
     assert response.status_code == (200 if health == "ok" else 503)
     assert site.get("/health").json == {"status": "ok"}
+
+
+def test_the_time_until_a_model_is_there_counts_but_is_no_setting(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine_for(name: str) -> Any:
+        time.sleep(0.2)
+        return fake
+
+    monkeypatch.setattr(labs_api, "LOADING_S", 0.1)
+    site = Site(fake, configured(generation=labs.Generation(timeout_s=60)))
+    site.client = falcon.testing.TestClient(labs_api.create_app(site.config, engine_for=engine_for))
+    told = site.post("/explain", {"prompt": "hi"}).json["settings"]["timeout_s"]
+    assert told["value"] == 60
+    assert site.post("/generate", {"prompt": "hi"}).status_code == 200
+    assert 59 < fake.generation.timeout_s < 60
+    metrics = site.get("/metrics").text
+    for name in ("time_to_first_token", "e2e_request_latency"):
+        (seconds,) = re.findall(rf"^labs_{name}_seconds_sum{{.*}} (.*)$", metrics, re.MULTILINE)
+        assert 0.2 < float(seconds) < 20
 
 
 # ---------------------------------------------------------------- true clients of a true server
@@ -1595,6 +1641,15 @@ def test_log_probabilities_can_be_turned_off_by_a_request(fake):
     site.post("/v1/chat/completions", {"messages": messages, "logprobs": False})
     site.post("/v1/chat/completions", {"messages": messages})
     assert [generation.logprobs for _, generation, _ in fake.asked] == [None, 2]
+
+
+def test_the_example_of_labs_openai_runs(tiny):
+    lines = (line.strip() for line in labs_openai.__doc__.splitlines() if line.startswith("    "))
+    names = {"labs": labs, "labs_openai": labs_openai, "CHAT": labs_openai.CHAT, "model": tiny}
+    names |= {"config": configured(), "data": json.dumps(BODIES[CHAT]).encode()}
+    names["completions"] = [labs.generate(tiny, labs.build_inputs(tiny, prompt="a"))]
+    exec("\n".join(lines), names)
+    assert len(names["inputs"]) == 1
 
 
 def test_text_offsets_go_on_over_the_pieces_of_a_stream(site):

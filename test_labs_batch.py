@@ -600,6 +600,13 @@ def test_a_full_disk_is_one_sentence(served: labs.Model) -> None:
     assert done.stderr.splitlines()[-1] == "Error: /dev/full: No space left on device"
 
 
+def test_a_full_disk_behind_standard_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        with pytest.raises(labs.LabsError, match=r"^standard output: No space left on device$"):
+            labs_batch._write_out(b"{}\n")
+
+
 def test_a_device_takes_answers_of_two_processes(served: labs.Model) -> None:
     written("in", prompts(2))
     with open(os.devnull, "ab") as file:

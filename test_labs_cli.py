@@ -358,7 +358,7 @@ def test_explain_tells_what_would_run_and_runs_nothing(
     assert fake.closed == 0
 
 
-@pytest.mark.parametrize("rival", ["--chat", "--json", "--stream"])
+@pytest.mark.parametrize("rival", ["--chat", "--json", "--stream", "--verbose"])
 def test_explain_and_what_would_have_no_effect_beside_it_exclude_each_other(
     rival: str, fake: Fake
 ) -> None:
@@ -366,6 +366,18 @@ def test_explain_and_what_would_have_no_effect_beside_it_exclude_each_other(
     result = invoke(*prompt, "--explain", rival)
     assert result.exit_code == 2
     assert "exclude each other" in result.stderr
+
+
+@pytest.mark.parametrize("mode", ["--input", "--replay", "--index"])
+@pytest.mark.parametrize("rival", ["--verbose", "--show-config"])
+def test_what_would_have_no_effect_on_files_is_refused(mode: str, rival: str) -> None:
+    result = invoke(mode, "a.jsonl", rival)
+    assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
+
+
+def test_verbose_and_choose_exclude_each_other() -> None:
+    result = invoke("--prompt", "Hi", "--choose", "a", "--choose", "b", "--verbose")
+    assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
 
 
 def test_verbose_tells_where_the_time_went(fake: Fake) -> None:
@@ -392,6 +404,12 @@ def test_an_error_nobody_foresaw_keeps_its_name(fake: Fake) -> None:
     result = invoke("--prompt", "Hi")
     assert result.exit_code == 1
     assert result.stderr == "Error: ZeroDivisionError: oh (LABS_DEBUG=1 shows where)\n"
+
+
+def test_standard_output_is_blamed_for_its_own_errors_only(fake: Fake) -> None:
+    fake.error = OSError(5, "Input/output error")
+    told = "Error: OSError: [Errno 5] Input/output error (LABS_DEBUG=1 shows where)\n"
+    assert invoke("--prompt", "Hi").stderr == told
 
 
 def test_labs_debug_lets_the_traceback_through(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +608,7 @@ def test_standard_output_that_is_closed_or_full_is_one_line() -> None:
             f"{command} {redirection}", shell=True, capture_output=True, check=False
         )
         assert done.returncode == 1
-        assert re.fullmatch(rb"Error: standard output.*\n", done.stderr)
+        assert re.fullmatch(rb"Error: standard output(:| is) .*\n", done.stderr)
 
 
 def test_a_chat_on_a_terminal_survives_ctrl_c() -> None:

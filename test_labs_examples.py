@@ -24,6 +24,7 @@ import pytest
 from werkzeug.test import Client
 
 import labs
+import labs_engine
 import test_labs
 import test_labs_cli
 
@@ -132,7 +133,8 @@ def mounted(
 ) -> Iterator[dict[str, Any]]:
     """Run the example as a module that another server imports; return its names."""
     with contextlib.chdir(tmp_path_factory.mktemp("site")), pytest.MonkeyPatch.context() as patch:
-        for name, value in (SAYS_A | {"LABS_MODEL": str(tiny_folder)}).items():
+        keeping = {"LABS_MODEL": str(tiny_folder), "LABS_RESPONSE_CACHE_MAX_ENTRIES": "8"}
+        for name, value in (SAYS_A | keeping).items():
             patch.setenv(name, value)
         names = runpy.run_path(str(EXAMPLES / "flask_mount.py"))
     yield names
@@ -151,7 +153,7 @@ def test_flask_and_labs_answer_side_by_side_from_one_engine(
     asked = client.get("/ask", query_string={"question": "Hi"})
     assert (asked.status_code, asked.mimetype, asked.text) == (200, "text/plain", "AAA")
     assert mounted["engine"].status().steps - before >= 2
-    answer = client.post("/llm/generate", json={"prompt": "Hi"})
+    answer = client.post("/llm/generate", json={"prompt": "Hello"})
     assert answer.json["text"] == "AAA"
     assert mounted["engine"].status().steps - before >= 4
 
@@ -179,6 +181,29 @@ def test_wrong_questions_to_flask_are_client_errors(client: Client) -> None:
     assert client.get("/ask").status_code == 400
     empty = client.get("/ask?question=")
     assert (empty.status_code, empty.text) == (400, "the prompt is empty")
+
+
+def test_what_the_engine_cannot_do_is_no_answer_of_flask(
+    client: Client, mounted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = [labs.Delta("A"), labs.Failed(labs.GenerationError("nan at layer 3"))]
+    monkeypatch.setattr(mounted["engine"], "submit", lambda *_: iter(failed))
+    assert client.get("/ask?question=Hi").status_code == 500
+    monkeypatch.setattr(mounted["engine"], "submit", busy)
+    full = client.get("/ask?question=Hi")
+    assert (full.status_code, full.text, full.headers["Retry-After"]) == (503, "full", "1")
+
+
+def busy(*_: Any) -> Any:
+    raise labs_engine.Busy("full")
+
+
+def test_flask_and_labs_keep_answers_as_they_are_set_to(
+    client: Client, mounted: dict[str, Any]
+) -> None:
+    before = mounted["engine"].status().response_cache_hits
+    assert [client.get("/ask?question=Twice").text for _ in range(2)] == ["AAA"] * 2
+    assert mounted["engine"].status().response_cache_hits == before + 1
 
 
 def test_the_flask_example_serves_streams_and_ends_at_ctrl_c(tiny_folder: Path) -> None:

@@ -722,6 +722,18 @@ def test_openais_own_client_reads_the_documents(site: test_labs_api.Site) -> Non
     assert answer.model_extra["documents"][0] == SEINE
 
 
+def test_passages_come_to_whatever_build_inputs_takes_for_messages(
+    site: test_labs_api.Site, tiny: labs.Model
+) -> None:
+    asked = {"role": "user", "content": QUESTION}
+    for messages in ([asked], [labs.Message(**asked)], iter([asked])):
+        request, sources = labs_rag.with_passages(site.config, tiny, {"messages": messages})
+        assert sources[0].path == SEINE["path"]
+        assert labs_rag.INTRODUCTION in labs.build_inputs(tiny, **request).prompt
+    request, _ = labs_rag.with_passages(site.config, tiny, {"messages": iter([user("Hello?")])})
+    assert "Hello?" in labs.build_inputs(tiny, **request).prompt
+
+
 def test_a_prompt_without_a_template_is_not_grounded_but_refused(site: test_labs_api.Site) -> None:
     body = {"prompt": QUESTION, "use_chat_template": False}
     error = test_labs_api.error_of(site.post("/generate", body), 400)

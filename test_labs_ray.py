@@ -4,7 +4,9 @@ share a model."""
 from __future__ import annotations
 
 import collections
+import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,6 +26,7 @@ import pytest
 import labs
 import labs_batch
 import labs_ray
+import labs_vendor
 import test_labs
 from test_labs_api import CHAT, A, end_of, program
 from test_labs_cli import ONE_THREAD, ROOT, labs_gen
@@ -234,6 +237,30 @@ def test_serve_run_builds_it_from_words() -> None:
         labs_ray.app({"replica_count": 2})
     with pytest.raises(labs.ConfigError, match="replicas"):
         labs_ray.app({"replicas": 0})
+    with pytest.raises(labs.ConfigError, match="max_replicas = 1 is less than replicas = 2"):
+        labs_ray.app({"replicas": 2, "max_replicas": "1"})
+
+
+def test_a_copy_in_a_package_names_its_own_modules_and_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "__init__.py").touch()
+    labs_vendor.vendor(str(tmp_path / "thing"), ["ray"])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(labs_ray.MIDDLEWARES, "")  # what is set below is undone too
+    monkeypatch.delenv(labs_ray.MIDDLEWARES)
+    copy = importlib.import_module("thing.labs_ray")
+    monkeypatch.setattr(copy.ray, "init", unreachable)
+    with pytest.raises(copy.labs.LabsError, match="cannot reach Ray"), copy.connected("auto"):
+        pass
+    assert os.environ[copy.MIDDLEWARES] == "thing.labs_ray.middlewares"
+    for name in ("labs", "thing.labs"):
+        assert labs_ray.last_line(f"a frame\n{name}.ModelError: no file") == "no file"
+
+
+def unreachable(*_: Any, **options: Any) -> None:
+    raise RuntimeError("nobody is there")
 
 
 # ---------------------------------------------------------------- offline
@@ -337,6 +364,27 @@ def test_what_is_no_answer_in_the_folder_is_told_before_anything_runs(tmp_path: 
     (tmp_path / "a.jsonl").write_text(lines(3))
     with pytest.raises(labs.InputError, match="no answer of labs-gen"):
         answered(tmp_path, f"{tmp_path}/a.jsonl", tmp_path, "nowhere")
+
+
+def test_what_is_answered_stays_when_a_file_grows_or_another_has_its_name(
+    folder: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    config = labs.load_config(env={}, overrides={"model_name": str(folder), "torch_dtype": "fp32"})
+    for place, text in (("a", lines(2)), ("a", lines(4)), ("b", lines(7, 4))):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "in.jsonl").write_text(text)
+        answer = labs_ray.Answers(config, str(target), None)
+        for chunk in [*labs_ray._chunks(f"{tmp_path}/{place}/in.jsonl", 50)] * 2:  # tried twice
+            answer(msgspec.structs.asdict(chunk))
+    assert sorted(row["id"] for row in answers(target)) == [f"n{n}" for n in range(7)]
+
+
+def test_files_without_lines_are_answered_by_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    tally = answered(tmp_path, f"{tmp_path}/*.jsonl", tmp_path / "out", "nowhere")
+    assert (tally.done, tally.failed, answers(tmp_path / "out")) == (0, 0, [])
 
 
 @pytest.mark.parametrize("source", ["nothing.jsonl", "*.jsonl", "-"])

@@ -181,6 +181,11 @@ def test_a_schema_that_cannot_be_expressed_is_refused_by_name(tiny, schema, name
         labs_typed.Constraint(tiny, schema)
 
 
+def test_a_property_may_be_called_as_a_keyword_is(tiny):
+    schema = {"properties": {"contentEncoding": {"type": "null"}}, "required": ["contentEncoding"]}
+    labs_typed.Constraint(tiny, {"type": "object", "additionalProperties": False, **schema})
+
+
 def test_a_date_that_no_calendar_has_is_no_value(tiny, monkeypatch):
     done = labs.generate(tiny, ask(tiny), max_new_tokens=1)
     answer = msgspec.structs.replace(done, text='"2026-02-31"', finish_reason="stop")

@@ -8,9 +8,10 @@ import labs_api
 import labs_engine
 
 config = labs.load_config()
-engine = labs_engine.Engine(labs.load_model(config), config.server)
+engine = labs_engine.Engine(labs.load_model(config), config.server, config.response_cache)
 site = flask.Flask(__name__)
 site.register_error_handler(labs.InputError, lambda error: (str(error), 400))
+site.register_error_handler(labs_engine.Busy, lambda error: (str(error), 503, {"Retry-After": "1"}))
 llm = labs_api.create_app(config, engine_for=lambda name: engine)
 app = DispatcherMiddleware(site, {"/llm": llm})  # for any WSGI server, with threads
 
@@ -18,9 +19,10 @@ app = DispatcherMiddleware(site, {"/llm": llm})  # for any WSGI server, with thr
 @site.get("/ask")
 def ask() -> flask.Response:
     inputs = labs.build_inputs(engine.model, prompt=flask.request.args["question"])
-    events = engine.submit(inputs, config.generation)
-    pieces = (event.text for event in events if isinstance(event, labs.Delta))
-    return flask.Response(pieces, mimetype="text/plain")
+    *pieces, done = engine.submit(inputs, config.generation)
+    if isinstance(done, labs.Failed):
+        raise done.error
+    return flask.Response([getattr(each, "text", "") for each in pieces], mimetype="text/plain")
 
 
 if __name__ == "__main__":
