@@ -2490,6 +2490,31 @@ def test_an_explanation_tells_where_each_setting_comes_from(tiny):
     assert known - {*told} == {"use_chat_template", "add_generation_prompt"}
 
 
+def test_each_option_of_a_request_reaches_the_sampler(tiny):
+    numbers = {"temperature": 0.6, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "seed": 9, "logprobs": 2}
+    numbers |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.4}
+    options = labs.Generation(**numbers, logit_bias={3: 1.5})
+    model = msgspec.structs.replace(tiny, recommended={"top_k": 7, "temperature": 0.1})
+    expected = labs_decode.Sampling(**numbers, logit_bias=((3, 1.5),), processors=(len,))
+    assert labs._sampling(model, options, (len,)) == expected
+
+
+@pytest.mark.parametrize("recommended", [{}, {"temperature": 0.0}])
+def test_what_nobody_says_is_neutral(tiny, recommended):
+    model = msgspec.structs.replace(tiny, recommended=recommended)
+    assert labs._sampling(model, labs.Generation(seed=4), ()) == labs_decode.Sampling(seed=4)
+    found = labs._sampling(model, labs.Generation(seed=4, do_sample=True), ())
+    assert found == labs_decode.Sampling(seed=4, temperature=1.0)
+
+
+def test_a_bias_on_the_first_token_beyond_the_vocabulary_is_refused(tiny):
+    size = tiny.decoder.config.vocab_size
+    labs._sampling(tiny, labs.Generation(logit_bias={size - 1: 1.0}), ())
+    told = f"logit_bias names token {size}: the vocabulary has {size}"
+    with pytest.raises(labs.InputError, match=f"^{told}$"):
+        labs._sampling(tiny, labs.Generation(logit_bias={size: 1.0}), ())
+
+
 def test_an_explanation_tells_what_made_a_request_greedy(tiny):
     model = msgspec.structs.replace(tiny, recommended={"do_sample": True, "temperature": 0.7})
     options = labs.Generation(do_sample=False)
