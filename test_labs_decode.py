@@ -975,6 +975,44 @@ def test_no_draw_leaves_what_transformers_warpers_keep(top_k: int, top_p: float)
     assert len(drawn) > 0.5 * min(len(kept), 100)
 
 
+FEW, MANY = decode.CANDIDATES
+
+
+@pytest.mark.parametrize(
+    ("likely", "width", "option", "sizes"),
+    [
+        (10, 3000, {"top_p": 0.9}, [FEW]),
+        (10, 3000, {"top_k": 5, "top_p": 0.9}, [FEW]),
+        (10, 3000, {}, [FEW]),
+        (3000, 3000, {}, [FEW]),  # what is no candidate is one lump
+        (300, 3000, {"top_p": 0.9}, [FEW, MANY]),
+        (3000, 3000, {"top_p": 0.9}, [FEW, MANY, 3000]),
+        (3000, 3000, {"top_k": FEW}, [FEW]),
+        (3000, 3000, {"top_k": FEW, "top_p": 0.5}, [FEW]),
+        (10, 3000, {"top_k": 300, "top_p": 0.5}, [FEW, MANY]),
+        (10, 3000, {"top_k": 300, "min_p": 0.5}, [FEW]),
+        (FEW - 1, 3000, {"min_p": 0.5}, [FEW]),
+        (FEW, 3000, {"min_p": 0.5}, [FEW, MANY]),
+        (10, 100, {"top_k": 500, "top_p": 0.5}, [100]),
+        (500, 500, {"top_p": 0.9}, [FEW, 500]),
+    ],
+)
+def test_a_draw_looks_at_no_more_than_it_must(
+    likely: int, width: int, option: dict[str, Any], sizes: list[int], monkeypatch: Any
+) -> None:
+    logits, real = torch.zeros(2, width), torch.Tensor.topk
+    logits[:, :likely] = 20.0
+    looked: list[tuple[int, int]] = []
+
+    def topk(self: torch.Tensor, k: int, **options: Any) -> Any:
+        looked.append((len(self), k))
+        return real(self, k, **options)
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    decode.choose(logits, rows_of([{"temperature": 1.0, **option}, {}]))
+    assert looked == [(1, size) for size in sizes]
+
+
 def test_top_p_is_a_share_of_what_top_k_kept_where_that_is_all_that_is_looked_at() -> None:
     torch.manual_seed(3)
     logits, size = torch.randn(1, 3000), decode.CANDIDATES[0]
