@@ -55,7 +55,7 @@ MEMORY_SHARE = 0.5  # of the free memory, what slots may take
 MOST_ROWS = 64  # of a batch, where nothing is said
 TYPICAL = 1024  # columns of a row, to tell how many rows the memory holds
 NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
-UNTOLD = 2**30  # bytes for prefixes, where the system does not tell how much memory is free
+UNTOLD = 2**30  # bytes to keep for what may come, where the system tells of no free memory
 
 CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 log = logging.getLogger("labs.decode")
@@ -1153,8 +1153,13 @@ class Prefixes:
     def _most(self, cache: Slots) -> int:
         if self.max_bytes is not None:
             return self.max_bytes
-        free = free_memory(cache.buffers[0].device)
-        return UNTOLD if free == sys.maxsize else int(PREFIX_SHARE * (free + self.nbytes))
+        return _keepable(cache, self.nbytes)
+
+
+def _keepable(cache: Slots, held: int) -> int:
+    """Return how many bytes may lie beside `cache` for what may come; `held` do already."""
+    free = free_memory(cache.buffers[0].device)
+    return UNTOLD if free == sys.maxsize else int(PREFIX_SHARE * (free + held))
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -1232,7 +1237,7 @@ def _roomy(cache: Slots, columns: int) -> int:
 def _is_small(cache: Slots) -> bool:
     """Tell whether slots that nobody is in may be kept, beside what may come."""
     size = sum(buffer.nbytes for buffer in cache.buffers)
-    return size <= PREFIX_SHARE * (free_memory(cache.buffers[0].device) + size)
+    return size <= _keepable(cache, size)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -1618,8 +1623,7 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     ]:
         ids, lines, frequency, presence = _spread(used, scores)
         counts = [count for generated, *_ in used for count in generated.values()]
-        counted = numbers(counts, scores)
-        scores[lines, ids] -= counted * frequency + presence
+        scores[lines, ids] -= numbers(counts, scores) * frequency + presence
     if biased := [
         ({token: bias for token, bias in s.logit_bias if token in every}, i)
         for i, _, s in options

@@ -10,11 +10,11 @@ import itertools
 import math
 import random
 import sys
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,7 +176,7 @@ def tiny(kind: str, **extra: Any) -> Any:
 
 
 def by_transformers(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     with torch.inference_mode():
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
@@ -1778,18 +1778,7 @@ def test_slots_are_larger_than_they_must_be_only_where_memory_is_free(
 def test_slots_that_nobody_is_in_give_way_to_a_newcomer(monkeypatch: Any) -> None:
     Recorded(monkeypatch)
     decoder = graphed("llama")
-    model = labs.Model(
-        decoder=decoder,
-        tokenizer=None,
-        spec=labs.ModelSpec(),
-        device="cpu",
-        dtype="fp32",
-        context_length=512,
-        eos_token_ids=frozenset(),
-        recommended={},
-        load_s=0.0,
-        lock=threading.Lock(),
-    )
+    model: Any = SimpleNamespace(decoder=decoder)
     ended(decoder, begun(decoder, PROMPTS[2]))
     assert decoder.graphs.homes
     monkeypatch.setattr(decode, "has_room", lambda *args: not decoder.graphs.homes)

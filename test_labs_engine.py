@@ -43,14 +43,17 @@ OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 @functools.cache
 def model_of(kind: str) -> labs.Model:
     """Make a tiny model whose answers end at max_new_tokens only."""
-    decoder = labs_decode.prepare(tiny(kind, vocab_size=262))
+    return model_around(labs_decode.prepare(tiny(kind, vocab_size=262)), kind)
+
+
+def model_around(decoder: labs_decode.Decoder, name: str, context_length: int = 512) -> labs.Model:
     return labs.Model(
         decoder=decoder,
         tokenizer=byte_tokenizer(),
-        spec=labs.ModelSpec(model_name=kind),
-        device="cpu",
+        spec=labs.ModelSpec(model_name=name),
+        device=decoder.device.type,
         dtype="fp32",
-        context_length=512,
+        context_length=context_length,
         eos_token_ids=frozenset(),
         recommended={},
         load_s=0.0,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import labs_decode as decode
 import labs_engine
 import labs_models
 import test_labs
-from test_labs import byte_tokenizer, save_model
-from test_labs_decode import NEW, PROMPTS, newcomer, tiny
-from test_labs_engine import asked, prompt, read
+from test_labs import save_model
+from test_labs_decode import PROMPTS, by_transformers, newcomer, tiny
+from test_labs_engine import asked, model_around, prompt, read
 
 folder = test_labs.folder
 HIDDEN = not torch.cuda.is_available()
@@ -36,29 +35,6 @@ LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embe
 
 def on_gpu(kind: str, **extra: Any) -> decode.Decoder:
     return decode.prepare(tiny(kind, **extra).cuda())
-
-
-def by_transformers(model: Any, ids: list[int]) -> list[int]:
-    inputs = torch.tensor([ids], device="cuda")
-    words = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": NEW, "do_sample": False}
-    with torch.inference_mode():
-        return model.generate(inputs, **words)[0, len(ids) :].tolist()
-
-
-def model_of(decoder: decode.Decoder, **changes: Any) -> labs.Model:
-    found = labs.Model(
-        decoder=decoder,
-        tokenizer=byte_tokenizer(),
-        spec=labs.ModelSpec(model_name="tiny"),
-        device="cuda",
-        dtype="fp32",
-        context_length=8192,
-        eos_token_ids=frozenset(),
-        recommended={},
-        load_s=0.0,
-        lock=threading.Lock(),
-    )
-    return labs.msgspec.structs.replace(found, **changes)
 
 
 def captured(batch: decode.Batch) -> list[Any]:
@@ -150,7 +126,7 @@ def test_the_same_logits_give_the_same_draws_on_a_gpu_and_without(seed: int) -> 
 
 
 def test_threads_that_come_and_leave_get_the_text_that_they_get_alone() -> None:
-    model = model_of(on_gpu("llama", vocab_size=262))
+    model = model_around(on_gpu("llama", vocab_size=262), "tiny")
     new, numbers = 40, range(48)
     seeds = [number % 3 or None for number in numbers]
     alone = [
@@ -180,7 +156,7 @@ def test_threads_that_come_and_leave_get_the_text_that_they_get_alone() -> None:
 def test_a_step_that_runs_out_of_the_gpus_memory_goes_on_with_less() -> None:
     """has_room sees the whole card, so that a limit of torch's own makes real failures."""
     decoder = dataclasses.replace(on_gpu("llama", vocab_size=262, **LARGE), graphs=None)
-    model, rows, length = model_of(decoder), 32, 1500
+    model, rows, length = model_around(decoder, "tiny", 8192), 32, 1500
     inputs = [prompt(number, length) for number in range(rows)]
     alone = labs.generate(model, inputs[0], asked(None, 8)).text
     slots = rows * 2048 * decode.column_bytes(decoder)
@@ -209,12 +185,7 @@ def test_a_model_is_loaded_to_the_gpu_and_its_memory_comes_back(tmp_path: Path) 
     spec = labs.ModelSpec(model_name=str(place))
     tables = {"one": labs.Config(model=spec, model_id="one")}
     models = labs_models.Models(labs.msgspec.structs.replace(tables["one"], models=tables))
-    while True:
-        try:
-            engine = models("one")
-            break
-        except labs_models.Loading as loading:
-            loading.wait(0.05)
+    engine = models.wait()
     model = engine.model
     assert (model.device, model.dtype) == ("cuda", "bf16")
     assert memory() - before >= model.decoder.weight_bytes
@@ -222,7 +193,6 @@ def test_a_model_is_loaded_to_the_gpu_and_its_memory_comes_back(tmp_path: Path) 
     assert isinstance(end, labs.Done), end
     assert not model.decoder.graphs.failed
     del engine, model
-    models.release("one")
     models.close()
     del models
     assert memory() - before < 2**20
