@@ -1042,8 +1042,10 @@ def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
     for layer in batch.cache.filled:
         layer.cut(len(rows))
     at_once = batch.at_once if len(rows) > batch.at_once else 0  # that many did fit
-    if not rows and batch.homes is not None and _is_small(batch.cache):
-        batch.homes[:] = [batch.cache]
+    if not rows and batch.homes is not None:
+        size = sum(buffer.nbytes for buffer in batch.cache.buffers)
+        if size <= _keepable(batch.cache, size):
+            batch.homes[:] = [batch.cache]
     return replace(batch, rows=tuple(rows), at_once=at_once) if rows else None
 
 
@@ -1232,12 +1234,6 @@ def _roomy(cache: Slots, columns: int) -> int:
     more = max(ROOMY, 1 << (columns - 1).bit_length())
     size = 2 * cache.cursor.rows * more * cache.bytes_per_column
     return more if size <= MEMORY_SHARE * free_memory(cache.buffers[0].device) else columns
-
-
-def _is_small(cache: Slots) -> bool:
-    """Tell whether slots that nobody is in may be kept, beside what may come."""
-    size = sum(buffer.nbytes for buffer in cache.buffers)
-    return size <= _keepable(cache, size)
 
 
 def out_of_memory(error: BaseException) -> bool:
