@@ -898,7 +898,7 @@ def in_llama_cpp() -> Ask:
 
 def over_http(command: Callable[..., list[str]], port: int, *more: str) -> Ask:
     spec = labs.load_config(env={}).model
-    folder = labs._locate(spec, labs._device(spec)[2])[0]
+    folder = labs.locate(spec, labs.device_of(spec)[2])[0]
     server = Served([*command(folder, *more), "--port", str(port)], port, folder)
     atexit.register(server.process.terminate)
 

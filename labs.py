@@ -381,6 +381,10 @@ class Config(Chat, frozen=True, kw_only=True):
     sources: dict[str, str] = {}
     api_keys: tuple[str, ...] = ()
 
+    def by_name(self) -> dict[str, Config]:
+        """Return the configuration of each model by its name, that of the default model first."""
+        return {self.model_id: self, **self.models, self.model_id: self}
+
 
 class Setting(Struct, frozen=True):
     """One settable key. `key` names it in flags and overrides, `field` in its section."""
@@ -657,7 +661,7 @@ def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
         try:
             lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"server_api_keys_file = {file}: {_first_line(error)}") from error
+            raise ConfigError(f"server_api_keys_file = {file}: {first_line(error)}") from error
         keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]
         if not any(keys):
             raise ConfigError(f"server_api_keys_file = {file}: holds no key")
@@ -956,10 +960,17 @@ def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
 @functools.lru_cache(maxsize=2)
 def _load_cached(spec: ModelSpec) -> Model:
     need("torch", "transformers", "labs_decode")
-    with _LOADING, _no_collection(), _progress_bars():
+    with loading():
         import labs_decode  # noqa: F401  (what it imports is no part of load_s)
 
         return _load(spec)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Hold the lock under which anything of transformers is loaded, and silence its bars."""
+    with _LOADING, _no_collection(), _progress_bars():
+        yield
 
 
 @contextlib.contextmanager
@@ -1014,10 +1025,10 @@ def weight_bytes(spec: ModelSpec) -> int:
     import torch
 
     transformers: Any = importlib.import_module("transformers")
-    with _LOADING, _progress_bars():
-        _, _, dtype = _device(spec)
-        source, options, _ = _locate(spec, dtype)
-        config = _pretrained("AutoConfig", source, options)
+    with loading():
+        _, _, dtype = device_of(spec)
+        source, options, _ = locate(spec, dtype)
+        config = pretrained("AutoConfig", source, options)
         trust = {"trust_remote_code": spec.trust_remote_code}
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, **trust)
@@ -1034,7 +1045,7 @@ def system_memory(spec: ModelSpec) -> int:
 
     import labs_decode
 
-    return labs_decode.free_memory(torch.device(_numbered(spec, _device(spec)[1])))
+    return labs_decode.free_memory(torch.device(device_with_index(spec, device_of(spec)[1])))
 
 
 def context_length(spec: ModelSpec) -> int | None:
@@ -1046,7 +1057,7 @@ def context_length(spec: ModelSpec) -> int | None:
         else:
             source = str(Path(spec.model_name).expanduser())
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        config = _pretrained("AutoConfig", source, {**options, "local_files_only": True})
+        config = pretrained("AutoConfig", source, {**options, "local_files_only": True})
     except LabsError:
         return None
     return _context_length(config, None)
@@ -1085,20 +1096,20 @@ def _progress_bars() -> Iterator[None]:
 
 def _load(spec: ModelSpec) -> Model:
     began = time.perf_counter()
-    device_map, device, dtype = _device(spec)
-    source, options, origin = _locate(spec, dtype)
-    config = _pretrained("AutoConfig", source, options)
+    device_map, device, dtype = device_of(spec)
+    source, options, origin = locate(spec, dtype)
+    config = pretrained("AutoConfig", source, options)
     if config.is_encoder_decoder:
         raise ModelError(
             f"{spec.model_name}: {config.model_type} is an encoder-decoder; labs runs causal models"
         )
-    tokenizer = _pretrained("AutoTokenizer", source, options)
+    tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
-    weights |= {"dtype": _torch_dtype(dtype), **_places(spec, config, device_map)}
+    weights |= {"dtype": torch_dtype(dtype), **_places(spec, config, device_map)}
     weights["output_loading_info"] = True
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
-    model = _complete(*_pretrained("AutoModelForCausalLM", source, weights))
+    model = _complete(*pretrained("AutoModelForCausalLM", source, weights))
     decoder = _decoder(model, spec)
     return Model(
         decoder=decoder,
@@ -1189,13 +1200,13 @@ def _complete(model: Any, info: Mapping[str, Any]) -> Any:
     return model.eval()
 
 
-def _torch_dtype(dtype: str) -> Any:
+def torch_dtype(dtype: str) -> Any:
     import torch
 
     return getattr(torch, {short: long for long, short in SHORT.items()}.get(dtype, dtype))
 
 
-def _device(spec: ModelSpec) -> tuple[Any, str, str]:
+def device_of(spec: ModelSpec) -> tuple[Any, str, str]:
     """Return (device_map for transformers, device type, dtype); the only place that probes."""
     import torch
 
@@ -1221,11 +1232,13 @@ def _device(spec: ModelSpec) -> tuple[Any, str, str]:
     return (
         device_map,
         device,
-        resolve_dtype(spec.torch_dtype, device=device, has_bf16=_has_bf16(_numbered(spec, device))),
+        resolve_dtype(
+            spec.torch_dtype, device=device, has_bf16=_has_bf16(device_with_index(spec, device))
+        ),
     )
 
 
-def _numbered(spec: ModelSpec, device: str) -> str:
+def device_with_index(spec: ModelSpec, device: str) -> str:
     """Return the device with its number where one was given."""
     return spec.device_map if spec.device_map.startswith(f"{device}:") else device
 
@@ -1256,7 +1269,7 @@ def _quantization(wanted: Quantization, dtype: str) -> Any:
     compute = wanted.bnb_4bit_compute_dtype
     options = asdict(wanted)
     del options["quant_method"]
-    options["bnb_4bit_compute_dtype"] = _torch_dtype(dtype if compute == "auto" else compute)
+    options["bnb_4bit_compute_dtype"] = torch_dtype(dtype if compute == "auto" else compute)
     return transformers.BitsAndBytesConfig(**options)
 
 
@@ -1283,7 +1296,7 @@ def _recommended(model: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _pretrained(kind: str, source: str, options: dict[str, Any]) -> Any:
+def pretrained(kind: str, source: str, options: dict[str, Any]) -> Any:
     """Call transformers' from_pretrained and turn its failures into one sentence."""
     import transformers
 
@@ -1293,7 +1306,7 @@ def _pretrained(kind: str, source: str, options: dict[str, Any]) -> Any:
         raise ModelError(f"{source}: {_reason(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = str(error).strip() or type(error).__name__
@@ -1332,13 +1345,13 @@ def _reason(error: BaseException) -> str:
     for marker, sentence in _REASONS:
         if any(marker in type(link).__name__ or marker in str(link) for link in chain):
             return sentence
-    return _first_line(error)
+    return first_line(error)
 
 
 # ---------------------------------------------------------------- where models come from
 
 
-def _locate(spec: ModelSpec, dtype: str) -> tuple[str, dict[str, Any], Path | None]:
+def locate(spec: ModelSpec, dtype: str) -> tuple[str, dict[str, Any], Path | None]:
     """Return what transformers loads from, a folder or a hub id, its options, and whence it is.
 
     That is a file or a folder, or None for the hub.
@@ -1428,7 +1441,7 @@ def _hub_answers(spec: ModelSpec, repository: str, file: str) -> bool:
 
 
 def _conversion(gguf: Path, spec: ModelSpec, dtype: str | None = None) -> Path:
-    root, dtype = _cache(spec), dtype or _device(spec)[2]
+    root, dtype = _cache(spec), dtype or device_of(spec)[2]
     return root / f"{gguf.stem}-{_digest(gguf, root)[:16]}-{dtype}"
 
 
@@ -1525,17 +1538,17 @@ def _convert(gguf: Path, folder: Path, dtype: str, root: Path) -> None:
             root, sum(int(tensor.n_elements) for tensor in tensors) * (4 if dtype == "fp32" else 2)
         )
         where = {"gguf_file": gguf.name}
-        tokenizer = _pretrained("AutoTokenizer", str(gguf.parent), where)
+        tokenizer = pretrained("AutoTokenizer", str(gguf.parent), where)
         from transformers import GgufConfig
 
-        options = {**where, "dtype": _torch_dtype(dtype)}
+        options = {**where, "dtype": torch_dtype(dtype)}
         options["quantization_config"] = GgufConfig(dequantize=True)
         shown = sys.stderr and sys.stderr.isatty()  # its bar knows no switch
         with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
-            model = _pretrained("AutoModelForCausalLM", str(gguf.parent), options)
+            model = pretrained("AutoModelForCausalLM", str(gguf.parent), options)
     except (ValueError, KeyError, IndexError) as error:
         raise ModelError(
-            f"{gguf}: is no GGUF file that can be read: {_first_line(error)}"
+            f"{gguf}: is no GGUF file that can be read: {first_line(error)}"
         ) from error
     finally:
         gguf_package.GGUFReader = reader
@@ -1572,17 +1585,13 @@ def build_inputs(
     With use_chat_template a prompt becomes one user message, if the model has a template.
     Raises InputError for what is empty, malformed or refused by the template.
     """
-    if (prompt is None) == (messages is None):
-        raise InputError("give either a prompt or messages, not both and not neither")
-    if prompt is not None and not prompt:
-        raise InputError("the prompt is empty")
-    _check_text(prompt or "", "the prompt")
+    turns = check_prompt(prompt, messages)
     templated = use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
-    if messages is not None:
+    if turns is not None:
         if not templated:
             why = "has no chat template" if use_chat_template else "may not use its template here"
             raise InputError(f"{model.spec.model_name} {why}: give a prompt instead of messages")
-        ids = _template(model, _messages(messages), add_generation_prompt)
+        ids = _template(model, [asdict(turn) for turn in turns], add_generation_prompt)
     elif templated:
         ids = _template(
             model, [{"role": "user", "content": cast("str", prompt)}], add_generation_prompt
@@ -1606,7 +1615,23 @@ def inputs_of_ids(model: Model, ids: Iterable[int]) -> Inputs:
         return Inputs(ids, model.tokenizer.decode(ids))
 
 
-def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str, str]]:
+def check_prompt(
+    prompt: str | None, messages: Iterable[Mapping[str, Any] | Message] | None
+) -> list[Message] | None:
+    """Return the messages, if there are any, as structs.
+
+    Raises InputError for what needs no model to be refused: both or neither of the two, nothing in
+    them, malformed messages, text that no tokenizer takes.
+    """
+    if (prompt is None) == (messages is None):
+        raise InputError("give either a prompt or messages, not both and not neither")
+    if prompt is not None and not prompt:
+        raise InputError("the prompt is empty")
+    _check_text(prompt or "", "the prompt")
+    return None if messages is None else _messages(messages)
+
+
+def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[Message]:
     found = []
     for index, message in enumerate(messages):
         plain = asdict(message) if isinstance(message, Message) else message
@@ -1615,7 +1640,7 @@ def _messages(messages: Iterable[Mapping[str, Any] | Message]) -> list[dict[str,
         except msgspec.ValidationError as error:
             raise InputError(f"messages[{index}]: {error}") from error
         _check_text(checked.content, f"messages[{index}]")
-        found.append(asdict(checked))
+        found.append(checked)
     if not found:
         raise InputError("the list of messages is empty")
     return found
@@ -1652,7 +1677,7 @@ def _template(
             return list(render(sanitize_control_tokens=True)["input_ids"])
     except TemplateError as error:
         raise InputError(
-            f"the chat template of {model.spec.model_name} refuses this: {_first_line(error)}"
+            f"the chat template of {model.spec.model_name} refuses this: {first_line(error)}"
         ) from error
 
 
@@ -1760,7 +1785,7 @@ def explain(
 
 def _sourced(model: Model, stream: Stream, sources: Mapping[str, str]) -> dict[str, Sourced]:
     found, samples = {}, stream.sampling.temperature > 0
-    holders = (model.spec, model.spec.quantization, _resolved(stream))
+    holders = (model.spec, model.spec.quantization, resolved(stream))
     for setting in (s for s in settings() if s.section in ("generation", "quantization")):
         key, name = setting.key, setting.field
         source = sources.get(key) or ("model" if name in model.recommended else "default")
@@ -1774,7 +1799,7 @@ def _sourced(model: Model, stream: Stream, sources: Mapping[str, str]) -> dict[s
     return found
 
 
-def _resolved(stream: Stream) -> Generation:
+def resolved(stream: Stream) -> Generation:
     """Return the options that were used; asked with them, any model of the kind does the same."""
     sampling, given = stream.sampling, stream.generation
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -1791,7 +1816,7 @@ def _fingerprint(model: Model, stream: Stream) -> Fingerprint | None:
     ids = msgspec.json.encode(stream.inputs.input_ids)
     digest = hashlib.sha256(ids).hexdigest()
     return msgspec.structs.replace(
-        model.fingerprint, generation=_resolved(stream), prompt_sha256=digest
+        model.fingerprint, generation=resolved(stream), prompt_sha256=digest
     )
 
 
@@ -2329,5 +2354,5 @@ def _finish(
     usage = Usage(len(stream.inputs.input_ids), stream.tokens, stream.cached)
     queue_s = entered - stream.began
     timings = Timings(stream.load_s, first - entered, now - first, rate, queue_s)
-    seed = _resolved(stream).seed
+    seed = resolved(stream).seed
     return stream.index, Done(reason, usage, timings, stop, seed, _fingerprint(model, stream))

@@ -512,7 +512,7 @@ class Service:
         registry: CollectorRegistry,
     ) -> None:
         self.config, self.models = config, models
-        self.configs = {config.model_id: config, **config.models, config.model_id: config}
+        self.configs = config.by_name()
         self.meters = Meters(registry)
         self.rules = _rules(config, self.meters)
         self._tokens = quota

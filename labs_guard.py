@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
@@ -130,7 +129,7 @@ class Rules(Struct, frozen=True, eq=False):
         if prompt := found.get("prompt"):
             found["prompt"] = self.check_text(prompt)
         if messages := found.get("messages"):
-            plain = msgspec.convert(labs._messages(messages), list[labs.Message])
+            plain = labs._messages(messages)
             found["messages"] = [replace(m, content=self.check_text(m.content)) for m in plain]
         return found
 

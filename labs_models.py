@@ -74,7 +74,7 @@ class Models:
 
     def __init__(self, config: labs.Config, *, start: bool = True) -> None:
         self._server, self._default = config.server, config.model_id
-        configs = {config.model_id: config, **config.models, config.model_id: config}
+        configs = config.by_name()
         self._slots = {name: Slot(each) for name, each in configs.items()}
         self._wanted = deque([config.model_id])  # the first is being loaded
         self._change = threading.Condition()

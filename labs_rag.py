@@ -287,13 +287,13 @@ def _encoder(spec: labs.ModelSpec) -> tuple[Any, Any]:
     if spec.model_name.startswith("package:"):
         found = labs._package_file(f"{spec.model_name}/config.json")
         spec = msgspec.structs.replace(spec, model_name=str(found.parent))
-    with labs._LOADING, labs._progress_bars():
-        _, device, dtype = labs._device(spec)
-        source, options, _ = labs._locate(spec, dtype)
-        tokenizer = labs._pretrained("AutoTokenizer", source, options)
+    with labs.loading():
+        _, device, dtype = labs.device_of(spec)
+        source, options, _ = labs.locate(spec, dtype)
+        tokenizer = labs.pretrained("AutoTokenizer", source, options)
         options |= {"use_safetensors": spec.use_safetensors or None}
-        options |= {"dtype": labs._torch_dtype(dtype)}
-        return tokenizer, labs._pretrained("AutoModel", source, options).eval().to(device)
+        options |= {"dtype": labs.torch_dtype(dtype)}
+        return tokenizer, labs.pretrained("AutoModel", source, options).eval().to(device)
 
 
 def _encode(spec: labs.ModelSpec, texts: list[str]) -> Any:
@@ -456,7 +456,7 @@ def with_passages(
     wanted, prompt = config.documents, request.get("prompt") or ""
     messages = [labs.Message(role="user", content=prompt)]
     if request.get("messages"):
-        messages = msgspec.convert(labs._messages(request["messages"]), list[labs.Message])
+        messages = labs._messages(request["messages"])
         request = {**request, "messages": messages}
     query = next((each.content for each in reversed(messages) if each.role == "user"), "")
     spec, database = embedding_model(config), cast("str", wanted.database)

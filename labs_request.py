@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What somebody asks for, on its one way from the shell, a file or HTTP to the model.
+
+    context = labs_request.open_context(config)            # the filters and the documents' encoder
+    request = labs_request.check(context, request)         # refuses what can be refused without a model
+    prepared = labs_request.prepare(context, config, model, request)
+    for inputs, generation in prepared.answers(): ...      # one row of the decode batch each
+
+`check` needs no model, so nothing is loaded for a request that is refused. `prepare` needs the
+model's tokenizer: it renders the template, adds passages of documents, counts tokens and compiles
+the grammar. Needs labs.py; a feature that a request uses also needs its own file.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+
+import labs
+
+if TYPE_CHECKING:
+    import labs_guard
+    import labs_rag
+    import labs_typed
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+class JsonSchema(labs.Settings, frozen=True, kw_only=True):
+    """OpenAI's wrapping of a JSON schema; only the schema has an effect, which is always strict."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(labs.Settings, frozen=True, kw_only=True):
+    """What an answer has to be: any text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def __post_init__(self) -> None:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and that needs it")
+
+
+class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
+    """A prompt or messages, and any generation setting; what is unset is as configured."""
+
+    model: str | None = None
+    prompt: str | None = None
+    response_format: ResponseFormat | None = None
+    documents: bool | None = None
+    messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
+    use_chat_template: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one prompt is built from: exactly one of prompt, messages and ids (token ids).
+
+    A chat toggle that is None is as configured.
+    """
+
+    prompt: str | None = None
+    messages: tuple[labs.Message, ...] | None = None
+    ids: tuple[int, ...] | None = None
+    use_chat_template: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @property
+    def text(self) -> str:
+        """All text that somebody wrote, the prompt or the messages, with line ends between."""
+        contents = [message.content for message in self.messages or ()]
+        return "\n".join([*([self.prompt] if self.prompt else []), *contents])
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """A request in labs' own words, whatever way it came.
+
+    options: the generation settings that it names. n: answers to each prompt. model: the name it
+    asks for, None for the configured one. documents: whether passages are used, None as configured.
+    """
+
+    prompts: tuple[Prompt, ...]
+    options: dict[str, Any] = {}
+    n: int = 1
+    model: str | None = None
+    response_format: ResponseFormat | None = None
+    documents: bool | None = None
+
+
+class UnknownModel(labs.InputError):
+    """The request names a model that is not configured here."""
+
+    status, code, param = 404, "model_not_found", "model"
+
+
+def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
+    """Return labs' own request format as a Request; `given` holds the fields that it names."""
+    names = labs.Generation.__struct_fields__
+    return Request(
+        prompts=(prompt_of(body),),
+        options={name: getattr(body, name) for name in names if name in given},
+        model=body.model,
+        response_format=body.response_format,
+        documents=body.documents,
+    )
+
+
+def prompt_of(body: Any) -> Prompt:
+    """Return the prompt of a struct that has the fields prompt, messages and the chat toggles."""
+    names = ("prompt", "messages", *labs.Chat.__struct_fields__)
+    return Prompt(**{name: getattr(body, name) for name in names})
+
+
+# ---------------------------------------------------------------- what it is checked against
+
+
+class Context(Struct, frozen=True, eq=False):
+    """What requests are checked against and prepared with; opened once, shared by all of them.
+
+    configs: the models that a request may name. limits: bounds on one request, None for whoever
+    runs labs for himself. filters: None where [guard] sets none. encoder: None where documents are
+    found by words only.
+    """
+
+    config: labs.Config
+    configs: dict[str, labs.Config]
+    limits: labs.Server | None = None
+    filters: labs_guard.Rules | None = None
+    encoder: labs_rag.Encoder | None = None
+
+
+def open_context(
+    config: labs.Config,
+    *,
+    limits: labs.Server | None = None,
+    tell: Callable[[str, str], Any] | None = None,
+) -> Context:
+    """Compile the filters and name the encoder. Raises LabsError where a setting cannot work.
+
+    tell: is called with (name of the filter, "input" or "output") each time that one acts.
+    """
+    filters = encoder = None
+    if config.guard != labs.Guard():
+        labs.need("labs_guard")
+        import labs_guard
+
+        filters = labs_guard.load(config.guard, config.model)
+        filters = filters if tell is None else replace(filters, tell=tell)
+    if config.documents.database is not None:
+        labs.need("labs_rag")
+        import labs_rag
+
+        encoder = labs_rag.encoder_of(config)
+    return Context(config, config.by_name(), limits, filters, encoder)
+
+
+# ---------------------------------------------------------------- without a model
+
+
+def check(context: Context, request: Request) -> Request:
+    """Return the request with the filters' masks in it, or refuse it without having a model.
+
+    Raises InputError or ConfigError, which name the field.
+    """
+    _check_sizes(context.limits, request)
+    prompts = tuple(_check_prompt(context, prompt) for prompt in request.prompts)
+    config = context.config
+    if request.model is not None and not (request.model == "auto" and config.router.rules):
+        if request.model not in context.configs:
+            served = ", ".join(context.configs)
+            raise UnknownModel(f"there is no model {request.model!r} here, only {served}")
+        config = context.configs[request.model]
+    generation = labs.evolve(config.generation, **request.options)
+    config.documents.apply(request.documents)
+    if context.filters is not None:
+        context.filters.filters(generation)  # refuses log-probabilities
+    return replace(request, prompts=prompts)
+
+
+def _check_sizes(limits: labs.Server | None, request: Request) -> None:
+    if limits is None:
+        return
+    if (choices := len(request.prompts) * request.n) > limits.max_choices:
+        raise TooMany(f"{choices} choices are asked for; at most {limits.max_choices}")
+    for prompt in request.prompts:
+        if (size := len(prompt.text.encode(errors="replace"))) > limits.max_prompt_bytes:
+            raise TooLarge(f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}")
+
+
+class TooMany(labs.InputError):
+    """More choices than the server gives to one request."""
+
+    code, param = "invalid_value", "n"
+
+
+class TooLarge(labs.InputError):
+    """More bytes than the server reads in one prompt."""
+
+    code, param = "prompt_too_large", None
+
+
+def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
+    if prompt.ids is not None:
+        return prompt
+    messages = labs.check_prompt(prompt.prompt, prompt.messages)
+    prompt = replace(prompt, messages=messages and tuple(messages))
+    return prompt if context.filters is None else context.filters.check_prompt(prompt)
+
+
+# ---------------------------------------------------------------- with the model
+
+
+class Prepared(Struct, frozen=True, eq=False):
+    """A request that only has to be computed. inputs: one for each prompt; sources: the passages.
+
+    sources: None where no documents are used.
+    """
+
+    model: labs.Model
+    request: Request
+    generation: labs.Generation
+    inputs: tuple[labs.Inputs, ...]
+    sources: tuple[labs.Source, ...] | None = None
+
+    def answers(self) -> Iterator[tuple[labs.Inputs, labs.Generation]]:
+        """Yield what each answer is computed from, `n` of them for each prompt."""
+        for inputs, choice in itertools.product(self.inputs, range(self.request.n)):
+            yield inputs, seeded_choice(self.generation, choice)
+
+    def constraints(self) -> tuple[labs_typed.Constraint, ...]:
+        """Return what keeps one answer to the response_format; each answer needs its own."""
+        return constraints(self.model, self.request.response_format)
+
+
+def prepare(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
+    """Build the inputs of a checked request. config: of the model that answers.
+
+    Raises InputError for what the model's template, context, filters or grammar refuse.
+    """
+    generation = labs.evolve(config.generation, **request.options)
+    grounds = config.documents.apply(request.documents)
+    constraints(model, request.response_format)  # refuses now what cannot be expressed
+    found = [_build(context, config, model, each, grounds) for each in request.prompts]
+    sources = tuple(source for _, some in found for source in some)
+    inputs = tuple(inputs for inputs, _ in found)
+    return Prepared(model, request, generation, inputs, sources if grounds else None)
+
+
+def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
+    """Build the inputs of one prompt, with the chat toggles as configured where it names none."""
+    if prompt.ids is not None:
+        return labs.inputs_of_ids(model, prompt.ids)
+    prompt = filled(prompt, config)
+    return labs.build_inputs(
+        model,
+        prompt=prompt.prompt,
+        messages=prompt.messages,
+        **{name: getattr(prompt, name) for name in labs.Chat.__struct_fields__},
+    )
+
+
+def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
+    """Return the prompt with the chat toggles that it leaves open filled in."""
+    names = [name for name in labs.Chat.__struct_fields__ if getattr(prompt, name) is None]
+    return replace(prompt, **{name: getattr(chat, name) for name in names})
+
+
+def _build(
+    context: Context, config: labs.Config, model: labs.Model, prompt: Prompt, grounds: bool
+) -> tuple[labs.Inputs, tuple[labs.Source, ...]]:
+    sources: tuple[labs.Source, ...] = ()
+    if grounds and prompt.ids is None:
+        labs.need("labs_rag")
+        import labs_rag
+
+        prompt = filled(prompt, config)
+        messages, sources = labs_rag.with_passages(config.documents, context.encoder, model, prompt)
+        prompt = replace(prompt, prompt=None, messages=messages) if sources else prompt
+    inputs = build(config, model, prompt)
+    if context.filters is not None:
+        context.filters.check_inputs(inputs, ids=prompt.ids is not None)
+    return inputs, sources
+
+
+def constraints(
+    model: labs.Model, wanted: ResponseFormat | None
+) -> tuple[labs_typed.Constraint, ...]:
+    """Return what keeps one answer to a response_format, as processors of labs.generate.
+
+    Raises InputError for a schema that cannot be expressed.
+    """
+    if wanted is None or wanted.type == "text":
+        return ()
+    labs.need("labs_typed")
+    import labs_typed
+
+    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
+    return (labs_typed.Constraint(model, schema),)
+
+
+def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
+    """Return the options of a choice: a given seed plus its number, or all would be the same."""
+    if generation.seed is None:
+        return generation
+    return replace(generation, seed=(generation.seed + choice) % 2**63)
+
+
+# ---------------------------------------------------------------- what the filters show
+
+
+def shown_events(
+    context: Context, inputs: labs.Inputs, generation: labs.Generation
+) -> Callable[[labs.Event], list[labs.Event]]:
+    """Return a function that takes each event of one answer and returns what may be shown by now.
+
+    Raises InputError where log-probabilities would tell what the filters hide.
+    """
+    if context.filters is None:
+        return lambda event: [event]
+    import labs_guard
+
+    return labs_guard.Filter(context.filters, inputs, generation)
+
+
+def shown(context: Context, completion: labs.Completion) -> labs.Completion:
+    """Return a whole answer as it may be shown."""
+    return completion if context.filters is None else context.filters.shown(completion)
+
+
+# ---------------------------------------------------------------- what it would do
+
+
+class SettingValue(Struct, frozen=True):
+    """The value of a setting and where it comes from."""
+
+    value: Any
+    source: str
+
+
+class Explanation(Struct, frozen=True):
+    """What a request would do. bytes: of the weights, and of the request's keys and values.
+
+    settings: all that concern model and answer, with what the request leaves open filled in.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    context_left: int | None
+    how: str
+    why: str
+    batch_invariant: bool
+    rows: int
+    weight_bytes: int
+    cache_bytes: int
+    settings: dict[str, SettingValue]
+
+
+def explain(
+    model: labs.Model,
+    inputs: labs.Inputs,
+    generation: labs.Generation,
+    sources: Mapping[str, str] | None = None,
+) -> Explanation:
+    """Tell how a request would run, without running it. Raises what running it would refuse.
+
+    sources: where settings come from, as in Config; else they are the model's or defaults.
+    """
+    import labs_decode
+
+    decoder = model.decoder
+    stream = labs.open_stream(model, 0, inputs, generation)
+    tokens, limit = len(inputs.input_ids), model.context_length
+    return Explanation(
+        prompt=inputs.prompt,
+        prompt_tokens=tokens,
+        context_left=None if limit is None else limit - tokens,
+        how=decoder.how,
+        why=decoder.why,
+        batch_invariant=decoder.invariant,
+        rows=labs.rows_in_memory(model),
+        weight_bytes=decoder.weight_bytes,
+        cache_bytes=(tokens + generation.max_new_tokens) * labs_decode.column_bytes(decoder),
+        settings=_sourced(model, stream, sources or {}),
+    )
+
+
+def _sourced(
+    model: labs.Model, stream: labs.Stream, sources: Mapping[str, str]
+) -> dict[str, SettingValue]:
+    found, samples = {}, stream.sampling.temperature > 0
+    holders = (model.spec, model.spec.quantization, labs.resolved(stream))
+    for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
+        key, name = setting.key, setting.field
+        source = sources.get(key) or ("model" if name in model.recommended else "default")
+        for holder in (each for each in holders if hasattr(each, name)):
+            found[key] = SettingValue(getattr(holder, name), source)
+    found["do_sample"] = SettingValue(samples, found["do_sample"].source)
+    if not samples and stream.generation.temperature is None:
+        found["temperature"] = SettingValue(0.0, "do_sample")
+    if stream.generation.seed is None and samples:
+        found["seed"] = SettingValue(None, "drawn")
+    return found
