@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode batch of labs: tensors only, no configuration, no text.
+"""ids → logits: how the rows of one transformers model share forward calls. Tensors only.
 
 Rows live in left-aligned slots: row b owns the first columns of a preallocated buffer, so that rows
-of any length join and leave at any step and nothing is copied in between. Four functions touch the
-cache; each consumes the batch it is given and returns the next one:
+of any length join and leave at any step and nothing is copied in between. These functions change
+the cache; each consumes the batch that it is given and returns the next one:
 
-    prefill   write the next chunk of one newcomer's prompt, alone; its last logits wait for `step`
-              (`prefill_together`: several short prompts in one call, with the bits of alone)
-    join      give the newcomer a free slot beside the others
-    step      forward one token of every row, then choose the next ones
+    prefill   write the next chunk of one prompt (`prefill_packed`: several short ones in one call)
+    join      give a row that was prefilled alone a free slot beside the others
+    forward   write one token of every row and return the logits after it
     keep      let rows go: the last row moves into the hole
 
-The model makes its own masks: `attend` and `see` are registered with transformers as an attention
-implementation, and `see` asks the cache where the query of each row stands.
+The model makes its own masks: importing this file registers `attention` and `attention_mask` with
+transformers; the mask asks the cache where the query of each row stands. Needs torch and
+transformers, no other file of labs: what makes it faster is handed in (StepGraphs, PrefixStore).
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
+import ctypes
 import functools
 import gc
 import inspect
-import logging
 import math
 import sys
-import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
@@ -38,29 +37,22 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-COMPANY = 4  # rows of a lone row and its copies: oneDNN is faster with four than with two
-CHUNK = 256  # prompt tokens per prefill call: the longest anyone else waits for a newcomer
-GPU_CHUNKS = 8  # of them in a call on a GPU, which takes a millisecond to be asked for anything
+LONE_ROW_COPIES = 4  # a lone row is computed 4 times over: oneDNN is faster with 4 than with 2
+CHUNK = 256  # prompt tokens per prefill call: the longest that others wait for a newcomer
+GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
-PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
-ROOMY = 512  # columns at least of slots whose steps are captured
-CAPTURE_AFTER = 4  # steps of one shape, before it is worth a CUDA graph
-GRAPH_COLUMNS = 256  # a graph reads whole blocks of so many, so that it serves as many steps
-NGRAMS = (3, 2)  # how many tokens have to be the same for a guess
-LOW_32 = 0xFFFFFFFF  # bits
-GROUP = 32  # 4-bit weights that share a scale
-PREFIX_SHARE = 0.125  # of the free memory, what prefixes that are kept may take
-CANDIDATES = (128, 1024)  # how many of the likeliest a draw looks at before it takes them all
-MEMORY_SHARE = 0.5  # of the free memory, what slots may take
-MOST_ROWS = 64  # of a batch, where nothing is said
-TYPICAL = 1024  # columns of a row, to tell how many rows the memory holds
-NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
-UNTOLD = 2**30  # bytes to keep for what may come, where the system tells of no free memory
+KEPT_SHARE = 0.125  # of the free memory: what may lie beside live rows for rows to come
+MEMORY_SHARE = 0.5  # of the free memory: what slots may take
+OOM_WORDS = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
+UNKNOWN_BUDGET = 2**30  # bytes, assumed where the system does not report its free memory
 
-CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
-log = logging.getLogger("labs.decode")
 Tensor = torch.Tensor
-How = Literal["joins", "whole", "alone"]
+Pair = tuple[Tensor, Tensor]
+Mode = Literal["joins", "whole", "alone"]
+# transformers leaves these untyped: their attributes differ by family.
+PretrainedModel = Any
+PretrainedConfig = Any
+CacheLayer = Any
 
 
 # ---------------------------------------------------------------- rows
@@ -90,18 +82,27 @@ class Sampling:
 class Row:
     """One sequence. `ids` grows; `written` counts the columns its slot holds.
 
-    exact: how many of them were prefilled in whole chunks from the first on. lookahead: how many
-    tokens a step may guess from the text so far.
+    lookahead: tokens that a step may guess. owner: only prefixes of the same owner are reused,
+    exact_prefix: and only columns with the bits of a prefill. cancelled: set by any thread. over:
+    set by whoever reads its tokens. exact_columns: prefilled in whole chunks from the first on.
+    cached: prompt tokens taken from a prefix. deadline, entered (the loop): by perf_counter.
     """
 
-    id: Any
+    id: int
     ids: list[int]
     max_new_tokens: int
     sampling: Sampling
+    lookahead: int = 0
+    deadline: float = math.inf
+    owner: str = ""
+    exact_prefix: bool = False
+    cancelled: bool = False
+    over: bool = False
     prompt_length: int = 0
     written: int = 0
-    exact: int = 0
-    lookahead: int = 0
+    exact_columns: int = 0
+    cached: int = 0
+    entered: float = 0.0
     generated: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -111,44 +112,38 @@ class Row:
     def columns(self) -> int:
         return self.prompt_length + self.max_new_tokens
 
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() > self.deadline
+
     def take(self, token: int, written: int = 1) -> None:
         self.written += written
         self.ids.append(token)
         self.generated[token] += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The token chosen for a row, with log-probabilities if the row asked, or what went wrong."""
-
-    token: int = -1
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    error: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """Rows and their slots. `alone` stands in for the slots of a model that cannot be batched.
+    """Rows and their slots; consumed by the function that takes it.
 
-    logits: what a prompt's last token gave, float32 [1, V], until `step` makes a token of it.
-    at_once: how many rows a forward call takes, 0 for all; fewer where memory ran out.
-    homes: where its slots go at its end, with the graphs that read them; see `_begin`.
+    stepwise: stands in for the slots of a model that cannot be batched. logits: what a prompt's
+    last token gave, float32 [1, V], until a step makes a token of it. at_once: how many rows a
+    forward call takes, 0 for all; fewer where memory ran out. graphs: take its slots at its end.
     """
 
     rows: tuple[Row, ...]
     cache: Slots
-    alone: Generator[Tensor, int, None] | None = None
+    stepwise: Generator[Tensor, int, None] | None = None
     logits: Tensor | None = None
     at_once: int = 0
-    homes: list[Slots] | None = None
+    graphs: StepGraphs | None = None
 
     @property
     def pending(self) -> int:
         """Tokens that `prefill` has still to write before this newcomer's next step."""
         row = self.rows[0]
         known = len(row.ids) - 1 if row.generated else row.prompt_length
-        return 0 if self.alone is not None else max(known - row.written, 0)
+        return 0 if self.stepwise is not None else max(known - row.written, 0)
 
 
 # ---------------------------------------------------------------- slots
@@ -158,18 +153,19 @@ class Batch:
 class Cursor:
     """Where the forward call under way writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `start`; a step writes row index[b], which is first + b, at
-    positions[b]. ahead: all of them are columns of the first row, which each reads to its own.
+    Prefill writes one row from column `write_from`; a step writes row index[b], which is first_row
+    + b, at positions[b]. speculative: all queries belong to row 0; each sees the columns before its
+    own.
     """
 
     rows: int
     columns: int
-    top: int = 0
-    start: int = 0
-    first: int = 0
+    read_to: int = 0
+    write_from: int = 0
+    first_row: int = 0
     positions: Tensor | None = None
     index: Tensor | None = None
-    ahead: bool = False
+    speculative: bool = False
 
     @property
     def live(self) -> int:
@@ -186,12 +182,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     keys: Any  # None until the first call
     values: Any
 
-    def __init__(self, cursor: Cursor, **kwargs: Any) -> None:
+    def __init__(self, cursor: Cursor, **kwargs: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cursor = cursor
 
     @property
-    def buffers(self) -> tuple[Any, ...]:
+    def buffers(self) -> tuple[Tensor, ...]:
         return (self.keys, self.values) if self.is_initialized else ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -203,27 +199,27 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         self.keys[:1], self.values[:1], self.is_initialized = 0, 0, True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at = self.cursor
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             if at.positions is None or at.index is None:
-                buffer[:1, :, at.start : at.top] = states
+                buffer[:1, :, at.write_from : at.read_to] = states
             else:
                 index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
                 buffer[index, :, positions] = states[: at.live, :, 0]
-        rows = slice(at.first, at.first + (1 if at.ahead else at.live))
-        keys, values = self.keys[rows, :, : at.top], self.values[rows, :, : at.top]
-        if at.ahead:
+        rows = slice(at.first_row, at.first_row + (1 if at.speculative else at.live))
+        keys, values = self.keys[rows, :, : at.read_to], self.values[rows, :, : at.read_to]
+        if at.speculative:
             keys, values = (each.expand(at.live, -1, -1, -1) for each in (keys, values))
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cursor.top, 0
+        return self.cursor.read_to, 0
 
     def get_seq_length(self) -> int:
-        return self.cursor.start if self.cursor.positions is None else self.cursor.top - 1
+        return self.cursor.write_from if self.cursor.positions is None else self.cursor.read_to - 1
 
     def get_max_length(self) -> int:
         return -1
@@ -239,12 +235,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             new[:live, :, : old.shape[2]] = old[:live]
             new[:live, :, old.shape[2] :] = 0
             setattr(self, name, new)  # growing costs one layer's copy at a time
-
-    def begin(self, *states: Tensor) -> None:
-        """Fill the first columns of the first slot: keys, values [1, heads, columns, dim]."""
-        self.lazy_initialization(*states)
-        for buffer, first in zip(self.buffers, states, strict=True):
-            buffer[:1, :, : first.shape[2]] = first
 
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
@@ -304,7 +294,7 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
     def resize(self, live: int, rows: int, columns: int) -> None:
         SlotLayer.resize(self, live, rows, columns)
 
-    def write(self, row: int, other: Any, columns: int) -> None:
+    def write(self, row: int, other: CacheLayer, columns: int) -> None:
         SlotLayer.write(self, row, other, columns)
         StateLayer.write(self, row, other, columns)
 
@@ -331,19 +321,19 @@ _LAYERS: dict[type, type | None] = {
 class Slots(cache_utils.Cache):
     """A transformers cache whose rows are slots; made from the layers its own cache would have."""
 
-    def __init__(self, config: Any, columns: int) -> None:
+    def __init__(self, config: PretrainedConfig, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=_blocks(columns))
-        self.captured: dict[tuple[int, int], Any] = {}  # or how often the shape was stepped
-        super().__init__(layers=[self._layer(old) for old in _layers(config)])
+        self.captured: dict[tuple[int, int], object] = {}  # of StepGraphs, which reads these slots
+        super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
-    def _layer(self, old: Any) -> Any:
+    def _layer(self, old: CacheLayer) -> CacheLayer:
         kind = _LAYERS[type(old)]
         return (
             kind(self.cursor, number_of_states=getattr(old, "number_of_states", 1)) if kind else old
         )
 
     @property
-    def filled(self) -> list[Any]:
+    def stateful_layers(self) -> list[CacheLayer]:
         """The layers that hold anything of their own."""
         return [layer for layer in self.layers if isinstance(layer, (SlotLayer, StateLayer))]
 
@@ -356,11 +346,11 @@ class Slots(cache_utils.Cache):
         """Bytes of one token of one row, over all layers."""
         return sum(buffer[0, :, 0].nbytes for buffer in self.buffers)
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.cursor.start if self.cursor.positions is None else self.cursor.positions
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
+        return self.cursor.write_from if self.cursor.positions is None else self.cursor.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.cursor.start if self.cursor.positions is None else self.cursor.top - 1
+        return self.cursor.write_from if self.cursor.positions is None else self.cursor.read_to - 1
 
     def make_room(self, live: int, columns: int) -> None:
         """Make room for one more row beside `live`; rows double."""
@@ -372,37 +362,37 @@ class Slots(cache_utils.Cache):
         """Move the first `live` rows into slots of another size."""
         if (rows, columns) != (self.cursor.rows, self.cursor.columns):
             self.captured.clear()  # they read the old buffers
-            for layer in self.filled:
+            for layer in self.stateful_layers:
                 layer.resize(live, rows, columns)
         self.cursor.rows, self.cursor.columns = rows, columns
 
 
-class RowOfPrompts(cache_utils.Cache):
+class PackedPrompts(cache_utils.Cache):
     """Several newcomers' slots in one call: their prompts lie one behind the other in one row."""
 
     def __init__(
         self, newcomers: Sequence[Slots], lengths: list[int], device: torch.device
     ) -> None:
         layers = zip(*(slots.layers for slots in newcomers), strict=True)
-        super().__init__(layers=[PromptsLayer(group, lengths) for group in layers])
+        super().__init__(layers=[PackedPromptsLayer(group, lengths) for group in layers])
         prompts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
         positions = [torch.arange(n, device=device) for n in lengths]
         self.places = torch.stack([torch.cat(prompts), torch.cat(positions)])  # [2, T]
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
         return self.places
 
 
-class PromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of several newcomers; each gets its part, attention gets all."""
 
     is_sliding = False
 
-    def __init__(self, layers: Sequence[Any], lengths: list[int]) -> None:
+    def __init__(self, layers: Sequence[CacheLayer], lengths: list[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layers, self.lengths = layers, lengths
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
         parts = (torch.split(states, self.lengths, 2) for states in (key_states, value_states))
         for layer, keys, values in zip(self.layers, *parts, strict=True):
             layer.update(keys, values)
@@ -421,8 +411,8 @@ class PromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-def _layers(config: Any) -> list[Any]:
-    return cast("list[Any]", DynamicCache(config=config).layers)
+def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
+    return list(DynamicCache(config=config).layers)
 
 
 def _blocks(columns: int) -> int:
@@ -435,22 +425,24 @@ def _blocks(columns: int) -> int:
 # ---------------------------------------------------------------- attention
 
 
-def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+def attention(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks."""
     if lengths := getattr(mask, "lengths", None):  # prompts in one row: as each would be alone
         parts = zip(*(torch.split(states, lengths, 2) for states in (q, k, v)), strict=True)
         return torch.cat(
-            [attend(module, a, b, c, None, **options)[0] for a, b, c in parts], 1
+            [attention(module, a, b, c, None, **options)[0] for a, b, c in parts], 1
         ), None
     special = options.get("softcap") is not None or options.get("s_aux") is not None
-    if special or (options.get("position_bias") is None and _are_few(q, k)):
-        return _products(q, k, v, mask, options), None
+    if special or (options.get("position_bias") is None and _too_few_heads_for_sdpa(q, k)):
+        return _eager_attention(q, k, v, mask, options), None
     return sdpa_attention_forward(module, q, k, v, mask, **options)
 
 
-def attend_invariant(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
-) -> Any:
+def attention_invariant(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """Return attention that gives a row the same bits in any company, on CPU.
 
     In float32 sdpa does not, plain products do. In 16 bits sdpa does where each of its threads has
@@ -458,35 +450,39 @@ def attend_invariant(
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
     if q.shape[2] > 1:
-        return attend(module, q, k, v, mask, **options)
+        return attention(module, q, k, v, mask, **options)
     # The copies that keep a lone row company have no slots: they take the row's output.
     live = q[: len(k)]
     if special or q.dtype == torch.float32:
-        output = _products(live, k, v, mask, options)
+        output = _eager_attention(live, k, v, mask, options)
     else:
         output = _padded_sdpa(live, k, v, mask, options.get("scaling"))
     return output.expand(len(q), -1, -1, -1), None
 
 
-def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+def _padded_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """Return attention [B, 1, heads, dim] of one query a row: a group's heads are its queries."""
     (batch, heads, _, dim), groups = q.shape, k.shape[1]
     queries = q.reshape(batch, groups, -1, dim)
     real = queries.shape[2]
     queries = torch.nn.functional.pad(queries, (0, 0, 0, -real % 8))
-    attention = torch.nn.functional.scaled_dot_product_attention
-    output = attention(queries, k, v, attn_mask=mask, scale=scale)[:, :, :real]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    output = sdpa(queries, k, v, attn_mask=mask, scale=scale)[:, :, :real]
     return output.reshape(batch, 1, heads, -1)
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+def _eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
     """Return softmax(q k) v; q: [B, heads, Q, dim], k and v: [B, groups, T, dim]."""
     (batch, heads, queries, dim), (groups, total) = q.shape, k.shape[1:3]
     if mask is None:
         mask = q.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
     if queries > CHUNK:  # scores are much larger than what they are made of
         parts = zip(*(torch.split(each, CHUNK, 2) for each in (q, mask)), strict=True)
-        return torch.cat([_products(part, k, v, seen, options) for part, seen in parts], 1)
+        return torch.cat([_eager_attention(part, k, v, seen, options) for part, seen in parts], 1)
     scores = _scores(q.reshape(batch, groups, -1, dim), k)
     scores = scores.mul_(options.get("scaling") or dim**-0.5)
     if (cap := options.get("softcap")) is not None:
@@ -514,18 +510,18 @@ def _sums_in_float32(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float32 and has_it
 
 
-def _are_few(q: Tensor, k: Tensor) -> bool:
+def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:
     """Tell whether one query a row gives sdpa too few heads to fill a GPU; products split columns.
 
     An H200 takes 20 instead of 83 us for one row of 4,096 columns and 8 heads of keys.
     """
     if q.shape[2] > 1 or not _sums_in_float32(q):
         return False
-    return 2 * k.shape[0] * k.shape[1] < _processors(q.device)
+    return 2 * k.shape[0] * k.shape[1] < _multiprocessor_count(q.device)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def _multiprocessor_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -533,12 +529,14 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
-def see(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **options: Any) -> Any:
+def attention_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Tensor | int = 0, **options: Any
+) -> Tensor | None:
     """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own mask_function."""
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
     if q_offset.ndim == 2:
-        return _see_prompts(*q_offset, **options)
+        return _packed_prompts_mask(*q_offset, **options)
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
     queries = q_offset.view(-1, 1, 1, 1)
@@ -547,10 +545,10 @@ def see(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **opt
     return _additive(seen, options["dtype"])
 
 
-def _see_prompts(prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
+def _packed_prompts_mask(prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
     """Return a mask [1, 1, T, T] in which each prompt of the row sees itself only.
 
-    `lengths` on it tells `attend` that there is no other pattern, so that prompts can go apart.
+    `lengths` on it tells `attention` that there is no other pattern, so that prompts can go apart.
     """
     none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
     queries, columns = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
@@ -561,43 +559,80 @@ def _see_prompts(prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
     return mask
 
 
-for _name, _function in (("labs", attend), ("labs_invariant", attend_invariant)):
+for _name, _function in (("labs", attention), ("labs_invariant", attention_invariant)):
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, see)
+    AttentionMaskInterface.register(_name, attention_mask)
+
+
+# ---------------------------------------------------------------- what is handed in
+
+
+class StepGraphs(Protocol):
+    """Steps as CUDA graphs; labs_fast.Graphs."""
+
+    def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
+        """Return logits [B, V] as `forward_slots` does."""
+
+    def begin(self, newcomer: Batch) -> Batch:
+        """Return a batch of one in slots that graphs read."""
+
+    def padded_columns(self, cache: Slots, columns: int) -> int:
+        """Return as many columns or more, so that slots seldom grow."""
+
+    def take_slots(self, cache: Slots) -> None:
+        """Take the slots of a batch that has ended, for the next one."""
+
+    def release(self) -> bool:
+        """Free what no batch under way needs; tell whether that was anything."""
+
+
+class PrefixStore(Protocol):
+    """Keys and values of what prompts begin with; labs_prefixes.Prefixes."""
+
+    def load(self, decoder: Decoder, newcomer: Batch) -> None:
+        """Write the longest known beginning of the newcomer's prompt into its slot."""
+
+    def store(self, decoder: Decoder, batch: Batch, index: int) -> None:
+        """Keep what rows[index] has written."""
+
+    def release(self) -> bool:
+        """Forget all of them; tell whether there were any."""
 
 
 # ---------------------------------------------------------------- which models, and how
 
 
 CACHE_WORDS = ("cache", "past_key_values", "cache_params")  # 5.24, before it, mamba
-WHOLE = frozenset({"mamba", "falcon_mamba", "jamba"})  # their scan drops its state between chunks
-ALONE = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
+WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # a chunk's scan drops the state before it
+SINGLE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """A transformers causal model and how its rows run.
 
-    how: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
-    invariant: the bits of a row do not depend on its company. pairs: for that, a lone row is
-    computed beside copies of itself, because a product with one row has other bits.
-    shares: short prompts may lie in one row, because all that its layers keep is keys and values.
-    reuses: the columns of a row may be cut anywhere, and be the beginning of another.
+    mode: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
+    packable: its linear layers may be replaced. packs_prompts: short prompts may lie in one row.
+    can_reuse_prefix: a row's columns may be cut anywhere, and begin another. forward_words: what
+    the model's forward takes. invariant: the bits of a row do not depend on its company;
+    duplicates_lone_row: for that, a lone row is computed beside copies of itself, because a product
+    of one row rounds differently.
     """
 
-    model: Any
-    how: How
-    why: str
-    invariant: bool
-    pairs: bool
-    shares: bool
-    reuses: bool
-    accepts: frozenset[str]
+    model: PretrainedModel
+    mode: Mode
+    reason: str
+    packable: bool
+    packs_prompts: bool
+    can_reuse_prefix: bool
+    forward_words: frozenset[str]
     weight_bytes: int
-    graphs: Graphs | None = None
+    invariant: bool = False
+    duplicates_lone_row: bool = False
+    graphs: StepGraphs | None = None
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         return self.model.config.get_text_config()
 
     @property
@@ -610,64 +645,67 @@ class Decoder:
         """Prompt tokens per prefill call."""
         return CHUNK * (GPU_CHUNKS if self.device.type == "cuda" else 1)
 
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one token's keys and values, as the configuration says; 0 if it does not."""
+        config, layers = self.config, _cache_layers(self.config)
+        slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in layers]
+        latent, rotary = _int_of(config, "kv_lora_rank"), _int_of(config, "qk_rope_head_dim")
+        heads, dim = _int_of(config, "num_attention_heads"), _int_of(config, "head_dim")
+        dim = dim or _int_of(config, "hidden_size") // max(heads, 1)
+        grouped = _int_of(config, "num_key_value_heads") or heads
+        width = latent + rotary if latent else 2 * grouped * dim
+        return int(sum(slotted) * width * self.model.dtype.itemsize)
 
-def prepare(
-    model: Any,
-    *,
-    batch_invariant: bool = True,
-    method: str | None = None,
-    cuda_graphs: bool = True,
-) -> Decoder:
-    """Decide how the rows of `model` run; give it the attention and the products that this needs.
 
-    Linear layers and norms of `model` are replaced: `pack`, which takes the method, `fuse_norms`.
-    Raises ValueError where a method has nothing to work on.
+def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
+    """Decide how the rows of `model` run, and give it the attention that this needs.
+
+    Plain products in float32 let a row's bits depend on its company, so a model that has them is
+    not invariant; labs_fast replaces the products of most models and makes it so.
     """
-    how, why = how_it_runs(model)
-    layers = _layers(model.config.get_text_config()) if how == "joins" else []
+    mode, reason = mode_of(model)
+    layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-    devices = {parameter.device for parameter in model.parameters()}
-    on_cpu = {device.type for device in devices} == {"cpu"}
-    split = getattr(model.config, "distributed_config", None) is not None  # over processes
-    packs = how == "joins" and not recurrent and not split
-    invariant = batch_invariant and on_cpu and packs
-    if how != "alone" and model._can_set_attn_implementation():
-        model.set_attn_implementation("labs_invariant" if invariant else "labs")
-    accepts = frozenset(inspect.signature(model.forward).parameters)
+    words = frozenset(inspect.signature(model.forward).parameters)
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
-    shares = plain and {"position_ids", "logits_to_keep"} <= accepts
-    reuses = bool(layers) and all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
-    on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda" and not split
-    if packs:  # others ask for `weight`, which unpacks it, at each step
-        pack(model, method)
-    if packs and on_one_gpu:
-        fuse_norms(model)
-    packed = {each.together for each in model.modules() if isinstance(each, PackedLinear)}
-    left = sum(each.numel() for each in _unpacked(model))
-    if method and left > sum(together.packed.numel for together in packed):
-        raise ValueError(f"{method}: needs a model of plain linear layers, all on CPU")
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    weight_bytes += sum(together.packed.nbytes for together in packed)
-    pairs = invariant and not (method and left == 0)
-    graphs = Graphs(devices.pop()) if cuda_graphs and on_one_gpu and reuses else None
-    return Decoder(model, how, why, invariant, pairs, shares, reuses, accepts, weight_bytes, graphs)
+    slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
+    decoder = Decoder(
+        model=model,
+        mode=mode,
+        reason=reason,
+        packable=mode == "joins" and not recurrent,
+        packs_prompts=plain and {"position_ids", "logits_to_keep"} <= words,
+        can_reuse_prefix=bool(layers) and slots_only,
+        forward_words=words,
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+    )
+    exact = all(each.dtype != torch.float32 for each in model.parameters())
+    return with_invariance(decoder, batch_invariant and exact)
 
 
-def _unpacked(model: Any) -> list[Tensor]:
-    """Return the weights of products that are no packed layers."""
-    embedding = model.get_input_embeddings().weight
-    return [each for each in model.parameters() if each is not embedding and each.ndim > 1]
+def with_invariance(decoder: Decoder, wanted: bool) -> Decoder:
+    """Return a decoder whose rows have the same bits in any company, where that is possible.
+
+    wanted: its products have them. The rest is up to the attention, which is chosen here.
+    """
+    model = decoder.model
+    on_cpu = {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    invariant = wanted and on_cpu and decoder.packable
+    if decoder.mode != "alone" and model._can_set_attn_implementation():
+        model.set_attn_implementation("labs_invariant" if invariant else "labs")
+    return replace(decoder, invariant=invariant, duplicates_lone_row=invariant)
 
 
-def how_it_runs(model: Any) -> tuple[How, str]:
+def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
     """Return how the rows of a model run, and the reason in words."""
     config = model.config.get_text_config()
     kind = config.model_type
-    if kind in ALONE or getattr(config, "alibi", False):
+    if kind in SINGLE_TYPES or getattr(config, "alibi", False):
         return "alone", f"{kind} has no batch in which rows may differ in length"
     if rope := _whole_call_rope(config):
         return "alone", f"its {rope} positions depend on the longest row of a call"
-    layers = {type(layer) for layer in _layers(config)}
+    layers = {type(layer) for layer in _cache_layers(config)}
     if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
     slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
@@ -675,279 +713,57 @@ def how_it_runs(model: Any) -> tuple[How, str]:
         return "alone", f"{kind} takes its cache by a name that labs does not know"
     if slotted and not model._can_set_attn_implementation():
         return "alone", f"{kind} does not take another attention implementation"
-    if kind in WHOLE:
+    if kind in WHOLE_PROMPT_TYPES:
         return "whole", f"{kind} drops its state between the chunks of a prompt"
     return "joins", "rows join and leave at any step"
 
 
-def _whole_call_rope(config: Any) -> str | None:
+def _whole_call_rope(config: PretrainedConfig) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     kinds = {table.get("rope_type") for table in tables}
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
 
 
-# ---------------------------------------------------------------- products and norms
+# ---------------------------------------------------------------- rows come and go
 
 
-class OneDNN:
-    """A weight in the blocks that oneDNN computes with.
-
-    A plain one is reordered at every call. Packed, a step of 1 to 32 rows takes 0.6 to 0.8 of the
-    time, and a row has the same bits beside any number of others but none, which MKL's products in
-    float32 do not give.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-        self.nbytes, self.numel = weight.nbytes, weight.numel()
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        return cast("Tensor", product)
-
-    def weight(self) -> Tensor:
-        return cast("Tensor", self.packed.to_dense())
-
-
-class Plain:
-    """A weight as it is, for layers that are one product: a GPU is asked once, and reads faster."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.packed, self.nbytes, self.numel = weight, weight.nbytes, weight.numel()
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.nn.functional.linear(x, self.packed, bias)
-
-    def weight(self) -> Tensor:
-        return self.packed
-
-
-class FewerBits:
-    """What products of weights in 8 and 4 bits share: the kernels take rows, and no bias."""
-
-    def product(self, rows: Tensor) -> Any:
-        raise NotImplementedError
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product = self.product(x.reshape(-1, x.shape[-1]))
-        product = product if bias is None else product + bias
-        return cast("Tensor", product.view(*x.shape[:-1], -1))
-
-
-class Int4(FewerBits):
-    """A weight as 4-bit numbers, a scale and a zero point for each GROUP of them, as in Q4_1.
-
-    For few rows that is less to read, and faster; for many it is slower, because each row unpacks
-    it anew. A row has the same bits beside any number of others.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.shape = weight.shape
-        padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
-        groups = padded.view(len(padded), -1, GROUP)
-        low, high = groups.amin(-1), groups.amax(-1)
-        scales = ((high - low) / 15).clamp_min(torch.finfo(torch.float32).tiny)
-        levels = ((groups - low[..., None]) / scales[..., None]).round_().clamp_(0, 15)
-        levels = levels.to(torch.int32).view(padded.shape)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
-        scales = torch.stack([scales, low + 8 * scales], -1)  # the kernel's zero is in the middle
-        self.scales = scales.transpose(0, 1).contiguous().to(weight.dtype)
-        self.nbytes, self.numel = self.packed.nbytes + self.scales.nbytes, weight.numel()
-
-    def product(self, rows: Tensor) -> Any:
-        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return kernel(rows, self.packed, GROUP, self.scales)[:, : self.shape[0]]
-
-    def weight(self) -> Tensor:
-        return self(torch.eye(self.shape[1], dtype=self.scales.dtype), None).t().contiguous()
-
-
-class Int8(FewerBits):
-    """A weight as 8-bit numbers with a scale for each output; else as Int4."""
-
-    def __init__(self, weight: Tensor) -> None:
-        scales = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        self.packed = (weight.float() / scales[:, None]).round_().to(torch.int8)
-        self.scales = scales.to(weight.dtype)
-        self.nbytes, self.numel = self.packed.nbytes + self.scales.nbytes, weight.numel()
-
-    def product(self, rows: Tensor) -> Any:
-        return torch.ops.aten._weight_int8pack_mm(rows, self.packed, self.scales)
-
-    def weight(self) -> Tensor:
-        return self.packed.to(self.scales.dtype) * self.scales[:, None]
-
-
-PACKINGS: dict[str | None, Any] = {None: OneDNN, "int8": Int8, "int4": Int4}
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read the same input
-
-
-class Together:
-    """The product of layers that read the same input: whoever comes first computes it for all."""
-
-    def __init__(self, linears: Sequence[torch.nn.Linear], packing: Any) -> None:
-        self.sizes = [linear.out_features for linear in linears]
-        self.packed = packing(torch.cat([linear.weight.detach() for linear in linears]))
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple: threads
-
-    def part(self, x: Tensor, index: int) -> Tensor:
-        known, parts = self.last
-        if known is not x:
-            parts = torch.split(self.packed(x, self.bias), self.sizes, -1)
-        self.last = (x, parts) if index + 1 < len(parts) else (None, ())
-        return parts[index]
-
-
-class PackedLinear(torch.nn.Module):
-    """A linear layer whose weight is packed, alone or with others that read its input."""
-
-    def __init__(self, linear: torch.nn.Linear, together: Together, index: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias, self.together, self.index = linear.bias, together, index
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight, unpacked at each call; of 4 and 8 bits what they stand for."""
-        return torch.split(self.together.packed.weight(), self.together.sizes)[self.index]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.together.part(x, self.index)
-
-
-@torch.inference_mode()
-def pack(model: Any, method: str | None = None) -> None:
-    """Replace the plain linear layers by packed ones; their weights go, one group at a time.
-
-    On a GPU only those that become one product. method, for a CPU: "int8"; "int4", with 8 bits for
-    the output layer, where 4 are heard; None for the weights as they are.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    types = _packed_types() if method is None else [torch.float32, torch.bfloat16, torch.float16]
-    for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
-        children = dict(parent.named_children())
-        names = [name for name in children if _can_pack(children[name], types, method)]
-        del children  # it holds weights
-        for group in _together(parent, names):
-            linears = [getattr(parent, name) for name in group]
-            kind = "int8" if method == "int4" and linears == [head] else method
-            on_cpu = linears[0].weight.is_cpu
-            if len(group) == 1 and not on_cpu:
-                continue
-            try:
-                together = Together(linears, PACKINGS[kind] if on_cpu else Plain)
-            except torch.OutOfMemoryError:  # a GPU that has room for the weights, but not twice
-                return
-            for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
-                setattr(parent, name, PackedLinear(linear, together, index))
-            del linears, linear
-    torch.cuda.empty_cache()  # what the weights left that are one now
-
-
-def _packed_types() -> list[torch.dtype]:
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return []
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [torch.float32, torch.bfloat16] if bf16 else [torch.float32]
-
-
-def _together(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
-    """Return the groups of layers that are one product, and each other one alone."""
-
-    def alike(group: tuple[str, ...]) -> bool:
-        linears = [getattr(parent, name) for name in group if name in names]
-        kinds = {(x.in_features, x.weight.dtype, x.bias is None) for x in linears}
-        return len(linears) == len(group) and len(kinds) == 1
-
-    groups = [group for group in TOGETHER if alike(group)]
-    grouped = {name for group in groups for name in group}
-    return [*groups, *((name,) for name in names if name not in grouped)]
-
-
-def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool:
-    if type(module) is not torch.nn.Linear or _is_hooked(module):
-        return False
-    if type(module.weight) is not torch.nn.Parameter:  # of a quantisation
-        return False
-    if module.weight.is_cuda:
-        return method is None
-    fits = method != "int4" or module.in_features % GROUP == 0
-    return fits and module.weight.is_cpu and module.weight.dtype in types
-
-
-def _is_hooked(module: Any) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or hasattr(module, "_hf_hook") or "forward" in vars(module)
-
-
-@torch.inference_mode()
-def fuse_norms(model: Any) -> None:
-    """Let norms that are torch's rms_norm be computed by it: one kernel instead of six.
-
-    What a norm is, its output tells: some add one to their weight, or leave rows as they are.
-    """
-    for module in model.modules():
-        weight, eps = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
-        if eps is None or weight is None or weight.ndim != 1 or _is_hooked(module):
-            continue
-        if weight.dtype != model.dtype or len(inspect.signature(module.forward).parameters) != 1:
-            continue  # some have a gate
-        norm = functools.partial(_rms_norm, weight=weight, eps=eps)
-        x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype)
-        x = x.view(1, 2, -1)
-        with contextlib.suppress(Exception):  # of code that came with a model
-            theirs = module(x).float()
-            if (norm(x).float() - theirs).norm() <= 0.01 * theirs.norm():
-                module.forward = norm
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-
-
-# ---------------------------------------------------------------- the four functions
-
-
-def enter(decoder: Decoder, row: Row) -> Batch:
+def new_batch(decoder: Decoder, row: Row) -> Batch:
     """Return a batch of one newcomer, nothing computed yet."""
-    alone = _alone(decoder, row) if decoder.how == "alone" else None
-    return Batch(
-        (row,), Slots(decoder.config, row.columns) if alone is None else Slots(None, 0), alone
-    )
+    if decoder.mode == "alone":
+        return Batch((row,), Slots(None, 0), _generate_stepwise(decoder, row))
+    return Batch((row,), Slots(decoder.config, row.columns))
 
 
 @torch.inference_mode()
 def prefill(decoder: Decoder, batch: Batch) -> Batch:
     """Write the next chunk of the newcomer's prompt; the last one leaves logits for `step`."""
     row, at = batch.rows[0], batch.cache.cursor
-    chunk = batch.pending if decoder.how == "whole" else decoder.chunk
+    chunk = batch.pending if decoder.mode == "whole" else decoder.chunk
     end = row.written + min(chunk, batch.pending)
-    at.start, at.top, at.positions, at.ahead = row.written, end, None, False
+    at.write_from, at.read_to, at.positions, at.speculative = row.written, end, None, False
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
     positions = torch.arange(row.written, end, device=ids.device)[None]
-    # Two, because a product with one row has other bits, see `forward`.
-    logits = _call(decoder, ids, positions, batch.cache, 2)[:, -1].float()
-    if row.exact == row.written == end - decoder.chunk:
-        row.exact = end
+    # Two, because a product of one row rounds differently, see `forward`.
+    logits = call_model(decoder, ids, positions, batch.cache, 2)[:, -1].float()
+    if row.exact_columns == row.written == end - decoder.chunk:
+        row.exact_columns = end
     row.written = end
     return batch if batch.pending else replace(batch, logits=logits)
 
 
 @torch.inference_mode()
-def prefill_together(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-    """Write whole short prompts in one call, as `sharing` found them."""
+def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
+    """Write whole short prompts in one call, as `prompts_for_one_call` found them."""
     rows = [newcomer.rows[0] for newcomer in newcomers]
     lengths = [row.prompt_length for row in rows]
     for newcomer, length in zip(newcomers, lengths, strict=True):
         at = newcomer.cache.cursor
-        at.start, at.top, at.positions, at.ahead = 0, length, None, False
+        at.write_from, at.read_to, at.positions, at.speculative = 0, length, None, False
     ids = torch.tensor([[i for row in rows for i in row.ids]], device=decoder.device)
-    cache = RowOfPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
+    cache = PackedPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
     ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
-    logits = _call(decoder, ids, cache.places[1:], cache, ends)[0].float()
+    logits = call_model(decoder, ids, cache.places[1:], cache, ends)[0].float()
     if len(logits) != len(rows):  # a model that takes logits_to_keep and keeps all
         logits = logits[ends]
     for row in rows:
@@ -955,80 +771,23 @@ def prefill_together(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch
     return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
 
 
-def sharing(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-    """Return the first newcomers whose prompts go through the model together, in one chunk.
-
-    A prompt of one token stays alone: its products have one row, and so other bits.
-    """
-    together: list[Batch] = []
-    for newcomer in newcomers if decoder.shares else ():
-        tokens = sum(each.pending for each in (*together, newcomer))
-        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > decoder.chunk:
-            break
-        together.append(newcomer)
-    return together or list(newcomers[:1])
-
-
 @torch.inference_mode()
 def join(batch: Batch, newcomer: Batch) -> Batch:
     """Give the newcomer, who has made its first step alone, a slot of its own in `batch`."""
     row, live = newcomer.rows[0], len(batch.rows)
     columns = newcomer.cache.cursor.columns
-    if batch.homes is not None and columns > batch.cache.cursor.columns:
-        columns = _roomy(batch.cache, columns)
+    if batch.graphs is not None and columns > batch.cache.cursor.columns:
+        columns = batch.graphs.padded_columns(batch.cache, columns)
     batch.cache.make_room(live, columns)
-    for mine, theirs in zip(batch.cache.filled, newcomer.cache.filled, strict=True):
+    for mine, theirs in zip(
+        batch.cache.stateful_layers, newcomer.cache.stateful_layers, strict=True
+    ):
         mine.write(live, theirs, row.written)
     return replace(batch, rows=(*batch.rows, row))
 
 
 @torch.inference_mode()
-def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Forward one token of each row and choose the next; a failed step of slots may be repeated.
-
-    A newcomer's first step chooses from its prompt's logits.
-    """
-    logits = forward(decoder, batch) if batch.logits is None else batch.logits
-    choices = choose(logits, batch.rows)
-    for row, choice in zip(batch.rows, choices, strict=True):
-        row.take(choice.token, batch.logits is None)
-    return replace(batch, logits=None), choices
-
-
-@torch.inference_mode()
-def step_ahead(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Do as `step` for one row, but take several tokens at once where the next ones are guessed.
-
-    Returns one choice or more, all of the one row: those that further steps would have given, since
-    each guess is computed as a row of its own that reads the same slot.
-    """
-    [row], choices = batch.rows, list[Choice]()
-    guess = look_up(row) if batch.logits is None and decoder.reuses else []
-    if not guess:
-        return step(decoder, batch)
-    ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
-    logits = _forward_slots(decoder, batch, ids, [row.written + i for i in range(len(ids))])
-    for line, token in zip(logits, (*guess, None), strict=True):
-        choices += choose(line[None], batch.rows)
-        row.take(choices[-1].token)
-        if choices[-1].token != token:
-            break
-    return batch, choices
-
-
-def look_up(row: Row) -> list[int]:
-    """Return what followed the last tokens where they last stood before, as a guess."""
-    most = min(row.lookahead, row.columns - len(row.ids) - 1)
-    for size in NGRAMS if most > 0 else ():
-        tail = row.ids[-size:]
-        for start in range(len(row.ids) - size - 1, -1, -1):
-            if row.ids[start : start + size] == tail:
-                return row.ids[start + size : start + size + most]
-    return []
-
-
-@torch.inference_mode()
-def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
+def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
     """Let all rows go but those named; the last row moves into each hole. None if none is left."""
     kept, rows = set(ids), list(batch.rows)
     for hole in range(len(rows) - 1, -1, -1):
@@ -1037,301 +796,34 @@ def keep(batch: Batch, ids: Iterable[Any]) -> Batch | None:
         last = rows.pop()
         if hole < len(rows):
             rows[hole] = last
-            for layer in batch.cache.filled:
+            for layer in batch.cache.stateful_layers:
                 layer.move(len(rows), hole, last.written)
-    for layer in batch.cache.filled:
+    for layer in batch.cache.stateful_layers:
         layer.cut(len(rows))
     at_once = batch.at_once if len(rows) > batch.at_once else 0  # that many did fit
-    if not rows and batch.homes is not None:
-        size = sum(buffer.nbytes for buffer in batch.cache.buffers)
-        if size <= _keepable(batch.cache, size):
-            batch.homes[:] = [batch.cache]
+    if not rows and batch.graphs is not None:
+        batch.graphs.take_slots(batch.cache)
     return replace(batch, rows=tuple(rows), at_once=at_once) if rows else None
-
-
-def halve(decoder: Decoder, batch: Batch) -> list[Batch]:
-    """Return what takes half the memory in a step that ran out of it; [] if that is one row.
-
-    Slots stay as they are and are read by more calls. A failed step leaves recurrent states halfway
-    in place: those rows are written anew from their ids, into two batches.
-    """
-    size = batch.at_once or len(batch.rows)
-    if size == 1:
-        return []
-    half = (size + 1) // 2
-    if not any(isinstance(layer, StateLayer) for layer in batch.cache.layers):
-        return [replace(batch, at_once=half)]
-    batch.cache.layers.clear()
-    return [_rewritten(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
-
-
-def _rewritten(decoder: Decoder, rows: Sequence[Row]) -> Batch:
-    batches: list[Batch] = []
-    for row in rows:
-        row.written = 0
-        newcomer = enter(decoder, row)
-        while newcomer.pending:
-            newcomer = prefill(decoder, newcomer)
-        newcomer = replace(newcomer, logits=None)  # its token is known
-        batches = [join(batches[0], newcomer) if batches else newcomer]
-    return batches[0]
-
-
-# ---------------------------------------------------------------- prefixes
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """The first columns of a row, for rows that begin with the same ids.
-
-    exact: how many have the bits that any other row's prefill gives them. buffers: keys and values
-    [heads, columns, head_dim], layer by layer.
-    """
-
-    owner: str
-    ids: list[int]
-    exact: int
-    buffers: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
-
-
-class Prefixes:
-    """Keys and values of recent rows; the least recently used go first.
-
-    Rows find those of their own owner only: how fast an answer begins would tell others' prompts.
-    max_bytes: what they may take, by default PREFIX_SHARE of the free memory; 0 keeps none.
-    """
-
-    def __init__(self, max_bytes: int | None = None) -> None:
-        self.max_bytes = max_bytes
-        self.kept: list[Prefix] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(prefix.nbytes for prefix in self.kept)
-
-    def clear(self) -> None:
-        self.kept.clear()
-
-    def find(self, owner: str, ids: list[int], border: int) -> tuple[Prefix | None, int]:
-        """Return the prefix that spares most of a prompt, and how many columns; (None, 0) if none.
-
-        border: the length of chunks, where only columns that have the bits of a prefill count; 0
-        for all of them. The last token is always computed, and little is not worth the copying.
-        """
-        best, most = None, CHUNK - 1
-        for prefix in (each for each in self.kept if each.owner == owner):
-            columns = _common(prefix.ids, ids[:-1])
-            if border:
-                columns = min(columns, prefix.exact) // border * border
-            if columns > most:
-                best, most = prefix, columns
-        if best is None:
-            return None, 0
-        self.kept.append(self.kept.pop(self.kept.index(best)))
-        return best, most
-
-    def add(self, owner: str, batch: Batch, index: int, *, exact: bool) -> None:
-        """Copy what rows[index] has written; exact: only what every request may use."""
-        row, cache = batch.rows[index], batch.cache
-        columns = row.exact if exact else row.written
-        size, ids = columns * cache.bytes_per_column, row.ids[:columns]
-        mine = [prefix for prefix in self.kept if prefix.owner == owner]
-        known = any(p.exact >= row.exact and p.ids[:columns] == ids for p in mine)
-        whole = len(cache.buffers) == 2 * len(cache.filled)
-        if known or not whole or columns < CHUNK or size > (most := self._most(cache)):
-            return
-        for prefix in mine:  # what the new one holds too
-            if prefix.exact <= row.exact and prefix.ids == ids[: len(prefix.ids)]:
-                self.kept.remove(prefix)
-        while self.nbytes + size > most:
-            del self.kept[0]
-        buffers = [buffer[index, :, :columns].clone() for buffer in cache.buffers]
-        self.kept.append(Prefix(owner, ids, row.exact, buffers))
-
-    def _most(self, cache: Slots) -> int:
-        if self.max_bytes is not None:
-            return self.max_bytes
-        return _keepable(cache, self.nbytes)
-
-
-def _keepable(cache: Slots, held: int) -> int:
-    """Return how many bytes may lie beside `cache` for what may come; `held` do already."""
-    free = free_memory(cache.buffers[0].device)
-    return UNTOLD if free == sys.maxsize else int(PREFIX_SHARE * (free + held))
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """Return how many ids two lists begin with in common."""
-    shorter = range(min(len(a), len(b)) + 1)
-    return bisect.bisect_left(shorter, True, key=lambda n: a[:n] != b[:n]) - 1
-
-
-@torch.inference_mode()
-def recall(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> Batch:
-    """Begin a newcomer of whom nothing is computed yet with the first columns of a prefix."""
-    row, buffers = newcomer.rows[0], iter(prefix.buffers)
-    for layer in newcomer.cache.filled:
-        layer.begin(next(buffers)[None, :, :columns], next(buffers)[None, :, :columns])
-    row.written, row.exact = columns, min(columns, prefix.exact) // decoder.chunk * decoder.chunk
-    return newcomer
-
-
-# ---------------------------------------------------------------- several batches
-
-
-def place(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
-    """Join the newcomer to the first batch that it does not slow down, or to none.
-
-    All rows of a call are read as far as the longest. That costs less than reading the weights
-    once more only while the padding's bytes stay below the weights' own.
-    """
-    for index, batch in enumerate(batches):
-        lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
-        padding = max(lengths) * len(lengths) - sum(lengths)
-        if padding * newcomer.cache.bytes_per_column < decoder.weight_bytes:
-            try:
-                return [*batches[:index], join(batch, newcomer), *batches[index + 1 :]]
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise  # else the newcomer stays in the slot that it has
-                for layer in batch.cache.filled:
-                    layer.cut(len(batch.rows))  # some may hold its states already
-    return [*batches, _begin(decoder, newcomer)]
-
-
-def _begin(decoder: Decoder, newcomer: Batch) -> Batch:
-    """Begin a batch with a newcomer, in the slots of one that ended where it fits into them.
-
-    Their graphs are captured already. The first ones get room for longer rows than its own.
-    """
-    if decoder.graphs is None or decoder.graphs.failed:
-        return newcomer
-    homes, columns = decoder.graphs.homes, newcomer.cache.cursor.columns
-    home: Slots | None = None
-    with contextlib.suppress(IndexError):  # pop, because a batch of another thread may be quicker
-        home = homes.pop()
-    if home is not None and home.cursor.columns >= columns:
-        return join(Batch((), home, homes=homes), newcomer)
-    del home  # before larger ones are made
-    try:
-        newcomer.cache.resize(1, 1, _roomy(newcomer.cache, columns))
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return newcomer  # it has slots of its own
-    return replace(newcomer, homes=homes)
-
-
-def _roomy(cache: Slots, columns: int) -> int:
-    """Return as many columns or, where memory is free, more.
-
-    Slots that seldom grow are seldom captured anew.
-    """
-    more = max(ROOMY, 1 << (columns - 1).bit_length())
-    size = 2 * cache.cursor.rows * more * cache.bytes_per_column
-    return more if size <= MEMORY_SHARE * free_memory(cache.buffers[0].device) else columns
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out: on a GPU, in Python, or torch on a CPU, by its words."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(words in str(error) for words in NO_MEMORY)
-
-
-def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
-    """Tell whether the newcomers' slots fit beside the others; a first one is always tried."""
-    if not batches and len(newcomers) == 1:
-        return True
-    own = [newcomer.cache.cursor.columns for newcomer in newcomers]
-    live, at = (len(batches[0].rows), batches[0].cache.cursor) if batches else (0, Cursor(0, 0))
-    rows = max(at.rows, 1)
-    while rows < live + len(newcomers):
-        rows *= 2
-    grown = rows * max(at.columns, *own) - at.rows * at.columns
-    per_column = batches[0].cache.bytes_per_column if batches else column_bytes(decoder)
-    return (sum(own) + grown) * per_column < MEMORY_SHARE * free_memory(decoder.device)
-
-
-def cache_usage(batches: Sequence[Batch]) -> float:
-    """Return the share of written columns in what slots take and may still take, 0 to 1."""
-    used = held = 0
-    device = None
-    for batch in batches:
-        column, at, buffers = batch.cache.bytes_per_column, batch.cache.cursor, batch.cache.buffers
-        used += column * sum(row.written for row in batch.rows)
-        held += column * at.rows * at.columns
-        device = buffers[0].device if buffers else device
-    return used / (held + MEMORY_SHARE * free_memory(device)) if device is not None else 0.0
-
-
-def column_bytes(decoder: Decoder) -> int:
-    """Return the bytes that keys and values of one token take, by the model's configuration.
-
-    An estimate: 0 where the configuration does not tell.
-    """
-    config = decoder.config
-    slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in _layers(config)]
-    latent, rotary = _told(config, "kv_lora_rank"), _told(config, "qk_rope_head_dim")
-    heads = _told(config, "num_attention_heads")
-    dim = _told(config, "head_dim") or _told(config, "hidden_size") // max(heads, 1)
-    width = latent + rotary if latent else 2 * (_told(config, "num_key_value_heads") or heads) * dim
-    return int(sum(slotted) * width * decoder.model.dtype.itemsize)
-
-
-def _told(config: Any, name: str) -> int:
-    try:
-        value = getattr(config, name, None)
-    except Exception:  # transformers raises where the layers differ
-        return 0
-    return value if isinstance(value, int) else 0
-
-
-def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
-    """Return how many rows of TYPICAL columns the free memory holds, at most `most`."""
-    if decoder.how == "alone":
-        return 1
-    row = TYPICAL * column_bytes(decoder)
-    fitting = int(MEMORY_SHARE * free_memory(decoder.device)) // row if row else most
-    return max(1, min(fitting, most))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device, where the system tells."""
-    if device.type == "cuda":  # what torch holds in reserve is free for it
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserve
-    with contextlib.suppress(OSError):  # Linux; the page cache counts as free there
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return sys.maxsize
 
 
 # ---------------------------------------------------------------- forward
 
 
-def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return values as a tensor on a device; a GPU is not waited for, as torch.tensor does."""
+def upload(
+    values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return values as a tensor on a device; unlike torch.tensor, without waiting for a GPU."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-def numbers(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return values as a tensor of another one's type, where it lies."""
-    return upload(values, like.device, like.dtype)
-
-
 @torch.inference_mode()
 def forward(decoder: Decoder, batch: Batch) -> Tensor:
     """Return the float32 logits [B, V] that follow each row's last token."""
-    if batch.alone is not None:
+    if batch.stepwise is not None:
         row = batch.rows[0]
-        return (batch.alone.send(row.ids[-1]) if row.generated else next(batch.alone)).float()
+        return (batch.stepwise.send(row.ids[-1]) if row.generated else next(batch.stepwise)).float()
     size = batch.at_once or len(batch.rows)
     calls = range(0, len(batch.rows), size)
     return torch.cat([_forward_rows(decoder, batch, first, first + size) for first in calls])
@@ -1343,10 +835,10 @@ def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tenso
     written = [row.written for row in rows]
     if decoder.graphs is not None and not batch.at_once:
         return decoder.graphs.forward(decoder, batch, ids, written)
-    return _forward_slots(decoder, batch, ids, written, first)
+    return forward_slots(decoder, batch, ids, written, first)
 
 
-def _forward_slots(
+def forward_slots(
     decoder: Decoder, batch: Batch, ids: Tensor, written: list[int], first: int = 0
 ) -> Tensor:
     """Return logits [B, V] after ids [B, 1] at the columns `written` of the slots from `first` on.
@@ -1355,151 +847,39 @@ def _forward_slots(
     """
     at, live = batch.cache.cursor, len(ids)
     positions = upload(written, ids.device)[:, None]
-    at.ahead = live > len(batch.rows)
-    at.first, at.positions, at.top = first, positions[:, 0], _blocks(max(written) + 1)
-    slots = [0] * live if at.ahead else range(first, first + live)
+    at.speculative = live > len(batch.rows)
+    at.first_row, at.positions, at.read_to = first, positions[:, 0], _blocks(max(written) + 1)
+    slots = [0] * live if at.speculative else range(first, first + live)
     at.index = upload(slots, ids.device)
-    if live == 1 and decoder.pairs:
-        ids, positions = ids.expand(COMPANY, 1), positions.expand(COMPANY, 1)
-    return _call(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
+    if live == 1 and decoder.duplicates_lone_row:
+        ids, positions = ids.expand(LONE_ROW_COPIES, 1), positions.expand(LONE_ROW_COPIES, 1)
+    return call_model(decoder, ids, positions, batch.cache, 1)[:live, -1].float()
 
 
-class Graphs:
-    """Steps as CUDA graphs, which need one launch where a model has thousands.
-
-    A shape, so many rows and so many columns, is captured once it was stepped a few times, and
-    checked against the step that it stands for; if capturing fails, all steps go on without.
-    Where rows are fewer than the shape has, dead slots are computed beside them.
-    homes: the slots of the batch that ended last, for the next one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.failed = device, False
-        self.pool: Any = None  # of memory, shared: a graph's output is read before the next one
-        self.first: Any = None  # a graph that keeps the pool, which would go with the last one
-        self.stream: Any = None  # to capture on: torch's own one is of the device that came first
-        self.homes: list[Slots] = []
-        self.lock = threading.Lock()
-
-    def give_way(self) -> None:
-        """Free what no batch under way needs."""
-        self.homes.clear()
-        self.pool = self.first = None
-
-    def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
-        """Return logits [B, V] as _forward_slots does."""
-        at, captured = batch.cache.cursor, batch.cache.captured
-        blocks = math.ceil((max(written) + 1) / GRAPH_COLUMNS)
-        shape = 1 << (len(ids) - 1).bit_length(), min(blocks * GRAPH_COLUMNS, at.columns)
-        known = captured.get(shape, 0)
-        if isinstance(known, Captured):
-            with self.lock:  # another thread's batch must not replay before the logits are read
-                return known.forward(ids, written)
-        logits = _forward_slots(decoder, batch, ids, written)
-        captured[shape] = known + 1
-        if known + 1 > CAPTURE_AFTER and not self.failed:
-            self._capture(decoder, batch, shape, (ids, written, logits))
-        return logits
-
-    def _capture(
-        self, decoder: Decoder, batch: Batch, shape: Any, step: tuple[Tensor, list[int], Tensor]
-    ) -> None:
-        ids, written, expected = step
-        try:
-            with self.lock:
-                captured = Captured(decoder, batch.cache, shape, ids, written)
-                captured.logits.fill_(math.nan)  # else a replay of nothing would look right
-                found = captured.forward(ids, written)
-            off = float((found - expected).abs().max())
-            if not off <= 0.05 * float(expected.abs().max()):
-                raise ArithmeticError(f"its logits are off by {off:.3g}")
-        except Exception as error:  # of the model's code, of the driver: nothing depends on it
-            self.failed = True
-            log.warning("steps run without CUDA graphs: %s", str(error).partition("\n")[0])
-            return
-        batch.cache.captured[shape] = captured
-
-
-class Captured:
-    """The step of a shape: ids and positions are put in, logits come out."""
-
-    def __init__(
-        self, decoder: Decoder, cache: Slots, shape: tuple[int, int], ids: Tensor, written: Any
-    ) -> None:
-        rows, top = shape
-        self.ids = torch.zeros((rows, 1), dtype=torch.long, device=ids.device)
-        self.positions = torch.zeros_like(self.ids)
-        self.index = torch.arange(rows, device=ids.device)  # read by each replay, as those two
-        self._put(ids, written)
-        ids, positions, index = self.ids, self.positions, self.index  # not self: it holds the graph
-
-        def step() -> Tensor:
-            at = cache.cursor
-            at.first, at.positions, at.index = 0, positions[:, 0], index
-            at.top, at.ahead = top, False
-            return _call(decoder, ids, positions, cache, 1)[:, -1]
-
-        self.replay, self.logits = record(decoder.graphs, step)
-
-    def _put(self, ids: Tensor, written: list[int]) -> None:
-        live, dead = len(ids), len(self.ids) - len(ids)
-        self.ids[:live], self.ids[live:] = ids, 0
-        self.positions.copy_(upload([*written, *[0] * dead], self.ids.device)[:, None])
-
-    def forward(self, ids: Tensor, written: list[int]) -> Tensor:
-        self._put(ids, written)
-        self.replay()
-        return self.logits[: len(ids)].to(torch.float32, copy=True)
-
-
-def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Return what repeats a step on the GPU, and the tensor that it fills."""
-    with torch.cuda.device(graphs.device), CAPTURING:
-        cuda: Any = torch.cuda
-        graphs.stream = graphs.stream or cuda.Stream(graphs.device)
-        if graphs.pool is None:
-            graphs.pool, graphs.first = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-            with _capturing(graphs, graphs.first):
-                torch.zeros(1, device=graphs.device)
-        graph = torch.cuda.CUDAGraph()
-        with _capturing(graphs, graph):
-            logits = step()
-    return graph.replay, logits
-
-
-@contextlib.contextmanager
-def _capturing(graphs: Graphs, graph: Any) -> Iterator[None]:
-    collects = gc.isenabled()
-    gc.disable()  # an older graph that is found to be garbage meanwhile spoils this one
-    try:  # other threads may use the GPU meanwhile, to ask how much memory is free
-        mode = "thread_local"
-        with torch.cuda.graph(graph, graphs.pool, graphs.stream, capture_error_mode=mode):
-            yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _call(decoder: Decoder, ids: Tensor, positions: Tensor, cache: Any, keep: Any) -> Tensor:
+def call_model(
+    decoder: Decoder, ids: Tensor, positions: Tensor, cache: cache_utils.Cache, keep: int | Tensor
+) -> Tensor:
     """Call the model with the words that its forward knows; return logits, the last ones at least.
 
     keep: how many of the last positions, or which positions, as logits_to_keep.
     """
-    words = {"position_ids": positions, "logits_to_keep": keep, "use_cache": True}
-    words |= dict.fromkeys(CACHE_WORDS, cache)
-    known = {name: value for name, value in words.items() if name in decoder.accepts}
+    words: dict[str, object] = {"position_ids": positions, "logits_to_keep": keep}
+    words |= {"use_cache": True, **dict.fromkeys(CACHE_WORDS, cache)}
+    known = {name: value for name, value in words.items() if name in decoder.forward_words}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
 
 
-def _alone(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
+def _generate_stepwise(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
     """Yield logits [1, V] and take tokens; cache and inputs are those that the model makes."""
     ids = torch.tensor([row.ids], device=decoder.device)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": row.max_new_tokens}
-    options |= {"do_sample": False, "custom_generate": _by_the_model}
+    options |= {"do_sample": False, "custom_generate": _stepwise}
     return cast("Generator[Tensor, int, None]", decoder.model.generate(ids, **options))
 
 
-def _by_the_model(model: Any, input_ids: Tensor, **kwargs: Any) -> Generator[Tensor, int, None]:
+def _stepwise(
+    model: PretrainedModel, input_ids: Tensor, **kwargs: Any
+) -> Generator[Tensor, int, None]:
     """Decode as transformers' own loop does (GenerationMixin._sample), one token a send."""
     length = None  # the whole prompt, then one token at a time where there is a cache
     for name in ("logits_processor", "stopping_criteria", "generation_config"):
@@ -1515,246 +895,49 @@ def _by_the_model(model: Any, input_ids: Tensor, **kwargs: Any) -> Generator[Ten
         length = 1 if kwargs.get("use_cache") else None
 
 
-@torch.inference_mode()
-def score(decoder: Decoder, ids: Sequence[int], start: int) -> list[float]:
-    """Return the log-probability of each of ids[start:] after those before it, in one call."""
-    scored = torch.tensor(ids[start:], device=decoder.device)
-    words = {"use_cache": False, "logits_to_keep": len(scored) + 1}
-    known = {name: value for name, value in words.items() if name in decoder.accepts}
-    inputs = torch.tensor([list(ids)], device=decoder.device)
-    logits = decoder.model(input_ids=inputs, return_dict=True, **known).logits
-    logprobs = logits[0, -len(scored) - 1 : -1].float().log_softmax(-1)
-    return cast("list[float]", logprobs.gather(-1, scored[:, None])[:, 0].tolist())
+# ---------------------------------------------------------------- memory
 
 
-@torch.inference_mode()
-def shares_of(
-    decoder: Decoder, prompt: list[int], options: list[list[int]], ends: list[int]
-) -> list[float]:
-    """Return the probability of each option, with one of `ends` after it, among all options.
-
-    One call: the rows are padded on the right, where nothing before can see.
-    """
-    longest = max(map(len, options))
-    rows = [[*prompt, *each, *[0] * (longest - len(each))] for each in options]
-    words = {"use_cache": False, "logits_to_keep": longest + 1}
-    known = {name: value for name, value in words.items() if name in decoder.accepts}
-    inputs = torch.tensor(rows, device=decoder.device)
-    logits = decoder.model(input_ids=inputs, return_dict=True, **known).logits
-    logprobs = logits[:, -longest - 1 :].float().log_softmax(-1)
-    totals = [
-        sum(row[place, token] for place, token in enumerate(each))
-        + (row[len(each), ends].logsumexp(-1) if ends else 0.0)
-        for row, each in zip(logprobs, options, strict=True)
-    ]
-    return cast("list[float]", torch.stack(totals).cpu().double().softmax(-1).tolist())
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: on a GPU, in Python, or torch on a CPU, by its words."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in str(error) for words in OOM_WORDS)
 
 
-# ---------------------------------------------------------------- choose
+def _int_of(config: PretrainedConfig, name: str) -> int:
+    value = None
+    with contextlib.suppress(Exception):  # transformers raises where the layers differ
+        value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0
 
 
-def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """Choose one token per row from float32 logits [B, V], each by its row's own options.
-
-    An error in a row's part, or logits that are not finite, become that row's Choice.error.
-    """
-    scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
-    errors = _process(scores, rows)
-    # A GPU is asked for all of it before the first answer is waited for.
-    highest = scores.amax(-1)
-    greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
-    best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
-    tokens = dict(zip(drawn, draw(scores, rows, drawn), strict=True))
-    tokens |= {} if best is None else dict(zip(greedy, best.tolist(), strict=True))
-    for index, value in enumerate(highest.tolist()):
-        if not math.isfinite(value):
-            errors.setdefault(index, ArithmeticError("the model gave logits that are not finite"))
-    return [
-        Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
-        for i, row in enumerate(rows)
-    ]
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes that can still be taken on a device, where the system tells."""
+    if device.type == "cuda":  # what torch holds in reserve is free for it
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserve
+    with contextlib.suppress(OSError):  # Linux; the page cache counts as free there
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return sys.maxsize
 
 
-def _changes_logits(s: Sampling) -> bool:
-    penalised = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
-    return penalised or bool(s.logit_bias) or bool(s.processors)
+def release_memory() -> None:
+    """Return freed memory to CUDA and, with glibc, to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
-    """Apply all rows' options and processors to scores [B, V], in place; return what went wrong."""
-    errors: dict[int, Exception] = {}
-    _penalise(scores, rows)
-    for index, row in enumerate(rows):
-        if any(token >= scores.shape[-1] for token, _ in row.sampling.logit_bias):
-            errors[index] = IndexError(f"logit_bias: the model has {scores.shape[-1]} tokens")
-        try:
-            for processor in row.sampling.processors:
-                scores[index] = processor(row.ids, scores[index])
-        except Exception as error:  # a processor that a request brought ends its own row only
-            errors[index] = error
-    return errors
+def slot_budget(device: torch.device) -> int:
+    """Return the bytes that slots may still take on a device."""
+    return int(MEMORY_SHARE * available_bytes(device))
 
 
-def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
-    """Apply all rows' penalties and biases to scores [B, V], in place.
-
-    repetition_penalty as transformers' RepetitionPenaltyLogitsProcessor: over prompt and answer.
-    frequency_penalty and presence_penalty as in OpenAI's API reference: over the answer.
-    """
-    options = [(i, row, row.sampling) for i, row in enumerate(rows)]
-    every = range(scores.shape[-1])  # some models cut off what their vocabulary is padded with
-    if seen := [
-        ({token for token in row.ids if token in every}, i, s.repetition_penalty)
-        for i, row, s in options
-        if s.repetition_penalty != 1
-    ]:
-        ids, lines, penalties = _spread(seen, scores)
-        old = scores[lines, ids]
-        scores[lines, ids] = torch.where(old < 0, old * penalties, old / penalties)
-    if used := [
-        (row.generated, i, s.frequency_penalty, s.presence_penalty)
-        for i, row, s in options
-        if (s.frequency_penalty or s.presence_penalty) and row.generated
-    ]:
-        ids, lines, frequency, presence = _spread(used, scores)
-        counts = [count for generated, *_ in used for count in generated.values()]
-        scores[lines, ids] -= numbers(counts, scores) * frequency + presence
-    if biased := [
-        ({token: bias for token, bias in s.logit_bias if token in every}, i)
-        for i, _, s in options
-        if s.logit_bias
-    ]:
-        ids, lines = _spread(biased, scores)
-        biases = [bias for each, _ in biased for bias in each.values()]
-        scores[lines, ids] += numbers(biases, scores)
-
-
-def _spread(table: Sequence[tuple[Any, ...]], scores: Tensor) -> list[Tensor]:
-    """Return all ids of a table of (ids, line, numbers ...), and for each its line and numbers."""
-    ids = [token for some, *_ in table for token in some]
-    lengths = upload([len(some) for some, *_ in table], scores.device)
-    columns = [upload([row[1] for row in table], scores.device)]
-    for place in range(2, len(table[0])):
-        columns.append(numbers([row[place] for row in table], scores))
-    many = [each.repeat_interleave(lengths, output_size=len(ids)) for each in columns]
-    return [upload(ids, scores.device), *many]
-
-
-def _choice(logits: Tensor, row: Row, token: int) -> Choice:
-    """Add what the row asked to know: the model's own log-probabilities, before any option."""
-    if row.sampling.logprobs is None:
-        return Choice(token)
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(row.sampling.logprobs)
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Choice(token, float(logprobs[token]), top)
-
-
-def draw(
-    scores: Tensor, rows: Sequence[Row], places: Sequence[int], sizes: Sequence[int] = CANDIDATES
-) -> list[int]:
-    """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
-
-    The noise is a hash of (seed, step, token id): no state, the same numbers in any company and on
-    any device but mps. A row whose kept set may go on below the candidates is drawn again from
-    more. Where no option cuts anything off, all that is no candidate takes part as one lump
-    (exact, by the maximum's own distribution) and is looked at only if the lump wins.
-    """
-    if not places:
-        return []
-    chosen, device = [rows[i] for i in places], scores.device
-    temperatures = numbers([row.sampling.temperature for row in chosen], scores)
-    scaled = scores[upload(places, device)] / temperatures[:, None]
-    size = min(*sizes[:1], scaled.shape[-1]) if sizes else scaled.shape[-1]
-    top = scaled.topk(size)  # [N, K], descending
-    kept = kept_candidates(
-        top.values, scaled.logsumexp(-1, keepdim=True), [row.sampling for row in chosen]
-    )
-    noisy = (top.values + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
-    best = noisy.max(-1)
-    tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
-    whole = size == scaled.shape[-1]
-    open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
-    cut = [n for n in open_ended if _cuts(chosen[n].sampling, size)]
-    # What top_p is a share of, top_k decides: all that top_k keeps must be seen.
-    options = [] if whole else [row.sampling for row in chosen]
-    deep = [n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1]
-    cut = sorted({*cut, *deep})
-    for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
-        tokens[n] = token
-    lumps = [n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut]
-    if lumps:
-        at = upload(lumps, device)
-        rest = scaled[at].scatter(-1, top.indices[at], -torch.inf)
-        won = _draw_lumps(rest, [chosen[n] for n in lumps], best.values[at])
-        for place, token in won.items():
-            tokens[lumps[place]] = token
-    return tokens
-
-
-def _cuts(s: Sampling, size: int) -> bool:
-    """Tell whether some option may cut the vocabulary off below its first `size` tokens."""
-    return s.top_p < 1 or s.min_p > 0 or s.top_k > size
-
-
-def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> Tensor:
-    """Return which of the candidates [N, K], descending logits over temperature, the options keep.
-
-    total: their log-sum over the vocabulary, [N, 1]. The same sets as transformers' TopK-, TopP-
-    and MinPLogitsWarper in that order (ties of top_k kept, top_p over what top_k left).
-    """
-    size = top.shape[-1]
-    last = upload([min(s.top_k or size, size) - 1 for s in options], top.device)
-    kept = top >= top.gather(-1, last[:, None])
-    limited = upload([0 < s.top_k <= size for s in options], top.device)[:, None]
-    below = top.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
-    probabilities = (top - torch.where(limited, below, total)).exp()
-    before = probabilities.cumsum(-1) - probabilities
-    share = [s.top_p if s.top_p < 1 else math.inf for s in options]  # sums round
-    kept &= before < numbers(share, top)[:, None]
-    floor = [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options]
-    kept &= top >= top[:, :1] + numbers(floor, top)[:, None]
-    kept[:, 0] = True
-    return kept
-
-
-def _draw_lumps(rest: Tensor, rows: Sequence[Row], best: Tensor) -> dict[int, int]:
-    """Return a token of rest [N, V] for each row whose lump, all of them, beats `best` [N]."""
-    lump = torch.full((len(rows), 1), rest.shape[-1], device=rest.device)  # an id no token has
-    wins = rest.logsumexp(-1) + gumbel(rows, lump)[:, 0] > best
-    ids = torch.arange(rest.shape[-1], device=rest.device)[None]
-    return {
-        n: int((rest[n] + gumbel([rows[n]], ids)[0]).argmax())
-        for n, won in enumerate(wins.tolist())
-        if won
-    }
-
-
-def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
-    """Return Gumbel noise for token ids [N, K], a function of (seed, step, id) alone.
-
-    Two rounds of murmur3's finaliser over the id, keyed by a 64-bit hash of seed and step.
-    """
-    keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
-    low, high = (
-        upload([key >> at & LOW_32 for key in keys], ids.device)[:, None] for at in (0, 32)
-    )
-    hashed = _mix((_mix(ids ^ low) + high) & LOW_32)
-    real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
-    below = 1 - torch.finfo(real).eps / 2  # the last of them would round to 1, and its noise be inf
-    return -torch.log(-torch.log(((hashed.to(real) + 0.5) / 2**32).clamp(max=below)))
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & LOW_32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & LOW_32
-    return x ^ (x >> 16)
-
-
-def _key(seed: int, step: int) -> int:
-    """Return splitmix64 of seed and step."""
-    x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
+def keepable_bytes(cache: Slots, held: int) -> int:
+    """Return how many bytes may lie beside `cache` for what may come; `held` do already."""
+    free = available_bytes(cache.buffers[0].device)
+    return UNKNOWN_BUDGET if free == sys.maxsize else int(KEPT_SHARE * (free + held))

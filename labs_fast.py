@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same text, faster: packed and quantised weights, fused norms, steps as CUDA graphs.
+
+    decoder = labs_decode.prepare(model)
+    decoder = labs_fast.speed_up(decoder, "int4", batch_invariant=True, cuda_graphs=True)
+
+labs.load_model calls it where this file is present. Needs labs_decode.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+import labs_decode
+from labs_decode import Batch, Decoder, Slots, Tensor
+
+PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
+MIN_GRAPH_COLUMNS = 512  # smallest slots whose steps are captured
+CAPTURE_AFTER = 4  # steps of one shape, before it is worth a CUDA graph
+GRAPH_COLUMNS = 256  # a graph reads whole blocks of so many, so that it serves as many steps
+INT4_GROUP = 32  # 4-bit weights that share a scale
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
+log = logging.getLogger("labs.fast")
+
+
+def speed_up(
+    decoder: Decoder, method: str | None, *, batch_invariant: bool, cuda_graphs: bool
+) -> Decoder:
+    """Replace linear layers and norms of the decoder's model by faster ones of the same text.
+
+    method: int8 or int4 weights on a CPU, of other text. Raises ValueError if nothing can be so.
+    """
+    model, devices = decoder.model, {each.device for each in decoder.model.parameters()}
+    on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    exact = all(each.dtype != torch.float32 for each in model.parameters())
+    exact = exact or torch.float32 in _packed_types()
+    if decoder.packable:  # others ask for `weight`, which unpacks it, at each step
+        pack(model, method)
+    if decoder.packable and on_one_gpu:
+        fuse_norms(model)
+    packed = {each.fused for each in model.modules() if isinstance(each, PackedLinear)}
+    embedding, rest = model.get_input_embeddings().weight, model.parameters()
+    left = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
+    if method and left > sum(fused.numel for fused in packed):
+        raise ValueError(f"{method}: needs a model of plain linear layers, all on CPU")
+    weights = [*model.parameters(), *(fused.packed for fused in packed)]
+    captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
+    decoder = labs_decode.with_invariance(decoder, batch_invariant and exact)
+    return replace(
+        decoder,
+        duplicates_lone_row=decoder.duplicates_lone_row and not (method and left == 0),
+        weight_bytes=sum(each.nbytes for each in weights),
+        graphs=Graphs(devices.pop()) if captures else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight as its product wants it: multiply(x [..., in], bias [out] or None); unpack()."""
+
+    multiply: Callable[[Tensor, Tensor | None], Tensor]
+    unpack: Callable[[], Tensor]
+    nbytes: int
+
+
+def dense_weight(weight: Tensor) -> PackedWeight:
+    """Take a weight as it is, for layers that become one product: a GPU launches one kernel."""
+    linear = torch.nn.functional.linear
+    return PackedWeight(lambda x, bias: linear(x, weight, bias), lambda: weight, weight.nbytes)
+
+
+def onednn_weight(weight: Tensor) -> PackedWeight:
+    """Put a weight into the blocks that oneDNN computes with; else it does so at every call.
+
+    A step of 1 to 32 rows takes 0.6 to 0.8 of the time, and a row has the same bits beside any
+    number of others but none, which MKL's products in float32 do not give.
+    """
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    linear, nbytes = torch.ops.mkldnn._linear_pointwise, weight.nbytes  # not the weight itself
+    multiply = lambda x, bias: linear(x, packed, bias, "none", [], "")  # noqa: E731
+    return PackedWeight(multiply, packed.to_dense, nbytes)
+
+
+def int4_weight(weight: Tensor) -> PackedWeight:
+    """Round to 4-bit numbers, a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
+
+    That is less to read, so faster for few rows, and slower for many, because each row unpacks it
+    anew. A row has the same bits beside any number of others.
+    """
+    padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+    groups = padded.view(len(padded), -1, INT4_GROUP)
+    low, high = groups.amin(-1), groups.amax(-1)
+    steps = ((high - low) / 15).clamp_min(torch.finfo(torch.float32).tiny)
+    levels = ((groups - low[..., None]) / steps[..., None]).round_().clamp_(0, 15)
+    levels = levels.to(torch.int32).view(padded.shape)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+    scales = torch.stack([steps, low + 8 * steps], -1)  # the kernel's zero is in the middle
+    scales = scales.transpose(0, 1).contiguous().to(weight.dtype)
+    (rows, columns), kernel = weight.shape, torch.ops.aten._weight_int4pack_mm_for_cpu
+    multiply = _by_rows(lambda x: kernel(x, packed, INT4_GROUP, scales)[:, :rows])
+    unpack = lambda: multiply(torch.eye(columns, dtype=scales.dtype), None).t().contiguous()  # noqa: E731
+    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
+
+
+def int8_weight(weight: Tensor) -> PackedWeight:
+    """Round to 8-bit numbers with a scale for each output; else as int4_weight."""
+    steps = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    packed = (weight.float() / steps[:, None]).round_().to(torch.int8)
+    scales = steps.to(weight.dtype)
+    multiply = _by_rows(lambda x: torch.ops.aten._weight_int8pack_mm(x, packed, scales))
+    unpack = lambda: packed.to(scales.dtype) * scales[:, None]  # noqa: E731
+    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
+
+
+def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Give a kernel that takes rows, and no bias, what a linear layer takes."""
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        product = kernel(x.reshape(-1, x.shape[-1]))
+        product = product if bias is None else product + bias
+        return product.view(*x.shape[:-1], -1)
+
+    return multiply
+
+
+PACKINGS = {None: onednn_weight, "int8": int8_weight, "int4": int4_weight}
+FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read one input
+
+
+class FusedWeight:
+    """The product of layers that read the same input: whoever comes first computes it for all."""
+
+    def __init__(
+        self, linears: Sequence[torch.nn.Linear], packing: Callable[[Tensor], PackedWeight]
+    ) -> None:
+        self.sizes = [linear.out_features for linear in linears]
+        self.numel = sum(linear.weight.numel() for linear in linears)
+        self.packed = packing(torch.cat([linear.weight.detach() for linear in linears]))
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple: threads
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        known, parts = self.last
+        if known is not x:
+            parts = torch.split(self.packed.multiply(x, self.bias), self.sizes, -1)
+        self.last = (x, parts) if index + 1 < len(parts) else (None, ())
+        return parts[index]
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer whose weight is packed, alone or with others that read its input."""
+
+    def __init__(self, linear: torch.nn.Linear, fused: FusedWeight, index: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias, self.fused, self.index = linear.bias, fused, index
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, unpacked at each call; of 4 and 8 bits what they stand for."""
+        return torch.split(self.fused.packed.unpack(), self.fused.sizes)[self.index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused.part(x, self.index)
+
+
+@torch.inference_mode()
+def pack(model: Any, method: str | None = None) -> None:
+    """Replace the plain linear layers by packed ones; their weights go, one group at a time.
+
+    On a GPU only those that become one product. method, for a CPU: "int8"; "int4", with 8 bits for
+    the output layer, where 4 are heard; None for the weights as they are.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    types = _packed_types() if method is None else [torch.float32, torch.bfloat16, torch.float16]
+    for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
+        children = dict(parent.named_children())
+        names = [name for name in children if _can_pack(children[name], types, method)]
+        del children  # it holds weights
+        for group in _projection_groups(parent, names):
+            linears = [getattr(parent, name) for name in group]
+            kind = "int8" if method == "int4" and linears == [head] else method
+            on_cpu = linears[0].weight.is_cpu
+            if len(group) == 1 and not on_cpu:
+                continue
+            try:
+                together = FusedWeight(linears, PACKINGS[kind] if on_cpu else dense_weight)
+            except torch.OutOfMemoryError:  # a GPU that has room for the weights, but not twice
+                return
+            for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
+                setattr(parent, name, PackedLinear(linear, together, index))
+            del linears, linear
+    torch.cuda.empty_cache()  # what the weights left that are one now
+
+
+def _packed_types() -> list[torch.dtype]:
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return []
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [torch.float32, torch.bfloat16] if bf16 else [torch.float32]
+
+
+def _projection_groups(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
+    """Return the groups of layers that are one product, and each other one alone."""
+
+    def alike(group: tuple[str, ...]) -> bool:
+        linears = [getattr(parent, name) for name in group if name in names]
+        kinds = {(x.in_features, x.weight.dtype, x.bias is None) for x in linears}
+        return len(linears) == len(group) and len(kinds) == 1
+
+    groups = [group for group in FUSED_PROJECTIONS if alike(group)]
+    grouped = {name for group in groups for name in group}
+    return [*groups, *((name,) for name in names if name not in grouped)]
+
+
+def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool:
+    if type(module) is not torch.nn.Linear or _is_hooked(module):
+        return False
+    if type(module.weight) is not torch.nn.Parameter:  # but one of a quantisation
+        return False
+    if module.weight.is_cuda:
+        return method is None
+    fits = method != "int4" or module.in_features % INT4_GROUP == 0
+    return fits and module.weight.is_cpu and module.weight.dtype in types
+
+
+def _is_hooked(module: Any) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or hasattr(module, "_hf_hook") or "forward" in vars(module)
+
+
+@torch.inference_mode()
+def fuse_norms(model: Any) -> None:
+    """Let norms that are torch's rms_norm be computed by it: one kernel instead of six.
+
+    What a norm is, its output tells: some add one to their weight, or leave rows as they are.
+    """
+    for module in model.modules():
+        weight, eps = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
+        if eps is None or weight is None or weight.ndim != 1 or _is_hooked(module):
+            continue
+        if weight.dtype != model.dtype or len(inspect.signature(module.forward).parameters) != 1:
+            continue  # some have a gate
+        options: Any = {"normalized_shape": weight.shape, "weight": weight, "eps": eps}
+        norm: Any = functools.partial(torch.nn.functional.rms_norm, **options)
+        x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype)
+        x = x.view(1, 2, -1)
+        with contextlib.suppress(Exception):  # of code that came with a model
+            theirs = module(x).float()
+            if (norm(x).float() - theirs).norm() <= 0.01 * theirs.norm():
+                module.forward = norm
+
+
+class Graphs:
+    """Steps as CUDA graphs, which need one launch where a model has thousands.
+
+    A shape (rows, columns) is captured once it was stepped a few times, and checked against the
+    step that it stands for; if capturing fails, all steps go on without. Where rows are fewer than
+    the shape has, dead slots are computed beside them. spare_slots: of the batch that ended last.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.failed = device, False
+        self.pool: Any = None  # of memory, shared: a graph's output is read before the next one
+        self.first: Any = None  # a graph that keeps the pool, which would go with the last one
+        self.stream: Any = None  # to capture on: torch's own one is of the device that came first
+        self.spare_slots: list[Slots] = []
+        self.lock = threading.Lock()
+
+    def release(self) -> bool:
+        """Free what no batch under way needs; tell whether there were spare slots."""
+        held = bool(self.spare_slots)
+        self.spare_slots.clear()
+        self.pool = self.first = None
+        return held
+
+    def take_slots(self, cache: Slots) -> None:
+        """Take the slots of a batch that has ended, for the next one, where memory is free."""
+        size = sum(buffer.nbytes for buffer in cache.buffers)
+        if size <= labs_decode.keepable_bytes(cache, size):
+            self.spare_slots[:] = [cache]
+
+    def begin(self, newcomer: Batch) -> Batch:
+        """Begin a batch in the slots of one that ended, whose graphs are captured, if it fits."""
+        if self.failed:
+            return newcomer
+        columns, spare = newcomer.cache.cursor.columns, None
+        with contextlib.suppress(IndexError):  # pop: a batch of another thread may be quicker
+            spare = self.spare_slots.pop()
+        if spare is not None and spare.cursor.columns >= columns:
+            return labs_decode.join(Batch((), spare, graphs=self), newcomer)
+        del spare  # before larger ones are made
+        try:
+            newcomer.cache.resize(1, 1, self.padded_columns(newcomer.cache, columns))
+        except (RuntimeError, MemoryError) as error:
+            if not labs_decode.out_of_memory(error):
+                raise
+            return newcomer  # it has slots of its own
+        return replace(newcomer, graphs=self)
+
+    def padded_columns(self, cache: Slots, columns: int) -> int:
+        """Return as many or, where memory is free, more: slots that grow are captured anew."""
+        more = max(MIN_GRAPH_COLUMNS, 1 << (columns - 1).bit_length())
+        size = 2 * cache.cursor.rows * more * cache.bytes_per_column
+        return more if size <= labs_decode.slot_budget(cache.buffers[0].device) else columns
+
+    def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
+        """Return logits [B, V] as forward_slots does."""
+        at, captured = batch.cache.cursor, batch.cache.captured
+        blocks = math.ceil((max(written) + 1) / GRAPH_COLUMNS)
+        shape = 1 << (len(ids) - 1).bit_length(), min(blocks * GRAPH_COLUMNS, at.columns)
+        known = captured.get(shape, 0)  # how often the shape was stepped, then its graph
+        if isinstance(known, Captured):
+            with self.lock:  # another thread's batch must not replay before the logits are read
+                return known.forward(ids, written)
+        logits = labs_decode.forward_slots(decoder, batch, ids, written)
+        captured[shape] = steps = cast("int", known) + 1
+        if steps > CAPTURE_AFTER and not self.failed:
+            self._capture(decoder, batch, shape, (ids, written, logits))
+        return logits
+
+    def _capture(
+        self, decoder: Decoder, batch: Batch, shape: Any, step: tuple[Tensor, list[int], Tensor]
+    ) -> None:
+        ids, written, expected = step
+        try:
+            with self.lock:
+                captured = Captured(decoder, batch.cache, shape, ids, written)
+                captured.logits.fill_(math.nan)  # else a replay of nothing would look right
+                found = captured.forward(ids, written)
+            off = float((found - expected).abs().max())
+            if not off <= 0.05 * float(expected.abs().max()):
+                raise ArithmeticError(f"its logits are off by {off:.3g}")
+        except Exception as error:  # of the model's code, of the driver: nothing depends on it
+            self.failed = True
+            log.warning("steps run without CUDA graphs: %s", str(error).partition("\n")[0])
+            return
+        batch.cache.captured[shape] = captured
+
+
+class Captured:
+    """The step of a shape: ids and positions are put in, logits come out."""
+
+    def __init__(
+        self, decoder: Decoder, cache: Slots, shape: tuple[int, int], ids: Tensor, written: Any
+    ) -> None:
+        rows, top = shape
+        self.ids = torch.zeros((rows, 1), dtype=torch.long, device=ids.device)
+        self.positions = torch.zeros_like(self.ids)
+        self.index = torch.arange(rows, device=ids.device)  # read by each replay, as those two
+        self._put(ids, written)
+        ids, positions, index = self.ids, self.positions, self.index  # not self: it holds the graph
+
+        def step() -> Tensor:
+            at = cache.cursor
+            at.first_row, at.positions, at.index = 0, positions[:, 0], index
+            at.read_to, at.speculative = top, False
+            return labs_decode.call_model(decoder, ids, positions, cache, 1)[:, -1]
+
+        self.replay, self.logits = record(decoder.graphs, step)
+
+    def _put(self, ids: Tensor, written: list[int]) -> None:
+        live, dead = len(ids), len(self.ids) - len(ids)
+        self.ids[:live], self.ids[live:] = ids, 0
+        self.positions.copy_(labs_decode.upload([*written, *[0] * dead], self.ids.device)[:, None])
+
+    def forward(self, ids: Tensor, written: list[int]) -> Tensor:
+        self._put(ids, written)
+        self.replay()
+        return self.logits[: len(ids)].to(torch.float32, copy=True)
+
+
+def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Return what repeats a step on the GPU, and the tensor that it fills."""
+    cuda: Any = torch.cuda
+    gc.collect()  # an older graph that is found to be garbage meanwhile would spoil this one
+
+    def capture(graph: Any) -> Any:  # other threads may ask meanwhile how much memory is free
+        return cuda.graph(graph, graphs.pool, graphs.stream, capture_error_mode="thread_local")
+
+    with cuda.device(graphs.device), CAPTURING:
+        graphs.stream = graphs.stream or cuda.Stream(graphs.device)
+        if graphs.pool is None:
+            graphs.pool, graphs.first = cuda.graph_pool_handle(), cuda.CUDAGraph()
+            with capture(graphs.first):
+                torch.zeros(1, device=graphs.device)
+        graph = cuda.CUDAGraph()
+        with capture(graph):
+            logits = step()
+    return graph.replay, logits

@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: Apache-2.0
+"""logits → tokens: which rows run when, and which token each of them takes. The only loop of labs.
+
+    for row_id, outcome in labs_loop.run(decoder, rows, limit, labs_loop.Loop()):
+        ...  # a Choice for each token, or Ended; whoever has read enough sets row.over
+
+A step is `labs_decode.forward`, which needs the model, and then `choose`, which needs its logits
+only. Rows join and leave at any step. Needs labs_decode.py; knows no text and no settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+import labs_decode
+from labs_decode import Batch, Decoder, PrefixStore, Row, Sampling, Tensor, upload
+
+NGRAMS = (3, 2)  # tokens that have to be the same before a guess
+LOW_32 = 0xFFFFFFFF  # bits
+CANDIDATES = (128, 1024)  # likeliest tokens that a draw looks at before it takes all of them
+MOST_ROWS = 64  # of a batch, by default
+TYPICAL_COLUMNS = 1024  # of a row, to estimate how many rows the memory holds
+log = logging.getLogger("labs.loop")
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The token chosen for a row, with log-probabilities if the row asked, or what went wrong."""
+
+    token: int = -1
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a row that takes no more tokens: cancelled, too late, or its part went wrong."""
+
+    reason: Literal["cancelled", "timeout", "failed"]
+    error: Exception | None = None
+
+
+Outcome = tuple[int, Choice | Ended]  # of the row of this id
+Outcomes = Iterator[Outcome]
+
+
+@dataclass(slots=True, eq=False)
+class Loop:
+    """The rows under way, to be watched from outside.
+
+    rows: all of them, by id. batches: stepped in turn. prefilling: a batch for each row whose
+    prompt is not written yet. before_step: is called before each forward call. last_step_at:
+    perf_counter after the last one. steps: how many there were. oom_splits: how often memory ran
+    out in one. one_prompt_per_call: because memory ran out in a call of several. prefixes: what
+    prompts begin with in common, if that is kept.
+    """
+
+    rows: dict[int, Row] = field(default_factory=dict)
+    batches: list[Batch] = field(default_factory=list)
+    prefilling: list[Batch] = field(default_factory=list)
+    before_step: Callable[[], object] = lambda: None
+    last_step_at: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    oom_splits: int = 0
+    one_prompt_per_call: bool = False
+    prefixes: PrefixStore | None = None
+
+
+def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop: Loop) -> Outcomes:
+    """Decode all rows, at most `limit` at once; yield what becomes of each, token by token.
+
+    rows: is asked for the next one whenever there is room, and may have none for now; the loop ends
+    when it has none and no row is under way. Outcomes among them are passed on.
+    loop: an empty one.
+    """
+    limit = 1 if decoder.mode == "alone" else limit
+    while True:
+        yield from _admit(decoder, loop, rows, limit)
+        if not loop.rows:
+            return
+        stepped: list[Batch] = []
+        for batch in loop.batches:
+            stepped += yield from _step(decoder, loop, batch)
+        loop.batches = stepped
+
+
+def _admit(
+    decoder: Decoder, loop: Loop, rows: Iterator[Row | Outcome | None], limit: int
+) -> Outcomes:
+    """Prefill waiting prompts, one chunk of tokens at most, so running rows never wait longer."""
+    budget = decoder.chunk
+    while budget > 0 or not loop.rows:
+        yield from _drop_cancelled(loop)
+        yield from _take_in(decoder, loop, rows, limit)
+        group = _next_prompts(decoder, loop)
+        if not group:
+            return
+        budget -= sum(min(newcomer.pending, decoder.chunk) for newcomer in group)
+        try:
+            loop.prefilling[: len(group)] = _prefill(decoder, group)
+        except (RuntimeError, MemoryError) as error:
+            if not labs_decode.out_of_memory(error):
+                raise
+            yield from _fail_or_retry_alone(decoder, loop, group, error)
+            continue
+        loop.last_step_at = time.perf_counter()
+        while loop.prefilling and not loop.prefilling[0].pending:
+            yield from _begin(decoder, loop, loop.prefilling.pop(0))
+
+
+def _begin(decoder: Decoder, loop: Loop, newcomer: Batch) -> Outcomes:
+    """Make the first token of a newcomer whose prompt is written, and give it a place."""
+    _store_prefix(decoder, loop, newcomer, 0)
+    for batch in (yield from _step(decoder, loop, newcomer)):
+        loop.batches = join_best(decoder, loop.batches, batch)
+
+
+def _drop_cancelled(loop: Loop) -> Outcomes:
+    """Drop rows that were cancelled or came too late, before more is computed for them."""
+    loop.before_step()
+    late = (row for row in loop.rows.values() if row.cancelled or (row.late and not row.generated))
+    gone = {row.id: row for row in late}
+    if not gone:
+        return
+    loop.prefilling = [each for each in loop.prefilling if each.rows[0].id not in gone]
+    left = [(batch, [row.id for row in batch.rows if row.id not in gone]) for batch in loop.batches]
+    kept = [labs_decode.keep(b, ids) if len(ids) < len(b.rows) else b for b, ids in left]
+    loop.batches = [batch for batch in kept if batch is not None]
+    for row in gone.values():
+        del loop.rows[row.id]
+        yield row.id, Ended("cancelled" if row.cancelled else "timeout")
+
+
+def _take_in(
+    decoder: Decoder, loop: Loop, rows: Iterator[Row | Outcome | None], limit: int
+) -> Outcomes:
+    """Take in rows while there are free ones and less than a chunk to prefill."""
+    while len(loop.rows) < limit:
+        ahead = sum(newcomer.pending or 1 for newcomer in loop.prefilling)
+        row = next(rows, None) if ahead < decoder.chunk else None
+        if row is None:
+            return
+        if not isinstance(row, Row):
+            yield row
+            continue
+        row.entered = time.perf_counter()
+        loop.rows[row.id] = row
+        loop.prefilling.append(labs_decode.new_batch(decoder, row))
+
+
+def _next_prompts(decoder: Decoder, loop: Loop) -> list[Batch]:
+    """Return the newcomers whose prompts are written by the next call, none for want of memory."""
+    if loop.prefixes is not None and decoder.can_reuse_prefix:
+        for newcomer in loop.prefilling:
+            loop.prefixes.load(decoder, newcomer)
+    group = prompts_for_one_call(decoder, loop.prefilling)
+    group = group[:1] if loop.one_prompt_per_call else group
+    while len(group) > 1 and not has_room(decoder, loop.batches, group):
+        group.pop()
+    if group and not has_room(decoder, loop.batches, group):
+        freed = _release(decoder, loop)
+        return group if freed and has_room(decoder, loop.batches, group) else []
+    loop.one_prompt_per_call &= bool(group)
+    return group
+
+
+def _prefill(decoder: Decoder, group: list[Batch]) -> list[Batch]:
+    if len(group) > 1:
+        return labs_decode.prefill_packed(decoder, group)
+    return [labs_decode.prefill(decoder, group[0])] if group[0].pending else group
+
+
+def _fail_or_retry_alone(
+    decoder: Decoder, loop: Loop, group: list[Batch], error: Exception
+) -> Outcomes:
+    """Fail a newcomer whose prompt memory does not hold; several are tried again one by one."""
+    error.__traceback__ = None  # its frames hold tensors
+    if len(group) > 1:
+        loop.one_prompt_per_call = True
+    else:
+        row = group.pop().rows[0]
+        del loop.prefilling[0], loop.rows[row.id]
+        yield row.id, Ended("failed", error)
+    _release(decoder, loop)
+
+
+def _release(decoder: Decoder, loop: Loop) -> bool:
+    """Free what nothing under way needs; tell whether there was any."""
+    held = loop.prefixes is not None and loop.prefixes.release()
+    held |= decoder.graphs is not None and decoder.graphs.release()
+    labs_decode.release_memory()
+    return held
+
+
+def _store_prefix(decoder: Decoder, loop: Loop, batch: Batch, index: int) -> None:
+    if loop.prefixes is not None and decoder.can_reuse_prefix:
+        loop.prefixes.store(decoder, batch, index)
+
+
+def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None, list[Batch]]:
+    """Step a batch and report its choices; return it without the rows that are over."""
+    try:
+        batch, choices = (step_speculative if len(loop.rows) == 1 else step)(decoder, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not labs_decode.out_of_memory(error):
+            raise
+        return (yield from _split_or_fail(decoder, loop, batch, error))
+    loop.last_step_at, loop.steps = time.perf_counter(), loop.steps + 1
+    rows = batch.rows * len(choices) if len(batch.rows) == 1 else batch.rows
+    for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
+        if row.over:
+            break  # before the last of its guesses
+        row.over = choice.error is not None
+        yield row.id, choice
+        if row.over:
+            del loop.rows[row.id]
+            if not decoder.invariant:
+                _store_prefix(decoder, loop, batch, index % len(batch.rows))
+    kept = [row.id for row in batch.rows if not row.over]
+    left = batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
+    return [] if left is None else [left]
+
+
+def _split_or_fail(
+    decoder: Decoder, loop: Loop, batch: Batch, error: Exception
+) -> Generator[Outcome, None, list[Batch]]:
+    """Let a batch whose step ran out of memory go on with less; if it cannot, its rows fail."""
+    error.__traceback__ = None  # its frames hold tensors
+    loop.oom_splits += 1
+    _release(decoder, loop)
+    try:
+        halves = split_after_oom(decoder, batch)
+    except (RuntimeError, MemoryError) as again:
+        if not labs_decode.out_of_memory(again):
+            raise
+        halves = []
+    what = "it goes on in halves" if halves else "its rows fail"
+    log.warning("out of memory in a step of %d rows; %s", len(batch.rows), what)
+    for row in () if halves else batch.rows:
+        del loop.rows[row.id]
+        yield row.id, Ended("failed", error)
+    return halves
+
+
+# ---------------------------------------------------------------- steps
+
+
+@torch.inference_mode()
+def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
+    """Forward one token of each row and choose the next; a failed step of slots may be repeated.
+
+    A newcomer's first step chooses from its prompt's logits.
+    """
+    logits = labs_decode.forward(decoder, batch) if batch.logits is None else batch.logits
+    choices = choose(logits, batch.rows)
+    for row, choice in zip(batch.rows, choices, strict=True):
+        row.take(choice.token, batch.logits is None)
+    return replace(batch, logits=None), choices
+
+
+@torch.inference_mode()
+def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
+    """Do as `step` for one row, but take several tokens at once where the next ones are guessed.
+
+    Returns one choice or more, all of the one row: those that further steps would have given, since
+    each guess is computed as a row of its own that reads the same slot.
+    """
+    [row], choices = batch.rows, list[Choice]()
+    guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
+    if not guess:
+        return step(decoder, batch)
+    ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
+    places = [row.written + i for i in range(len(ids))]
+    logits = labs_decode.forward_slots(decoder, batch, ids, places)
+    for line, token in zip(logits, (*guess, None), strict=True):
+        choices += choose(line[None], batch.rows)
+        row.take(choices[-1].token)
+        if choices[-1].token != token:
+            break
+    return batch, choices
+
+
+def prompt_lookup(row: Row) -> list[int]:
+    """Return what followed the last tokens where they last stood before, as a guess."""
+    most = min(row.lookahead, row.columns - len(row.ids) - 1)
+    for size in NGRAMS if most > 0 else ():
+        tail = row.ids[-size:]
+        for start in range(len(row.ids) - size - 1, -1, -1):
+            if row.ids[start : start + size] == tail:
+                return row.ids[start + size : start + size + most]
+    return []
+
+
+def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
+    """Return what takes half the memory in a step that ran out of it; [] if that is one row.
+
+    Slots stay as they are and are read by more calls. A failed step leaves recurrent states halfway
+    in place: those rows are written anew from their ids, into two batches.
+    """
+    size = batch.at_once or len(batch.rows)
+    if size == 1:
+        return []
+    half = (size + 1) // 2
+    if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
+        return [replace(batch, at_once=half)]
+    batch.cache.layers.clear()
+    return [_rewrite(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
+
+
+def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
+    batches: list[Batch] = []
+    for row in rows:
+        row.written = 0
+        newcomer = labs_decode.new_batch(decoder, row)
+        while newcomer.pending:
+            newcomer = labs_decode.prefill(decoder, newcomer)
+        newcomer = replace(newcomer, logits=None)  # its token is known
+        batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
+    return batches[0]
+
+
+def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
+    """Join the newcomer to the first batch that it does not slow down, or to none.
+
+    All rows of a call are read as far as the longest. That costs less than reading the weights
+    once more only while the padding's bytes stay below the weights' own.
+    """
+    for index, batch in enumerate(batches):
+        lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
+        padding = max(lengths) * len(lengths) - sum(lengths)
+        if padding * newcomer.cache.bytes_per_column < decoder.weight_bytes:
+            try:
+                return [*batches[:index], labs_decode.join(batch, newcomer), *batches[index + 1 :]]
+            except (RuntimeError, MemoryError) as error:
+                if not labs_decode.out_of_memory(error):
+                    raise  # else the newcomer stays in the slot that it has
+                for layer in batch.cache.stateful_layers:
+                    layer.cut(len(batch.rows))  # some may hold its states already
+    graphs = decoder.graphs
+    return [*batches, newcomer if graphs is None else graphs.begin(newcomer)]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
+    """Return the first newcomers whose prompts go through the model together, in one chunk.
+
+    A prompt of one token stays alone: its products have one row, and so other bits.
+    """
+    together: list[Batch] = []
+    for newcomer in newcomers if decoder.packs_prompts else ():
+        tokens = sum(each.pending for each in (*together, newcomer))
+        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > decoder.chunk:
+            break
+        together.append(newcomer)
+    return together or list(newcomers[:1])
+
+
+def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
+    """Tell whether the newcomers' slots fit beside the others; a first one is always tried."""
+    if not batches and len(newcomers) == 1:
+        return True
+    own = [newcomer.cache.cursor.columns for newcomer in newcomers]
+    at = batches[0].cache.cursor if batches else labs_decode.Cursor(0, 0)
+    rows, live = max(at.rows, 1), len(batches[0].rows) if batches else 0
+    while rows < live + len(newcomers):
+        rows *= 2
+    grown = rows * max(at.columns, *own) - at.rows * at.columns
+    per_column = batches[0].cache.bytes_per_column if batches else decoder.column_bytes
+    return (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device)
+
+
+def cache_usage(batches: Sequence[Batch]) -> float:
+    """Return the share of written columns in what slots take and may still take, 0 to 1."""
+    caches = [batch.cache for batch in batches if batch.cache.buffers]
+    used = sum(b.cache.bytes_per_column * row.written for b in batches for row in b.rows)
+    held = sum(c.bytes_per_column * c.cursor.rows * c.cursor.columns for c in caches)
+    device = caches[-1].buffers[0].device if caches else None
+    return used / (held + labs_decode.slot_budget(device)) if device is not None else 0.0
+
+
+def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
+    """Return how many rows of TYPICAL_COLUMNS columns the free memory holds, at most `most`."""
+    if decoder.mode == "alone":
+        return 1
+    row = TYPICAL_COLUMNS * decoder.column_bytes
+    fitting = labs_decode.slot_budget(decoder.device) // row if row else most
+    return max(1, min(fitting, most))
+
+
+# ---------------------------------------------------------------- choose
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """Choose one token per row from float32 logits [B, V], each by its row's own options.
+
+    An error in a row's part, or logits that are not finite, become that row's Choice.error.
+    """
+    scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
+    errors = _process(scores, rows)
+    # A GPU is asked for all of it before the first answer is waited for.
+    highest = scores.amax(-1)
+    greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
+    best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
+    tokens = dict(zip(drawn, draw(scores, rows, drawn), strict=True))
+    tokens |= {} if best is None else dict(zip(greedy, best.tolist(), strict=True))
+    for index, value in enumerate(highest.tolist()):
+        if not math.isfinite(value):
+            errors.setdefault(index, ArithmeticError("the model gave logits that are not finite"))
+    return [
+        Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
+        for i, row in enumerate(rows)
+    ]
+
+
+def _changes_logits(s: Sampling) -> bool:
+    penalised = s.repetition_penalty != 1 or s.frequency_penalty != 0 or s.presence_penalty != 0
+    return penalised or bool(s.logit_bias) or bool(s.processors)
+
+
+def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
+    """Apply all rows' options and processors to scores [B, V], in place; return what went wrong."""
+    errors: dict[int, Exception] = {}
+    _penalise(scores, rows)
+    for index, row in enumerate(rows):
+        if any(token >= scores.shape[-1] for token, _ in row.sampling.logit_bias):
+            errors[index] = IndexError(f"logit_bias: the model has {scores.shape[-1]} tokens")
+        try:
+            for processor in row.sampling.processors:
+                scores[index] = processor(row.ids, scores[index])
+        except Exception as error:  # a processor that a request brought ends its own row only
+            errors[index] = error
+    return errors
+
+
+def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
+    """Apply all rows' penalties and biases to scores [B, V], in place.
+
+    repetition_penalty as transformers' RepetitionPenaltyLogitsProcessor: over prompt and answer.
+    frequency_penalty and presence_penalty as in OpenAI's API reference: over the answer.
+    """
+    options = [(i, row, row.sampling) for i, row in enumerate(rows)]
+    every = range(scores.shape[-1])  # some models cut off what their vocabulary is padded with
+    if seen := [
+        ({token for token in row.ids if token in every}, i, s.repetition_penalty)
+        for i, row, s in options
+        if s.repetition_penalty != 1
+    ]:
+        ids, lines, penalties = _flatten(seen, scores)
+        old = scores[lines, ids]
+        scores[lines, ids] = torch.where(old < 0, old * penalties, old / penalties)
+    if used := [
+        (row.generated, i, s.frequency_penalty, s.presence_penalty)
+        for i, row, s in options
+        if (s.frequency_penalty or s.presence_penalty) and row.generated
+    ]:
+        ids, lines, frequency, presence = _flatten(used, scores)
+        counts = [count for generated, *_ in used for count in generated.values()]
+        scores[lines, ids] -= tensor_like(counts, scores) * frequency + presence
+    if biased := [
+        ({token: bias for token, bias in s.logit_bias if token in every}, i)
+        for i, _, s in options
+        if s.logit_bias
+    ]:
+        ids, lines = _flatten(biased, scores)
+        biases = [bias for each, _ in biased for bias in each.values()]
+        scores[lines, ids] += tensor_like(biases, scores)
+
+
+def _flatten(
+    table: Sequence[tuple[Collection[int], int, *tuple[float, ...]]], scores: Tensor
+) -> list[Tensor]:
+    """Return all ids of a table of (ids, line, numbers ...), and for each its line and numbers."""
+    ids = [token for some, *_ in table for token in some]
+    _, lines, *numbers = zip(*table, strict=True)
+    lengths = upload([len(some) for some, *_ in table], scores.device)
+    columns = [upload(lines, scores.device), *(tensor_like(each, scores) for each in numbers)]
+    many = [each.repeat_interleave(lengths, output_size=len(ids)) for each in columns]
+    return [upload(ids, scores.device), *many]
+
+
+def tensor_like(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return values as a tensor of another one's type, where it lies."""
+    return upload(values, like.device, like.dtype)
+
+
+def _choice(logits: Tensor, row: Row, token: int) -> Choice:
+    """Add what the row asked to know: the model's own log-probabilities, before any option."""
+    if row.sampling.logprobs is None:
+        return Choice(token)
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(row.sampling.logprobs)
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Choice(token, float(logprobs[token]), top)
+
+
+def draw(
+    scores: Tensor, rows: Sequence[Row], places: Sequence[int], sizes: Sequence[int] = CANDIDATES
+) -> list[int]:
+    """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
+
+    The noise is a hash of (seed, step, token id): no state, the same numbers in any company and on
+    any device but mps. A row whose kept set may go on below the candidates is drawn again from
+    more. Where no option cuts anything off, all that is no candidate takes part as one lump
+    (exact, by the maximum's own distribution) and is looked at only if the lump wins.
+    """
+    if not places:
+        return []
+    chosen, device = [rows[i] for i in places], scores.device
+    temperatures = tensor_like([row.sampling.temperature for row in chosen], scores)
+    scaled = scores[upload(places, device)] / temperatures[:, None]
+    size = min(*sizes[:1], scaled.shape[-1]) if sizes else scaled.shape[-1]
+    top = scaled.topk(size)  # [N, K], descending
+    kept = kept_candidates(
+        top.values, scaled.logsumexp(-1, keepdim=True), [row.sampling for row in chosen]
+    )
+    noisy = (top.values + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
+    best = noisy.max(-1)
+    tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
+    whole = size == scaled.shape[-1]
+    open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
+    cut = [n for n in open_ended if _cuts(chosen[n].sampling, size)]
+    # What top_p is a share of, top_k decides: all that top_k keeps must be seen.
+    options = [] if whole else [row.sampling for row in chosen]
+    deep = [n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1]
+    cut = sorted({*cut, *deep})
+    for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
+        tokens[n] = token
+    lumps = [n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut]
+    if lumps:
+        at = upload(lumps, device)
+        rest = scaled[at].scatter(-1, top.indices[at], -torch.inf)
+        won = _draw_lumps(rest, [chosen[n] for n in lumps], best.values[at])
+        for place, token in won.items():
+            tokens[lumps[place]] = token
+    return tokens
+
+
+def _cuts(s: Sampling, size: int) -> bool:
+    """Tell whether some option may cut the vocabulary off below its first `size` tokens."""
+    return s.top_p < 1 or s.min_p > 0 or s.top_k > size
+
+
+def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> Tensor:
+    """Return which of the candidates [N, K], descending logits over temperature, the options keep.
+
+    total: their log-sum over the vocabulary, [N, 1]. The same sets as transformers' TopK-, TopP-
+    and MinPLogitsWarper in that order (ties of top_k kept, top_p over what top_k left).
+    """
+    size = top.shape[-1]
+    last = upload([min(s.top_k or size, size) - 1 for s in options], top.device)
+    kept = top >= top.gather(-1, last[:, None])
+    limited = upload([0 < s.top_k <= size for s in options], top.device)[:, None]
+    below = top.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
+    probabilities = (top - torch.where(limited, below, total)).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    share = [s.top_p if s.top_p < 1 else math.inf for s in options]  # sums round
+    kept &= before < tensor_like(share, top)[:, None]
+    floor = [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options]
+    kept &= top >= top[:, :1] + tensor_like(floor, top)[:, None]
+    kept[:, 0] = True
+    return kept
+
+
+def _draw_lumps(rest: Tensor, rows: Sequence[Row], best: Tensor) -> dict[int, int]:
+    """Return a token of rest [N, V] for each row whose lump, all of them, beats `best` [N]."""
+    lump = torch.full((len(rows), 1), rest.shape[-1], device=rest.device)  # an id no token has
+    wins = rest.logsumexp(-1) + gumbel(rows, lump)[:, 0] > best
+    ids = torch.arange(rest.shape[-1], device=rest.device)[None]
+    return {
+        n: int((rest[n] + gumbel([rows[n]], ids)[0]).argmax())
+        for n, won in enumerate(wins.tolist())
+        if won
+    }
+
+
+def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
+    """Return Gumbel noise for token ids [N, K], a function of (seed, step, id) alone.
+
+    Two rounds of murmur3's finaliser over the id, keyed by a 64-bit hash of seed and step.
+    """
+    keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
+    low, high = (
+        upload([key >> at & LOW_32 for key in keys], ids.device)[:, None] for at in (0, 32)
+    )
+    hashed = _mix((_mix(ids ^ low) + high) & LOW_32)
+    real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
+    below = 1 - torch.finfo(real).eps / 2  # the last of them would round to 1, and its noise be inf
+    return -torch.log(-torch.log(((hashed.to(real) + 0.5) / 2**32).clamp(max=below)))
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & LOW_32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & LOW_32
+    return x ^ (x >> 16)
+
+
+def _key(seed: int, step: int) -> int:
+    """Return splitmix64 of seed and step."""
+    x = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
