@@ -13,9 +13,9 @@ Frozen structs in, frozen structs out; the only effects are reading in `load_con
 
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
-To copy it into a project take labs.py, labs_settings.py, labs_loop.py and labs_decode.py, and have
-torch, transformers and msgspec installed. labs_sources.py adds `package:` and .gguf files,
-labs_fast.py and labs_prefixes.py add speed.
+Copied alone, labs.py, labs_settings.py, labs_loop.py and labs_decode.py need torch, transformers
+and msgspec. labs_sources.py adds `package:` and .gguf files, labs_fast.py and
+labs_prefixes.py add speed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 log = logging.getLogger("labs")
-# transformers leaves these untyped: their attributes differ by model.
-Tokenizer = Any
-ModelConfig = Any
+Tokenizer = Any  # transformers' have other attributes for each model
 Processor = Callable[[list[int], Any], Any]  # (ids so far, float32 logits [V]) -> logits [V]
 
 
@@ -71,9 +69,8 @@ class Inputs(Struct, frozen=True):
 class Fingerprint(Struct, frozen=True, kw_only=True):
     """What a text depends on, apart from its company where batch_invariant does not hold.
 
-    revision: the hub's commit, or the sha256 of the file or of the folder's files. quantization:
-    what differs from its defaults. generation: with what the request left open filled in.
-    prompt_sha256: of the token ids as a JSON list.
+    revision: the hub's commit, or the sha256 of file or folder. quantization: what differs from its
+    defaults. generation: with all options filled in. prompt_sha256: of the ids as a JSON list.
     """
 
     model: str
@@ -136,8 +133,7 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """Seconds. queue_s: until there was a row; prefill_s: from then until the first token;
-    decode_s: the rest; tokens_per_s over decode_s."""
+    """Seconds: queue_s until it has a row, prefill_s until the first token, decode_s the rest."""
 
     load_s: float
     prefill_s: float
@@ -216,11 +212,10 @@ def load_config(
     tables = _read_toml(file, required=path is not None)
     dotenv = _read_dotenv(Path(".env"))
     environment = os.environ if env is None else env
-    given = (overrides or {}).items()
     upper = {
         **labs_settings.read_variables(dotenv, ".env"),
         **labs_settings.read_variables(environment, "environment"),
-        **{key: (value, f"--{key.replace('_', '-')}") for key, value in given},
+        **{key: (value, f"--{key.replace('_', '-')}") for key, value in (overrides or {}).items()},
     }
     secrets = {**dotenv, **{name: text for name, text in environment.items() if text}}
     config = labs_settings.configure(tables, upper, str(file), secrets.get("HF_TOKEN") or None)
@@ -235,7 +230,7 @@ def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", 
 
     Raises ModelError for bf16 on a CUDA device without it; nothing is changed silently.
     """
-    short = SHORT_DTYPE.get(name, name)
+    short = {long: short for short, long in TORCH_DTYPES.items()}.get(name, name)
     if short == "bf16" and device == "cuda" and not has_bf16:
         raise ModelError("torch_dtype = bf16: this GPU has no bfloat16; use fp16 or auto")
     if short in ("bf16", "fp16", "fp32"):
@@ -250,13 +245,12 @@ def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", 
 def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
     """Load the model, or return one of the last two; threads that ask together load once.
 
-    A failed load is not remembered. `load_model.cache_clear()` frees the memory; a model that is
-    not `cached` is its caller's alone, and its memory is free when nothing refers to it.
-    Raises ModelError in one sentence.
+    `load_model.cache_clear()` frees the memory; a model that is not `cached` is its caller's alone,
+    and its memory is free when nothing refers to it. Raises ModelError in one sentence.
     """
     spec = config.model if isinstance(config, Config) else config
     with loading():
-        return _load_cached(spec) if cached else _load(spec)
+        return _load(spec) if cached else _load.__wrapped__(spec)
 
 
 def build_inputs(
@@ -390,17 +384,12 @@ def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
 # ---------------------------------------------------------------- loading
 
 
-SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _LOADING = threading.RLock()  # transformers patches its classes while it loads: one at a time
 
 
-@functools.lru_cache(maxsize=2)
-def _load_cached(spec: ModelSpec) -> Model:
-    return _load(spec)
-
-
 def _cache_clear() -> None:
-    _load_cached.cache_clear()
+    _load.cache_clear()
     release_memory()
 
 
@@ -450,6 +439,7 @@ def _is_there(name: str) -> bool:
     return importlib.util.find_spec(package + name) is not None  # labs may be in a package
 
 
+@functools.lru_cache(maxsize=2)
 def _load(spec: ModelSpec) -> Model:
     import labs_decode
 
@@ -463,7 +453,7 @@ def _load(spec: ModelSpec) -> Model:
         )
     tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
-    weights |= {"dtype": torch_dtype(dtype), "device_map": device_map}
+    weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map}
     weights["output_loading_info"] = True
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
@@ -570,13 +560,6 @@ def _fingerprint_of(
     )
 
 
-def torch_dtype(dtype: str) -> Any:
-    """Return torch's dtype of a short or a long name."""
-    import torch
-
-    return getattr(torch, {short: long for long, short in SHORT_DTYPE.items()}.get(dtype, dtype))
-
-
 def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, str]:
     """Return (device_map for transformers, device type, dtype); the only place that probes."""
     import torch
@@ -625,14 +608,15 @@ def _quantization(wanted: Quantization, dtype: str) -> object:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("4-bit and 8-bit weights need bitsandbytes: pip install bitsandbytes")
     transformers: Any = importlib.import_module("transformers")
-    compute = wanted.bnb_4bit_compute_dtype
-    options = asdict(wanted)
+    compute = dtype if wanted.bnb_4bit_compute_dtype == "auto" else wanted.bnb_4bit_compute_dtype
+    options = {**asdict(wanted), "bnb_4bit_compute_dtype": TORCH_DTYPES.get(compute, compute)}
     del options["quant_method"]
-    options["bnb_4bit_compute_dtype"] = torch_dtype(dtype if compute == "auto" else compute)
     return transformers.BitsAndBytesConfig(**options)
 
 
-def context_length_of(config: ModelConfig, tokenizer: Tokenizer = None) -> int | None:
+def context_length_of(
+    config: labs_decode.PretrainedConfig, tokenizer: Tokenizer = None
+) -> int | None:
     """Return how many tokens a model reads at most, as its configuration or tokenizer says."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -676,8 +660,7 @@ def check_prompt(
 ) -> list[Message] | None:
     """Return the messages, if there are any, as structs.
 
-    Raises InputError for what needs no model to be refused: both or neither of the two, nothing in
-    them, malformed messages, text that no tokenizer takes.
+    Raises InputError for all that can be refused without a model.
     """
     if (prompt is None) == (messages is None):
         raise InputError("give either a prompt or messages, not both and not neither")
@@ -848,7 +831,12 @@ def _sampling(
     vocabulary = model.decoder.config.vocab_size
     if beyond := [token for token in options.logit_bias if token >= vocabulary]:
         raise InputError(f"logit_bias names token {beyond[0]}: the vocabulary has {vocabulary}")
-    samples = _samples(options, model.generation_defaults.get("do_sample", False))
+    implied = any((options.top_k, options.top_p, options.min_p))
+    samples = options.do_sample  # as said; else as other options imply; else as the model says
+    if samples is None and options.temperature is not None:
+        samples = options.temperature > 0
+    elif samples is None:
+        samples = implied or model.generation_defaults.get("do_sample", False)
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     return labs_decode.Sampling(
         **{name: pick(name, value) for name, value in neutral.items()},
@@ -860,15 +848,6 @@ def _sampling(
         seed=secrets.randbits(32) if options.seed is None else options.seed,
         processors=processors,
     )
-
-
-def _samples(options: Generation, recommended: bool) -> bool:
-    """Tell whether to sample: as said; else as the options given imply; else as the model says."""
-    if options.do_sample is not None:
-        return options.do_sample
-    if options.temperature is not None:
-        return options.temperature > 0
-    return recommended or any((options.top_k, options.top_p, options.min_p))
 
 
 def resolved(request: InFlight) -> Generation:
@@ -901,9 +880,8 @@ def run(
 ) -> Events:
     """Decode all requests, at most `limit` at once, and yield their events.
 
-    requests: is asked for the next one whenever there is room, and may have none for now; ends when
-    it has none and nothing is under way. A failure among them is passed on. loop: an empty one, to
-    be watched from outside.
+    requests: as the rows of labs_loop.run; a failure among them is passed on. loop: an empty one,
+    to be watched from outside.
     """
     import labs_loop
 
@@ -961,7 +939,9 @@ def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Itera
     request.first = request.first or time.perf_counter()
     if choice.logprob is not None:
         request.logprobs.append(TokenLogprob(choice.token, choice.logprob, choice.top))
-    why = _finish_reason(model, request, choice.token)
+    why: FinishReason | None = "timeout" if request.row.late else None
+    why = "length" if request.tokens >= request.generation.max_new_tokens else why
+    why = "stop" if choice.token in model.eos_token_ids else why
     token = None if choice.token in model.eos_token_ids else choice.token
     piece = decode_next(model.tokenizer, request.text, token, last=why is not None)
     shown, stop = match_stop(request.text, piece, request.generation.stop)
@@ -973,14 +953,6 @@ def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Itera
         yield Delta(shown, logprobs)
     if why:
         yield _finish(model, request, why, stop)
-
-
-def _finish_reason(model: Model, request: InFlight, token: int) -> FinishReason | None:
-    if token in model.eos_token_ids:
-        return "stop"
-    if request.tokens >= request.generation.max_new_tokens:
-        return "length"
-    return "timeout" if request.row.late else None
 
 
 def _finish(model: Model, request: InFlight, why: FinishReason, stop: str | None = None) -> Done:

@@ -49,8 +49,7 @@ UNKNOWN_BUDGET = 2**30  # bytes, assumed where the system does not report its fr
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
 Mode = Literal["joins", "whole", "alone"]
-# transformers leaves these untyped: their attributes differ by family.
-PretrainedModel = Any
+PretrainedModel = Any  # transformers leaves these untyped: their attributes differ by family
 PretrainedConfig = Any
 CacheLayer = Any
 
@@ -60,7 +59,7 @@ CacheLayer = Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How one row chooses its tokens, in plain values. Temperature 0 is greedy.
+    """How one row chooses its tokens. Temperature 0 is greedy.
 
     processors: each takes (ids so far, float32 logits [V]) and returns logits [V].
     """
@@ -661,8 +660,7 @@ class Decoder:
 def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     """Decide how the rows of `model` run, and give it the attention that this needs.
 
-    Plain products in float32 let a row's bits depend on its company, so a model that has them is
-    not invariant; labs_fast replaces the products of most models and makes it so.
+    Plain products in float32 let a row's bits depend on its company; labs_fast's do not.
     """
     mode, reason = mode_of(model)
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
@@ -905,14 +903,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _int_of(config: PretrainedConfig, name: str) -> int:
-    value = None
     with contextlib.suppress(Exception):  # transformers raises where the layers differ
-        value = getattr(config, name, None)
-    return value if isinstance(value, int) else 0
+        return int(getattr(config, name, None) or 0)
+    return 0
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device, where the system tells."""
+    """Return the bytes that can still be taken on a device, sys.maxsize if nobody knows."""
     if device.type == "cuda":  # what torch holds in reserve is free for it
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserve

@@ -43,8 +43,7 @@ def speed_up(
     """
     model, devices = decoder.model, {each.device for each in decoder.model.parameters()}
     on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-    exact = all(each.dtype != torch.float32 for each in model.parameters())
-    exact = exact or torch.float32 in _packed_types()
+    has_fp32 = any(each.dtype == torch.float32 for each in model.parameters())
     if decoder.packable:  # others ask for `weight`, which unpacks it, at each step
         pack(model, method)
     if decoder.packable and on_one_gpu:
@@ -56,7 +55,8 @@ def speed_up(
         raise ValueError(f"{method}: needs a model of plain linear layers, all on CPU")
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
-    decoder = labs_decode.with_invariance(decoder, batch_invariant and exact)
+    exact = batch_invariant and (not has_fp32 or torch.float32 in _packed_types())
+    decoder = labs_decode.with_invariance(decoder, exact)
     return replace(
         decoder,
         duplicates_lone_row=decoder.duplicates_lone_row and not (method and left == 0),
@@ -83,8 +83,8 @@ def dense_weight(weight: Tensor) -> PackedWeight:
 def onednn_weight(weight: Tensor) -> PackedWeight:
     """Put a weight into the blocks that oneDNN computes with; else it does so at every call.
 
-    A step of 1 to 32 rows takes 0.6 to 0.8 of the time, and a row has the same bits beside any
-    number of others but none, which MKL's products in float32 do not give.
+    A step takes 0.6 to 0.8 of the time, and a row has the same bits beside any number of others but
+    none, which MKL's products in float32 do not give.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
     linear, nbytes = torch.ops.mkldnn._linear_pointwise, weight.nbytes  # not the weight itself
@@ -95,8 +95,7 @@ def onednn_weight(weight: Tensor) -> PackedWeight:
 def int4_weight(weight: Tensor) -> PackedWeight:
     """Round to 4-bit numbers, a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
 
-    That is less to read, so faster for few rows, and slower for many, because each row unpacks it
-    anew. A row has the same bits beside any number of others.
+    Faster for few rows, slower for many: each unpacks it anew. Rows keep their bits.
     """
     padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = padded.view(len(padded), -1, INT4_GROUP)
@@ -243,10 +242,7 @@ def _is_hooked(module: Any) -> bool:
 
 @torch.inference_mode()
 def fuse_norms(model: Any) -> None:
-    """Let norms that are torch's rms_norm be computed by it: one kernel instead of six.
-
-    What a norm is, its output tells: some add one to their weight, or leave rows as they are.
-    """
+    """Let torch's rms_norm compute norms of the same output: one kernel instead of six."""
     for module in model.modules():
         weight, eps = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
         if eps is None or weight is None or weight.ndim != 1 or _is_hooked(module):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import labs_decode
-from labs_decode import CHUNK, Batch, Decoder, Slots, Tensor
+from labs_decode import Batch, Decoder, Slots, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,22 @@ class Prefixes:
         border = decoder.chunk if row.exact_prefix else 0
         prefix, row.cached = self.find(row.owner, row.ids, border)
         if prefix is not None:
-            write_prefix(decoder, newcomer, prefix, row.cached)
+            recall(decoder, newcomer, prefix, row.cached)
 
     def store(self, decoder: Decoder, batch: Batch, index: int) -> None:
-        """Copy what rows[index] has written; of invariant rows only what every request may use."""
+        """Keep what rows[index] has written; of invariant rows only what every request may use."""
+        self.add(batch.rows[index].owner, batch, index, exact=decoder.invariant)
+
+    def add(self, owner: str, batch: Batch, index: int, *, exact: bool) -> None:
+        """Copy what rows[index] has written; exact: only what every request may use."""
         row, cache = batch.rows[index], batch.cache
-        columns = row.exact_columns if decoder.invariant else row.written
+        columns = row.exact_columns if exact else row.written
         size, ids = columns * cache.bytes_per_column, row.ids[:columns]
-        mine = [prefix for prefix in self.kept if prefix.owner == row.owner]
+        mine = [prefix for prefix in self.kept if prefix.owner == owner]
         known = any(p.exact_columns >= row.exact_columns and p.ids[:columns] == ids for p in mine)
         whole = len(cache.buffers) == 2 * len(cache.stateful_layers)
-        if known or not whole or columns < CHUNK or size > (most := self._most(cache)):
+        little = columns < labs_decode.CHUNK
+        if known or not whole or little or size > (most := self._most(cache)):
             return
         for prefix in mine:  # what the new one holds too
             if prefix.exact_columns <= row.exact_columns and prefix.ids == ids[: len(prefix.ids)]:
@@ -83,7 +88,7 @@ class Prefixes:
         while self.nbytes + size > most:
             del self.kept[0]
         buffers = [buffer[index, :, :columns].clone() for buffer in cache.buffers]
-        self.kept.append(Prefix(row.owner, ids, row.exact_columns, buffers))
+        self.kept.append(Prefix(owner, ids, row.exact_columns, buffers))
 
     def find(self, owner: str, ids: list[int], border: int) -> tuple[Prefix | None, int]:
         """Return the prefix that spares most of a prompt, and how many columns; (None, 0) if none.
@@ -91,7 +96,7 @@ class Prefixes:
         border: the length of chunks, where only columns that have the bits of a prefill count; 0
         for all of them. The last token is always computed, and little is not worth the copying.
         """
-        best, most = None, CHUNK - 1
+        best, most = None, labs_decode.CHUNK - 1
         for prefix in (each for each in self.kept if each.owner == owner):
             columns = _common(prefix.ids, ids[:-1])
             if border:
@@ -116,7 +121,7 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 @torch.inference_mode()
-def write_prefix(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> None:
+def recall(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> Batch:
     """Fill the slot of a newcomer of whom nothing is computed yet with the first columns."""
     row, buffers = newcomer.rows[0], iter(prefix.buffers)
     for layer in newcomer.cache.stateful_layers:
@@ -126,3 +131,4 @@ def write_prefix(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int
             buffer[:1, :, :columns] = first
     row.written = columns
     row.exact_columns = min(columns, prefix.exact_columns) // decoder.chunk * decoder.chunk
+    return newcomer

@@ -225,10 +225,8 @@ def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
 
 def _check_disk(cache: Path, needed: int) -> None:
     if (free := shutil.disk_usage(cache).free) < needed * 1.05:
-        raise SourceError(
-            f"{cache}: the converted model needs {needed / 1e9:.1f} GB and the disk has "
-            f"{free / 1e9:.1f} GB free; set cache_dir to another disk"
-        )
+        sizes = f"needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free"
+        raise SourceError(f"{cache}: the converted model {sizes}; set cache_dir to another disk")
 
 
 # ---------------------------------------------------------------- digests

@@ -46,6 +46,9 @@ from tokenizers import models as tokenizer_models
 
 import labs
 import labs_decode
+import labs_fast
+import labs_request
+import labs_sources
 
 ROOT = Path(__file__).parent
 SPECIAL = ("<bos>", "<eos>", "<end>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -342,7 +345,7 @@ def write(name: str, text: str) -> None:
 
 
 def line_of(key: str, config: labs.Config) -> str:
-    lines = labs.dump_effective_config(config).splitlines()
+    lines = labs_cli.dump_effective_config(config).splitlines()
     return next(line for line in lines if line.removeprefix("# ").startswith(key))
 
 
@@ -437,7 +440,7 @@ def test_the_effective_configuration_can_be_read_back():
         "response_cache_ttl_s": 3,
     }
     config = labs.load_config(env={}, overrides=said)
-    write("again.toml", labs.dump_effective_config(config))
+    write("again.toml", labs_cli.dump_effective_config(config))
     again = labs.load_config("again.toml", env={})
     for part in ("model", "generation", "server", "response_cache"):
         assert getattr(again, part) == getattr(config, part)
@@ -448,7 +451,7 @@ def test_a_token_of_the_dotenv_file_is_used_for_the_hub():
     assert labs.load_config(env={}).model.token == "hf_secret"
 
 
-@pytest.mark.parametrize("show", [labs.dump_effective_config, repr, lambda c: repr(c.model)])
+@pytest.mark.parametrize("show", [labs_cli.dump_effective_config, repr, lambda c: repr(c.model)])
 def test_a_token_is_never_shown(show):
     write(".env", "HF_TOKEN=hf_secret\n")
     assert "hf_secret" not in show(labs.load_config(env={}))
@@ -456,7 +459,7 @@ def test_a_token_is_never_shown(show):
 
 def test_a_token_is_masked_in_the_effective_configuration():
     write(".env", "HF_TOKEN=hf_secret\n")
-    lines = labs.dump_effective_config(labs.load_config(env={})).splitlines()
+    lines = labs_cli.dump_effective_config(labs.load_config(env={})).splitlines()
     assert '# HF_TOKEN = "********"' in lines
 
 
@@ -466,7 +469,7 @@ def test_api_keys_become_digests_and_are_never_shown(place):
         write(".env", "LABS_API_KEYS=one, two")
     config = labs.load_config(env={"LABS_API_KEYS": "one, two"} if place == "environment" else {})
     assert config.api_keys == tuple(hashlib.sha256(k).hexdigest() for k in (b"one", b"two"))
-    assert "# API keys: 2" in labs.dump_effective_config(config)
+    assert "# API keys: 2" in labs_cli.dump_effective_config(config)
 
 
 def test_an_empty_secret_in_the_environment_leaves_that_of_the_dotenv_file_alone():
@@ -941,7 +944,7 @@ def test_what_evolve_refuses_is_told_by_its_name_alone():
     [(None, 3, None), (7, 0, 7), (7, 1, 8), (2**62, 1, 2**62 + 1), (2**63 - 1, 2, 1)],
 )
 def test_each_choice_of_a_seeded_request_has_the_next_seed(seed, choice, expected):
-    assert labs.choice_of(labs.Generation(seed=seed), choice).seed == expected
+    assert labs_request.seeded_choice(labs.Generation(seed=seed), choice).seed == expected
 
 
 @pytest.mark.parametrize(
@@ -1579,7 +1582,7 @@ def test_a_model_with_fewer_bits_of_torch_answers(method, tiny_folder, fresh):
 
 
 def test_a_method_that_the_model_cannot_use_is_refused_by_name(tiny_folder, fresh, monkeypatch):
-    monkeypatch.setattr(labs_decode, "pack", lambda model, method: None)
+    monkeypatch.setattr(labs_fast, "pack", lambda model, method: None)
     with pytest.raises(labs.ModelError, match=r"quant_method = int4: needs .* linear layers"):
         load(tiny_folder, quantization=labs.Quantization(quant_method="int4"))
 
@@ -1730,7 +1733,7 @@ def test_a_template_that_leaves_nothing_of_the_prompt_is_refused(tiny):
 @pytest.mark.parametrize(("stated", "length"), [(77, 77), (10**30, None), (None, None)])
 def test_where_the_model_states_no_length_that_of_its_tokenizer_counts(stated, length):
     silent = SimpleNamespace(get_text_config=SimpleNamespace)
-    assert labs._context_length(silent, SimpleNamespace(model_max_length=stated)) == length
+    assert labs.context_length_of(silent, SimpleNamespace(model_max_length=stated)) == length
 
 
 # ---------------------------------------------------------------- text
@@ -2363,39 +2366,13 @@ def test_threads_that_generate_at_once_each_get_their_own_text(tiny):
 
 def test_an_explanation_tells_how_a_request_would_run_and_computes_nothing(tiny):
     with hooked(tiny, lambda words, output: None) as calls:
-        told = labs.explain(tiny, SHORT, labs.Generation(max_new_tokens=5))
+        told = labs_request.explain(tiny, SHORT, labs.Generation(max_new_tokens=5))
     assert calls == []
     assert (told.prompt, told.prompt_tokens, told.how) == ("hey", 3, "joins")
     assert told.context_left == tiny.context_length - 3
-    assert told.cache_bytes == 8 * labs_decode.column_bytes(tiny.decoder) > 0
+    assert told.cache_bytes == 8 * tiny.decoder.column_bytes > 0
     with pytest.raises(labs.PromptTooLong):
-        labs.explain(tiny, SHORT, labs.Generation(max_new_tokens=10**5))
-
-
-def test_a_score_is_the_log_probability_of_an_answer(tiny):
-    text = "hello you"
-    ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
-    force = [
-        labs.generate(
-            tiny,
-            labs.Inputs((*SHORT.input_ids, *ids[:n]), ""),
-            max_new_tokens=1,
-            logprobs=0,
-            logit_bias={ids[n]: 100},
-        ).logprobs[0]
-        for n in range(len(ids))
-    ]
-    scored = labs.score(tiny, SHORT, text)
-    assert [each.token for each in scored] == ids
-    assert [each.logprob for each in scored] == pytest.approx([e.logprob for e in force], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("text", "error"), [("", labs.InputError), ("a" * 10**4, labs.PromptTooLong)]
-)
-def test_a_text_that_cannot_be_scored_is_refused(text, error, tiny):
-    with pytest.raises(error):
-        labs.score(tiny, SHORT, text)
+        labs_request.explain(tiny, SHORT, labs.Generation(max_new_tokens=10**5))
 
 
 # ---------------------------------------------------------------- fingerprints
@@ -2427,7 +2404,7 @@ def test_a_fingerprint_holds_the_seed_that_was_drawn_and_makes_the_text_again(ti
 
 def test_a_fingerprint_holds_what_the_model_recommends(tiny_folder):
     model = msgspec.structs.replace(
-        load(tiny_folder), recommended={"do_sample": True, "temperature": 0.75, "top_k": 7}
+        load(tiny_folder), generation_defaults={"do_sample": True, "temperature": 0.75, "top_k": 7}
     )
     options = fingerprint(model).generation
     assert (options.temperature, options.top_k, options.do_sample) == (0.75, 7, None)
@@ -2457,13 +2434,15 @@ def test_the_revision_of_a_gguf_file_is_the_hash_of_the_file(folder, fresh):
 
 
 def test_the_revision_of_a_hub_model_is_its_commit():
-    config = SimpleNamespace(_commit_hash="c0ffee")
-    assert labs._revision(labs.ModelSpec(model_name="org/name"), config, None) == "c0ffee"
+    model = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
+    decoder: Any = SimpleNamespace(model=model, device=torch.device("cpu"), invariant=True)
+    spec = labs.ModelSpec(model_name="org/name", device_map="cpu")
+    assert labs._fingerprint_of(decoder, spec, "fp32", None).revision == "c0ffee"
 
 
 def test_a_folder_is_hashed_once(folder, tiny_folder, fresh, monkeypatch):
-    hashed, hash_file = [], labs._digest_of_file
-    monkeypatch.setattr(labs, "_digest_of_file", lambda p: hashed.append(p) or hash_file(p))
+    hashed, hash_file = [], labs_sources._digest_of_file
+    monkeypatch.setattr(labs_sources, "_digest_of_file", lambda p: hashed.append(p) or hash_file(p))
     for _ in range(2):
         labs.load_model.cache_clear()
         load(tiny_folder, cache_dir=str(folder / "cache"))
@@ -2476,15 +2455,15 @@ def test_a_fingerprint_names_the_quantisation(folder, tiny_folder, fresh):
 
 
 def test_an_explanation_tells_where_each_setting_comes_from(tiny):
-    model = msgspec.structs.replace(tiny, recommended={"do_sample": True, "top_k": 7})
+    model = msgspec.structs.replace(tiny, generation_defaults={"do_sample": True, "top_k": 7})
     options = labs.Generation(max_new_tokens=3)
-    told = labs.explain(model, SHORT, options, {"max_new_tokens": "labs.toml"}).settings
-    assert told["max_new_tokens"] == labs.Sourced(3, "labs.toml")
-    assert told["top_k"] == labs.Sourced(7, "model")
-    assert told["top_p"] == labs.Sourced(1.0, "default")
-    assert told["seed"] == labs.Sourced(None, "drawn")
-    assert told["do_sample"] == labs.Sourced(True, "model")
-    assert told["torch_dtype"] == labs.Sourced("fp32", "default")
+    told = labs_request.explain(model, SHORT, options, {"max_new_tokens": "labs.toml"}).settings
+    assert told["max_new_tokens"] == labs_request.SettingValue(3, "labs.toml")
+    assert told["top_k"] == labs_request.SettingValue(7, "model")
+    assert told["top_p"] == labs_request.SettingValue(1.0, "default")
+    assert told["seed"] == labs_request.SettingValue(None, "drawn")
+    assert told["do_sample"] == labs_request.SettingValue(True, "model")
+    assert told["torch_dtype"] == labs_request.SettingValue("fp32", "default")
     sections = ("generation", "quantization")
     known = {each.key for each in labs.settings() if each.section in sections}
     assert known - {*told} == {"use_chat_template", "add_generation_prompt"}
@@ -2494,14 +2473,14 @@ def test_each_option_of_a_request_reaches_the_sampler(tiny):
     numbers = {"temperature": 0.6, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "seed": 9, "logprobs": 2}
     numbers |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.4}
     options = labs.Generation(**numbers, logit_bias={3: 1.5})
-    model = msgspec.structs.replace(tiny, recommended={"top_k": 7, "temperature": 0.1})
+    model = msgspec.structs.replace(tiny, generation_defaults={"top_k": 7, "temperature": 0.1})
     expected = labs_decode.Sampling(**numbers, logit_bias=((3, 1.5),), processors=(len,))
     assert labs._sampling(model, options, (len,)) == expected
 
 
 @pytest.mark.parametrize("recommended", [{}, {"temperature": 0.0}])
 def test_what_nobody_says_is_neutral(tiny, recommended):
-    model = msgspec.structs.replace(tiny, recommended=recommended)
+    model = msgspec.structs.replace(tiny, generation_defaults=recommended)
     assert labs._sampling(model, labs.Generation(seed=4), ()) == labs_decode.Sampling(seed=4)
     found = labs._sampling(model, labs.Generation(seed=4, do_sample=True), ())
     assert found == labs_decode.Sampling(seed=4, temperature=1.0)
@@ -2516,11 +2495,11 @@ def test_a_bias_on_the_first_token_beyond_the_vocabulary_is_refused(tiny):
 
 
 def test_an_explanation_tells_what_made_a_request_greedy(tiny):
-    model = msgspec.structs.replace(tiny, recommended={"do_sample": True, "temperature": 0.7})
+    model = msgspec.structs.replace(tiny, generation_defaults={"do_sample": True, "temperature": 0.7})
     options = labs.Generation(do_sample=False)
-    told = labs.explain(model, SHORT, options, {"do_sample": "labs.toml"}).settings
-    assert told["do_sample"] == labs.Sourced(False, "labs.toml")
-    assert told["temperature"] == labs.Sourced(0.0, "do_sample")
+    told = labs_request.explain(model, SHORT, options, {"do_sample": "labs.toml"}).settings
+    assert told["do_sample"] == labs_request.SettingValue(False, "labs.toml")
+    assert told["temperature"] == labs_request.SettingValue(0.0, "do_sample")
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -2553,7 +2532,7 @@ def test_a_model_that_is_not_cached_is_its_callers_alone(tiny_folder, fresh):
     assert kept is labs.load_model(spec) is not mine
     gone = weakref.ref(mine.model)
     del mine
-    labs.free_memory()
+    labs.release_memory()
     assert gone() is None
 
 

@@ -27,6 +27,9 @@ from transformers.generation import logits_process
 
 import labs
 import labs_decode as decode
+import labs_fast as fast
+import labs_loop as loop
+import labs_prefixes as prefixes_room
 
 NEW = 20
 BASE: dict[str, Any] = {
@@ -167,6 +170,15 @@ CHANCE = random.Random(0)
 PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (1, 2, 5, 11, 23, 41, 7, 3)]
 
 
+def prepare(
+    model: Any, *, batch_invariant: bool = True, method: str | None = None, cuda_graphs: bool = True
+) -> decode.Decoder:
+    """Return the decoder that labs.load_model makes where all rooms are there."""
+    decoder = decode.prepare(model, batch_invariant=batch_invariant)
+    options = {"batch_invariant": batch_invariant, "cuda_graphs": cuda_graphs}
+    return fast.speed_up(decoder, method, **options)
+
+
 def tiny(kind: str, **extra: Any) -> Any:
     torch.manual_seed(0)
     options = {**BASE, **{**KINDS, **DULL}[kind][1], **extra}
@@ -192,15 +204,15 @@ def row_of(prompt: list[int], key: Any = 0, **sampling: Any) -> decode.Row:
 def newcomer(
     decoder: decode.Decoder, prompt: list[int], key: Any = 0, **sampling: Any
 ) -> decode.Batch:
-    batch = decode.enter(decoder, row_of(prompt, key, **sampling))
+    batch = decode.new_batch(decoder, row_of(prompt, key, **sampling))
     while batch.pending:
         batch = decode.prefill(decoder, batch)
-    return decode.step(decoder, batch)[0]
+    return loop.step(decoder, batch)[0]
 
 
 def finish(decoder: decode.Decoder, batch: decode.Batch, steps: int = NEW - 1) -> list[int]:
     for _ in range(steps):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     return batch.rows[0].ids[batch.rows[0].prompt_length :]
 
 
@@ -224,7 +236,7 @@ def test_the_table_tells_how_each_model_type_runs(kind: str) -> None:
     config = AutoConfig.for_model(kind, **{**BASE, **{**KINDS, **DULL}[kind][1]})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert decode.how_it_runs(model)[0] == {**KINDS, **DULL}[kind][0]
+    assert decode.mode_of(model)[0] == {**KINDS, **DULL}[kind][0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,8 +246,8 @@ def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
     monkeypatch.setattr(decode, "CHUNK", 7)
     model, expected = reference[kind]
     assert min(len(set(tokens)) for tokens in expected) >= 8
-    decoder = decode.prepare(model)
-    if decoder.how == "alone":
+    decoder = prepare(model)
+    if decoder.mode == "alone":
         found = [finish(decoder, newcomer(decoder, prompt)) for prompt in PROMPTS]
         assert found == expected
         return
@@ -248,7 +260,7 @@ def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
             batch = decode.join(batch, new) if batch else new
         if batch is None:
             continue
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
         done = [r for r in batch.rows if sum(r.generated.values()) == NEW or chance.random() < 0.02]
         answers |= {row.id: row.ids[row.prompt_length :] for row in done}
         batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in answers])
@@ -261,11 +273,11 @@ def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
 @given(plan=st.lists(st.tuples(st.integers(0, 7), st.integers(2, NEW)), min_size=1, max_size=12))
 def test_any_plan_of_arrivals_and_lengths_keeps_each_rows_tokens(plan: Any, reference: Any) -> None:
     model, expected = reference["llama"]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     answers: dict[int, list[int]] = {}
 
     def step(batch: decode.Batch) -> decode.Batch | None:
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
         done = [row for row in batch.rows if sum(row.generated.values()) == plan[row.id][1]]
         answers.update({row.id: row.ids[row.prompt_length :] for row in done})
         return decode.keep(batch, [row.id for row in batch.rows if row.id not in answers])
@@ -284,7 +296,7 @@ def test_any_plan_of_arrivals_and_lengths_keeps_each_rows_tokens(plan: Any, refe
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", "mamba2", "bamba"])
 def test_a_prompt_in_chunks_gives_the_logits_of_a_whole_one(kind: str, monkeypatch: Any) -> None:
-    decoder = decode.prepare(tiny(kind))
+    decoder = prepare(tiny(kind))
     prompt = [random.Random(5).randrange(3, 200) for _ in range(61)]
     whole = decode.forward(decoder, newcomer(decoder, prompt))
     monkeypatch.setattr(decode, "CHUNK", 7)
@@ -295,33 +307,33 @@ def test_a_prompt_in_chunks_gives_the_logits_of_a_whole_one(kind: str, monkeypat
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt", "mixtral", "deepseek_v3"])
 def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -> None:
-    decoder = decode.prepare(tiny(kind))
+    decoder = prepare(tiny(kind))
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
-    entered = [decode.enter(decoder, row_of(prompt)) for prompt in prompts]
-    together = decode.sharing(decoder, entered)
+    entered = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
+    together = loop.prompts_for_one_call(decoder, entered)
     assert [each.rows[0].ids for each in together] == prompts
-    for batch, prompt in zip(decode.prefill_together(decoder, together), prompts, strict=True):
-        alone = decode.prefill(decoder, decode.enter(decoder, row_of(prompt)))
+    for batch, prompt in zip(decode.prefill_packed(decoder, together), prompts, strict=True):
+        alone = decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt)))
         torch.testing.assert_close(batch.logits, alone.logits, atol=1e-4, rtol=1e-3)
-        stepped = [decode.step(decoder, each)[0] for each in (batch, alone)]
+        stepped = [loop.step(decoder, each)[0] for each in (batch, alone)]
         logits = [decode.forward(decoder, each) for each in stepped]
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "mamba2", "bamba", "gptj"])
 def test_prompts_whose_cache_is_more_than_keys_and_values_go_one_at_a_time(kind: str) -> None:
-    decoder = decode.prepare(tiny(kind))
-    entered = [decode.enter(decoder, row_of(prompt)) for prompt in PROMPTS[2:5]]
-    shares = kind == "gptj" and decoder.how == "joins"
-    assert len(decode.sharing(decoder, entered)) == (3 if shares else 1)
+    decoder = prepare(tiny(kind))
+    entered = [decode.new_batch(decoder, row_of(prompt)) for prompt in PROMPTS[2:5]]
+    shares = kind == "gptj" and decoder.mode == "joins"
+    assert len(loop.prompts_for_one_call(decoder, entered)) == (3 if shares else 1)
 
 
 def test_prompts_share_a_call_up_to_one_chunk_and_never_with_one_of_a_single_token() -> None:
-    decoder = decode.prepare(tiny("llama"))
+    decoder = prepare(tiny("llama"))
     found = []
     for lengths in ([100, 100, 100], [100, 1, 100], [1, 100], [300, 5], [256], [255, 2]):
-        entered = [decode.enter(decoder, row_of([5] * length)) for length in lengths]
-        found.append(len(decode.sharing(decoder, entered)))
+        entered = [decode.new_batch(decoder, row_of([5] * length)) for length in lengths]
+        found.append(len(loop.prompts_for_one_call(decoder, entered)))
     assert found == [2, 1, 1, 1, 1, 1]
 
 
@@ -332,9 +344,9 @@ def test_products_of_many_queries_go_in_blocks(masked: bool, monkeypatch: Any) -
     mask = torch.rand(2, 1, 11, 11) < 0.5 if masked else None
     if mask is not None:
         mask[..., 0] = True
-    whole = decode._products(q, k, v, mask, {"softcap": 3.0})
+    whole = decode._eager_attention(q, k, v, mask, {"softcap": 3.0})
     monkeypatch.setattr(decode, "CHUNK", 4)
-    torch.testing.assert_close(decode._products(q, k, v, mask, {"softcap": 3.0}), whole)
+    torch.testing.assert_close(decode._eager_attention(q, k, v, mask, {"softcap": 3.0}), whole)
 
 
 def test_memory_that_runs_out_on_a_cpu_is_known_by_its_words() -> None:
@@ -352,36 +364,36 @@ def test_encoder_decoder_layers_are_no_part_of_the_table() -> None:
 def test_positions_that_look_at_the_whole_call_run_alone(rope: str) -> None:
     model = tiny("llama")
     model.config.rope_parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}
-    assert decode.how_it_runs(model)[0] == "alone"
+    assert decode.mode_of(model)[0] == "alone"
 
 
 def test_a_model_that_takes_its_cache_by_an_unknown_name_runs_alone(monkeypatch: Any) -> None:
     model = tiny("llama")
     monkeypatch.setattr(decode, "CACHE_WORDS", ("memory",))
-    assert decode.how_it_runs(model)[0] == "alone"
+    assert decode.mode_of(model)[0] == "alone"
 
 
 def test_a_cache_layer_of_an_unknown_class_runs_alone(monkeypatch: Any) -> None:
     monkeypatch.delitem(decode._LAYERS, decode.cache_utils.DynamicLayer)
-    how, why = decode.how_it_runs(tiny("llama"))
+    how, why = decode.mode_of(tiny("llama"))
     assert how == "alone"
     assert "DynamicLayer" in why
 
 
 def test_a_forward_that_failed_halfway_can_be_repeated_with_the_same_logits(reference: Any) -> None:
-    decoder = decode.prepare(reference["llama"][0])
+    decoder = prepare(reference["llama"][0])
     batch = decode.join(newcomer(decoder, PROMPTS[4], 1), newcomer(decoder, PROMPTS[2], 2))
     expected = decode.forward(decoder, batch)
     layer = decoder.model.model.layers[2]
     hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
-        decode.step(decoder, batch)
+        loop.step(decoder, batch)
     hook.remove()
     assert torch.equal(decode.forward(decoder, batch), expected)
 
 
 def test_letting_a_batch_go_frees_its_buffers_at_once(reference: Any) -> None:
-    decoder = decode.prepare(reference["llama"][0])
+    decoder = prepare(reference["llama"][0])
     batch = newcomer(decoder, PROMPTS[3])
     gc.disable()
     try:
@@ -394,31 +406,31 @@ def test_letting_a_batch_go_frees_its_buffers_at_once(reference: Any) -> None:
 
 def test_a_row_in_a_used_slot_sees_nothing_of_the_one_before(reference: Any) -> None:
     model, expected = reference["llama"]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     batch = decode.join(
         newcomer(decoder, PROMPTS[0], "short"), newcomer(decoder, PROMPTS[5], "long")
     )
     for _ in range(5):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     kept = decode.keep(batch, ["short"])
     assert kept is not None
     batch = decode.join(kept, newcomer(decoder, PROMPTS[2], "next"))
     for _ in range(NEW - 1):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     assert batch.rows[1].ids[len(PROMPTS[2]) :] == expected[2]
 
 
 def test_one_long_row_goes_to_a_batch_of_its_own_when_its_padding_outweighs_the_weights(
     reference: Any,
 ) -> None:
-    decoder = decode.prepare(reference["llama"][0])
+    decoder = prepare(reference["llama"][0])
     long = newcomer(decoder, [5] * 300, "long")
     per_column = long.cache.bytes_per_column
     light = decode.replace(decoder, weight_bytes=per_column * 250)
     heavy = decode.replace(decoder, weight_bytes=per_column * 5000)
     short = newcomer(decoder, [5] * 10, "short")
-    assert [len(batch.rows) for batch in decode.place(light, [short], long)] == [1, 1]
-    assert [len(batch.rows) for batch in decode.place(heavy, [short], long)] == [2]
+    assert [len(batch.rows) for batch in loop.join_best(light, [short], long)] == [1, 1]
+    assert [len(batch.rows) for batch in loop.join_best(heavy, [short], long)] == [2]
 
 
 # ---------------------------------------------------------------- little memory
@@ -438,7 +450,7 @@ def answers_of(decoder: decode.Decoder, batches: Sequence[decode.Batch]) -> dict
     found: dict[int, list[int]] = {}
     for batch in batches:
         while batch:
-            batch, _ = decode.step(decoder, batch)
+            batch, _ = loop.step(decoder, batch)
             done = [row for row in batch.rows if sum(row.generated.values()) == NEW]
             found |= {row.id: row.ids[row.prompt_length :] for row in done}
             batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
@@ -458,14 +470,14 @@ def failing_at(call: int, monkeypatch: Any, layer: type, method: str) -> None:
 
 
 def test_a_halved_batch_of_slots_has_the_logits_that_it_had(reference: Any) -> None:
-    decoder = decode.prepare(reference["llama"][0])
+    decoder = prepare(reference["llama"][0])
     batch = joined(decoder, [2, 3, 4, 5, 6])
     expected = decode.forward(decoder, batch)
     for size in (3, 2, 1):
-        (batch,) = decode.halve(decoder, batch)
+        (batch,) = loop.split_after_oom(decoder, batch)
         assert batch.at_once == size
         assert torch.equal(decode.forward(decoder, batch), expected)
-    assert decode.halve(decoder, batch) == []
+    assert loop.split_after_oom(decoder, batch) == []
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "falcon_h1"])
@@ -473,24 +485,24 @@ def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
     kind: str, reference: Any, monkeypatch: Any
 ) -> None:
     model, expected = reference[kind]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     batch = joined(decoder, range(5))
     for _ in range(4):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
     handle = layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(NO_MEMORY))
     with pytest.raises(torch.OutOfMemoryError):
-        decode.step(decoder, batch)
+        loop.step(decoder, batch)
     handle.remove()
     monkeypatch.setattr(decode, "CHUNK", 7)
-    halves = decode.halve(decoder, batch)
+    halves = loop.split_after_oom(decoder, batch)
     assert [len(half.rows) for half in halves] == [3, 2]
     assert answers_of(decoder, halves) == dict(enumerate(expected[:5]))
 
 
 def test_one_row_with_states_cannot_be_halved(reference: Any) -> None:
-    decoder = decode.prepare(reference["mamba2"][0])
-    assert decode.halve(decoder, newcomer(decoder, PROMPTS[3])) == []
+    decoder = prepare(reference["mamba2"][0])
+    assert loop.split_after_oom(decoder, newcomer(decoder, PROMPTS[3])) == []
 
 
 @pytest.mark.parametrize("columns", [64, 128])
@@ -498,12 +510,12 @@ def test_making_room_that_failed_halfway_can_be_repeated(
     columns: int, reference: Any, monkeypatch: Any
 ) -> None:
     model, expected = reference["llama"]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     batch = joined(decoder, [0, 1])
     failing_at(2, monkeypatch, decode.SlotLayer, "resize")
     with pytest.raises(torch.OutOfMemoryError):
         batch.cache.make_room(2, columns)
-    batch, _ = decode.step(decoder, batch)
+    batch, _ = loop.step(decoder, batch)
     batch.cache.make_room(2, columns)
     for key in (2, 3, 4):  # the last one doubles the rows once more
         batch = decode.join(batch, newcomer(decoder, PROMPTS[key], key))
@@ -514,7 +526,7 @@ def test_making_room_for_a_shorter_row_after_a_longer_one_found_none(
     reference: Any, monkeypatch: Any
 ) -> None:
     model, expected = reference["llama"]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     batch = joined(decoder, [0, 1])
     failing_at(2, monkeypatch, decode.SlotLayer, "resize")
     with pytest.raises(torch.OutOfMemoryError):
@@ -530,11 +542,11 @@ def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_bat
     kind: str, method: str, reference: Any, monkeypatch: Any
 ) -> None:
     model, expected = reference[kind]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     batch, new = joined(decoder, [0, 1]), newcomer(decoder, PROMPTS[2], 2)
     layer = decode.SlotLayer if kind == "llama" else decode.StateLayer
     failing_at(1, monkeypatch, layer, method)
-    batches = decode.place(decoder, [batch], new)
+    batches = loop.join_best(decoder, [batch], new)
     assert [[row.id for row in each.rows] for each in batches] == [[0, 1], [2]]
     assert answers_of(decoder, batches) == dict(enumerate(expected[:3]))
 
@@ -542,34 +554,34 @@ def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_bat
 def test_an_error_that_is_not_about_memory_is_no_reason_for_a_batch_of_its_own(
     reference: Any, monkeypatch: Any
 ) -> None:
-    decoder = decode.prepare(reference["llama"][0])
+    decoder = prepare(reference["llama"][0])
     batch, new = joined(decoder, [0, 1]), newcomer(decoder, PROMPTS[2], 2)
     monkeypatch.setattr(decode, "join", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
-        decode.place(decoder, [batch], new)
+        loop.join_best(decoder, [batch], new)
 
 
 @pytest.mark.parametrize(("live", "columns"), [(1, 64), (2, 64 + 2 * 64)])
 def test_room_for_a_newcomer_counts_the_rows_that_double_for_it(
     live: int, columns: int, reference: Any, monkeypatch: Any
 ) -> None:
-    decoder = decode.prepare(reference["llama"][0])
+    decoder = prepare(reference["llama"][0])
     batch = joined(decoder, [0, 1])
     kept = decode.keep(batch, range(live))
-    new = decode.enter(decoder, row_of(PROMPTS[2]))
+    new = decode.new_batch(decoder, row_of(PROMPTS[2]))
     needed = columns * batch.cache.bytes_per_column / decode.MEMORY_SHARE
     for free, fits in ((needed, False), (needed + 4, True)):
-        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
-        assert decode.has_room(decoder, [kept], [new]) is fits  # type: ignore[list-item]
+        monkeypatch.setattr(decode, "available_bytes", lambda device, free=free: free)
+        assert loop.has_room(decoder, [kept], [new]) is fits  # type: ignore[list-item]
 
 
 def test_room_for_several_newcomers_counts_all_of_them(reference: Any, monkeypatch: Any) -> None:
-    decoder = decode.prepare(reference["llama"][0])
-    new = [decode.enter(decoder, row_of(prompt)) for prompt in PROMPTS[2:6]]
-    slots = sum(each.cache.cursor.columns for each in new) * decode.column_bytes(decoder)
+    decoder = prepare(reference["llama"][0])
+    new = [decode.new_batch(decoder, row_of(prompt)) for prompt in PROMPTS[2:6]]
+    slots = sum(each.cache.cursor.columns for each in new) * decoder.column_bytes
     for free, fits in ((slots, False), (8 * slots, True)):
-        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
-        assert decode.has_room(decoder, [], new) is fits
+        monkeypatch.setattr(decode, "available_bytes", lambda device, free=free: free)
+        assert loop.has_room(decoder, [], new) is fits
 
 
 class Moody:
@@ -580,7 +592,7 @@ class Moody:
 
 
 def test_a_configuration_that_does_not_tell_gives_no_estimate_and_no_error() -> None:
-    assert decode._told(Moody(), "head_dim") == 0
+    assert decode._int_of(Moody(), "head_dim") == 0
 
 
 def test_packing_keeps_no_plain_weight() -> None:
@@ -590,7 +602,7 @@ def test_packing_keeps_no_plain_weight() -> None:
         for module in model.modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     gc.collect()
     assert [ref for ref in weights if ref() is not None] == []
     assert decoder.weight_bytes > 0
@@ -599,42 +611,42 @@ def test_packing_keeps_no_plain_weight() -> None:
 def test_a_layer_with_a_hook_is_not_packed() -> None:
     model = tiny("llama")
     model.lm_head.register_forward_hook(lambda *args: None)
-    decode.prepare(model)
+    prepare(model)
     assert type(model.lm_head) is torch.nn.Linear
 
 
 def test_a_first_newcomer_always_has_room(reference: Any, monkeypatch: Any) -> None:
-    decoder = decode.prepare(reference["llama"][0])
-    monkeypatch.setattr(decode, "free_memory", lambda device: 0)
-    assert decode.has_room(decoder, [], [decode.enter(decoder, row_of(PROMPTS[2]))])
+    decoder = prepare(reference["llama"][0])
+    monkeypatch.setattr(decode, "available_bytes", lambda device: 0)
+    assert loop.has_room(decoder, [], [decode.new_batch(decoder, row_of(PROMPTS[2]))])
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (how, _) in KINDS.items() if how != "alone"])
 def test_a_configuration_tells_the_bytes_of_a_column(kind: str, reference: Any) -> None:
     own = kind in ("gpt2", "opt", "gptj")  # has no such word, and would take BASE's for its own
     model = tiny(kind, num_key_value_heads=4) if own else reference[kind][0]
-    decoder = decode.prepare(model)
+    decoder = prepare(model)
     cache = newcomer(decoder, PROMPTS[3]).cache
-    assert decode.column_bytes(decoder) == cache.bytes_per_column
+    assert decoder.column_bytes == cache.bytes_per_column
 
 
 def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(
     reference: Any, monkeypatch: Any
 ) -> None:
-    decoder = decode.prepare(reference["llama"][0])
-    row = decode.TYPICAL * decode.column_bytes(decoder) / decode.MEMORY_SHARE
-    for free, rows in ((0, 1), (5 * row, 5), (1e15, decode.MOST_ROWS)):
-        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: int(free))
-        assert decode.rows_in_memory(decoder) == rows
+    decoder = prepare(reference["llama"][0])
+    row = loop.TYPICAL_COLUMNS * decoder.column_bytes / decode.MEMORY_SHARE
+    for free, rows in ((0, 1), (5 * row, 5), (1e15, loop.MOST_ROWS)):
+        monkeypatch.setattr(decode, "available_bytes", lambda device, free=free: int(free))
+        assert loop.rows_in_memory(decoder) == rows
 
 
 def test_a_model_that_runs_alone_has_one_row_and_one_of_states_has_as_many_as_allowed(
     reference: Any,
 ) -> None:
     rows = [
-        decode.rows_in_memory(decode.prepare(reference[kind][0])) for kind in ("rwkv", "mamba2")
+        loop.rows_in_memory(prepare(reference[kind][0])) for kind in ("rwkv", "mamba2")
     ]
-    assert rows == [1, decode.MOST_ROWS]
+    assert rows == [1, loop.MOST_ROWS]
 
 
 # ---------------------------------------------------------------- packed weights
@@ -650,8 +662,8 @@ def linear_of(
     return torch.nn.Linear(wide, out, bias=bias).to(dtype).requires_grad_(False)
 
 
-def packed(linear: torch.nn.Linear, method: str | None = None) -> decode.PackedLinear:
-    return decode.PackedLinear(linear, decode.Together([linear], decode.PACKINGS[method]), 0)
+def packed(linear: torch.nn.Linear, method: str | None = None) -> fast.PackedLinear:
+    return fast.PackedLinear(linear, fast.FusedWeight([linear], fast.PACKINGS[method]), 0)
 
 
 @packs
@@ -702,17 +714,17 @@ def test_packing_leaves_alone_what_is_no_plain_layer_of_a_packed_type() -> None:
         }
     )
     before = dict(model.items())
-    decode.pack(model)
+    fast.pack(model)
     assert [name for name, child in model.items() if child is not before[name]] == ["plain"]
-    assert isinstance(model["plain"], decode.PackedLinear)
+    assert isinstance(model["plain"], fast.PackedLinear)
 
 
 @packs
 def test_packing_twice_changes_nothing() -> None:
     model = torch.nn.Sequential(linear_of(torch.float32))
-    decode.pack(model)
+    fast.pack(model)
     packed = model[0]
-    decode.pack(model)
+    fast.pack(model)
     assert model[0] is packed
 
 
@@ -724,7 +736,7 @@ def test_the_plain_weights_are_freed_by_packing() -> None:
     weights = [weakref.ref(model[0].weight), weakref.ref(model[1][0].weight)]
     gc.disable()
     try:
-        decode.pack(model)
+        fast.pack(model)
         assert [weight() for weight in weights] == [None, None]
     finally:
         gc.enable()
@@ -751,10 +763,10 @@ def test_layers_that_read_the_same_input_are_one_product(
     model = Reads(dtype, bias)
     x = torch.randn(5, 96).to(dtype)
     expected = model(x)
-    decode.pack(model)
+    fast.pack(model)
     calls: list[Any] = []
-    product = decode.OneDNN.__call__
-    monkeypatch.setattr(decode.OneDNN, "__call__", lambda *a: calls.append(a) or product(*a))
+    product = fast.onednn_weight.__call__
+    monkeypatch.setattr(fast.onednn_weight, "__call__", lambda *a: calls.append(a) or product(*a))
     torch.testing.assert_close(model(x), expected)
     assert len(calls) == 1
     assert model.q_proj.together.last == (None, ())  # nothing of a request stays
@@ -765,7 +777,7 @@ def test_one_of_several_layers_may_be_asked_alone_in_any_order_and_by_threads() 
     model = Reads()
     inputs = [torch.randn(5, 96) for _ in range(8)]
     expected = [model(x) for x in inputs]
-    decode.pack(model)
+    fast.pack(model)
 
     def ask(index: int) -> None:
         for _ in range(50):
@@ -781,7 +793,7 @@ def test_one_of_several_layers_may_be_asked_alone_in_any_order_and_by_threads() 
 @pytest.mark.parametrize("bias", [(True, False, False), (True, True, False)])
 def test_layers_that_differ_are_packed_one_by_one(bias: tuple[bool, ...]) -> None:
     model = Reads(bias=bias)
-    decode.pack(model)
+    fast.pack(model)
     assert len({model.q_proj.together, model.k_proj.together, model.v_proj.together}) == 3
 
 
@@ -840,31 +852,31 @@ def test_weights_that_are_all_alike_survive_fewer_bits() -> None:
 def test_a_model_in_fewer_bits_is_the_one_of_the_weights_that_they_stand_for(
     kind: str, method: str
 ) -> None:
-    decoder = decode.prepare(tiny(kind, intermediate_size=128), method=method)
+    decoder = prepare(tiny(kind, intermediate_size=128), method=method)
     plain = tiny(kind, intermediate_size=128)
     for name, module in decoder.model.named_modules():
-        if isinstance(module, decode.PackedLinear):
+        if isinstance(module, fast.PackedLinear):
             with torch.no_grad():
                 plain.get_submodule(name).weight.copy_(module.weight)
     prompt = PROMPTS[-1]
-    mine, theirs = (newcomer(d, prompt) for d in (decoder, decode.prepare(plain)))
+    mine, theirs = (newcomer(d, prompt) for d in (decoder, prepare(plain)))
     torch.testing.assert_close(
         decode.forward(decoder, mine),
-        decode.forward(decode.prepare(plain), theirs),
+        decode.forward(prepare(plain), theirs),
         atol=2e-3,
         rtol=2e-3,
     )
-    assert not decoder.pairs
+    assert not decoder.duplicates_lone_row
 
 
 def test_the_output_layer_keeps_8_bits_of_4() -> None:
-    model = decode.prepare(tiny("llama"), method="int4").model
-    assert isinstance(model.lm_head.together.packed, decode.Int8)
-    assert isinstance(model.model.layers[0].mlp.up_proj.together.packed, decode.Int4)
+    model = prepare(tiny("llama"), method="int4").model
+    assert isinstance(model.lm_head.together.packed, fast.int8_weight)
+    assert isinstance(model.model.layers[0].mlp.up_proj.together.packed, fast.int4_weight)
 
 
 def test_fewer_bits_take_less_memory_and_the_weights_tell() -> None:
-    sizes = [decode.prepare(tiny("llama"), method=m).weight_bytes for m in (None, *METHODS)]
+    sizes = [prepare(tiny("llama"), method=m).weight_bytes for m in (None, *METHODS)]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
@@ -873,7 +885,7 @@ def test_fewer_bits_of_a_model_that_has_no_plain_layers_or_does_not_join_are_ref
     kind: str,
 ) -> None:
     with pytest.raises(ValueError, match="int4: needs a model of plain linear layers"):
-        decode.prepare(tiny(kind), method="int4")
+        prepare(tiny(kind), method="int4")
 
 
 # ---------------------------------------------------------------- choosing
@@ -907,7 +919,7 @@ def test_the_kept_set_is_the_one_of_transformers_warpers(
     option = decode.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     top = (logits / temperature).sort(descending=True)
     total = top.values.logsumexp(-1, keepdim=True)
-    kept = decode.kept_candidates(top.values, total, [option] * 4)
+    kept = loop.kept_candidates(top.values, total, [option] * 4)
     for row in range(4):
         ours = set(top.indices[row][kept[row]].tolist())
         assert ours == set(torch.isfinite(warped[row]).nonzero()[:, 0].tolist())
@@ -922,7 +934,7 @@ def test_of_equal_tokens_as_many_are_kept_as_by_transformers(
 ) -> None:
     top = torch.zeros(1, 4)
     total = top.logsumexp(-1, keepdim=True)
-    kept = decode.kept_candidates(top, total, [decode.Sampling(temperature=1.0, **option)])
+    kept = loop.kept_candidates(top, total, [decode.Sampling(temperature=1.0, **option)])
     assert int(kept.sum()) == count
 
 
@@ -944,11 +956,11 @@ def test_the_draw_has_the_distribution_of_the_kept_set(option: dict[str, Any]) -
     found = Counter()
     for start in range(0, draws, 500):
         part = rows[start : start + 500]
-        tokens = decode.choose(logits.expand(500, -1), part)
+        tokens = loop.choose(logits.expand(500, -1), part)
         found.update(choice.token for choice in tokens)
     s = decode.Sampling(**option)
     top = (logits / s.temperature).sort(descending=True)
-    kept = decode.kept_candidates(top.values, top.values.logsumexp(-1, keepdim=True), [s])[0]
+    kept = loop.kept_candidates(top.values, top.values.logsumexp(-1, keepdim=True), [s])[0]
     shares = top.values[0].masked_fill(~kept, -torch.inf).double().softmax(-1) * draws
     expected = dict(zip(top.indices[0].tolist(), shares.tolist(), strict=True))
     assert all(expected[token] > 0 for token in found)
@@ -970,12 +982,12 @@ def test_no_draw_leaves_what_transformers_warpers_keep(top_k: int, top_p: float)
     kept = set(warped.isfinite().nonzero()[:, 0].tolist())
     option = {"temperature": 1.0, "top_k": top_k, "top_p": top_p}
     rows = rows_of([{**option, "seed": seed} for seed in range(400)])
-    drawn = {choice.token for choice in decode.choose(logits.expand(400, -1), rows)}
+    drawn = {choice.token for choice in loop.choose(logits.expand(400, -1), rows)}
     assert drawn <= kept
     assert len(drawn) > 0.5 * min(len(kept), 100)
 
 
-FEW, MANY = decode.CANDIDATES
+FEW, MANY = loop.CANDIDATES
 
 
 @pytest.mark.parametrize(
@@ -1009,17 +1021,17 @@ def test_a_draw_looks_at_no_more_than_it_must(
         return real(self, k, **options)
 
     monkeypatch.setattr(torch.Tensor, "topk", topk)
-    decode.choose(logits, rows_of([{"temperature": 1.0, **option}, {}]))
+    loop.choose(logits, rows_of([{"temperature": 1.0, **option}, {}]))
     assert looked == [(1, size) for size in sizes]
 
 
 def test_top_p_is_a_share_of_what_top_k_kept_where_that_is_all_that_is_looked_at() -> None:
     torch.manual_seed(3)
-    logits, size = torch.randn(1, 3000), decode.CANDIDATES[0]
+    logits, size = torch.randn(1, 3000), loop.CANDIDATES[0]
     warped = logits_process.TopKLogitsWarper(size)(None, logits)  # type: ignore[arg-type]
     warped = logits_process.TopPLogitsWarper(0.5)(None, warped)  # type: ignore[arg-type]
     top, total = logits.topk(size), logits.logsumexp(-1, keepdim=True)
-    kept = decode.kept_candidates(top.values, total, [decode.Sampling(top_k=size, top_p=0.5)])
+    kept = loop.kept_candidates(top.values, total, [decode.Sampling(top_k=size, top_p=0.5)])
     assert int(kept.sum()) == int(warped.isfinite().sum()) < size
 
 
@@ -1034,9 +1046,9 @@ def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_its_company() -> Non
         {"temperature": 3.0, "seed": 8},
         {"temperature": 1.0, "min_p": 0.2, "seed": 9},
     ]
-    together = [choice.token for choice in decode.choose(logits, rows_of(options))]
+    together = [choice.token for choice in loop.choose(logits, rows_of(options))]
     alone = [
-        decode.choose(logits[i : i + 1], rows_of([each]))[0].token for i, each in enumerate(options)
+        loop.choose(logits[i : i + 1], rows_of([each]))[0].token for i, each in enumerate(options)
     ]
     assert together == alone
 
@@ -1045,20 +1057,20 @@ def test_draws_from_all_tokens_are_alike_in_any_company() -> None:
     torch.manual_seed(1)
     logits = torch.randn(1, 2000).expand(60, -1)
     options = [{"temperature": 1.0, "seed": seed} for seed in range(60)]
-    together = [choice.token for choice in decode.choose(logits, rows_of(options))]
-    alone = [decode.choose(logits[:1], rows_of([each]))[0].token for each in options]
+    together = [choice.token for choice in loop.choose(logits, rows_of(options))]
+    alone = [loop.choose(logits[:1], rows_of([each]))[0].token for each in options]
     assert together == alone
-    candidates = {*logits[0].topk(decode.CANDIDATES[0]).indices.tolist()}
+    candidates = {*logits[0].topk(loop.CANDIDATES[0]).indices.tolist()}
     assert {*together} & candidates
     assert {*together} & ({*range(2000)} - candidates)
 
 
 def test_tokens_beyond_the_candidates_are_drawn_by_their_shares() -> None:
-    likely, size = 0.6, decode.CANDIDATES[0]
+    likely, size = 0.6, loop.CANDIDATES[0]
     line = torch.full((size + 300,), math.log(1 - likely))
     line[:size], line[size::2] = 3.0, math.log(likely)
     rows = rows_of([{"temperature": 1.0, "seed": seed} for seed in range(9000)])
-    tokens = [c.token for c in decode.choose(line.expand(len(rows), -1), rows)]
+    tokens = [c.token for c in loop.choose(line.expand(len(rows), -1), rows)]
     beyond = [token - size for token in tokens if token >= size]
     share = sum(place % 2 == 0 for place in beyond) / len(beyond)
     assert share == pytest.approx(likely, abs=3 * math.sqrt(0.24 / len(beyond)))
@@ -1070,7 +1082,7 @@ def test_a_higher_temperature_draws_more_kinds_of_tokens() -> None:
     torch.manual_seed(1)
     logits = torch.randn(1, 2000).expand(200, -1)
     options = [[{"temperature": t, "seed": n} for n in range(200)] for t in (0.1, 0.5, 1.0, 3.0)]
-    drawn = [{c.token for c in decode.choose(logits, rows_of(each))} for each in options]
+    drawn = [{c.token for c in loop.choose(logits, rows_of(each))} for each in options]
     assert len(drawn[0]) < len(drawn[1]) < len(drawn[2]) < len(drawn[3])
 
 
@@ -1093,8 +1105,8 @@ def test_a_draw_that_looks_at_few_candidates_first_gives_the_token_of_all(
     torch.manual_seed(2)
     scores = (torch.randn(1, 3000) * spread).expand(60, -1)
     rows = rows_of([{"temperature": 1.0, "seed": seed, **option} for seed in range(60)])
-    few = decode.draw(scores, rows, range(60))
-    assert few == decode.draw(scores, rows, range(60), ())
+    few = loop.draw(scores, rows, range(60))
+    assert few == loop.draw(scores, rows, range(60), ())
     assert len(set(few)) > 1
 
 
@@ -1120,7 +1132,7 @@ def test_the_noise_is_a_published_hash_of_seed_step_and_token(seed: int, step: i
     low, high = key % 2**32, key >> 32
     hashes = [finaliser((finaliser(i ^ low, *MURMUR3) + high) % 2**32, *MURMUR3) for i in ids]
     expected = [-math.log(-math.log((each + 0.5) / 2**32)) for each in hashes]
-    assert decode.gumbel([row], torch.tensor([ids]))[0].tolist() == pytest.approx(
+    assert loop.gumbel([row], torch.tensor([ids]))[0].tolist() == pytest.approx(
         expected, rel=1e-12
     )
 
@@ -1132,19 +1144,19 @@ def test_rows_that_need_more_candidates_are_drawn_beside_rows_that_do_not() -> N
     rows = rows_of([{"temperature": 1.0, "seed": n, **options[n % 5]} for n in range(40)])
     places = list(range(39, -1, -2))
     cut = [n for n in places if n % 5]  # without any option the lump has noise of its own
-    tokens = dict(zip(places, decode.draw(scores, rows, places), strict=True))
-    assert [tokens[n] for n in cut] == decode.draw(scores, rows, cut, ())
+    tokens = dict(zip(places, loop.draw(scores, rows, places), strict=True))
+    assert [tokens[n] for n in cut] == loop.draw(scores, rows, cut, ())
 
 
 def test_the_global_random_state_is_neither_read_nor_changed() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = decode.choose(
+    first = loop.choose(
         torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}])
     )
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
-    again = decode.choose(
+    again = loop.choose(
         torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}])
     )
     assert first == again
@@ -1156,7 +1168,7 @@ def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
     processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor([prompt]), logits.clone())
     scores = logits.clone()
-    decode._penalise(scores, rows_of([{"repetition_penalty": penalty}], prompt))
+    loop._penalise(scores, rows_of([{"repetition_penalty": penalty}], prompt))
     assert torch.equal(scores, expected)
 
 
@@ -1167,7 +1179,7 @@ def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer
     row = rows_of([{"frequency_penalty": frequency, "presence_penalty": presence}], [3, 4])[0]
     row.generated.update([7, 7, 9])
     scores = torch.zeros(1, 12)
-    decode._penalise(scores, [row])
+    loop._penalise(scores, [row])
     assert scores[0, [3, 7, 9]].tolist() == [0, -(2 * frequency + presence), -frequency - presence]
 
 
@@ -1196,27 +1208,27 @@ def test_choosing_leaves_the_models_logits_as_they_are(
     rows[0].generated.update([7, 7, 9])
     logits = torch.randn(len(rows), 30)
     before = logits.clone()
-    assert not any(choice.error for choice in decode.choose(logits, rows))
+    assert not any(choice.error for choice in loop.choose(logits, rows))
     assert torch.equal(logits, before)
 
 
 def test_a_logit_bias_is_added() -> None:
     scores = torch.full((1, 30), 2.0)
-    decode._penalise(scores, rows_of([{"logit_bias": ((3, 1.0), (4, -1.5))}]))
+    loop._penalise(scores, rows_of([{"logit_bias": ((3, 1.0), (4, -1.5))}]))
     assert scores[0, 2:6].tolist() == [2.0, 3.0, 0.5, 2.0]
 
 
 def test_a_bias_on_a_token_that_the_model_has_not_ends_its_row_only() -> None:
     rows = rows_of([{"logit_bias": ((30, 1.0),)}, {"logit_bias": ((3, 100.0),)}, {}], [3, 99])
     logits = torch.randn(3, 30)
-    choices = decode.choose(logits, rows)
+    choices = loop.choose(logits, rows)
     assert str(choices[0].error) == "logit_bias: the model has 30 tokens"
     assert [choice.token for choice in choices[1:]] == [3, int(logits[2].argmax())]
 
 
 def test_prompt_tokens_that_the_model_has_no_logits_for_are_not_penalised() -> None:
     scores = torch.ones(1, 30)
-    decode._penalise(scores, rows_of([{"repetition_penalty": 2.0}], [3, 99]))
+    loop._penalise(scores, rows_of([{"repetition_penalty": 2.0}], [3, 99]))
     assert scores[0].nonzero()[:, 0].tolist() == [*range(30)]
     assert (scores != 1).nonzero()[:, 1].tolist() == [3]
 
@@ -1225,12 +1237,12 @@ def test_a_logit_bias_can_force_and_forbid_a_token() -> None:
     logits = torch.zeros(2, 20)
     logits[:, 5] = 10
     rows = rows_of([{"logit_bias": ((8, 100.0),)}, {"logit_bias": ((5, -100.0), (2, 1.0))}])
-    assert [choice.token for choice in decode.choose(logits, rows)] == [8, 2]
+    assert [choice.token for choice in loop.choose(logits, rows)] == [8, 2]
 
 
 def test_log_probabilities_are_the_models_own_with_the_likeliest_rivals() -> None:
     logits = torch.randn(1, 40)
-    choice = decode.choose(logits, rows_of([{"logprobs": 3, "logit_bias": ((1, 50.0),)}]))[0]
+    choice = loop.choose(logits, rows_of([{"logprobs": 3, "logit_bias": ((1, 50.0),)}]))[0]
     expected = logits.log_softmax(-1)[0]
     assert choice.token == 1
     assert choice.logprob == pytest.approx(float(expected[1]))
@@ -1248,7 +1260,7 @@ def test_a_row_that_asks_for_nothing_is_greedy_and_has_the_neutral_options() -> 
 def test_logits_that_are_not_finite_end_their_row_only(bad: float) -> None:
     logits = torch.randn(3, 30)
     logits[1, 4] = bad
-    choices = decode.choose(logits, rows_of([{}, {"temperature": 1.0}, {}]))
+    choices = loop.choose(logits, rows_of([{}, {"temperature": 1.0}, {}]))
     assert [choice.error is None for choice in choices] == [True, False, True]
 
 
@@ -1256,7 +1268,7 @@ def test_a_processor_that_raises_ends_its_row_only() -> None:
     def broken(ids: list[int], line: torch.Tensor) -> torch.Tensor:
         raise KeyError("grammar")
 
-    choices = decode.choose(torch.randn(2, 30), rows_of([{"processors": (broken,)}, {}]))
+    choices = loop.choose(torch.randn(2, 30), rows_of([{"processors": (broken,)}, {}]))
     assert isinstance(choices[0].error, KeyError)
     assert choices[1].error is None
 
@@ -1268,12 +1280,12 @@ def test_a_processor_is_given_the_rows_ids_so_far() -> None:
         told.append((list(ids), line.shape))
         return line
 
-    decode.choose(torch.randn(1, 30), rows_of([{"processors": (listen,)}], [3, 4, 5]))
+    loop.choose(torch.randn(1, 30), rows_of([{"processors": (listen,)}], [3, 4, 5]))
     assert told == [([3, 4, 5], (30,))]
 
 
 def test_what_ended_a_row_is_told_in_words() -> None:
-    [choice] = decode.choose(torch.full((1, 30), math.nan), rows_of([{}]))
+    [choice] = loop.choose(torch.full((1, 30), math.nan), rows_of([{}]))
     assert str(choice.error) == "the model gave logits that are not finite"
 
 
@@ -1282,7 +1294,7 @@ def test_a_processor_changes_its_own_row_only() -> None:
         return torch.full_like(line, -torch.inf).index_fill(0, torch.tensor([11]), 0.0)
 
     logits = torch.randn(2, 30)
-    choices = decode.choose(logits, rows_of([{"processors": (force,), "temperature": 1.0}, {}]))
+    choices = loop.choose(logits, rows_of([{"processors": (force,), "temperature": 1.0}, {}]))
     assert choices[0].token == 11
     assert choices[1].token == int(logits[1].argmax())
 
@@ -1294,22 +1306,22 @@ def reusing(monkeypatch: Any, chunk: int = 8) -> None:
     monkeypatch.setattr(decode, "CHUNK", chunk)
 
 
-def left_by(decoder: decode.Decoder, prompt: list[int], **options: Any) -> decode.Prefixes:
+def left_by(decoder: decode.Decoder, prompt: list[int], **options: Any) -> prefixes_room.Prefixes:
     """Return what a row of this prompt and a few tokens leaves for others."""
-    prefixes = decode.Prefixes()
+    prefixes = prefixes_room.Prefixes()
     batch = newcomer(decoder, prompt)
     for _ in range(5):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     prefixes.add("", batch, 0, **{"exact": False} | options)
     return prefixes
 
 
 def recalled(
-    decoder: decode.Decoder, prefixes: decode.Prefixes, ids: list[int], exact: bool
+    decoder: decode.Decoder, prefixes: prefixes_room.Prefixes, ids: list[int], exact: bool
 ) -> Any:
     prefix, columns = prefixes.find("", ids, exact and decode.CHUNK)
     assert prefix is not None
-    batch = decode.recall(decoder, decode.enter(decoder, row_of(ids)), prefix, columns)
+    batch = prefixes_room.recall(decoder, decode.new_batch(decoder, row_of(ids)), prefix, columns)
     assert batch.pending == len(ids) - columns
     while batch.pending:
         batch = decode.prefill(decoder, batch)
@@ -1325,17 +1337,17 @@ def test_a_row_that_begins_with_anothers_columns_goes_on_as_one_that_does_not(
     kind: str, monkeypatch: Any
 ) -> None:
     reusing(monkeypatch)
-    decoder = decode.prepare(tiny(kind))
+    decoder = prepare(tiny(kind))
     first = [random.Random(1).randrange(3, 200) for _ in range(30)]
     prefixes = left_by(decoder, first)
     [kept] = prefixes.kept
-    assert (len(kept.ids), kept.exact) == (35, 24)
+    assert (len(kept.ids), kept.exact_columns) == (35, 24)
     second = [*kept.ids, 7, 8, 9]
     alone = newcomer(decoder, second)
     for exact, known in ((False, 35), (True, 24)):
         batch, columns = recalled(decoder, prefixes, second, exact)
         assert columns == known
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
         logits = [decode.forward(decoder, each) for each in (batch, alone)]
         torch.testing.assert_close(*logits, atol=2e-3, rtol=1e-3)
     assert finish(decoder, batch) == finish(decoder, alone)
@@ -1343,7 +1355,7 @@ def test_a_row_that_begins_with_anothers_columns_goes_on_as_one_that_does_not(
 
 @pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "jamba", "rwkv"])
 def test_states_cannot_be_cut_and_are_not_reused(kind: str) -> None:
-    assert not decode.prepare(tiny(kind)).reuses
+    assert not prepare(tiny(kind)).reuses
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -1355,7 +1367,7 @@ def test_columns_up_to_the_border_of_a_chunk_have_the_bits_of_a_prefill(dtype: s
     second = [*first[:590], *(chance.randrange(2000) for _ in range(30))]
     batch, columns = recalled(decoder, prefixes, second, True)
     assert columns == 512
-    fresh = decode.enter(decoder, row_of(second))
+    fresh = decode.new_batch(decoder, row_of(second))
     while fresh.pending:
         fresh = decode.prefill(decoder, fresh)
     assert torch.equal(batch.logits, fresh.logits)
@@ -1367,8 +1379,8 @@ def test_the_longest_common_beginning_is_found_and_the_last_token_is_always_comp
     monkeypatch: Any,
 ) -> None:
     reusing(monkeypatch)
-    decoder = decode.prepare(tiny("llama"))
-    prefixes = decode.Prefixes()
+    decoder = prepare(tiny("llama"))
+    prefixes = prefixes_room.Prefixes()
     for ids in ([*range(3, 30)], [*range(3, 20), *range(100, 120)]):
         prefixes.add("", newcomer(decoder, ids), 0, exact=False)
     assert [len(each.ids) for each in prefixes.kept] == [27, 37]
@@ -1390,10 +1402,10 @@ def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_fi
     monkeypatch: Any,
 ) -> None:
     reusing(monkeypatch)
-    decoder = decode.prepare(tiny("llama"))
+    decoder = prepare(tiny("llama"))
     batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 8)]
     one = 32 * batches[0].cache.bytes_per_column
-    prefixes = decode.Prefixes(max_bytes=3 * one + 1)
+    prefixes = prefixes_room.Prefixes(max_bytes=3 * one + 1)
     for batch in batches[:3]:
         prefixes.add("", batch, 0, exact=True)
     assert prefixes.nbytes == 3 * one
@@ -1404,15 +1416,15 @@ def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_fi
     assert [each.ids[0] for each in prefixes.kept] == [5, 3, 6]
     assert prefixes.nbytes <= prefixes.max_bytes
     for most in (0, one - 1):
-        prefixes = decode.Prefixes(max_bytes=most)
+        prefixes = prefixes_room.Prefixes(max_bytes=most)
         prefixes.add("", batches[0], 0, exact=True)
         assert prefixes.kept == []
 
 
 def test_a_longer_row_takes_the_place_of_its_own_beginning(monkeypatch: Any) -> None:
     reusing(monkeypatch)
-    decoder = decode.prepare(tiny("llama"))
-    prefixes, owners = decode.Prefixes(), ("", "other")
+    decoder = prepare(tiny("llama"))
+    prefixes, owners = prefixes_room.Prefixes(), ("", "other")
     for owner in owners:
         prefixes.add(owner, newcomer(decoder, [*range(3, 20)]), 0, exact=False)
     prefixes.add("", newcomer(decoder, [*range(3, 30)]), 0, exact=False)
@@ -1421,9 +1433,9 @@ def test_a_longer_row_takes_the_place_of_its_own_beginning(monkeypatch: Any) -> 
 
 def test_what_is_kept_is_a_copy_that_later_rows_cannot_change(monkeypatch: Any) -> None:
     reusing(monkeypatch)
-    decoder = decode.prepare(tiny("llama"))
+    decoder = prepare(tiny("llama"))
     batch = newcomer(decoder, [*range(3, 30)])
-    prefixes = decode.Prefixes()
+    prefixes = prefixes_room.Prefixes()
     prefixes.add("", batch, 0, exact=False)
     before = [buffer.clone() for buffer in prefixes.kept[0].buffers]
     with torch.inference_mode():
@@ -1435,13 +1447,13 @@ def test_what_is_kept_is_a_copy_that_later_rows_cannot_change(monkeypatch: Any) 
 
 def test_without_a_bound_an_eighth_of_the_free_memory_is_taken(monkeypatch: Any) -> None:
     reusing(monkeypatch)
-    decoder = decode.prepare(tiny("llama"))
+    decoder = prepare(tiny("llama"))
     batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 7)]
     one = 32 * batches[0].cache.bytes_per_column
-    prefixes = decode.Prefixes()
+    prefixes = prefixes_room.Prefixes()
     cases = ((8 * one - 1, 0), (8 * one, 1), (15 * one, 2), (14 * one - 1, 1))
     for batch, (free, kept) in zip(batches, cases, strict=True):
-        monkeypatch.setattr(decode, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(decode, "available_bytes", lambda device, free=free: free)
         prefixes.add("", batch, 0, exact=False)
         assert len(prefixes.kept) == kept
 
@@ -1455,11 +1467,11 @@ def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling
     """Return a row's NEW tokens by step_ahead, and how many calls that took."""
     row = row_of(prompt, **sampling)
     row.lookahead, calls = lookahead, 0
-    batch = decode.enter(decoder, row)
+    batch = decode.new_batch(decoder, row)
     while batch.pending:
         batch = decode.prefill(decoder, batch)
     while len(row.ids) < len(prompt) + NEW:
-        batch, choices = decode.step_ahead(decoder, batch)
+        batch, choices = loop.step_speculative(decoder, batch)
         assert choices[-1].error is None
         calls += 1
     return row.ids[len(prompt) :], calls
@@ -1468,14 +1480,14 @@ def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
 @pytest.mark.parametrize("kind", REUSING)
 def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatch: Any) -> None:
-    decoder = decode.prepare(tiny(kind))
+    decoder = prepare(tiny(kind))
     for prompt in (REPEATING, PROMPTS[-1]):
         expected, calls = ahead(decoder, prompt, 0, **sampling)
         assert calls == NEW
         tokens, _ = ahead(decoder, prompt, 4, **sampling)
         assert tokens == expected
         guesses = iter([expected[1:4], [8, *expected[5:8]], [expected[5], 8], expected[7:13]])
-        monkeypatch.setattr(decode, "look_up", lambda row, g=guesses: next(g, []))
+        monkeypatch.setattr(loop, "prompt_lookup", lambda row, g=guesses: next(g, []))
         tokens, calls = ahead(decoder, prompt, 4, **sampling)
         assert tokens == expected
         # 1, then 4, 1 and 2 of the first three, 7 of the last: five calls for 15 tokens.
@@ -1484,7 +1496,7 @@ def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatc
 
 
 def test_a_row_with_a_penalty_sees_each_token_that_was_guessed() -> None:
-    decoder = decode.prepare(tiny("llama"))
+    decoder = prepare(tiny("llama"))
     options = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2}
     assert ahead(decoder, REPEATING, 5, **options)[0] == ahead(decoder, REPEATING, 0, **options)[0]
 
@@ -1508,7 +1520,7 @@ def test_a_guess_is_what_followed_the_last_tokens_before(
 ) -> None:
     row = row_of(ids)
     row.lookahead = most
-    assert decode.look_up(row) == expected
+    assert loop.prompt_lookup(row) == expected
 
 
 def test_no_more_is_guessed_than_may_be_generated() -> None:
@@ -1516,9 +1528,9 @@ def test_no_more_is_guessed_than_may_be_generated() -> None:
         id=0, ids=[1, 2, 3, 4, 5, 1, 2, 3], max_new_tokens=3, sampling=decode.Sampling()
     )
     row.lookahead = 9
-    assert decode.look_up(row) == [4, 5]
+    assert loop.prompt_lookup(row) == [4, 5]
     row.max_new_tokens = 1
-    assert decode.look_up(row) == []
+    assert loop.prompt_lookup(row) == []
 
 
 # ---------------------------------------------------------------- fewer kernels, for a GPU
@@ -1535,7 +1547,7 @@ def test_norms_that_are_torchs_rms_norm_are_computed_by_it(kind: str) -> None:
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     with torch.inference_mode():
         expected = model(ids).logits
-        decode.fuse_norms(model)
+        fast.fuse_norms(model)
         assert all(isinstance(norm.forward, functools.partial) for norm in norms_of(model))
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-3)
 
@@ -1545,7 +1557,7 @@ def test_a_norm_that_takes_the_mean_off_is_no_rms_norm_however_small(scale: floa
     model = tiny("cohere2")
     for norm in norms_of(model):
         torch.nn.init.constant_(norm.weight, scale)
-    decode.fuse_norms(model)
+    fast.fuse_norms(model)
     assert not any(isinstance(norm.forward, functools.partial) for norm in norms_of(model))
 
 
@@ -1554,17 +1566,17 @@ def test_norms_that_do_something_else_stay_as_they_are(kind: str) -> None:
     model = tiny(kind)
     kept = [norm for norm in norms_of(model) if type(norm).__name__ != "Mamba2RMSNorm"]
     assert kept
-    decode.fuse_norms(model)
+    fast.fuse_norms(model)
     assert not any(isinstance(norm.forward, functools.partial) for norm in kept)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_that_are_one_product_give_each_what_it_gives_alone(bias: bool) -> None:
     linears = [torch.nn.Linear(8, n, bias=bias) for n in (6, 4, 2)]
-    together = decode.Together(linears, decode.Plain)
+    together = fast.FusedWeight(linears, fast.dense_weight)
     x = torch.randn(3, 8)
     for index, linear in enumerate(linears):
-        packed = decode.PackedLinear(linear, together, index)
+        packed = fast.PackedLinear(linear, together, index)
         torch.testing.assert_close(packed(x), linear(x))
         assert torch.equal(packed.weight, linear.weight)
 
@@ -1578,10 +1590,10 @@ class Recorded:
     def __init__(self, monkeypatch: Any) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.replays = 0
-        monkeypatch.setattr(decode, "record", self.record)
-        monkeypatch.setattr(decode, "CAPTURE_AFTER", 1)
+        monkeypatch.setattr(fast, "record", self.record)
+        monkeypatch.setattr(fast, "CAPTURE_AFTER", 1)
 
-    def record(self, graphs: decode.Graphs, step: Any) -> Any:
+    def record(self, graphs: fast.Graphs, step: Any) -> Any:
         logits = step().clone()
         self.shapes.append(tuple(logits.shape))
 
@@ -1593,8 +1605,8 @@ class Recorded:
 
 
 def graphed(kind: str) -> decode.Decoder:
-    decoder = decode.prepare(tiny(kind), batch_invariant=False)
-    return dataclasses.replace(decoder, graphs=decode.Graphs(torch.device("cpu")))
+    decoder = prepare(tiny(kind), batch_invariant=False)
+    return dataclasses.replace(decoder, graphs=fast.Graphs(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("kind", REUSING)
@@ -1610,7 +1622,7 @@ def test_graphs_keep_the_tokens_of_rows_that_join_and_leave(
             one = newcomer(decoder, PROMPTS[index], (len(waiting), index))
             batch = decode.join(batch, one) if batch else one
             continue
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
         over = {row.id for row in batch.rows if len(row.ids) >= row.columns}
         over |= {row.id for row in batch.rows if chance.random() < 0.02}
         ended = [row for row in batch.rows if row.id in over]
@@ -1630,7 +1642,7 @@ def test_slots_that_move_are_captured_anew(monkeypatch: Any) -> None:
     decoder = graphed("llama")
     batch = newcomer(decoder, PROMPTS[2])
     for _ in range(3):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     assert len(recorded.shapes) == 1
     batch = decode.join(batch, newcomer(decoder, PROMPTS[3], 1))
     assert batch.cache.captured == {}
@@ -1638,11 +1650,11 @@ def test_slots_that_move_are_captured_anew(monkeypatch: Any) -> None:
 
 def test_a_graph_is_worth_it_only_for_a_shape_that_comes_again(monkeypatch: Any) -> None:
     recorded = Recorded(monkeypatch)
-    monkeypatch.setattr(decode, "CAPTURE_AFTER", 3)
+    monkeypatch.setattr(fast, "CAPTURE_AFTER", 3)
     decoder = graphed("llama")
     batch = newcomer(decoder, PROMPTS[2])
     for captured in (0, 0, 0, 1, 1):
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
         assert len(recorded.shapes) == captured
 
 
@@ -1659,7 +1671,7 @@ def test_where_capturing_fails_steps_go_on_without(
         change = {"is off": 1.0, "is not finite": math.nan}[wrong]
         return (lambda: (replay(), logits.add_(change * logits.abs().max()))), logits
 
-    monkeypatch.setattr(decode, "record", record)
+    monkeypatch.setattr(fast, "record", record)
     decoder, (_, expected) = graphed("llama"), reference["llama"]
     for index in (2, 3):
         assert finish(decoder, newcomer(decoder, PROMPTS[index])) == expected[index]
@@ -1669,18 +1681,18 @@ def test_where_capturing_fails_steps_go_on_without(
 
 def test_captured_slots_go_with_their_batch(monkeypatch: Any) -> None:
     Recorded(monkeypatch)
-    real = decode.record
+    real = fast.record
 
     def record(graphs: Any, step: Any) -> Any:  # holds what comes out, not what is read
         logits = real(graphs, step)[1].clone()
         return functools.partial(logits.copy_, logits.clone()), logits
 
-    monkeypatch.setattr(decode, "record", record)
+    monkeypatch.setattr(fast, "record", record)
     decoder = graphed("llama")
     batch = newcomer(decoder, PROMPTS[2])
     for _ in range(4):
-        batch, _ = decode.step(decoder, batch)
-    assert any(isinstance(each, decode.Captured) for each in batch.cache.captured.values())
+        batch, _ = loop.step(decoder, batch)
+    assert any(isinstance(each, fast.Captured) for each in batch.cache.captured.values())
     buffers = [weakref.ref(buffer) for buffer in batch.cache.buffers]
     gc.disable()
     try:
@@ -1692,14 +1704,14 @@ def test_captured_slots_go_with_their_batch(monkeypatch: Any) -> None:
 
 def begun(decoder: decode.Decoder, prompt: list[int], new: int = NEW) -> decode.Batch:
     row = decode.Row(id=0, ids=list(prompt), max_new_tokens=new, sampling=decode.Sampling())
-    batch = decode.prefill(decoder, decode.enter(decoder, row))
-    return decode.place(decoder, [], decode.step(decoder, batch)[0])[0]
+    batch = decode.prefill(decoder, decode.new_batch(decoder, row))
+    return loop.join_best(decoder, [], loop.step(decoder, batch)[0])[0]
 
 
 def ended(decoder: decode.Decoder, batch: decode.Batch) -> list[int]:
     [row] = batch.rows
     while len(row.ids) < row.columns:
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
     assert decode.keep(batch, []) is None
     return row.ids[row.prompt_length :]
 
@@ -1721,19 +1733,19 @@ def test_two_batches_at_once_never_share_slots(reference: Any, monkeypatch: Any)
     batches = [begun(decoder, PROMPTS[index]) for index in (2, 3)]
     assert batches[0].cache is not batches[1].cache
     for _ in range(5):
-        batches = [decode.step(decoder, batch)[0] for batch in batches]
+        batches = [loop.step(decoder, batch)[0] for batch in batches]
     assert [ended(decoder, batch) for batch in batches] == [expected[2], expected[3]]
-    assert len(decoder.graphs.homes) == 1
+    assert len(decoder.graphs.spare_slots) == 1
 
 
 def test_a_row_too_long_for_the_last_slots_gets_larger_ones(monkeypatch: Any) -> None:
     Recorded(monkeypatch)
-    monkeypatch.setattr(decode, "ROOMY", 64)
+    monkeypatch.setattr(fast, "MIN_GRAPH_COLUMNS", 64)
     decoder = graphed("llama")
     sizes = []
     for new in (40, 100, 60):
         ended(decoder, begun(decoder, PROMPTS[2], new))
-        sizes.append(decoder.graphs.homes[0].cursor.columns)
+        sizes.append(decoder.graphs.spare_slots[0].cursor.columns)
     assert sizes == [64, 128, 128]
 
 
@@ -1742,10 +1754,10 @@ def test_slots_are_kept_for_the_next_batch_where_memory_is_free(
     free: int, monkeypatch: Any
 ) -> None:
     Recorded(monkeypatch)
-    monkeypatch.setattr(decode, "free_memory", lambda device: free)
+    monkeypatch.setattr(decode, "available_bytes", lambda device: free)
     decoder = graphed("llama")
     ended(decoder, begun(decoder, PROMPTS[2]))
-    assert len(decoder.graphs.homes) == bool(free)
+    assert len(decoder.graphs.spare_slots) == bool(free)
 
 
 def test_a_batch_that_finds_no_memory_for_larger_slots_stays_in_its_own(
@@ -1760,7 +1772,7 @@ def test_a_batch_that_finds_no_memory_for_larger_slots_stays_in_its_own(
     with monkeypatch.context() as patched:
         patched.setattr(decode.Slots, "resize", full)
         batch = begun(decoder, PROMPTS[2])
-    assert batch.homes is None
+    assert batch.graphs is None
     assert ended(decoder, batch) == expected[2]
 
 
@@ -1769,9 +1781,9 @@ def test_slots_are_larger_than_they_must_be_only_where_memory_is_free(
     free: int, monkeypatch: Any
 ) -> None:
     Recorded(monkeypatch)
-    monkeypatch.setattr(decode, "free_memory", lambda device: free)
+    monkeypatch.setattr(decode, "available_bytes", lambda device: free)
     batch = begun(graphed("llama"), PROMPTS[2])
-    assert batch.cache.cursor.columns == (decode.ROOMY if free else 64)
+    assert batch.cache.cursor.columns == (fast.MIN_GRAPH_COLUMNS if free else 64)
     assert batch.cache.cursor.rows == 1
 
 
@@ -1780,15 +1792,15 @@ def test_slots_that_nobody_is_in_give_way_to_a_newcomer(monkeypatch: Any) -> Non
     decoder = graphed("llama")
     model: Any = SimpleNamespace(decoder=decoder)
     ended(decoder, begun(decoder, PROMPTS[2]))
-    assert decoder.graphs.homes
-    monkeypatch.setattr(decode, "has_room", lambda *args: not decoder.graphs.homes)
+    assert decoder.graphs.spare_slots
+    monkeypatch.setattr(loop, "has_room", lambda *args: not decoder.graphs.spare_slots)
     assert labs._has_room(model, labs.Running(), [])
     assert decoder.graphs.pool is None
 
 
 def test_a_replay_of_nothing_is_no_graph(reference: Any, monkeypatch: Any, caplog: Any) -> None:
     Recorded(monkeypatch)
-    monkeypatch.setattr(decode, "record", lambda graphs, step: (int, step().clone()))
+    monkeypatch.setattr(fast, "record", lambda graphs, step: (int, step().clone()))
     decoder, (_, expected) = graphed("llama"), reference["llama"]
     assert finish(decoder, newcomer(decoder, PROMPTS[2])) == expected[2]
     assert decoder.graphs.failed
@@ -1809,8 +1821,8 @@ def test_threads_that_replay_the_same_memory_get_their_own_logits(
 
         return replay, place[0]
 
-    monkeypatch.setattr(decode, "record", record)
-    monkeypatch.setattr(decode, "CAPTURE_AFTER", 1)
+    monkeypatch.setattr(fast, "record", record)
+    monkeypatch.setattr(fast, "CAPTURE_AFTER", 1)
     decoder, (_, expected) = graphed("llama"), reference["llama"]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -1839,15 +1851,15 @@ def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch: Any) -> None:
     batch = newcomer(decoder, PROMPTS[2])
     row = batch.rows[0]
     ids = torch.tensor([[row.ids[row.written]]])
-    monkeypatch.setattr(decode, "record", record)
+    monkeypatch.setattr(fast, "record", record)
     monkeypatch.setattr(torch, "arange", watched)
-    captured = decode.Captured(decoder, batch.cache, (1, 64), ids, [row.written])
+    captured = fast.Captured(decoder, batch.cache, (1, 64), ids, [row.written])
     monkeypatch.setattr(torch, "arange", arange)
     assert made[0]() is captured.index
 
 
 def test_graphs_are_for_one_gpu_and_are_turned_off_by_a_setting() -> None:
-    assert decode.prepare(tiny("llama")).graphs is None
+    assert prepare(tiny("llama")).graphs is None
     assert labs.ModelSpec().cuda_graphs
 
 
@@ -1940,10 +1952,10 @@ def test_prompts_that_share_a_call_have_the_bits_they_have_alone() -> None:
     decoder = labs.load_model(labs.load_config(env={})).decoder
     chance = random.Random(1)
     prompts = [[chance.randrange(2000) for _ in range(n)] for n in (2, 3, 40, 17, 64, 5, 100, 9)]
-    together = decode.prefill_together(
-        decoder, [decode.enter(decoder, row_of(prompt)) for prompt in prompts]
+    together = decode.prefill_packed(
+        decoder, [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
     )
-    alone = [decode.prefill(decoder, decode.enter(decoder, row_of(prompt))) for prompt in prompts]
+    alone = [decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt))) for prompt in prompts]
     for mine, theirs in zip(together, alone, strict=True):
         assert torch.equal(mine.logits, theirs.logits)
         for a, b in zip(mine.cache.buffers, theirs.cache.buffers, strict=True):

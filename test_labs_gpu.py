@@ -34,11 +34,11 @@ LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embe
 
 
 def on_gpu(kind: str, **extra: Any) -> decode.Decoder:
-    return decode.prepare(tiny(kind, **extra).cuda())
+    return prepare(tiny(kind, **extra).cuda())
 
 
 def captured(batch: decode.Batch) -> list[Any]:
-    return [each for each in batch.cache.captured.values() if isinstance(each, decode.Captured)]
+    return [each for each in batch.cache.captured.values() if isinstance(each, fast.Captured)]
 
 
 def memory() -> int:
@@ -52,7 +52,7 @@ def test_rows_that_join_and_leave_on_a_gpu_keep_transformers_tokens(kind: str, c
     model = tiny(kind).cuda()
     prompts = PROMPTS[1:5]
     expected = [by_transformers(model, each) for each in prompts]
-    decoder, chance, found = decode.prepare(model), random.Random(2), {}
+    decoder, chance, found = prepare(model), random.Random(2), {}
     waiting, batch, graphs = list(range(len(prompts))) * 3, None, 0
     while waiting or batch:
         if waiting and (batch is None or (len(batch.rows) < 3 and chance.random() < 0.3)):
@@ -60,7 +60,7 @@ def test_rows_that_join_and_leave_on_a_gpu_keep_transformers_tokens(kind: str, c
             new = newcomer(decoder, prompts[index], (len(waiting), index))
             batch = decode.join(batch, new) if batch else new
             continue
-        batch, _ = decode.step(decoder, batch)
+        batch, _ = loop.step(decoder, batch)
         graphs += len(captured(batch))
         done = [row for row in batch.rows if len(row.ids) == row.columns]
         found |= {row.id: row.ids[row.prompt_length :] for row in done}
@@ -86,8 +86,8 @@ def test_layers_that_read_the_same_input_are_one_product_on_a_gpu() -> None:
     ids = torch.tensor([PROMPTS[4]], device="cuda")
     with torch.inference_mode():
         expected = model(ids).logits.float()
-        layers = decode.prepare(model).model.model.layers
-        assert all(type(each.self_attn.q_proj) is decode.PackedLinear for each in layers)
+        layers = prepare(model).model.model.layers
+        assert all(type(each.self_attn.q_proj) is fast.PackedLinear for each in layers)
         assert all(type(each.mlp.down_proj) is torch.nn.Linear for each in layers)
         logits = model(ids).logits.float()
     assert (logits - expected).norm() <= 0.03 * expected.norm()
@@ -104,7 +104,7 @@ def test_attention_of_few_rows_is_sdpas(rows: int, columns: int) -> None:
     seen[..., 0] = True
     mask = decode._additive(seen, q.dtype)
     assert decode._are_few(q, k)
-    found = decode._products(q, k, v, mask, {"scaling": 0.1}).transpose(1, 2)
+    found = decode._eager_attention(q, k, v, mask, {"scaling": 0.1}).transpose(1, 2)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     words = {"attn_mask": mask.double(), "scale": 0.1, "enable_gqa": True}
     expected = sdpa(q.double(), k.double(), v.double(), **words)
@@ -121,7 +121,7 @@ def test_the_same_logits_give_the_same_draws_on_a_gpu_and_without(seed: int) -> 
         decode.Row(id=i, ids=[1], max_new_tokens=2, sampling=decode.Sampling(seed=i, **each))
         for i, each in enumerate((options * 5)[:24])
     ]
-    tokens = [[c.token for c in decode.choose(each, rows)] for each in (logits, logits.cuda())]
+    tokens = [[c.token for c in loop.choose(each, rows)] for each in (logits, logits.cuda())]
     assert tokens[0] == tokens[1]
 
 
@@ -159,7 +159,7 @@ def test_a_step_that_runs_out_of_the_gpus_memory_goes_on_with_less() -> None:
     model, rows, length = model_around(decoder, "tiny", 8192), 32, 1500
     inputs = [prompt(number, length) for number in range(rows)]
     alone = labs.generate(model, inputs[0], asked(None, 8)).text
-    slots = rows * 2048 * decode.column_bytes(decoder)
+    slots = rows * 2048 * decoder.column_bytes
     limit = (memory() + 1.6 * slots) / torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(limit)
     try:
