@@ -201,6 +201,12 @@ class Error(Struct, frozen=True):
 # ---------------------------------------------------------------- errors
 
 
+def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
+    """Return an error in OpenAI's words; the kind follows from the HTTP status."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return Error(ErrorDetail(message, kind, param, code))
+
+
 class Refusal(labs.InputError):
     """A body that asks for what is unknown, malformed or not done here."""
 
