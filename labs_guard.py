@@ -133,12 +133,6 @@ class Rules(Struct, frozen=True, eq=False):
             found["messages"] = [replace(m, content=self.check_text(m.content)) for m in plain]
         return found
 
-    def check_prompt(self, prompt: Any) -> Any:
-        """Return a labs_request.Prompt, its texts checked."""
-        found = self.check_request({"prompt": prompt.prompt, "messages": prompt.messages})
-        messages = found["messages"] and tuple(found["messages"])
-        return replace(prompt, prompt=found["prompt"], messages=messages)
-
     def check_inputs(self, inputs: labs.Inputs, *, ids: bool = False) -> labs.Inputs:
         """Refuse too many tokens and, where `ids` were all that came, their text."""
         tokens, most = len(inputs.input_ids), self.guard.max_prompt_tokens

@@ -23,7 +23,6 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 import labs
-import labs_request
 
 S = TypeVar("S", bound=Struct)
 Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
@@ -87,7 +86,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     parallel_tool_calls: Refused = None
     functions: Refused = None
     function_call: Refused = None
-    response_format: labs_request.ResponseFormat | None = None
+    response_format: labs.ResponseFormat | None = None
     modalities: Refused = None
     audio: Refused = None
     prediction: Refused = None
@@ -201,12 +200,6 @@ class Error(Struct, frozen=True):
 # ---------------------------------------------------------------- errors
 
 
-def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
-    """Return an error in OpenAI's words; the kind follows from the HTTP status."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return Error(ErrorDetail(message, kind, param, code))
-
-
 class Refusal(labs.InputError):
     """A body that asks for what is unknown, malformed or not done here."""
 
@@ -257,22 +250,6 @@ class Endpoint:
 
     request: type[Any]
     prefix: str
-
-    @property
-    def body(self) -> type[Any]:
-        return self.request
-
-    def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
-        """Return a body as labs' own Request."""
-        return labs_request.Request(
-            prompts=tuple(_prompt_of(each) for each in self.prompts(body)),
-            options=self.options(body, given),
-            n=body.n or 1,
-            model=body.model,
-            response_format=getattr(body, "response_format", None),
-            documents=getattr(body, "documents", False),
-        )
-
     kinds: tuple[Any, Any]  # object of a whole answer and of a chunk
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -348,11 +325,6 @@ def _reason(event: Any) -> Any:
 def _token(model: labs.Model, token: int) -> str:
     with model.lock:
         return str(model.tokenizer.decode([token]))
-
-
-def _prompt_of(found: dict[str, Any]) -> labs_request.Prompt:
-    messages = found.get("messages")
-    return labs_request.Prompt(**{**found, "messages": messages and tuple(messages)})
 
 
 class Chat(Endpoint):
