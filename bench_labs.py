@@ -417,7 +417,7 @@ class Served:
         return sorted(self.first)[int(0.95 * len(self.first))]
 
 
-API = [sys.executable, "-c", "import labs_api; labs_api.main()"]
+API = [sys.executable, "-c", "import labs_cli; labs_cli.main_api()"]
 
 
 def stories(count: int = 16) -> list[str]:

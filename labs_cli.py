@@ -357,7 +357,8 @@ def answer_file(config: labs.Config, flags: Values) -> None:
             import labs_ray
 
             cluster = labs_ray.cluster_of(take_ray(flags)[1])
-            labs_ray.answer_files(config, source, target, address, cluster, tally, rows)
+            files = labs_ray.Files(source, target, rows)
+            labs_ray.answer_files(config, files, address, cluster, tally)
     except BrokenPipeError:  # the reader has enough
         raise click.exceptions.Exit(0) from None
     finally:
@@ -688,6 +689,47 @@ def main() -> None:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(end.code)
+
+
+# ---------------------------------------------------------------- labs-api
+
+API_EPILOG = """\b
+Examples:
+  labs-api
+  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
+  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
+  labs-api --ray --replicas 2
+
+\b
+Keys come from LABS_API_KEYS (commas between) or --api-keys-file FILE, never
+from a flag. Settings can also stand in labs.toml, .env and the environment
+(LABS_SERVER_PORT for --port). SIGTERM lets answers under way end.
+"""
+
+
+def serve_command(**flags: Any) -> None:
+    """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
+    check_needs(flags, RAY_NEEDS)
+    address, cluster = take_ray(flags)
+    overrides = {key: value for key, value in flags.items() if value not in (None, ())}
+    path = overrides.pop("config", None)
+    config = labs.load_config(path, overrides=overrides)
+    if address is None:
+        labs.need("labs_serve")
+        import labs_serve
+
+        labs_serve.serve(config)
+        return
+    labs.need("labs_ray", "ray", "a2wsgi")
+    import labs_ray
+
+    labs_ray.serve_replicas(config, address, labs_ray.cluster_of(cluster))
+
+
+def main_api() -> None:
+    """Run labs-api as a program."""
+    options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
+    start("labs-api", serve_command, (*options, *RAY, *STICKY), API_EPILOG)
 
 
 if __name__ == "__main__":

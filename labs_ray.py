@@ -5,7 +5,7 @@
     serve run labs_ray:app num_gpus=1             the same, by Ray's own command
     labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
 
-Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_api.py and
+Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_serve.py and
 labs_batch.py with theirs.
 """
 
@@ -41,11 +41,13 @@ from ray import serve
 import labs
 import labs_api
 import labs_batch
+import labs_gate
 import labs_models
+import labs_serve
 
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
 MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
-SPARE = 8  # requests of a replica that wait for a row, or need none
+EXTRA_REQUESTS = 8  # requests of a replica that wait for a row, or need none
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app writes its own
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -110,7 +112,8 @@ def connected(address: str) -> Iterator[None]:
 
 
 def last_line(text: Any) -> str:
-    return re.sub(r"^(\w+\.)*labs\.\w+: ", "", str(text).strip().rpartition("\n")[2])
+    """Return the last line of a traceback, without the module of one of our own errors."""
+    return re.sub(r"^(\w+\.)*labs\w*\.\w+: ", "", str(text).strip().rpartition("\n")[2])
 
 
 # ---------------------------------------------------------------- online: Ray Serve
@@ -119,7 +122,7 @@ def last_line(text: Any) -> str:
 class Replica:
     """The Falcon app and its engines, in a process that Ray Serve starts, watches and ends.
 
-    quotas: deployments of labs_api.Quota, by the names of labs_api.Quotas.
+    quotas: deployments of labs_gate.Quota, by the names of labs_gate.Quotas.
     """
 
     def __init__(self, config: labs.Config, quotas: dict[str, Any]) -> None:
@@ -128,16 +131,16 @@ class Replica:
         context = serve.get_replica_context()
         self.name, self.config = context.replica_id.unique_id, config
         self.registry = Registry(context.app_name)
-        alone = labs_api.quotas_of(config)
-        shared = {name: Shared(each, getattr(alone, name)) for name, each in quotas.items()}
+        alone = labs_gate.quotas_of(config)
+        shared = {name: SharedQuota(each, getattr(alone, name)) for name, each in quotas.items()}
         self.quotas = alone._replace(**shared)
         self.models = labs_models.Models(config)
         self.models.wait()
 
     def __serve_build_asgi_app__(self) -> Any:
         options: dict[str, Any] = {"quotas": self.quotas, "registry": self.registry}
-        app = labs_api.create_app(self.config, engine_for=self.models, **options)
-        return Bridge(app, workers=labs_api.threads_for(self.config))
+        app = labs_api.create_app(self.config, self.models, **options)
+        return Bridge(app, workers=labs_serve.threads_for(self.config))
 
     def check_health(self) -> None:
         """Raise what makes Ray Serve start another replica."""
@@ -152,10 +155,10 @@ class Replica:
         self.models.close()  # no thread may be in torch while the interpreter ends
 
 
-class Shared(labs_api.Quota):
-    """A labs_api.Quota that all replicas take from."""
+class SharedQuota(labs_gate.Quota):
+    """A labs_gate.Quota that all replicas take from."""
 
-    def __init__(self, handle: Any, alone: labs_api.Quota) -> None:
+    def __init__(self, handle: Any, alone: labs_gate.Quota) -> None:
         super().__init__(alone.per_minute)
         self._handle = handle
 
@@ -199,7 +202,7 @@ class Bridge(WSGIMiddleware):  # type: ignore[misc]
             gone.set()
 
 
-class Whole:
+class ClosesBrokenStreams:
     """What Ray's proxies are wrapped in: an answer whose replica died still ends, in an error."""
 
     def __init__(self, app: Any) -> None:
@@ -224,10 +227,10 @@ class Whole:
 
 async def end_with_error(send: Any, began: bool) -> None:
     """Answer with an error, or let one be the last event of a stream that has begun."""
-    problem = labs_api.Problem(
-        503, "the replica that answered has ended; ask again", "replica_lost"
-    )
-    data = labs_api.error_event(problem) if began else labs_api.dumps(problem.error)
+    text = "the replica that answered has ended; ask again"
+    problem = labs_gate.Problem(503, text, "replica_lost")
+    whole = labs_gate.dumps(labs_api.error_of(problem))
+    data = labs_api.error_event(problem) if began else whole
     if not began:
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
@@ -236,17 +239,17 @@ async def end_with_error(send: Any, began: bool) -> None:
 
 def middlewares() -> list[Middleware]:
     """Return what Ray wraps its proxies in."""
-    return [Middleware(Whole)]
+    return [Middleware(ClosesBrokenStreams)]
 
 
 def deployment(config: labs.Config, cluster: Cluster) -> Any:
     """Return the application for Ray Serve."""
-    rows = config.server.max_batch_rows or labs_api.ROWS
+    rows = config.server.max_batch_rows or labs_serve.ROWS
     options: dict[str, Any] = {
         "name": REPLICAS,
         "ray_actor_options": cluster.resources(config),
         # More wait with Ray, which knows the replica that is free first.
-        "max_ongoing_requests": rows + SPARE,
+        "max_ongoing_requests": rows + EXTRA_REQUESTS,
         "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
@@ -267,8 +270,8 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
 
 def quotas_of(config: labs.Config) -> dict[str, Any]:
     """Return a deployment for each limit that there is: one process counts for all replicas."""
-    quota = serve.deployment(labs_api.Quota, ray_actor_options={"num_cpus": 0})
-    limits = {name: each.per_minute for name, each in labs_api.quotas_of(config)._asdict().items()}
+    quota = serve.deployment(labs_gate.Quota, ray_actor_options={"num_cpus": 0})
+    limits = {name: each.per_minute for name, each in labs_gate.quotas_of(config)._asdict().items()}
     return {name: quota.options(name=name).bind(n) for name, n in limits.items() if n is not None}
 
 
@@ -283,17 +286,17 @@ def app(arguments: dict[str, Any]) -> Any:
 
 def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
-    labs_api.check_exposure(config)
+    labs_gate.check_exposure(config)
     host = config.server.host
     with contextlib.suppress(KeyboardInterrupt), connected(address):
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
-        url = labs_api.url_of(host, port)
+        url = labs_gate.url_of(host, port)
         print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
         try:
             _run(config, cluster)
             logs = "/tmp/ray/session_latest/logs of their machines"
-            count = f"{cluster.replicas} replica" + "s" * (cluster.replicas > 1)
+            count = "1 replica" if cluster.replicas == 1 else f"{cluster.replicas} replicas"
             print(f"labs-api: ready, {count}; logs: {logs}", file=sys.stderr)
             threading.Event().wait()
         finally:
@@ -307,7 +310,7 @@ def _free_port(server: labs.Server) -> int:
         with socket.create_server((server.host, server.port), family=family) as free:
             return int(free.getsockname()[1])
     except OSError as error:
-        raise labs_api.cannot_listen(server, error) from error
+        raise labs_gate.cannot_listen(server, error) from error
 
 
 def _run(config: labs.Config, cluster: Cluster) -> None:
@@ -321,6 +324,19 @@ def _run(config: labs.Config, cluster: Cluster) -> None:
 
 
 # ---------------------------------------------------------------- offline: Ray Data
+
+
+class Files(Struct, frozen=True):
+    """What is answered, and where to.
+
+    source: a path, a glob, or a folder with *.jsonl, of any fsspec address; target: a folder, of
+    the same. lines: what one replica answers at a time. batch_rows: as in labs_batch.
+    """
+
+    source: str
+    target: str
+    batch_rows: int | None = None
+    lines: int = labs_batch.WINDOW
 
 
 class Chunk(Struct, frozen=True):
@@ -338,26 +354,21 @@ class Chunk(Struct, frozen=True):
 
 def answer_files(
     config: labs.Config,
-    source: str,
-    target: str,
+    files: Files,
     address: str,
     cluster: Cluster,
     tally: labs_batch.Tally,
-    batch_rows: int | None = None,
-    *,
-    lines: int = labs_batch.WINDOW,
 ) -> None:
     """Answer the lines of files into files of a folder; ids that are answered there are skipped.
 
-    source: a path, a glob, or a folder with *.jsonl, of any fsspec address; so is target. A line
-    without an id is known by its file and number. lines: what one replica answers at a time; what
-    was not finished is answered anew when a replica dies, and by the same call.
+    A line without an id is known by its file and number. What was not finished is answered anew
+    when a replica dies, and by the same call.
     """
-    if "-" in (source, target):
+    if "-" in (files.source, files.target):
         raise labs.InputError("with Ray, --input names files and --output a folder")
-    files, folder = fsspec.core.url_to_fs(target)
-    target = files.unstrip_protocol(folder)  # whole: the workers run elsewhere
-    chunks = [msgspec.structs.asdict(each) for each in _chunks(source, lines)]
+    system, folder = fsspec.core.url_to_fs(files.target)
+    target = system.unstrip_protocol(folder)  # whole: the workers run elsewhere
+    chunks = [msgspec.structs.asdict(each) for each in _chunks(files.source, files.lines)]
     _recover(target, tally)  # tells at once of what is no answer there
     tally.answered.clear()
     if not chunks:
@@ -368,7 +379,7 @@ def answer_files(
         answers = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map(
             Answers,
             compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas, max_size=most),
-            fn_constructor_args=(config, target, batch_rows),
+            fn_constructor_args=(config, target, files.batch_rows),
             **cluster.resources(config),
         )
         for row in answers.iter_rows():

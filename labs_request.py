@@ -164,6 +164,15 @@ def open_context(
     return Context(config, config.by_name(), limits, filters, encoder)
 
 
+def check_documents(context: Context) -> None:
+    """Raise what would keep all requests from their passages: no database or encoder there."""
+    if context.config.documents.database is not None:
+        labs.need("labs_rag")
+        import labs_rag
+
+        labs_rag.check(context.config, context.encoder)
+
+
 # ---------------------------------------------------------------- without a model
 
 

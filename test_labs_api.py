@@ -38,8 +38,10 @@ from waitress import wasyncore
 import labs
 import labs_api
 import labs_engine
+import labs_gate
 import labs_models
 import labs_openai
+import labs_serve
 import test_labs
 
 folder, one_thread = test_labs.folder, test_labs.one_thread
@@ -125,7 +127,7 @@ class Site:
 
     def __init__(self, engine: Any, config: labs.Config) -> None:
         self.engine, self.config = engine, config
-        self.app = labs_api.create_app(config, engine_for=lambda name: engine)
+        self.app = labs_api.create_app(config, labs_models.One(engine, config.model_id))
         self.client = falcon.testing.TestClient(self.app)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
@@ -147,6 +149,27 @@ class Site:
         return openai.OpenAI(
             api_key=key, base_url=base, http_client=client, **{"max_retries": 0, **options}
         )
+
+
+class Later(labs_models.One):
+    """Engines that a function returns or has not yet, with the interface of labs_models.Models."""
+
+    def __init__(self, engine_of: Callable[[str], Any]) -> None:
+        self.engine_of = engine_of
+
+    def __call__(self, name: str) -> Any:
+        return self.engine_of(name)
+
+    def check(self) -> None:
+        self.engine_of("tiny")
+
+    def loaded(self) -> dict[str, Any]:
+        with contextlib.suppress(labs.LabsError):
+            return {"tiny": self.engine_of("tiny")}
+        return {}
+
+    def context_length(self, name: str) -> int | None:
+        return None
 
 
 JSON = {"Content-Type": "application/json"}
@@ -969,7 +992,7 @@ def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: Fak
 
 
 def test_a_quota_refills() -> None:
-    quota = labs_api.Quota(60_000)  # one a millisecond
+    quota = labs_gate.Quota(60_000)  # one a millisecond
     assert quota.take("a", 60_000) == 0
     assert 0 < quota.take("a", 60_000) <= 60
     time.sleep(0.05)
@@ -1003,7 +1026,7 @@ def test_answers_are_shared_within_one_key_only(fake: Fake) -> None:
 def test_other_machines_are_served_only_with_a_key(keys: Any, server: Any, allowed: bool) -> None:
     refused = contextlib.nullcontext() if allowed else pytest.raises(labs.ConfigError, match="key")
     with refused:
-        labs_api.check_exposure(configured(*keys, **server))
+        labs_gate.check_exposure(configured(*keys, **server))
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
@@ -1034,13 +1057,14 @@ def test_readiness_tells_the_state_of_the_engine(site: Site, doing: Any, health:
 def test_the_time_until_a_model_is_there_counts_but_is_no_setting(
     fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def engine_for(name: str) -> Any:
+    def engine_of(name: str) -> Any:
         time.sleep(0.2)
         return fake
 
     monkeypatch.setattr(labs_api, "LOADING_S", 0.1)
     site = Site(fake, configured(generation=labs.Generation(timeout_s=60)))
-    site.client = falcon.testing.TestClient(labs_api.create_app(site.config, engine_for=engine_for))
+    app = labs_api.create_app(site.config, Later(engine_of))
+    site.client = falcon.testing.TestClient(app)
     told = site.post("/explain", {"prompt": "hi"}).json["settings"]["timeout_s"]
     assert told["value"] == 60
     assert site.post("/generate", {"prompt": "hi"}).status_code == 200
@@ -1077,7 +1101,7 @@ class Live(Site):
 
     def __init__(self, engine: Any, config: labs.Config) -> None:
         super().__init__(engine, config)
-        self.server = labs_api.make_server(self.app, config)
+        self.server = labs_serve.make_server(self.app, config)
         self.port = self.server.effective_port
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.server.run, daemon=True)
@@ -1379,7 +1403,7 @@ def test_an_app_whose_model_is_being_loaded_says_so() -> None:
     def loading(name: str) -> Any:
         raise labs_engine.Busy(f"{name} is being loaded")
 
-    app = labs_api.create_app(configured(), engine_for=loading)
+    app = labs_api.create_app(configured(), Later(loading))
     client = falcon.testing.TestClient(app, headers={"Host": "localhost", **JSON})
     ready = client.simulate_get("/readyz")
     assert (ready.status_code, ready.json) == (503, {"status": "loading"})
@@ -1398,7 +1422,7 @@ def test_an_app_whose_model_cannot_be_loaded_is_not_ready(monkeypatch: pytest.Mo
     engines = labs_models.Models(configured())
     with pytest.raises(Exception, match="unforeseen"):
         engines.wait()
-    app = labs_api.create_app(configured(), engine_for=engines)
+    app = labs_api.create_app(configured(), engines)
     client = falcon.testing.TestClient(app, headers={"Host": "localhost"})
     assert client.simulate_get("/readyz").status_code == 503
     assert client.simulate_get("/metrics").status_code == 200
@@ -1415,13 +1439,16 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return test_labs.save_model(tmp_path_factory.mktemp("long") / "model", config)
 
 
+API = "import labs_cli; labs_cli.main_api()"
+
+
 @contextlib.contextmanager
 def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
     """Run labs-api, or other code, with LABS_ variables; end it if a test has not."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
     environment |= {"OMP_NUM_THREADS": "1", "LABS_SERVER_PORT": "0"}
     environment |= {f"LABS_{name}": value for name, value in settings.items()}
-    command = [sys.executable, *(code or [str(test_labs.ROOT / "labs_api.py")]), *arguments]
+    command = [sys.executable, *(code or ["-c", API]), *arguments]
     environment |= {"PYTHONPATH": str(test_labs.ROOT)}
     with subprocess.Popen(command, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
         try:
@@ -1509,15 +1536,15 @@ def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None
 
 def test_sigterm_ends_the_server_though_its_thread_is_slow(tiny_folder: Path) -> None:
     slow = """if 1:
-        import time, labs_api
-        make = labs_api.make_server
+        import time, labs_cli, labs_serve
+        make = labs_serve.make_server
         def make_server(*arguments):
             server = make(*arguments)
             leave = server.del_channel
             server.del_channel = lambda: (leave(), time.sleep(2))
             return server
-        labs_api.make_server = make_server
-        labs_api.main()
+        labs_serve.make_server = make_server
+        labs_cli.main_api()
         """
     with program(MODEL=str(tiny_folder), code=["-c", slow]) as process:
         url = serving(process)
@@ -1574,7 +1601,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model = test_labs.load(test_labs.save_model(tmp_path_factory.mktemp("small") / "m", config))
     engine = labs_engine.Engine(model)
     served = configured(generation=labs.Generation(max_new_tokens=4))
-    app = labs_api.create_app(served, engine_for=lambda name: engine)
+    app = labs_api.create_app(served, labs_models.One(engine, "tiny"))
     yield schemathesis.openapi.from_wsgi("/openapi.json", app)
     engine.close()
 
@@ -1649,7 +1676,7 @@ def test_the_example_of_labs_openai_runs(tiny):
     names |= {"config": configured(), "data": json.dumps(BODIES[CHAT]).encode()}
     names["completions"] = [labs.generate(tiny, labs.build_inputs(tiny, prompt="a"))]
     exec("\n".join(lines), names)
-    assert len(names["inputs"]) == 1
+    assert len(names["request"].prompts) == 1
 
 
 def test_text_offsets_go_on_over_the_pieces_of_a_stream(site):
@@ -1671,7 +1698,7 @@ def test_why_a_model_could_not_be_loaded_is_no_clients_business(monkeypatch):
     engines = labs_models.Models(configured())
     with pytest.raises(labs.ConfigError, match="secret"):
         engines.wait()
-    client = falcon.testing.TestClient(labs_api.create_app(configured(), engine_for=engines))
+    client = falcon.testing.TestClient(labs_api.create_app(configured(), engines))
     for path in ("/readyz", "/v1/models", "/generate"):
         method = "POST" if path == "/generate" else "GET"
         body = {"json": {"prompt": "a"}} if method == "POST" else {}
@@ -1682,8 +1709,8 @@ def test_why_a_model_could_not_be_loaded_is_no_clients_business(monkeypatch):
 
 def test_a_host_with_several_addresses_is_listened_to_on_one(monkeypatch):
     both = [(2, 1, 6, "", ("127.0.0.1", 0)), (10, 1, 6, "", ("::1", 0, 0, 0))]
-    monkeypatch.setattr(labs_api.socket, "getaddrinfo", lambda *_, **__: both)
-    assert labs_api._address("localhost") == "127.0.0.1"
+    monkeypatch.setattr(labs_serve.socket, "getaddrinfo", lambda *_, **__: both)
+    assert labs_serve._address("localhost") == "127.0.0.1"
 
 
 @pytest.mark.parametrize("origins", [("*",), ("https://a.example",)])

@@ -294,7 +294,8 @@ def answered(
 ) -> labs_batch.Tally:
     config = labs.load_config(env={}, overrides={"model_name": str(folder), "torch_dtype": "fp32"})
     tally = labs_batch.Tally()
-    labs_ray.answer_files(config, source, str(target), address, TWO, tally, **options)
+    files = labs_ray.Files(source, str(target), **options)
+    labs_ray.answer_files(config, files, address, TWO, tally)
     return tally
 
 
