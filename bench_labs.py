@@ -628,14 +628,17 @@ def lines(model: labs.Model, count: int) -> list[tuple[str, labs.Inputs]]:
 
 def file_rate(model: labs.Model, part: list[tuple[str, labs.Inputs]]) -> float:
     """Tokens per second of a file of prompts, from opening it to the last answer in the other."""
-    import labs_batch
+    import labs_jsonl
+    import labs_request
 
-    config, tally = labs.load_config(env={}), labs_batch.Tally()
+    config, tally = labs.load_config(env={}), labs_jsonl.Tally()
     config = labs.evolve(config, generation=labs.Generation(max_new_tokens=NEW, temperature=0.0))
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/prompts.jsonl", f"{folder}/answers.jsonl"
         Path(source).write_text("".join(json.dumps({"prompt": text}) + "\n" for text, _ in part))
-        labs_batch.answer_file(lambda: model, config, source, target, tally)
+        context = labs_request.open_context(config)
+        answer = functools.partial(labs_jsonl.answer_lines, model, context, tally=tally)
+        labs_jsonl.answer_file(answer, source, target, tally)
     return tally.rate
 
 

@@ -441,7 +441,19 @@ def check(config: labs.Config) -> None:
     search(cast("str", config.documents.database), "", embedding_model=embedding_model(config))
 
 
-def with_passages(
+def encoder_of(config: labs.Config) -> Any:
+    return config
+
+
+def with_passages(first: Any, second: Any, third: Any, prompt: Any = None) -> Any:
+    if prompt is None:
+        return _with_passages(first, second, third)
+    request = {name: getattr(prompt, name) for name in ("prompt", "messages", "use_chat_template")}
+    request, sources = _with_passages(second, third, request)
+    return tuple(request["messages"] or ()), sources
+
+
+def _with_passages(
     config: labs.Config, model: labs.Model, request: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[labs.Source, ...]]:
     """Return a request with what is found for its last message of the user, and the sources.

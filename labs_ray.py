@@ -6,7 +6,7 @@
     labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
 
 Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_serve.py and
-labs_batch.py with theirs.
+labs_jsonl.py with theirs.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ from ray import serve
 
 import labs
 import labs_api
-import labs_batch
 import labs_gate
+import labs_jsonl
 import labs_models
+import labs_request
 import labs_serve
 
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
@@ -330,13 +331,13 @@ class Files(Struct, frozen=True):
     """What is answered, and where to.
 
     source: a path, a glob, or a folder with *.jsonl, of any fsspec address; target: a folder, of
-    the same. lines: what one replica answers at a time. batch_rows: as in labs_batch.
+    the same. lines: what one replica answers at a time. batch_rows: computed at once.
     """
 
     source: str
     target: str
     batch_rows: int | None = None
-    lines: int = labs_batch.WINDOW
+    lines: int = labs_jsonl.WINDOW
 
 
 class Chunk(Struct, frozen=True):
@@ -357,7 +358,7 @@ def answer_files(
     files: Files,
     address: str,
     cluster: Cluster,
-    tally: labs_batch.Tally,
+    tally: labs_jsonl.Tally,
 ) -> None:
     """Answer the lines of files into files of a folder; ids that are answered there are skipped.
 
@@ -405,7 +406,7 @@ def _chunks(source: str, lines: int) -> Iterator[Chunk]:
                 first, start = first + len(some), start + sum(map(len, some))
 
 
-def _recover(target: str, tally: labs_batch.Tally) -> None:
+def _recover(target: str, tally: labs_jsonl.Tally) -> None:
     """Tell the tally what is answered in a folder, which is made if there is none."""
     files, folder = fsspec.core.url_to_fs(target)
     files.makedirs(folder, exist_ok=True)
@@ -419,12 +420,13 @@ class Answers:
     """A model in a process of its own, which answers chunks of lines, each into a file."""
 
     def __init__(self, config: labs.Config, target: str, batch_rows: int | None) -> None:
-        self.config, self.batch_rows = config, batch_rows
+        self.batching = labs_jsonl.Batching(rows=batch_rows)
         self.files, self.folder = fsspec.core.url_to_fs(target)
-        self.past = labs_batch.Tally()
+        self.past = labs_jsonl.Tally()
         _recover(target, self.past)
         self.failure = ""  # told by the answers: Ray would try again and again
         try:
+            self.context = labs_request.open_context(config)
             self.model = labs.load_model(config)
         except labs.LabsError as error:
             self.failure = str(error)
@@ -433,14 +435,12 @@ class Answers:
         if self.failure:
             return {"failure": self.failure}
         chunk = msgspec.convert(row, Chunk)
-        tally = labs_batch.Tally(answered={*self.past.answered})
+        tally = labs_jsonl.Tally(answered={*self.past.answered})
         with fsspec.open(chunk.path, "rb") as file:
             file.seek(chunk.start)
-            lines = list(itertools.islice(labs_batch.unmarked(file), chunk.count))
+            lines = list(itertools.islice(labs_jsonl.unmarked(file), chunk.count))
         numbered = ((f"{chunk.name}:{n}", line) for n, line in enumerate(lines, chunk.first))
-        answers = labs_batch.answer_lines(
-            self.model, self.config, numbered, tally, batch_rows=self.batch_rows
-        )
+        answers = labs_jsonl.answer_lines(self.model, self.context, numbered, tally, self.batching)
         if data := b"".join(answers):
             self._write(b"".join([f"{chunk.name}-{chunk.first}".encode(), *lines]), data)
         names = "done", "failed", "skipped", "tokens"

@@ -135,7 +135,7 @@ class Context(Struct, frozen=True, eq=False):
     config: labs.Config
     configs: dict[str, labs.Config]
     limits: labs.Server | None = None
-    filters: labs_guard.Rules | None = None
+    filters: labs_guard.Filters | None = None
     encoder: labs_rag.Encoder | None = None
 
 
