@@ -723,6 +723,7 @@ def serve_command(**flags: Any) -> None:
     labs.need("labs_ray", "ray", "a2wsgi")
     import labs_ray
 
+    labs_request.check_documents(labs_request.Context(config, {}))  # each replica checks the rest
     labs_ray.serve_replicas(config, address, labs_ray.cluster_of(cluster))
 
 

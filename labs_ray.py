@@ -113,7 +113,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def last_line(text: Any) -> str:
-    """Return the last line of a traceback, without the module of one of our own errors."""
+    """Return the last line of a traceback; an error of ours without its module."""
     return re.sub(r"^(\w+\.)*labs\w*\.\w+: ", "", str(text).strip().rpartition("\n")[2])
 
 
@@ -130,17 +130,16 @@ class Replica:
         logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
         logging.getLogger("ray").setLevel(logging.WARNING)
         context = serve.get_replica_context()
-        self.name, self.config = context.replica_id.unique_id, config
-        self.registry = Registry(context.app_name)
+        self.name, self.registry = context.replica_id.unique_id, Registry(context.app_name)
         alone = labs_gate.quotas_of(config)
         shared = {name: SharedQuota(each, getattr(alone, name)) for name, each in quotas.items()}
-        self.quotas = alone._replace(**shared)
+        self.config, self.quotas = config, alone._replace(**shared)
         self.models = labs_models.Models(config)
         self.models.wait()
 
     def __serve_build_asgi_app__(self) -> Any:
-        options: dict[str, Any] = {"quotas": self.quotas, "registry": self.registry}
-        app = labs_api.create_app(self.config, self.models, **options)
+        shared = {"quotas": self.quotas, "registry": self.registry}
+        app = labs_api.create_app(self.config, self.models, **shared)
         return Bridge(app, workers=labs_serve.threads_for(self.config))
 
     def check_health(self) -> None:
@@ -176,8 +175,8 @@ class Registry(CollectorRegistry):
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        handle = serve.get_deployment_handle(REPLICAS, self._app_name)
-        for name, found in handle.broadcast("metrics").results():
+        replicas = serve.get_deployment_handle(REPLICAS, self._app_name)
+        for name, found in replicas.broadcast("metrics").results():
             for family in found:
                 samples, family.samples = family.samples, []
                 whole = families.setdefault(family.name, family).samples
@@ -230,16 +229,15 @@ async def end_with_error(send: Any, began: bool) -> None:
     """Answer with an error, or let one be the last event of a stream that has begun."""
     text = "the replica that answered has ended; ask again"
     problem = labs_gate.Problem(503, text, "replica_lost")
-    whole = labs_gate.dumps(labs_api.error_of(problem))
-    data = labs_api.error_event(problem) if began else whole
+    data = labs_api.error_event(problem)
     if not began:
+        data = labs_gate.dumps(labs_api.error_of(problem))
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
 
 
 def middlewares() -> list[Middleware]:
-    """Return what Ray wraps its proxies in."""
     return [Middleware(ClosesBrokenStreams)]
 
 
@@ -249,21 +247,15 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
     options: dict[str, Any] = {
         "name": REPLICAS,
         "ray_actor_options": cluster.resources(config),
-        # More wait with Ray, which knows the replica that is free first.
-        "max_ongoing_requests": rows + EXTRA_REQUESTS,
+        "max_ongoing_requests": rows + EXTRA_REQUESTS,  # more wait with Ray, for any replica
         "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
         "max_constructor_retry_count": 1,  # a model that cannot be loaded never can
     }
-    if cluster.max_replicas is None:
-        options["num_replicas"] = cluster.replicas
-    else:
-        options["autoscaling_config"] = {
-            "min_replicas": cluster.replicas,
-            "max_replicas": cluster.max_replicas,
-            "target_ongoing_requests": rows,
-        }
+    least, most = cluster.replicas, cluster.max_replicas
+    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": rows}
+    options |= {"num_replicas": least} if most is None else {"autoscaling_config": scaling}
     if cluster.sticky:
         options["request_router_config"] = {"request_router_class": ROUTER}
     return serve.deployment(serve.ingress()(Replica), **options).bind(config, quotas_of(config))
@@ -277,28 +269,25 @@ def quotas_of(config: labs.Config) -> dict[str, Any]:
 
 
 def app(arguments: dict[str, Any]) -> Any:
-    """Build the application for `serve run labs_ray:app`; settings stand where they always do.
-
-    arguments: the fields of Cluster, and `config`, a file of settings.
-    """
-    named = {**arguments}
-    return deployment(labs.load_config(named.pop("config", None)), cluster_of(named))
+    """Serve by Ray's own command. arguments: fields of Cluster, and `config`, a settings file."""
+    rest = {**arguments}
+    return deployment(labs.load_config(rest.pop("config", None)), cluster_of(rest))
 
 
 def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     labs_gate.check_exposure(config)
-    host = config.server.host
+    host, count = config.server.host, cluster.replicas
     with contextlib.suppress(KeyboardInterrupt), connected(address):
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
-        url = labs_gate.url_of(host, port)
-        print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
+        loading = f"{labs_gate.url_of(host, port)} (loading {config.model_id})"
+        print(f"labs-api: {loading}", file=sys.stderr)
         try:
             _run(config, cluster)
             logs = "/tmp/ray/session_latest/logs of their machines"
-            count = "1 replica" if cluster.replicas == 1 else f"{cluster.replicas} replicas"
-            print(f"labs-api: ready, {count}; logs: {logs}", file=sys.stderr)
+            replicas = "replica" if count == 1 else "replicas"
+            print(f"labs-api: ready, {count} {replicas}; logs: {logs}", file=sys.stderr)
             threading.Event().wait()
         finally:
             serve.delete(APP)
@@ -328,37 +317,26 @@ def _run(config: labs.Config, cluster: Cluster) -> None:
 
 
 class Files(Struct, frozen=True):
-    """What is answered, and where to.
+    """What is answered, and where to: both are fsspec addresses."""
 
-    source: a path, a glob, or a folder with *.jsonl, of any fsspec address; target: a folder, of
-    the same. lines: what one replica answers at a time. batch_rows: computed at once.
-    """
-
-    source: str
-    target: str
-    batch_rows: int | None = None
-    lines: int = labs_jsonl.WINDOW
+    source: str  # a path, a glob, or a folder with *.jsonl
+    target: str  # a folder
+    batch_rows: int | None = None  # computed at once
+    lines: int = labs_jsonl.WINDOW  # that one replica answers at a time
 
 
 class Chunk(Struct, frozen=True):
-    """Lines of a file. name: the file's, within what the pattern fixes; first: number of a line.
-
-    start: its byte; count: how many lines.
-    """
+    """`count` lines of a file, from line `first` at byte `start` on."""
 
     path: str
-    name: str
+    name: str  # of the file, within what the pattern fixes
     first: int
     start: int
     count: int
 
 
 def answer_files(
-    config: labs.Config,
-    files: Files,
-    address: str,
-    cluster: Cluster,
-    tally: labs_jsonl.Tally,
+    config: labs.Config, files: Files, address: str, cluster: Cluster, tally: labs_jsonl.Tally
 ) -> None:
     """Answer the lines of files into files of a folder; ids that are answered there are skipped.
 
@@ -374,12 +352,12 @@ def answer_files(
     tally.answered.clear()
     if not chunks:
         return
-    most = cluster.max_replicas or cluster.replicas
+    least, most = cluster.replicas, cluster.max_replicas or cluster.replicas
     with connected(address):
         ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
         answers = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map(
             Answers,
-            compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas, max_size=most),
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
             fn_constructor_args=(config, target, files.batch_rows),
             **cluster.resources(config),
         )
@@ -422,9 +400,8 @@ class Answers:
     def __init__(self, config: labs.Config, target: str, batch_rows: int | None) -> None:
         self.batching = labs_jsonl.Batching(rows=batch_rows)
         self.files, self.folder = fsspec.core.url_to_fs(target)
-        self.past = labs_jsonl.Tally()
+        self.past, self.failure = labs_jsonl.Tally(), ""  # told by the answers: Ray tries for ever
         _recover(target, self.past)
-        self.failure = ""  # told by the answers: Ray would try again and again
         try:
             self.context = labs_request.open_context(config)
             self.model = labs.load_model(config)
@@ -440,8 +417,8 @@ class Answers:
             file.seek(chunk.start)
             lines = list(itertools.islice(labs_jsonl.unmarked(file), chunk.count))
         numbered = ((f"{chunk.name}:{n}", line) for n, line in enumerate(lines, chunk.first))
-        answers = labs_jsonl.answer_lines(self.model, self.context, numbered, tally, self.batching)
-        if data := b"".join(answers):
+        found = labs_jsonl.answer_lines(self.model, self.context, numbered, tally, self.batching)
+        if data := b"".join(found):
             self._write(b"".join([f"{chunk.name}-{chunk.first}".encode(), *lines]), data)
         names = "done", "failed", "skipped", "tokens"
         return {"failure": "", **{name: getattr(tally, name) for name in names}}

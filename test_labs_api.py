@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -125,9 +127,10 @@ def configured(*keys: str, generation: Any = None, **server: Any) -> labs.Config
 class Site:
     """An app and a client of it, without sockets."""
 
-    def __init__(self, engine: Any, config: labs.Config) -> None:
+    def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
         self.engine, self.config = engine, config
-        self.app = labs_api.create_app(config, labs_models.One(engine, config.model_id))
+        models = labs_models.One(engine, config.model_id) if models is None else models
+        self.app = labs_api.create_app(config, models)
         self.client = falcon.testing.TestClient(self.app)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
@@ -1099,8 +1102,8 @@ class Brake:
 class Live(Site):
     """An app behind waitress on a free port, in a thread."""
 
-    def __init__(self, engine: Any, config: labs.Config) -> None:
-        super().__init__(engine, config)
+    def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
+        super().__init__(engine, config, models)
         self.server = labs_serve.make_server(self.app, config)
         self.port = self.server.effective_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -1426,6 +1429,120 @@ def test_an_app_whose_model_cannot_be_loaded_is_not_ready(monkeypatch: pytest.Mo
     client = falcon.testing.TestClient(app, headers={"Host": "localhost"})
     assert client.simulate_get("/readyz").status_code == 503
     assert client.simulate_get("/metrics").status_code == 200
+
+
+# ---------------------------------------------------------------- a model that takes its time
+
+
+class Slow(Later):
+    """Models whose only one appears some seconds after it was first asked for."""
+
+    def __init__(self, engine: Any, seconds: float) -> None:
+        super().__init__(self.get)
+        self.engine, self.seconds = engine, seconds
+        self.began = math.inf  # of the load
+        self.holders = self.given = 0
+
+    def get(self, name: str) -> Any:
+        self.began = min(self.began, time.monotonic())
+        if time.monotonic() < self.began + self.seconds:
+            raise labs_models.Loading(f"{name} is being loaded", lambda s: time.sleep(s))
+        return self.engine
+
+    def __call__(self, name: str) -> Any:
+        engine = self.get(name)
+        self.holders, self.given = self.holders + 1, self.given + 1
+        return engine
+
+    def release(self, name: str) -> None:
+        self.holders -= 1
+
+    def reader(self, name: str) -> labs.Model:
+        return self.get(name).model
+
+
+@pytest.fixture
+def slow(fake: Fake) -> Iterator[Callable[..., tuple[Slow, Live]]]:
+    """Serve a fake engine that is not there for some seconds."""
+    with contextlib.ExitStack() as stack:
+
+        def start(seconds: float = 3.0, **server: Any) -> tuple[Slow, Live]:
+            models = Slow(fake, seconds)
+            live = Live(fake, configured(port=0, **server), models)
+            stack.callback(live.close)
+            return models, live
+
+        yield start
+
+
+@pytest.mark.parametrize("path", ["/generate/stream", CHAT, COMPLETIONS])
+def test_comments_come_in_a_stream_until_its_model_is_there(path: str, slow: Any) -> None:
+    models, live = slow()
+    body = {**BODIES[path], **({} if path == "/generate/stream" else {"stream": True})}
+    began = time.monotonic()
+    with httpx.stream("POST", live.url + path, json=body, timeout=WAIT_S) as response:
+        assert response.status_code == 200
+        comments, seconds = [], 0.0
+        for line in response.iter_lines():
+            if line.startswith(":"):
+                comments.append(line)
+            elif line:
+                seconds = seconds or time.monotonic() - began
+    assert comments[0] == ": ok"
+    assert comments[1:] == [f": loading the model for {n} s" for n in range(1, len(comments))]
+    assert len(comments) in (3, 4)
+    assert 3 <= seconds < 4
+    assert (models.holders, models.given) == (0, 1)
+    assert len(live.engine.asked) == 1
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_the_time_of_a_request_counts_from_its_arrival(path: str, slow: Any) -> None:
+    models, live = slow()
+    late = {"prompt": "hi", "timeout_s": 1.0}
+    began = time.monotonic()
+    response = httpx.post(live.url + path, json=late, timeout=WAIT_S)
+    assert 1 <= time.monotonic() - began < 2
+    assert "tiny is being loaded" in response.text
+    assert response.status_code == (503 if path == "/generate" else 200)
+    early = {"prompt": "hi", "timeout_s": 10.0}
+    assert httpx.post(live.url + path, json=early, timeout=WAIT_S).status_code == 200
+    assert 7 < live.engine.generation.timeout_s < 9.1
+    assert (models.holders, models.given) == (0, 1)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_who_hangs_up_before_the_model_is_there_asks_for_nothing(path: str, slow: Any) -> None:
+    models, live = slow(max_waiting=1)
+    connection = live.connect(request(path, {"prompt": "hi"}))
+    until(lambda: models.began < math.inf)
+    time.sleep(0.2)
+    refused = httpx.post(live.url + path, json={"prompt": "hi"}, timeout=WAIT_S)
+    assert refused.status_code == 503, "the only place is taken"
+    connection.close()
+    time.sleep(0.5)
+    assert httpx.post(live.url + path, json={"prompt": "hi"}, timeout=WAIT_S).status_code == 200
+    assert (models.holders, models.given) == (0, 1)
+    assert len(live.engine.asked) == 1
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_lease_is_given_back_whatever_becomes_of_the_request(
+    path: str, slow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise labs_engine.Busy("full")
+
+    models, live = slow(seconds=0.0)
+    monkeypatch.setattr(live.engine, "call", lambda ask: {"a": 0.5, "b": 0.5})
+    ask = functools.partial(httpx.post, live.url + path, json=BODIES[path], timeout=WAIT_S)
+    assert ask().status_code == 200
+    monkeypatch.setattr(live.engine, "submit", raises)
+    monkeypatch.setattr(live.engine, "call", raises)
+    assert ask().status_code == (200 if path == "/explain" else 503)
+    monkeypatch.setattr(labs, "build_inputs", raises)  # it fails before it comes to the engine
+    assert ask().status_code == 503
+    assert (models.holders, models.given) == (0, 3)
 
 
 # ---------------------------------------------------------------- labs-api as a program

@@ -887,7 +887,7 @@ def test_what_cannot_be_learnt_of_other_models_stops_nothing(begin, loader, monk
 class Many(Site):
     """An app with several models and a client of it, without sockets."""
 
-    def __init__(self, engine: labs_models.Models, config: labs.Config) -> None:
+    def __init__(self, engine: labs_models.Models, config: labs.Config, _: Any = None) -> None:
         self.engine, self.config = engine, config
         self.app = labs_api.create_app(config, engine)
         self.client = falcon.testing.TestClient(self.app)

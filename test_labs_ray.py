@@ -253,7 +253,7 @@ def test_a_copy_in_a_package_names_its_own_modules_and_errors(
     with pytest.raises(copy.labs.LabsError, match="cannot reach Ray"), copy.connected("auto"):
         pass
     assert os.environ[copy.MIDDLEWARES] == "thing.labs_ray.middlewares"
-    for name in ("labs", "thing.labs"):
+    for name in ("labs", "thing.labs", "labs_settings", "thing.labs_settings"):
         assert labs_ray.last_line(f"a frame\n{name}.ModelError: no file") == "no file"
 
 
