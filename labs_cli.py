@@ -3,7 +3,7 @@
 The answer goes to standard output, everything else to standard error. Each setting of labs.py is
 a flag here, made from labs.settings(): no default stands in this file.
 
-SPDX-License-Identifier: Apache-2.0. To copy it, take labs.py and labs_decode.py along.
+SPDX-License-Identifier: Apache-2.0. To copy it: labs-gen --vendor FOLDER --rooms cli
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import contextlib
 import functools
 import gc
 import io
+import itertools
 import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Generator, Iterator
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -24,6 +26,7 @@ import click
 import msgspec
 
 import labs
+import labs_request
 
 EPILOG = """\b
 Examples:
@@ -133,22 +136,21 @@ NEEDS = (
     *("rooms vendor", "check vendor"),
 )
 
-Values = dict[str, Any]  # flags, or the keywords of labs.build_inputs
+Values = dict[str, Any]  # flags by name
 Messages = list[labs.Message]
 tell = functools.partial(click.echo, err=True)  # for the person, who may not read the answer
 
 
 class Session(NamedTuple):
-    """What stays the same from one answer to the next."""
+    """What stays the same from one answer to the next. asked: as the flags say, masks not in it."""
 
+    context: labs_request.Context
+    asked: labs_request.Request
     model: labs.Model
-    config: labs.Config
-    schema: labs.ResponseFormat | None
     prefixes: Any
     stream: bool
     verbose: bool
     imports_s: float
-    sources: list[labs.Source]  # of the last answer
 
 
 def write(text: str) -> None:
@@ -191,21 +193,22 @@ def read_messages(flags: Values) -> Messages:
     return [labs.Message(role="system", content=flags["system"]), *messages]
 
 
-def read_request(flags: Values) -> Values:
-    """Return what labs.build_inputs is to be asked with: a prompt or messages."""
+def read_prompt(flags: Values) -> labs_request.Prompt:
+    """Return the prompt or the messages; those of a chat may be none."""
     messages, prompt = read_messages(flags), flags["prompt"]
     if flags["chat"] or flags["messages_json"] is not None or flags["messages_file"] is not None:
         if not messages and not flags["chat"]:
             raise click.UsageError("no prompt: the list of messages is empty")
-        return {"messages": messages}
+        return labs_request.Prompt(messages=tuple(messages))
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give --prompt TEXT, messages, --chat, or a pipe")
     if prompt in (None, "-"):
         prompt = read_text("-")
     if not prompt.strip():
         raise click.UsageError("no prompt: the text is empty")
-    user = labs.Message(role="user", content=prompt)
-    return {"messages": [*messages, user]} if messages else {"prompt": prompt}
+    if not messages:
+        return labs_request.Prompt(prompt=prompt)
+    return labs_request.Prompt(messages=(*messages, labs.Message(role="user", content=prompt)))
 
 
 def check_flags(flags: Values) -> None:
@@ -230,81 +233,64 @@ def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
             raise click.UsageError(f"--{flag} needs {needed}")
 
 
-def build_inputs(session: Session, request: Values) -> labs.Inputs:
-    """Build the inputs as configured: the two chat toggles, and passages of documents."""
-    config = session.config
-    toggles = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
-    rules, request = rules_of(config), {**request, **toggles}
-    request = rules.check_request(request) if rules else request
-    if config.documents.apply(None):
-        labs.need("labs_rag")
-        import labs_rag
-
-        request, session.sources[:] = labs_rag.with_passages(config, session.model, request)
-        for source in session.sources:
-            tell(f"[{source.n}] {source.path}" + f"#{source.heading}" * bool(source.heading))
-    inputs = labs.build_inputs(session.model, **request)
-    return rules.check_inputs(inputs) if rules else inputs
+def prepare(session: Session, request: labs_request.Request) -> labs_request.Prepared:
+    """Build the inputs of a checked request and tell which passages of documents are in them."""
+    context = session.context
+    prepared = labs_request.prepare(context, context.config, session.model, request)
+    for source in prepared.sources or ():
+        tell(f"[{source.n}] {source.path}" + (f"#{source.heading}" if source.heading else ""))
+    return prepared
 
 
-def rules_of(config: labs.Config) -> Any:
-    """Return the filters of [guard], or None where there are none."""
-    if config.guard == labs.Guard():
-        return None
-    labs.need("labs_guard")
-    import labs_guard
-
-    return labs_guard.load(config.guard, config.model)
-
-
-def shown(config: labs.Config, inputs: labs.Inputs, events: Any) -> Any:
-    """Return what the filters show of an answer's events, as they come."""
-    if (rules := rules_of(config)) is None:
-        return events
-    import labs_guard
-
-    return labs_guard.Filter(rules, inputs, config.generation).all(events)
-
-
-def answer(session: Session, request: Values, parts: list[str]) -> None:
-    """Write the answer as it comes or in one piece.
-
-    parts: takes the pieces of the text; what was there before an interruption stays in it.
-    """
-    inputs = build_inputs(session, request)
-    options, prefixes = session.config.generation, session.prefixes
-    only = processors(session)
-    events: Any = labs.stream_generate(session.model, inputs, options, prefixes, only)
-    events = shown(session.config, inputs, events)
+def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[labs.Event]:
+    """Yield the events of the answer as the filters show them."""
+    ((inputs, generation),) = prepared.answers()
+    shown = labs_request.shown_events(session.context, inputs, generation)
+    model, prefixes, constraints = session.model, session.prefixes, prepared.constraints()
+    events: Any = labs.stream_generate(model, inputs, generation, prefixes, constraints)
     with contextlib.closing(events):
+        for event in itertools.chain.from_iterable(map(shown, events)):
+            yield event
+            if isinstance(event, labs.Done):  # also where a filter cuts the answer
+                return
+
+
+def answer(session: Session, request: labs_request.Request) -> Iterator[str]:
+    """Write the answer as it comes or in one piece; yield the pieces of its text."""
+    prepared, pieces = prepare(session, request), list[str]()
+    with contextlib.closing(events_of(session, prepared)) as events:
         for event in events:
             if isinstance(event, labs.Delta):
-                parts.append(event.text)
+                pieces.append(event.text)
+                yield event.text
                 write(event.text if session.stream else "")
-    write("\n" if session.stream else "".join(parts) + "\n")
-    report(session, event)
+            elif isinstance(event, labs.Done):
+                write("\n" if session.stream else "".join(pieces) + "\n")
+                report(session, event)
 
 
-def answer_json(session: Session, request: Values) -> None:
+def answer_json(session: Session, request: labs_request.Request) -> None:
     """Write one JSON object: the completion and the settings that made it."""
-    config, only, rules = session.config, processors(session), rules_of(session.config)
-    inputs = build_inputs(session, request)
-    if rules:
-        rules.filters(config.generation)  # refuses log-probabilities
-    completion = labs.generate(session.model, inputs, config.generation, processors=only)
-    completion = rules.shown(completion) if rules else completion
+    config, prepared = session.context.config, prepare(session, request)
+    ((inputs, generation),) = prepared.answers()
+    constraints = prepared.constraints()
+    completion = labs.generate(session.model, inputs, generation, processors=constraints)
+    completion = labs_request.shown(session.context, completion)
+    found = msgspec.structs.asdict(completion)
+    (prompt,) = session.asked.prompts
+    asked: Values = {"prompt": prompt.prompt, "messages": prompt.messages}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    asked |= {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
+    asked["response_format"] = request.response_format
     settings = {setting.key: labs.effective(config, setting) for setting in SETTINGS}
-    toggles = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
-    asked = {**request, **toggles, "response_format": session.schema}
-    result = {**msgspec.structs.asdict(completion), "request": asked}
-    result["settings"] = settings
-    if config.documents.apply(None):
-        asked["documents"], result["documents"] = True, session.sources
+    result = {**found, "request": asked, "settings": settings}
+    if prepared.sources is not None:
+        asked["documents"], result["documents"] = True, prepared.sources
     write(msgspec.json.encode(result).decode() + "\n")
     report(session, completion)
 
 
-def read_schema(name: str | None) -> labs.ResponseFormat | None:
+def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
     """Return what a file with a JSON schema asks for."""
     if name is None:
         return None
@@ -312,34 +298,28 @@ def read_schema(name: str | None) -> labs.ResponseFormat | None:
         schema = msgspec.json.decode(read_text(name), type=dict[str, Any])
     except msgspec.DecodeError as exc:
         raise labs.InputError(f"{name}: {exc}; a JSON schema, as an object, is due") from exc
-    return labs.ResponseFormat(type="json_schema", json_schema=labs.JsonSchema(schema=schema))
+    wanted = labs_request.JsonSchema(schema=schema)
+    return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)
 
 
-def processors(session: Session) -> tuple[Any, ...]:
-    """Return what keeps the answer to --schema."""
-    if session.schema is None:
-        return ()
-    labs.need("labs_typed")
-    import labs_typed
-
-    return labs_typed.constraints(session.model, session.schema)
-
-
-def choose(session: Session, request: Values, options: tuple[str, ...], as_json: bool) -> None:
+def choose(
+    session: Session, request: labs_request.Request, options: tuple[str, ...], as_json: bool
+) -> None:
     """Write how likely each of the options is, the likeliest first."""
-    labs.need("labs_typed")
     import labs_typed
 
-    found = labs_typed.choose(session.model, build_inputs(session, request), options)
+    (inputs,) = prepare(session, request).inputs
+    found = labs_typed.choose(session.model, inputs, options)
     ranked = dict(sorted(found.items(), key=lambda each: -each[1]))
     lines = [f"{share:.4f} {option}" for option, share in ranked.items()]
     write(msgspec.json.encode(ranked).decode() + "\n" if as_json else "\n".join([*lines, ""]))
 
 
-def explain(session: Session, request: Values) -> None:
+def explain(session: Session, request: labs_request.Request) -> None:
     """Write the prompt as the model reads it and how it would be answered."""
-    config, inputs = session.config, build_inputs(session, request)
-    told = labs.explain(session.model, inputs, config.generation, config.sources)
+    sources = session.context.config.sources
+    ((inputs, generation),) = prepare(session, request).answers()
+    told = labs_request.explain(session.model, inputs, generation, sources)
     left = "any number of" if told.context_left is None else told.context_left
     same = "yes" if told.batch_invariant else "not promised for this model on this device"
     write(f"""{told.prompt}
@@ -357,22 +337,28 @@ memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes
 
 def answer_file(config: labs.Config, flags: Values) -> None:
     """Answer the lines of --input; exit code 1 if some failed, now or before."""
-    labs.need("labs_batch")
-    import labs_batch
+    labs.need("labs_jsonl")
+    import labs_jsonl
 
-    tally, address = labs_batch.Tally(), flags["ray"]
+    tally, address = labs_jsonl.Tally(), flags["ray"]
     source, target, rows = flags["input"], flags["output"] or "-", flags["batch_rows"]
     try:
         if address is None:
-            load, ordered = functools.partial(labs.load_model, config), bool(flags["ordered"])
-            options = {"batch_rows": rows, "ordered": ordered}
-            labs_batch.answer_file(load, config, source, target, tally, **options)
+            context = labs_request.open_context(config)
+            batching = labs_jsonl.Batching(rows=rows, ordered=bool(flags["ordered"]))
+
+            def answer(lines: labs_jsonl.Lines) -> Iterator[bytes]:
+                model = load_model(config)
+                return labs_jsonl.answer_lines(model, context, lines, tally, batching)
+
+            labs_jsonl.answer_file(answer, source, target, tally)
         else:
             labs.need("labs_ray", "ray", "a2wsgi")
             import labs_ray
 
             cluster = labs_ray.cluster_of(take_ray(flags)[1])
-            labs_ray.answer_files(config, source, target, address, cluster, tally, rows)
+            files = labs_ray.Files(source, target, rows)
+            labs_ray.answer_files(config, files, address, cluster, tally)
     except BrokenPipeError:  # the reader has enough
         raise click.exceptions.Exit(0) from None
     finally:
@@ -384,14 +370,14 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
 def replay(config: labs.Config, flags: Values) -> None:
     """Tell of each line of --replay how it compares; exit code 1 if a comparable one differs."""
-    labs.need("labs_batch")
-    import labs_batch
+    labs.need("labs_jsonl")
+    import labs_jsonl
 
     counts = dict.fromkeys(("same", "differs", "not comparable"), 0)
-    with labs_batch.opened(flags["replay"]) as lines:
-        model = labs.load_model(config)
-        rows = flags["batch_rows"]
-        for found in labs_batch.replay(model, config, enumerate(lines, 1), batch_rows=rows):
+    context = labs_request.open_context(config)
+    with labs_jsonl.opened(flags["replay"]) as file:
+        model, lines = load_model(config), enumerate(file, 1)
+        for found in labs_jsonl.replay(model, context, lines, flags["batch_rows"]):
             counts[found.verdict] += 1
             at = f" at token {found.token}" if found.token else ""
             why = f" ({found.why})" if found.why else ""
@@ -414,15 +400,6 @@ def index(config: labs.Config, flags: Values) -> None:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
     tell(f"[{counts}; {done.chunks} new chunks]")
-
-
-def let_one_speak(flags: Values) -> None:
-    """Silence all processes of torchrun but one; refuse what they would not read alike."""
-    asked = [flags[name] for name in ("prompt", "messages_json", "messages_file")]
-    if flags["chat"] or flags["input"] or "-" in asked or not any(asked):
-        raise click.UsageError("with tp_plan, give --prompt TEXT or a file of messages")
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def take_ray(flags: Values) -> tuple[str | None, Values]:
@@ -489,7 +466,7 @@ def save(history: Messages, name: str) -> None:
         tell(f"Error: {sentence(exc)}")
 
 
-def obey(line: str, history: Messages) -> Messages:
+def run_chat_command(line: str, history: Messages) -> Messages:
     """Run a line that begins with a slash and return the history after it."""
     name, _, argument = line.strip().partition(" ")
     system = [message for message in history if message.role == "system"]
@@ -514,7 +491,10 @@ def take_turn(session: Session, history: Messages, text: str) -> Messages:
     asked = [*history, labs.Message(role="user", content=text)]
     parts: list[str] = []
     try:
-        answer(session, {"messages": asked}, parts)
+        prompt = labs_request.Prompt(messages=tuple(asked))
+        request = msgspec.structs.replace(session.asked, prompts=(prompt,))
+        for piece in answer(session, labs_request.check(session.context, request)):
+            parts.append(piece)  # what came before an interruption stays
     except KeyboardInterrupt:
         tell("\n[stopped]")
     except labs.LabsError as exc:
@@ -532,7 +512,7 @@ def chat(session: Session, history: Messages) -> None:
         try:
             line = read_line("> ")
             if line.startswith("/"):
-                history = obey(line, history)
+                history = run_chat_command(line, history)
             elif text := rest_of_message(line):
                 history = take_turn(session, history, text)
         except KeyboardInterrupt:  # at the prompt: give up the line
@@ -638,32 +618,51 @@ def run(**flags: Any) -> None:
     if flags["show_config"]:
         write(labs.dump_effective_config(config).rstrip("\n") + "\n")
         return
-    if config.model.tp_plan:
-        let_one_speak(flags)
     for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
         if flags[name]:
             mode(config, flags)
             return
-    request, schema = read_request(flags), read_schema(flags["schema"])
+    answer_prompt(config, flags)
+
+
+def answer_prompt(config: labs.Config, flags: Values) -> None:
+    """Answer one prompt, or those of a chat; what cannot work is refused before the model loads."""
+    prompt, schema = read_prompt(flags), read_schema(flags["schema"])
+    asked = labs_request.Request(prompts=(prompt,), response_format=schema)
+    if flags["choose"] or schema is not None:
+        labs.need("labs_typed")
+    context = labs_request.open_context(config)
+    first = msgspec.structs.replace(asked, prompts=()) if flags["chat"] else asked
+    request = labs_request.check(context, first)
     stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
     began = time.perf_counter()
-    model = labs.load_model(config)
+    model = load_model(config)
     imports_s = time.perf_counter() - began - model.load_s
-    gc.freeze()  # nothing that was loaded has to be looked through for garbage
     from labs_decode import Prefixes
 
     verbose = flags["verbose"]
-    session = Session(model, config, schema, Prefixes(), stream, verbose, imports_s, [])
+    session = Session(context, asked, model, Prefixes(), stream, verbose, imports_s)
     if flags["choose"]:
         choose(session, request, flags["choose"], flags["json"])
     elif flags["chat"]:
-        chat(session, request["messages"])
+        chat(session, list(prompt.messages or ()))
     elif flags["explain"]:
         explain(session, request)
     elif flags["json"]:
         answer_json(session, request)
     else:
-        answer(session, request, [])
+        for _ in answer(session, request):
+            pass
+
+
+def load_model(config: labs.Config) -> labs.Model:
+    """Load the model without looking for garbage: what is loaded stays as long as the process."""
+    gc.disable()
+    try:
+        return labs.load_model(config)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def start(name: str, callback: Any, options: Options, epilog: str) -> None:
@@ -690,6 +689,48 @@ def main() -> None:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(end.code)
+
+
+# ---------------------------------------------------------------- labs-api
+
+API_EPILOG = """\b
+Examples:
+  labs-api
+  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
+  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
+  labs-api --ray --replicas 2
+
+\b
+Keys come from LABS_API_KEYS (commas between) or --api-keys-file FILE, never
+from a flag. Settings can also stand in labs.toml, .env and the environment
+(LABS_SERVER_PORT for --port). SIGTERM lets answers under way end.
+"""
+
+
+def serve_command(**flags: Any) -> None:
+    """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
+    check_needs(flags, RAY_NEEDS)
+    address, cluster = take_ray(flags)
+    overrides = {key: value for key, value in flags.items() if value not in (None, ())}
+    path = overrides.pop("config", None)
+    config = labs.load_config(path, overrides=overrides)
+    if address is None:
+        labs.need("labs_serve")
+        import labs_serve
+
+        labs_serve.serve(config)
+        return
+    labs.need("labs_ray", "ray", "a2wsgi")
+    import labs_ray
+
+    labs_request.check_documents(labs_request.Context(config, {}))  # each replica checks the rest
+    labs_ray.serve_replicas(config, address, labs_ray.cluster_of(cluster))
+
+
+def main_api() -> None:
+    """Run labs-api as a program."""
+    options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
+    start("labs-api", serve_command, (*options, *RAY, *STICKY), API_EPILOG)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,9 @@ class Models:
             return self.reader(name)
         return reader
 
+    def account(self, nbytes: Callable[[], int]) -> None:
+        """Count what else lies in the models' memory; asked anew each time."""
+
     @property
     def failed(self) -> bool:
         """Whether the configured model could not be loaded when it was last tried."""
@@ -287,3 +290,32 @@ class Models:
             if slot.reader is None and slot.context_length is None:
                 with contextlib.suppress(Exception):  # a load will tell
                     slot.context_length = labs.context_length(slot.config.model)
+
+
+class One:
+    """One given engine, with the interface of Models. It stays: nothing is loaded or let go."""
+
+    def __init__(self, engine: labs_engine.Engine, name: str | None = None) -> None:
+        self._engine = engine
+        self._name = engine.model.spec.model_name if name is None else name
+
+    def __call__(self, name: str) -> labs_engine.Engine:
+        return self._engine
+
+    def release(self, name: str) -> None:
+        """Do nothing: it stays."""
+
+    def reader(self, name: str) -> labs.Model:
+        return self._engine.model
+
+    def check(self) -> None:
+        """Do nothing: it is there."""
+
+    def loaded(self) -> dict[str, labs_engine.Engine]:
+        return {self._name: self._engine}
+
+    def context_length(self, name: str) -> int | None:
+        return self._engine.model.context_length if name == self._name else None
+
+    def account(self, nbytes: Callable[[], int]) -> None:
+        """Do nothing: no other model needs room."""

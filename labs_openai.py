@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenAI's words for what labs does: bodies in, answers out. Nothing here serves or computes.
 
-    body, given = labs_openai.read(data, CHAT.request)     # refused by name what labs does not do
-    generation = labs.evolve(config.generation, **CHAT.options(body, given))
-    inputs = [labs.build_inputs(model, **each) for each in CHAT.prompts(body)]
-    CHAT.answer(model, completions, body.n or 1, id="1", model=config.model_id)
+    body, given = labs_openai.read(data, CHAT.body)        # refused by name what labs does not do
+    request = CHAT.request_of(body, given)                 # a labs_request.Request
+    CHAT.answer(model, completions, request.n, id="1", model=config.model_id)
 
 Both endpoints are pure values, `CHAT` and `COMPLETIONS`; labs_api.py answers HTTP with them,
-labs_batch.py the lines of a batch file. Needs labs.py and labs_decode.py.
+labs_jsonl.py the lines of a batch file. Needs labs.py and labs_request.py.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 import labs
+import labs_request
 
 S = TypeVar("S", bound=Struct)
-Refused = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
+Unsupported = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
 
 
 # ---------------------------------------------------------------- what comes in
@@ -77,27 +77,27 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=256)]
-    documents: bool | None = None  # ours, as in labs.GenerateRequest
+    documents: bool | None = None  # ours, as in labs_request.GenerateRequest
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     logprobs: bool | None = None
     top_logprobs: labs.Rivals | None = None
-    tools: Refused = None
-    tool_choice: Refused = None
-    parallel_tool_calls: Refused = None
-    functions: Refused = None
-    function_call: Refused = None
-    response_format: labs.ResponseFormat | None = None
-    modalities: Refused = None
-    audio: Refused = None
-    prediction: Refused = None
-    reasoning_effort: Refused = None
-    verbosity: Refused = None
-    web_search_options: Refused = None
-    service_tier: Refused = None
-    store: Refused = None
-    metadata: Refused = None
-    safety_identifier: Refused = None
-    prompt_cache_key: Refused = None
+    tools: Unsupported = None
+    tool_choice: Unsupported = None
+    parallel_tool_calls: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    response_format: labs_request.ResponseFormat | None = None
+    modalities: Unsupported = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    reasoning_effort: Unsupported = None
+    verbosity: Unsupported = None
+    web_search_options: Unsupported = None
+    service_tier: Unsupported = None
+    store: Unsupported = None
+    metadata: Unsupported = None
+    safety_identifier: Unsupported = None
+    prompt_cache_key: Unsupported = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
@@ -114,9 +114,9 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
         ]
     )
     logprobs: labs.Rivals | None = None
-    echo: Refused = None
-    suffix: Refused = None
-    best_of: Refused = None
+    echo: Unsupported = None
+    suffix: Unsupported = None
+    best_of: Unsupported = None
 
 
 # Values that ask for nothing. null always does.
@@ -138,7 +138,7 @@ REFUSED = {
     name
     for kind in (ChatRequest, CompletionRequest)
     for name, note in kind.__annotations__.items()
-    if note == "Refused"
+    if note == "Unsupported"
 }
 
 
@@ -157,7 +157,7 @@ class OpenAIUsage(Struct, frozen=True):
     response_cached: bool = False
 
 
-class Said(Struct, frozen=True, omit_defaults=True):
+class MessagePart(Struct, frozen=True, omit_defaults=True):
     """A message, or what a chunk adds to one."""
 
     role: Literal["assistant"] | UnsetType = UNSET
@@ -168,8 +168,8 @@ class Choice(Struct, frozen=True):
     """One answer, or a piece of it: `message` or `delta` in a chat, else `text`."""
 
     index: int
-    message: Said | UnsetType = UNSET
-    delta: Said | UnsetType = UNSET
+    message: MessagePart | UnsetType = UNSET
+    delta: MessagePart | UnsetType = UNSET
     text: str | UnsetType = UNSET
     logprobs: dict[str, Any] | None = None
     finish_reason: Literal["stop", "length", "content_filter"] | None = None
@@ -198,6 +198,13 @@ class Error(Struct, frozen=True):
 
 
 # ---------------------------------------------------------------- errors
+
+
+def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
+    """Return an error in OpenAI's words; the kind follows from the HTTP status."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+    return Error(ErrorDetail(message, kind, param, code))
 
 
 class Refusal(labs.InputError):
@@ -248,9 +255,20 @@ def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
 class Endpoint:
     """What both endpoints have in common."""
 
-    request: type[Any]
+    body: type[Any]
     prefix: str
     kinds: tuple[Any, Any]  # object of a whole answer and of a chunk
+
+    def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
+        """Return what a body asks for; `given` holds the fields that it names."""
+        return labs_request.Request(
+            prompts=self.prompts(body),
+            options=self.options(body, given),
+            n=body.n or 1,
+            model=body.model,
+            response_format=getattr(body, "response_format", None),
+            documents=getattr(body, "documents", False),
+        )
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return the generation settings that the body names; null names none."""
@@ -263,8 +281,7 @@ class Endpoint:
             found["stop"] = (body.stop,) if isinstance(body.stop, str) else body.stop
         return found
 
-    def prompts(self, body: Any) -> list[dict[str, Any]]:
-        """Return keywords of labs.build_inputs for each prompt, or `ids` for labs.inputs_of_ids."""
+    def prompts(self, body: Any) -> tuple[labs_request.Prompt, ...]:
         raise NotImplementedError
 
     def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
@@ -278,21 +295,19 @@ class Endpoint:
     def answer(
         self, loaded: labs.Model, found: Sequence[labs.Completion], n: int, **names: Any
     ) -> OpenAIAnswer:
-        """Return whole answers, `n` a prompt. names: id, model and created of the answer."""
+        """Return whole answers, `n` a prompt. names: as in `wrap`."""
         choices = tuple(self.choice(loaded, index, each) for index, each in enumerate(found))
         usage = usage_of([each.usage for each in found], n)
-        return self.wrap(loaded, choices, kind=self.kinds[0], usage=usage, **names)
+        names = {"system_fingerprint": system_fingerprint(loaded), **names}
+        return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
 
-    def wrap(self, loaded: labs.Model, choices: tuple[Choice, ...], **rest: Any) -> OpenAIAnswer:
-        """Return choices as an answer or a chunk."""
-        rest = {"kind": self.kinds[1], "created": int(time.time()), **rest}
-        rest["id"] = f"{self.prefix}-{rest['id']}"
-        return OpenAIAnswer(
-            object=rest.pop("kind"),
-            choices=choices,
-            system_fingerprint=system_fingerprint(loaded),
-            **rest,
-        )
+    def wrap(self, choices: tuple[Choice, ...], **names: Any) -> OpenAIAnswer:
+        """Return choices as a chunk, unless `object` says otherwise.
+
+        names: of the fields of OpenAIAnswer; id and model at least, which all chunks have alike.
+        """
+        names = {"object": self.kinds[1], "created": int(time.time()), **names}
+        return OpenAIAnswer(choices=choices, **{**names, "id": f"{self.prefix}-{names['id']}"})
 
 
 def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
@@ -328,7 +343,7 @@ def _token(model: labs.Model, token: int) -> str:
 
 
 class Chat(Endpoint):
-    request = ChatRequest
+    body = ChatRequest
     prefix = "chatcmpl"
     kinds = ("chat.completion", "chat.completion.chunk")
 
@@ -346,8 +361,8 @@ class Chat(Endpoint):
             found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         return found
 
-    def prompts(self, body: ChatRequest) -> list[dict[str, Any]]:
-        messages = [
+    def prompts(self, body: ChatRequest) -> tuple[labs_request.Prompt, ...]:
+        messages = tuple(
             labs.Message(
                 role="system" if message.role == "developer" else message.role,
                 content=message.content
@@ -355,20 +370,20 @@ class Chat(Endpoint):
                 else "".join(part.text for part in message.content),
             )
             for message in body.messages
-        ]
-        return [{"messages": messages}]
+        )
+        return (labs_request.Prompt(messages=messages),)
 
     def first(self, index: int) -> Choice:
-        return Choice(index=index, delta=Said(role="assistant", content=""))
+        return Choice(index=index, delta=MessagePart(role="assistant", content=""))
 
     def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
-        said: dict[str, Any] = {"delta": Said()}
+        message: dict[str, Any] = {"delta": MessagePart()}
         if isinstance(part, labs.Completion):
-            said = {"message": Said(role="assistant", content=part.text)}
+            message = {"message": MessagePart(role="assistant", content=part.text)}
         elif isinstance(part, labs.Delta):
-            said = {"delta": Said(content=part.text)}
+            message = {"delta": MessagePart(content=part.text)}
         logprobs = self._logprobs(model, getattr(part, "logprobs", ()))
-        return Choice(index=index, **said, logprobs=logprobs, finish_reason=_reason(part))
+        return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
 
     def _logprobs(self, model: labs.Model, found: Any) -> dict[str, Any] | None:
         def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -384,7 +399,7 @@ class Chat(Endpoint):
 
 
 class Completions(Endpoint):
-    request = CompletionRequest
+    body = CompletionRequest
     prefix = "cmpl"
     kinds = ("text_completion", "text_completion")
 
@@ -392,17 +407,17 @@ class Completions(Endpoint):
         found = super().options(body, given)
         return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
 
-    def prompts(self, body: CompletionRequest) -> list[dict[str, Any]]:
+    def prompts(self, body: CompletionRequest) -> tuple[labs_request.Prompt, ...]:
         prompt: Any = body.prompt
         one = isinstance(prompt, str) or all(isinstance(each, int) for each in prompt)
-        return [self._prompt(each) for each in ([prompt] if one else prompt)]
+        return tuple(self._prompt(each) for each in ([prompt] if one else prompt))
 
-    def _prompt(self, prompt: Any) -> dict[str, Any]:
+    def _prompt(self, prompt: Any) -> labs_request.Prompt:
         if isinstance(prompt, str):
-            return {"prompt": prompt, "use_chat_template": False}
+            return labs_request.Prompt(prompt=prompt, use_chat_template=False)
         if not isinstance(prompt, tuple) or not prompt:
             raise Refusal("prompt: texts or lists of token ids", "invalid_value", "prompt")
-        return {"ids": prompt}
+        return labs_request.Prompt(ids=prompt)
 
     def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
         logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")

@@ -5,8 +5,8 @@
     serve run labs_ray:app num_gpus=1             the same, by Ray's own command
     labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
 
-Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_api.py and
-labs_batch.py with theirs.
+Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_serve.py and
+labs_jsonl.py with theirs.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ from ray import serve
 
 import labs
 import labs_api
-import labs_batch
+import labs_gate
+import labs_jsonl
 import labs_models
+import labs_request
+import labs_serve
 
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
 MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
-SPARE = 8  # requests of a replica that wait for a row, or need none
+EXTRA_REQUESTS = 8  # requests of a replica that wait for a row, or need none
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app writes its own
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -110,7 +113,8 @@ def connected(address: str) -> Iterator[None]:
 
 
 def last_line(text: Any) -> str:
-    return re.sub(r"^(\w+\.)*labs\.\w+: ", "", str(text).strip().rpartition("\n")[2])
+    """Return the last line of a traceback; an error of ours without its module."""
+    return re.sub(r"^(\w+\.)*labs\w*\.\w+: ", "", str(text).strip().rpartition("\n")[2])
 
 
 # ---------------------------------------------------------------- online: Ray Serve
@@ -119,25 +123,24 @@ def last_line(text: Any) -> str:
 class Replica:
     """The Falcon app and its engines, in a process that Ray Serve starts, watches and ends.
 
-    quotas: deployments of labs_api.Quota, by the names of labs_api.Quotas.
+    quotas: deployments of labs_gate.Quota, by the names of labs_gate.Quotas.
     """
 
     def __init__(self, config: labs.Config, quotas: dict[str, Any]) -> None:
         logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
         logging.getLogger("ray").setLevel(logging.WARNING)
         context = serve.get_replica_context()
-        self.name, self.config = context.replica_id.unique_id, config
-        self.registry = Registry(context.app_name)
-        alone = labs_api.quotas_of(config)
-        shared = {name: Shared(each, getattr(alone, name)) for name, each in quotas.items()}
-        self.quotas = alone._replace(**shared)
+        self.name, self.registry = context.replica_id.unique_id, Registry(context.app_name)
+        alone = labs_gate.quotas_of(config)
+        shared = {name: SharedQuota(each, getattr(alone, name)) for name, each in quotas.items()}
+        self.config, self.quotas = config, alone._replace(**shared)
         self.models = labs_models.Models(config)
         self.models.wait()
 
     def __serve_build_asgi_app__(self) -> Any:
-        options: dict[str, Any] = {"quotas": self.quotas, "registry": self.registry}
-        app = labs_api.create_app(self.config, engine_for=self.models, **options)
-        return Bridge(app, workers=labs_api.threads_for(self.config))
+        shared = {"quotas": self.quotas, "registry": self.registry}
+        app = labs_api.create_app(self.config, self.models, **shared)
+        return Bridge(app, workers=labs_serve.threads_for(self.config))
 
     def check_health(self) -> None:
         """Raise what makes Ray Serve start another replica."""
@@ -152,10 +155,10 @@ class Replica:
         self.models.close()  # no thread may be in torch while the interpreter ends
 
 
-class Shared(labs_api.Quota):
-    """A labs_api.Quota that all replicas take from."""
+class SharedQuota(labs_gate.Quota):
+    """A labs_gate.Quota that all replicas take from."""
 
-    def __init__(self, handle: Any, alone: labs_api.Quota) -> None:
+    def __init__(self, handle: Any, alone: labs_gate.Quota) -> None:
         super().__init__(alone.per_minute)
         self._handle = handle
 
@@ -172,8 +175,8 @@ class Registry(CollectorRegistry):
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        handle = serve.get_deployment_handle(REPLICAS, self._app_name)
-        for name, found in handle.broadcast("metrics").results():
+        replicas = serve.get_deployment_handle(REPLICAS, self._app_name)
+        for name, found in replicas.broadcast("metrics").results():
             for family in found:
                 samples, family.samples = family.samples, []
                 whole = families.setdefault(family.name, family).samples
@@ -199,7 +202,7 @@ class Bridge(WSGIMiddleware):  # type: ignore[misc]
             gone.set()
 
 
-class Whole:
+class ClosesBrokenStreams:
     """What Ray's proxies are wrapped in: an answer whose replica died still ends, in an error."""
 
     def __init__(self, app: Any) -> None:
@@ -224,42 +227,35 @@ class Whole:
 
 async def end_with_error(send: Any, began: bool) -> None:
     """Answer with an error, or let one be the last event of a stream that has begun."""
-    problem = labs_api.Problem(
-        503, "the replica that answered has ended; ask again", "replica_lost"
-    )
-    data = labs_api.error_event(problem) if began else labs_api.dumps(problem.error)
+    text = "the replica that answered has ended; ask again"
+    problem = labs_gate.Problem(503, text, "replica_lost")
+    data = labs_api.error_event(problem)
     if not began:
+        data = labs_gate.dumps(labs_api.error_of(problem))
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
 
 
 def middlewares() -> list[Middleware]:
-    """Return what Ray wraps its proxies in."""
-    return [Middleware(Whole)]
+    return [Middleware(ClosesBrokenStreams)]
 
 
 def deployment(config: labs.Config, cluster: Cluster) -> Any:
     """Return the application for Ray Serve."""
-    rows = config.server.max_batch_rows or labs_api.ROWS
+    rows = config.server.max_batch_rows or labs_serve.ROWS
     options: dict[str, Any] = {
         "name": REPLICAS,
         "ray_actor_options": cluster.resources(config),
-        # More wait with Ray, which knows the replica that is free first.
-        "max_ongoing_requests": rows + SPARE,
+        "max_ongoing_requests": rows + EXTRA_REQUESTS,  # more wait with Ray, for any replica
         "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
         "max_constructor_retry_count": 1,  # a model that cannot be loaded never can
     }
-    if cluster.max_replicas is None:
-        options["num_replicas"] = cluster.replicas
-    else:
-        options["autoscaling_config"] = {
-            "min_replicas": cluster.replicas,
-            "max_replicas": cluster.max_replicas,
-            "target_ongoing_requests": rows,
-        }
+    least, most = cluster.replicas, cluster.max_replicas
+    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": rows}
+    options |= {"num_replicas": least} if most is None else {"autoscaling_config": scaling}
     if cluster.sticky:
         options["request_router_config"] = {"request_router_class": ROUTER}
     return serve.deployment(serve.ingress()(Replica), **options).bind(config, quotas_of(config))
@@ -267,34 +263,31 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
 
 def quotas_of(config: labs.Config) -> dict[str, Any]:
     """Return a deployment for each limit that there is: one process counts for all replicas."""
-    quota = serve.deployment(labs_api.Quota, ray_actor_options={"num_cpus": 0})
-    limits = {name: each.per_minute for name, each in labs_api.quotas_of(config)._asdict().items()}
+    quota = serve.deployment(labs_gate.Quota, ray_actor_options={"num_cpus": 0})
+    limits = {name: each.per_minute for name, each in labs_gate.quotas_of(config)._asdict().items()}
     return {name: quota.options(name=name).bind(n) for name, n in limits.items() if n is not None}
 
 
 def app(arguments: dict[str, Any]) -> Any:
-    """Build the application for `serve run labs_ray:app`; settings stand where they always do.
-
-    arguments: the fields of Cluster, and `config`, a file of settings.
-    """
-    named = {**arguments}
-    return deployment(labs.load_config(named.pop("config", None)), cluster_of(named))
+    """Serve by Ray's own command. arguments: fields of Cluster, and `config`, a settings file."""
+    rest = {**arguments}
+    return deployment(labs.load_config(rest.pop("config", None)), cluster_of(rest))
 
 
 def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
-    labs_api.check_exposure(config)
-    host = config.server.host
+    labs_gate.check_exposure(config)
+    host, count = config.server.host, cluster.replicas
     with contextlib.suppress(KeyboardInterrupt), connected(address):
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
-        url = labs_api.url_of(host, port)
-        print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
+        loading = f"{labs_gate.url_of(host, port)} (loading {config.model_id})"
+        print(f"labs-api: {loading}", file=sys.stderr)
         try:
             _run(config, cluster)
             logs = "/tmp/ray/session_latest/logs of their machines"
-            count = f"{cluster.replicas} replica" + "s" * (cluster.replicas > 1)
-            print(f"labs-api: ready, {count}; logs: {logs}", file=sys.stderr)
+            replicas = "replica" if count == 1 else "replicas"
+            print(f"labs-api: ready, {count} {replicas}; logs: {logs}", file=sys.stderr)
             threading.Event().wait()
         finally:
             serve.delete(APP)
@@ -307,7 +300,7 @@ def _free_port(server: labs.Server) -> int:
         with socket.create_server((server.host, server.port), family=family) as free:
             return int(free.getsockname()[1])
     except OSError as error:
-        raise labs_api.cannot_listen(server, error) from error
+        raise labs_gate.cannot_listen(server, error) from error
 
 
 def _run(config: labs.Config, cluster: Cluster) -> None:
@@ -323,52 +316,49 @@ def _run(config: labs.Config, cluster: Cluster) -> None:
 # ---------------------------------------------------------------- offline: Ray Data
 
 
-class Chunk(Struct, frozen=True):
-    """Lines of a file. name: the file's, within what the pattern fixes; first: number of a line.
+class Files(Struct, frozen=True):
+    """What is answered, and where to: both are fsspec addresses."""
 
-    start: its byte; count: how many lines.
-    """
+    source: str  # a path, a glob, or a folder with *.jsonl
+    target: str  # a folder
+    batch_rows: int | None = None  # computed at once
+    lines: int = labs_jsonl.WINDOW  # that one replica answers at a time
+
+
+class Chunk(Struct, frozen=True):
+    """`count` lines of a file, from line `first` at byte `start` on."""
 
     path: str
-    name: str
+    name: str  # of the file, within what the pattern fixes
     first: int
     start: int
     count: int
 
 
 def answer_files(
-    config: labs.Config,
-    source: str,
-    target: str,
-    address: str,
-    cluster: Cluster,
-    tally: labs_batch.Tally,
-    batch_rows: int | None = None,
-    *,
-    lines: int = labs_batch.WINDOW,
+    config: labs.Config, files: Files, address: str, cluster: Cluster, tally: labs_jsonl.Tally
 ) -> None:
     """Answer the lines of files into files of a folder; ids that are answered there are skipped.
 
-    source: a path, a glob, or a folder with *.jsonl, of any fsspec address; so is target. A line
-    without an id is known by its file and number. lines: what one replica answers at a time; what
-    was not finished is answered anew when a replica dies, and by the same call.
+    A line without an id is known by its file and number. What was not finished is answered anew
+    when a replica dies, and by the same call.
     """
-    if "-" in (source, target):
+    if "-" in (files.source, files.target):
         raise labs.InputError("with Ray, --input names files and --output a folder")
-    files, folder = fsspec.core.url_to_fs(target)
-    target = files.unstrip_protocol(folder)  # whole: the workers run elsewhere
-    chunks = [msgspec.structs.asdict(each) for each in _chunks(source, lines)]
+    system, folder = fsspec.core.url_to_fs(files.target)
+    target = system.unstrip_protocol(folder)  # whole: the workers run elsewhere
+    chunks = [msgspec.structs.asdict(each) for each in _chunks(files.source, files.lines)]
     _recover(target, tally)  # tells at once of what is no answer there
     tally.answered.clear()
     if not chunks:
         return
-    most = cluster.max_replicas or cluster.replicas
+    least, most = cluster.replicas, cluster.max_replicas or cluster.replicas
     with connected(address):
         ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
         answers = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map(
             Answers,
-            compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas, max_size=most),
-            fn_constructor_args=(config, target, batch_rows),
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+            fn_constructor_args=(config, target, files.batch_rows),
             **cluster.resources(config),
         )
         for row in answers.iter_rows():
@@ -394,7 +384,7 @@ def _chunks(source: str, lines: int) -> Iterator[Chunk]:
                 first, start = first + len(some), start + sum(map(len, some))
 
 
-def _recover(target: str, tally: labs_batch.Tally) -> None:
+def _recover(target: str, tally: labs_jsonl.Tally) -> None:
     """Tell the tally what is answered in a folder, which is made if there is none."""
     files, folder = fsspec.core.url_to_fs(target)
     files.makedirs(folder, exist_ok=True)
@@ -408,12 +398,12 @@ class Answers:
     """A model in a process of its own, which answers chunks of lines, each into a file."""
 
     def __init__(self, config: labs.Config, target: str, batch_rows: int | None) -> None:
-        self.config, self.batch_rows = config, batch_rows
+        self.batching = labs_jsonl.Batching(rows=batch_rows)
         self.files, self.folder = fsspec.core.url_to_fs(target)
-        self.past = labs_batch.Tally()
+        self.past, self.failure = labs_jsonl.Tally(), ""  # told by the answers: Ray tries for ever
         _recover(target, self.past)
-        self.failure = ""  # told by the answers: Ray would try again and again
         try:
+            self.context = labs_request.open_context(config)
             self.model = labs.load_model(config)
         except labs.LabsError as error:
             self.failure = str(error)
@@ -422,15 +412,13 @@ class Answers:
         if self.failure:
             return {"failure": self.failure}
         chunk = msgspec.convert(row, Chunk)
-        tally = labs_batch.Tally(answered={*self.past.answered})
+        tally = labs_jsonl.Tally(answered={*self.past.answered})
         with fsspec.open(chunk.path, "rb") as file:
             file.seek(chunk.start)
-            lines = list(itertools.islice(labs_batch.unmarked(file), chunk.count))
+            lines = list(itertools.islice(labs_jsonl.unmarked(file), chunk.count))
         numbered = ((f"{chunk.name}:{n}", line) for n, line in enumerate(lines, chunk.first))
-        answers = labs_batch.answer_lines(
-            self.model, self.config, numbered, tally, batch_rows=self.batch_rows
-        )
-        if data := b"".join(answers):
+        found = labs_jsonl.answer_lines(self.model, self.context, numbered, tally, self.batching)
+        if data := b"".join(found):
             self._write(b"".join([f"{chunk.name}-{chunk.first}".encode(), *lines]), data)
         names = "done", "failed", "skipped", "tokens"
         return {"failure": "", **{name: getattr(tally, name) for name in names}}

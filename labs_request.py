@@ -135,7 +135,7 @@ class Context(Struct, frozen=True, eq=False):
     config: labs.Config
     configs: dict[str, labs.Config]
     limits: labs.Server | None = None
-    filters: labs_guard.Rules | None = None
+    filters: labs_guard.Filters | None = None
     encoder: labs_rag.Encoder | None = None
 
 
@@ -162,6 +162,15 @@ def open_context(
 
         encoder = labs_rag.encoder_of(config)
     return Context(config, config.by_name(), limits, filters, encoder)
+
+
+def check_documents(context: Context) -> None:
+    """Raise what would keep all requests from their passages: no database or encoder there."""
+    if context.config.documents.database is not None:
+        labs.need("labs_rag")
+        import labs_rag
+
+        labs_rag.check(context.config, context.encoder)
 
 
 # ---------------------------------------------------------------- without a model

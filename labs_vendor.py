@@ -2,6 +2,7 @@
 """Copies of labs in another project, which know what they are copies of.
 
     labs-gen --vendor DEST --rooms api,typed        labs.py, these rooms and what they need
+    labs-gen --vendor DEST --rooms fast,sources     the core with speed, package: and .gguf models
     labs-gen --vendor DEST                          the same again, from a newer labs
     labs-gen --vendor DEST --check                  how each copy differs; writes nothing
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import labs
 
-ALWAYS = ("labs", "labs_decode")
+ALWAYS = ("labs", "labs_decode")  # the core, which labs.py partly imports inside functions
 FOREIGN, EDITED = "not written by labs-gen --vendor", "edited by hand"
 IMPORTS = (ast.Import, ast.ImportFrom)
 HEADER = """\
@@ -126,8 +127,9 @@ def relative(text: str, ours: Collection[str]) -> str:
 def _relative(node: ast.Import | ast.ImportFrom, source: bytes, ours: Collection[str]) -> bytes:
     if isinstance(node, ast.ImportFrom):
         return source.replace(b"from ", b"from .", 1)
-    parts = [("from . " * (each.name in ours), ast.unparse(each)) for each in node.names]
-    return "; ".join(f"{start}import {name}" for start, name in parts).encode()
+    starts = ["from . import" if each.name in ours else "import" for each in node.names]
+    names = map(ast.unparse, node.names)
+    return "; ".join(map(" ".join, zip(starts, names, strict=True))).encode()
 
 
 def _digest(text: str) -> str:

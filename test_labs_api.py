@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -38,8 +40,10 @@ from waitress import wasyncore
 import labs
 import labs_api
 import labs_engine
+import labs_gate
 import labs_models
 import labs_openai
+import labs_serve
 import test_labs
 
 folder, one_thread = test_labs.folder, test_labs.one_thread
@@ -123,9 +127,10 @@ def configured(*keys: str, generation: Any = None, **server: Any) -> labs.Config
 class Site:
     """An app and a client of it, without sockets."""
 
-    def __init__(self, engine: Any, config: labs.Config) -> None:
+    def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
         self.engine, self.config = engine, config
-        self.app = labs_api.create_app(config, engine_for=lambda name: engine)
+        models = labs_models.One(engine, config.model_id) if models is None else models
+        self.app = labs_api.create_app(config, models)
         self.client = falcon.testing.TestClient(self.app)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
@@ -147,6 +152,27 @@ class Site:
         return openai.OpenAI(
             api_key=key, base_url=base, http_client=client, **{"max_retries": 0, **options}
         )
+
+
+class Later(labs_models.One):
+    """Engines that a function returns or has not yet, with the interface of labs_models.Models."""
+
+    def __init__(self, engine_of: Callable[[str], Any]) -> None:
+        self.engine_of = engine_of
+
+    def __call__(self, name: str) -> Any:
+        return self.engine_of(name)
+
+    def check(self) -> None:
+        self.engine_of("tiny")
+
+    def loaded(self) -> dict[str, Any]:
+        with contextlib.suppress(labs.LabsError):
+            return {"tiny": self.engine_of("tiny")}
+        return {}
+
+    def context_length(self, name: str) -> int | None:
+        return None
 
 
 JSON = {"Content-Type": "application/json"}
@@ -969,7 +995,7 @@ def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: Fak
 
 
 def test_a_quota_refills() -> None:
-    quota = labs_api.Quota(60_000)  # one a millisecond
+    quota = labs_gate.Quota(60_000)  # one a millisecond
     assert quota.take("a", 60_000) == 0
     assert 0 < quota.take("a", 60_000) <= 60
     time.sleep(0.05)
@@ -1003,7 +1029,7 @@ def test_answers_are_shared_within_one_key_only(fake: Fake) -> None:
 def test_other_machines_are_served_only_with_a_key(keys: Any, server: Any, allowed: bool) -> None:
     refused = contextlib.nullcontext() if allowed else pytest.raises(labs.ConfigError, match="key")
     with refused:
-        labs_api.check_exposure(configured(*keys, **server))
+        labs_gate.check_exposure(configured(*keys, **server))
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
@@ -1034,13 +1060,14 @@ def test_readiness_tells_the_state_of_the_engine(site: Site, doing: Any, health:
 def test_the_time_until_a_model_is_there_counts_but_is_no_setting(
     fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def engine_for(name: str) -> Any:
+    def engine_of(name: str) -> Any:
         time.sleep(0.2)
         return fake
 
     monkeypatch.setattr(labs_api, "LOADING_S", 0.1)
     site = Site(fake, configured(generation=labs.Generation(timeout_s=60)))
-    site.client = falcon.testing.TestClient(labs_api.create_app(site.config, engine_for=engine_for))
+    app = labs_api.create_app(site.config, Later(engine_of))
+    site.client = falcon.testing.TestClient(app)
     told = site.post("/explain", {"prompt": "hi"}).json["settings"]["timeout_s"]
     assert told["value"] == 60
     assert site.post("/generate", {"prompt": "hi"}).status_code == 200
@@ -1075,9 +1102,9 @@ class Brake:
 class Live(Site):
     """An app behind waitress on a free port, in a thread."""
 
-    def __init__(self, engine: Any, config: labs.Config) -> None:
-        super().__init__(engine, config)
-        self.server = labs_api.make_server(self.app, config)
+    def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
+        super().__init__(engine, config, models)
+        self.server = labs_serve.make_server(self.app, config)
         self.port = self.server.effective_port
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.server.run, daemon=True)
@@ -1379,7 +1406,7 @@ def test_an_app_whose_model_is_being_loaded_says_so() -> None:
     def loading(name: str) -> Any:
         raise labs_engine.Busy(f"{name} is being loaded")
 
-    app = labs_api.create_app(configured(), engine_for=loading)
+    app = labs_api.create_app(configured(), Later(loading))
     client = falcon.testing.TestClient(app, headers={"Host": "localhost", **JSON})
     ready = client.simulate_get("/readyz")
     assert (ready.status_code, ready.json) == (503, {"status": "loading"})
@@ -1398,10 +1425,124 @@ def test_an_app_whose_model_cannot_be_loaded_is_not_ready(monkeypatch: pytest.Mo
     engines = labs_models.Models(configured())
     with pytest.raises(Exception, match="unforeseen"):
         engines.wait()
-    app = labs_api.create_app(configured(), engine_for=engines)
+    app = labs_api.create_app(configured(), engines)
     client = falcon.testing.TestClient(app, headers={"Host": "localhost"})
     assert client.simulate_get("/readyz").status_code == 503
     assert client.simulate_get("/metrics").status_code == 200
+
+
+# ---------------------------------------------------------------- a model that takes its time
+
+
+class Slow(Later):
+    """Models whose only one appears some seconds after it was first asked for."""
+
+    def __init__(self, engine: Any, seconds: float) -> None:
+        super().__init__(self.get)
+        self.engine, self.seconds = engine, seconds
+        self.began = math.inf  # of the load
+        self.holders = self.given = 0
+
+    def get(self, name: str) -> Any:
+        self.began = min(self.began, time.monotonic())
+        if time.monotonic() < self.began + self.seconds:
+            raise labs_models.Loading(f"{name} is being loaded", lambda s: time.sleep(s))
+        return self.engine
+
+    def __call__(self, name: str) -> Any:
+        engine = self.get(name)
+        self.holders, self.given = self.holders + 1, self.given + 1
+        return engine
+
+    def release(self, name: str) -> None:
+        self.holders -= 1
+
+    def reader(self, name: str) -> labs.Model:
+        return self.get(name).model
+
+
+@pytest.fixture
+def slow(fake: Fake) -> Iterator[Callable[..., tuple[Slow, Live]]]:
+    """Serve a fake engine that is not there for some seconds."""
+    with contextlib.ExitStack() as stack:
+
+        def start(seconds: float = 3.0, **server: Any) -> tuple[Slow, Live]:
+            models = Slow(fake, seconds)
+            live = Live(fake, configured(port=0, **server), models)
+            stack.callback(live.close)
+            return models, live
+
+        yield start
+
+
+@pytest.mark.parametrize("path", ["/generate/stream", CHAT, COMPLETIONS])
+def test_comments_come_in_a_stream_until_its_model_is_there(path: str, slow: Any) -> None:
+    models, live = slow()
+    body = {**BODIES[path], **({} if path == "/generate/stream" else {"stream": True})}
+    began = time.monotonic()
+    with httpx.stream("POST", live.url + path, json=body, timeout=WAIT_S) as response:
+        assert response.status_code == 200
+        comments, seconds = [], 0.0
+        for line in response.iter_lines():
+            if line.startswith(":"):
+                comments.append(line)
+            elif line:
+                seconds = seconds or time.monotonic() - began
+    assert comments[0] == ": ok"
+    assert comments[1:] == [f": loading the model for {n} s" for n in range(1, len(comments))]
+    assert len(comments) in (3, 4)
+    assert 3 <= seconds < 4
+    assert (models.holders, models.given) == (0, 1)
+    assert len(live.engine.asked) == 1
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_the_time_of_a_request_counts_from_its_arrival(path: str, slow: Any) -> None:
+    models, live = slow()
+    late = {"prompt": "hi", "timeout_s": 1.0}
+    began = time.monotonic()
+    response = httpx.post(live.url + path, json=late, timeout=WAIT_S)
+    assert 1 <= time.monotonic() - began < 2
+    assert "tiny is being loaded" in response.text
+    assert response.status_code == (503 if path == "/generate" else 200)
+    early = {"prompt": "hi", "timeout_s": 10.0}
+    assert httpx.post(live.url + path, json=early, timeout=WAIT_S).status_code == 200
+    assert 7 < live.engine.generation.timeout_s < 9.1
+    assert (models.holders, models.given) == (0, 1)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_who_hangs_up_before_the_model_is_there_asks_for_nothing(path: str, slow: Any) -> None:
+    models, live = slow(max_waiting=1)
+    connection = live.connect(request(path, {"prompt": "hi"}))
+    until(lambda: models.began < math.inf)
+    time.sleep(0.2)
+    refused = httpx.post(live.url + path, json={"prompt": "hi"}, timeout=WAIT_S)
+    assert refused.status_code == 503, "the only place is taken"
+    connection.close()
+    time.sleep(0.5)
+    assert httpx.post(live.url + path, json={"prompt": "hi"}, timeout=WAIT_S).status_code == 200
+    assert (models.holders, models.given) == (0, 1)
+    assert len(live.engine.asked) == 1
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_lease_is_given_back_whatever_becomes_of_the_request(
+    path: str, slow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise labs_engine.Busy("full")
+
+    models, live = slow(seconds=0.0)
+    monkeypatch.setattr(live.engine, "call", lambda ask: {"a": 0.5, "b": 0.5})
+    ask = functools.partial(httpx.post, live.url + path, json=BODIES[path], timeout=WAIT_S)
+    assert ask().status_code == 200
+    monkeypatch.setattr(live.engine, "submit", raises)
+    monkeypatch.setattr(live.engine, "call", raises)
+    assert ask().status_code == (200 if path == "/explain" else 503)
+    monkeypatch.setattr(labs, "build_inputs", raises)  # it fails before it comes to the engine
+    assert ask().status_code == 503
+    assert (models.holders, models.given) == (0, 3)
 
 
 # ---------------------------------------------------------------- labs-api as a program
@@ -1415,13 +1556,16 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return test_labs.save_model(tmp_path_factory.mktemp("long") / "model", config)
 
 
+API = "import labs_cli; labs_cli.main_api()"
+
+
 @contextlib.contextmanager
 def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
     """Run labs-api, or other code, with LABS_ variables; end it if a test has not."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
     environment |= {"OMP_NUM_THREADS": "1", "LABS_SERVER_PORT": "0"}
     environment |= {f"LABS_{name}": value for name, value in settings.items()}
-    command = [sys.executable, *(code or [str(test_labs.ROOT / "labs_api.py")]), *arguments]
+    command = [sys.executable, *(code or ["-c", API]), *arguments]
     environment |= {"PYTHONPATH": str(test_labs.ROOT)}
     with subprocess.Popen(command, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
         try:
@@ -1509,15 +1653,15 @@ def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None
 
 def test_sigterm_ends_the_server_though_its_thread_is_slow(tiny_folder: Path) -> None:
     slow = """if 1:
-        import time, labs_api
-        make = labs_api.make_server
+        import time, labs_cli, labs_serve
+        make = labs_serve.make_server
         def make_server(*arguments):
             server = make(*arguments)
             leave = server.del_channel
             server.del_channel = lambda: (leave(), time.sleep(2))
             return server
-        labs_api.make_server = make_server
-        labs_api.main()
+        labs_serve.make_server = make_server
+        labs_cli.main_api()
         """
     with program(MODEL=str(tiny_folder), code=["-c", slow]) as process:
         url = serving(process)
@@ -1574,7 +1718,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model = test_labs.load(test_labs.save_model(tmp_path_factory.mktemp("small") / "m", config))
     engine = labs_engine.Engine(model)
     served = configured(generation=labs.Generation(max_new_tokens=4))
-    app = labs_api.create_app(served, engine_for=lambda name: engine)
+    app = labs_api.create_app(served, labs_models.One(engine, "tiny"))
     yield schemathesis.openapi.from_wsgi("/openapi.json", app)
     engine.close()
 
@@ -1649,7 +1793,7 @@ def test_the_example_of_labs_openai_runs(tiny):
     names |= {"config": configured(), "data": json.dumps(BODIES[CHAT]).encode()}
     names["completions"] = [labs.generate(tiny, labs.build_inputs(tiny, prompt="a"))]
     exec("\n".join(lines), names)
-    assert len(names["inputs"]) == 1
+    assert len(names["request"].prompts) == 1
 
 
 def test_text_offsets_go_on_over_the_pieces_of_a_stream(site):
@@ -1671,7 +1815,7 @@ def test_why_a_model_could_not_be_loaded_is_no_clients_business(monkeypatch):
     engines = labs_models.Models(configured())
     with pytest.raises(labs.ConfigError, match="secret"):
         engines.wait()
-    client = falcon.testing.TestClient(labs_api.create_app(configured(), engine_for=engines))
+    client = falcon.testing.TestClient(labs_api.create_app(configured(), engines))
     for path in ("/readyz", "/v1/models", "/generate"):
         method = "POST" if path == "/generate" else "GET"
         body = {"json": {"prompt": "a"}} if method == "POST" else {}
@@ -1682,8 +1826,8 @@ def test_why_a_model_could_not_be_loaded_is_no_clients_business(monkeypatch):
 
 def test_a_host_with_several_addresses_is_listened_to_on_one(monkeypatch):
     both = [(2, 1, 6, "", ("127.0.0.1", 0)), (10, 1, 6, "", ("::1", 0, 0, 0))]
-    monkeypatch.setattr(labs_api.socket, "getaddrinfo", lambda *_, **__: both)
-    assert labs_api._address("localhost") == "127.0.0.1"
+    monkeypatch.setattr(labs_serve.socket, "getaddrinfo", lambda *_, **__: both)
+    assert labs_serve._address("localhost") == "127.0.0.1"
 
 
 @pytest.mark.parametrize("origins", [("*",), ("https://a.example",)])

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 import labs
 import labs_cli
+import labs_request
 
 ROOT = Path(__file__).parent
 STORY = "Write a long story about a king and his two sons."
@@ -48,7 +49,7 @@ class Fake:
         return labs_load_config(path, env={}, overrides=overrides)
 
     def build_inputs(self, model: Any, **request: Any) -> Any:
-        if "messages" in request:
+        if request.get("messages"):
             request["messages"] = [msgspec.structs.asdict(item) for item in request["messages"]]
         self.requests.append(request)
         return labs.Inputs(input_ids=(1, 2, 3), prompt="templated")
@@ -345,10 +346,12 @@ def test_json_settings_hold_every_setting_and_no_secret(
 def test_explain_tells_what_would_run_and_runs_nothing(
     left: int | None, told: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used = {"top_k": labs.Sourced(7, "--top-k"), "stop": labs.Sourced(None, "default")}
+    value = labs_request.SettingValue
+    used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
     sizes = (8, 2 * 10**6, 10**5)
-    found = labs.Explanation("templated", 3, left, "joins", "as it can", True, *sizes, used)
-    monkeypatch.setattr(labs, "explain", lambda *_: found)
+    rest = ("joins", "as it can", True, *sizes, used)
+    found = labs_request.Explanation("templated", 3, left, *rest)
+    monkeypatch.setattr(labs_request, "explain", lambda *_: found)
     fake.error = AssertionError("generated")
     text = invoke("--prompt", "Hi", "--explain").stdout
     assert text.startswith("templated\n---\nprompt tokens: 3;")

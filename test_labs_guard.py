@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -36,6 +37,7 @@ import labs_guard
 import test_labs
 import test_labs_api
 import test_labs_cli
+from labs_request import Prompt
 from test_labs_api import ANSWERED, BODIES, CHAT, COMPLETIONS, A, Fake, Site, error_of, until
 
 folder, one_thread = test_labs.folder, test_labs.one_thread
@@ -47,15 +49,15 @@ CARD = "4111 1111 1111 1111"
 # ---------------------------------------------------------------- helpers
 
 
-def rules(**guard: Any) -> labs_guard.Rules:
+def rules(**guard: Any) -> labs_guard.Filters:
     return labs_guard.load(labs.Guard(**guard))
 
 
-def filtered(found: labs_guard.Rules) -> labs_guard.Filter:
+def filtered(found: labs_guard.Filters) -> labs_guard.Filter:
     return labs_guard.Filter(found, labs.Inputs((1, 2), "hi"), labs.Generation())
 
 
-def shown(found: labs_guard.Rules, pieces: Iterable[str]) -> tuple[str, str]:
+def shown(found: labs_guard.Filters, pieces: Iterable[str]) -> tuple[str, str]:
     """Return what is shown of an answer in pieces, and how it ends."""
     take, text, end = filtered(found), "", ""
     events: list[labs.Event] = [*map(labs.Delta, pieces), TOLD]
@@ -78,7 +80,7 @@ def cuts(text: str, parts: int) -> Iterator[list[str]]:
         yield [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def refused_by(found: labs_guard.Rules, text: str) -> str:
+def refused_by(found: labs_guard.Filters, text: str) -> str:
     with pytest.raises(labs_guard.Filtered) as caught:
         found.check_text(text)
     assert test_labs.is_one_sentence(caught.value)
@@ -264,7 +266,7 @@ def test_what_is_not_denied_stays_as_it_is(guard: Any, text: str) -> None:
 
 
 def test_a_rule_is_a_pure_function_of_a_text() -> None:
-    (rule,) = rules(mask=("email",)).rules
+    (rule,) = rules(mask=("email",)).patterns
     text = "to a@b.co, c@d.org"
     assert rule(text) == labs_guard.Verdict("email", 3, 9, "[email]")
     assert rule(text, 9) == labs_guard.Verdict("email", 11, 18, "[email]")
@@ -291,21 +293,21 @@ def timed(do: Callable[[], Any]) -> float:
 
 def test_prompts_and_all_messages_are_checked() -> None:
     found = rules(mask=("email",))
-    assert found.check_request({"prompt": "a@b.co", "messages": None, "x": 1}) == {
-        "prompt": "[email]",
-        "messages": None,
-        "x": 1,
-    }
-    messages = [labs.Message(role="system", content="a@b.co"), {"role": "user", "content": "hi"}]
-    checked = found.check_request({"messages": messages})["messages"]
+    assert found.check_prompt(Prompt(prompt="a@b.co", use_chat_template=False)) == Prompt(
+        prompt="[email]", use_chat_template=False
+    )
+    messages = (
+        labs.Message(role="system", content="a@b.co"),
+        labs.Message(role="user", content="hi"),
+    )
+    checked = found.check_prompt(Prompt(messages=messages)).messages
     assert [(each.role, each.content) for each in checked] == [
         ("system", "[email]"),
         ("user", "hi"),
     ]
-    with pytest.raises(labs.InputError, match=r"messages\[0\]"):
-        found.check_request({"messages": [{"role": "user"}]})
+    assert found.check_prompt(Prompt(ids=(1, 2))) == Prompt(ids=(1, 2))
     with pytest.raises(labs_guard.Filtered, match=r"deny\[0\]"):
-        rules(deny=("hi",)).check_request({"messages": messages})
+        rules(deny=("hi",)).check_prompt(Prompt(messages=messages))
 
 
 def test_too_many_tokens_are_refused_by_the_rules_name() -> None:
@@ -663,7 +665,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(place)
 
 
-def judged(classifier: str, **guard: Any) -> labs_guard.Rules:
+@functools.cache
+def judged(classifier: str, **guard: Any) -> labs_guard.Filters:
     return rules(classifier=classifier, classifier_labels=("toxic",), **guard)
 
 
@@ -672,7 +675,7 @@ def judged(classifier: str, **guard: Any) -> labs_guard.Rules:
 )
 def test_a_classifier_refuses_a_prompt_however_long(classifier: str, text: str) -> None:
     assert refused_by(judged(classifier), text) == "classifier[toxic]"
-    verdict = judged(classifier).judge(text)
+    verdict = judged(classifier).classify(text)
     assert verdict == labs_guard.Verdict("classifier[toxic]", 0, len(text))
 
 
@@ -745,11 +748,13 @@ def test_a_long_sentence_is_judged_whole(classifier: str) -> None:
         assert shown(judged(classifier), ["Fine. ", text]) == ("Fine. ", "content_filter")
 
 
-def test_a_classifier_is_loaded_once_and_used_by_many(classifier: str) -> None:
-    found = judged(classifier)
-    assert judged(classifier) is found
+def test_a_classifier_is_held_by_its_filters_and_used_by_many(classifier: str) -> None:
+    found = rules(classifier=classifier, classifier_labels=("toxic",))
+    weights = transformers.BertForSequenceClassification.from_pretrained(classifier).parameters()
+    assert found.nbytes == sum(4 * each.numel() for each in weights)
+    assert rules(deny=("bad",)).nbytes == 0
     with ThreadPoolExecutor(4) as pool:
-        told = list(pool.map(found.judge, ["so bad", "so good"] * 50))
+        told = list(pool.map(found.classify, ["so bad", "so good"] * 50))
     assert [each is not None for each in told] == [True, False] * 50
 
 
@@ -952,7 +957,7 @@ def test_a_prompt_is_refused_before_its_model_is_there() -> None:
 
     guard = labs.Guard(deny=("bad",))
     config = msgspec.structs.replace(test_labs_api.configured(), guard=guard)
-    app = labs_api.create_app(config, engine_for=loading)
+    app = labs_api.create_app(config, test_labs_api.Later(loading))
     headers = {"Host": "localhost", **test_labs_api.JSON}
     client = falcon.testing.TestClient(app, headers=headers)
     for text, status in (("bad", 400), ("good", 503)):
@@ -1017,8 +1022,8 @@ def test_an_answer_from_the_cache_is_filtered_too(engine: labs_engine.Engine) ->
 
 def test_in_python_a_cut_answer_stops_computing(tiny: labs.Model) -> None:
     found = rules(deny_patterns=("(?<=aaa)a",), hold_back_chars=1, mask=("card",))
-    request = found.check_request({"prompt": f"with {CARD}"})
-    inputs = found.check_inputs(labs.build_inputs(tiny, **request))
+    prompt = found.check_text(f"with {CARD}")
+    inputs = found.check_inputs(labs.build_inputs(tiny, prompt=prompt))
     assert "with [card]" in inputs.prompt
     options = labs.Generation(max_new_tokens=4000, temperature=0, logit_bias={97: 100.0})
     with test_labs.counted(tiny) as calls:

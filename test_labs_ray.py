@@ -9,8 +9,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,12 +22,12 @@ import psutil
 import pytest
 
 import labs
-import labs_batch
+import labs_jsonl
 import labs_ray
 import labs_vendor
 import test_labs
 from test_labs_api import CHAT, A, end_of, program
-from test_labs_cli import ONE_THREAD, ROOT, labs_gen
+from test_labs_cli import labs_gen
 
 WAIT_S = 120
 KEY = "one-key-that-is-long-enough"
@@ -255,7 +253,7 @@ def test_a_copy_in_a_package_names_its_own_modules_and_errors(
     with pytest.raises(copy.labs.LabsError, match="cannot reach Ray"), copy.connected("auto"):
         pass
     assert os.environ[copy.MIDDLEWARES] == "thing.labs_ray.middlewares"
-    for name in ("labs", "thing.labs"):
+    for name in ("labs", "thing.labs", "labs_settings", "thing.labs_settings"):
         assert labs_ray.last_line(f"a frame\n{name}.ModelError: no file") == "no file"
 
 
@@ -291,10 +289,11 @@ def answers(folder: Path) -> list[dict[str, Any]]:
 
 def answered(
     folder: Path, source: str, target: Path, address: str, **options: Any
-) -> labs_batch.Tally:
+) -> labs_jsonl.Tally:
     config = labs.load_config(env={}, overrides={"model_name": str(folder), "torch_dtype": "fp32"})
-    tally = labs_batch.Tally()
-    labs_ray.answer_files(config, source, str(target), address, TWO, tally, **options)
+    tally = labs_jsonl.Tally()
+    files = labs_ray.Files(source, str(target), **options)
+    labs_ray.answer_files(config, files, address, TWO, tally)
     return tally
 
 
@@ -392,63 +391,3 @@ def test_files_that_are_not_there_are_told(tmp_path: Path, source: str) -> None:
     where = source if source == "-" else f"{tmp_path}/{source}"
     with pytest.raises(labs.InputError):
         answered(tmp_path, where, tmp_path / "out", "nowhere")
-
-
-# ---------------------------------------------------------------- one model over processes
-
-
-def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[bytes]:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    words += ["--standalone", str(ROOT / "labs_cli.py"), "--device-map", "cpu"]
-    return subprocess.run(
-        [*words, *arguments], env=ONE_THREAD, capture_output=True, timeout=WAIT_S, check=False
-    )
-
-
-@pytest.mark.parametrize("more", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 5}])
-def test_a_split_model_writes_the_same_text_once(
-    folder: Path, model: labs.Model, more: dict[str, Any]
-) -> None:
-    inputs = labs.build_inputs(model, prompt="hi")
-    alone = labs.generate(model, inputs, max_new_tokens=12, **more).text
-    words = [w for key, value in more.items() for w in (f"--{key}", str(value))]
-    words += ["--model", str(folder), "--torch-dtype", "fp32", "--tp-plan", "auto"]
-    done = torchrun(*words, "--prompt", "hi", "--max-new-tokens", "12", "--json")
-    assert done.returncode == 0, done.stderr.decode()
-    assert json.loads(done.stdout)["text"] == alone
-
-
-def test_processes_that_share_a_model_draw_the_same_seed(folder: Path) -> None:
-    words = ["--model", str(folder), "--torch-dtype", "fp32", "--tp-plan", "auto"]
-    done = torchrun(*words, "--prompt", "hi", "--max-new-tokens", "60", "--temperature", "1.5")
-    assert done.returncode == 0, done.stderr.decode()
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--prompt", "hi", "--timeout-s", "9"], "timeout_s"),
-        (["--chat"], "with tp_plan, give --prompt"),
-        (["--prompt", "-"], "with tp_plan, give --prompt"),
-    ],
-)
-def test_what_processes_could_not_do_alike_is_refused(
-    folder: Path, words: list[str], told: str
-) -> None:
-    done = torchrun("--model", str(folder), "--tp-plan", "auto", *words)
-    assert done.returncode != 0
-    assert told.encode() in done.stderr
-    assert done.stdout == b""
-
-
-def test_heads_that_do_not_go_into_the_processes_are_told(folder: Path) -> None:
-    done = torchrun("--model", str(folder), "--tp-plan", "auto", "--prompt", "hi", count=3)
-    assert b"key-value heads do not go into 3 processes" in done.stderr
-
-
-def test_a_split_model_needs_torchrun_and_is_not_served(folder: Path) -> None:
-    with pytest.raises(labs.ModelError, match="torchrun"):
-        test_labs.load(folder, tp_plan="auto")
-    with program(MODEL=str(folder), TP_PLAN="auto") as process:
-        code, said = end_of(process)
-    assert (code, "torchrun" in said) == (1, True)

@@ -49,7 +49,7 @@ def expected() -> list[str]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, psutil.Process]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", "import labs_api; labs_api.main()", "--port", "0"],
+        [sys.executable, "-c", "import labs_cli; labs_cli.main_api()", "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -21,7 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import labs
-import labs_batch
+import labs_jsonl
+import labs_request
 import labs_vendor
 import test_labs
 import test_labs_api
@@ -35,7 +36,8 @@ ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 TWO = ["labs.py", "labs_decode.py"]
-API = [*TWO, "labs_api.py", "labs_engine.py", "labs_models.py", "labs_openai.py"]
+API = ["labs_api.py", "labs_engine.py", "labs_models.py", "labs_openai.py"]
+API = [*TWO, *API, "labs_request.py"]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
 model = labs.load_model(config)
@@ -92,6 +94,8 @@ print(*sorted(f"{each} {getattr(sys.modules[each], '__file__', '')}"
     [
         ([], TWO),
         (["typed"], [*TWO, "labs_typed.py"]),
+        (["cli"], [*TWO, "labs_cli.py", "labs_request.py"]),
+        (["jsonl"], [*TWO, "labs_jsonl.py", "labs_request.py"]),
         (["decode"], TWO),
         (["models"], [*TWO, "labs_engine.py", "labs_models.py"]),
         (["api"], API),
@@ -166,6 +170,11 @@ def absolute(text: str) -> list[ast.AST]:
         ("'ä'; import labs; import labs as x", "'ä'; from . import labs; from . import labs as x"),
         ("def f():\n    'import labs'\n    import labs  # import labs\n",) * 2,
         ("if 1: import labs", "if 1: from . import labs"),
+        ("from labs_decode import *  # noqa", "from .labs_decode import *  # noqa"),
+        (
+            "from labs import (  # noqa\n    a as b,\n)",
+            "from .labs import (  # noqa\n    a as b,\n)",
+        ),
         ("import labs.x", "import labs.x"),
         ("import labsx, labs_other", "import labsx, labs_other"),
         ("from os import labs", "from os import labs"),
@@ -484,7 +493,7 @@ def lacking(room: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "room"),
     [
-        (["--input", "prompts.jsonl"], "batch"),
+        (["--input", "prompts.jsonl"], "jsonl"),
         (["--index", "docs", "--docs", "docs.db"], "rag"),
         (["--vendor", "other"], "vendor"),
     ],
@@ -503,8 +512,8 @@ def test_labs_gen_names_the_file_that_was_not_copied(arguments, room, flat, fold
 @pytest.mark.parametrize(
     ("arguments", "room"),
     [
-        (["--input", "prompts.jsonl"], "batch"),
-        (["--replay", "answers.jsonl"], "batch"),
+        (["--input", "prompts.jsonl"], "jsonl"),
+        (["--replay", "answers.jsonl"], "jsonl"),
         (["--prompt", "Hi", "--docs", "docs.db"], "rag"),
         (["--prompt", "Hi", "--schema", "schema.json"], "typed"),
         (["--prompt", "Hi", "--choose", "a", "--choose", "b"], "typed"),
@@ -581,9 +590,10 @@ def test_a_line_for_a_room_that_was_not_copied_fails_alone(room, line, tiny, mis
     missing(f"labs_{room}")
     plain = {"id": "b", "prompt": "Hi", "max_new_tokens": 1}
     lines = enumerate((json.dumps(each).encode() for each in (line, plain)), 1)
-    tally = labs_batch.Tally()
-    config = labs.Config(model_id="tiny")
-    found = map(json.loads, labs_batch.answer_lines(tiny, config, lines, tally, ordered=True))
+    tally = labs_jsonl.Tally()
+    context = labs_request.open_context(labs.Config(model_id="tiny"))
+    ordered = labs_jsonl.Batching(ordered=True)
+    found = map(json.loads, labs_jsonl.answer_lines(tiny, context, lines, tally, ordered))
     failed, answered = found
     assert failed == {"id": "a", "error": {"type": "invalid_request", "message": lacking(room)}}
     assert answered["usage"]["completion_tokens"] == 1

@@ -6,13 +6,15 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 import labs
 import labs_api
 import labs_engine
+import labs_models
+import labs_serve
 
 config = labs.load_config()
 engine = labs_engine.Engine(labs.load_model(config), config.server, config.response_cache)
 site = flask.Flask(__name__)
 site.register_error_handler(labs.InputError, lambda error: (str(error), 400))
 site.register_error_handler(labs_engine.Busy, lambda error: (str(error), 503, {"Retry-After": "1"}))
-llm = labs_api.create_app(config, engine_for=lambda name: engine)
+llm = labs_api.create_app(config, labs_models.One(engine, config.model_id))
 app = DispatcherMiddleware(site, {"/llm": llm})  # for any WSGI server, with threads
 
 
@@ -26,5 +28,5 @@ def ask() -> flask.Response:
 
 
 if __name__ == "__main__":
-    labs_api.make_server(app, config).run()
+    labs_serve.make_server(app, config).run()
     engine.close()

@@ -6,8 +6,8 @@
 
 `answer_file` is what labs-gen --input runs: the lines share one decode batch, each answer is
 appended whole, and the same call goes on where another one ended. `answer_lines` does it without
-files; `replay` runs lines of answers again. Needs labs.py, labs_decode.py and, for OpenAI's lines,
-labs_openai.py; files also tqdm.
+files; `replay` runs lines of answers again. Needs labs.py, labs_request.py and, for OpenAI's
+lines, labs_openai.py; files also tqdm.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
+from msgspec.structs import asdict, replace
 
 import labs
+import labs_request
 
-CUT = {"timeout", "cancelled"}  # ends that another run need not come to
+UNFINISHED = {"timeout", "cancelled"}  # the same request may end otherwise in another run
 WINDOW = 1024  # lines that are sorted by length together: rows of one length share a batch well
 
+Lines = Iterable[tuple[int | str, bytes]]  # with the number that names a line without an id
 
-class Line(labs.GenerateRequest, frozen=True, kw_only=True):
+
+class Line(labs_request.GenerateRequest, frozen=True, kw_only=True):
     id: str | int | None = None
 
 
@@ -45,68 +49,29 @@ class OpenAILine(Struct, frozen=True, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-class RepeatedLine(Struct, frozen=True, omit_defaults=True):
-    """What the answer to a line of OpenAI's repeats, so that it can be run again."""
+class Batching(Struct, frozen=True, kw_only=True):
+    """How lines are computed: rows at once, and whether answers come in the order of the lines."""
 
-    url: str
-    body: msgspec.Raw
-    documents: bool | None = None
-
-
-class Prompt(Struct, frozen=True, omit_defaults=True):
-    """What a prompt is built from; an answer repeats it, so that it can be built again."""
-
-    prompt: str | None = None
-    messages: tuple[labs.Message, ...] | None = None
-    ids: tuple[int, ...] | None = None
-    response_format: labs.ResponseFormat | None = None
-    use_chat_template: bool | None = None
-    add_generation_prompt: bool | None = None
-    documents: bool | None = None
-
-    def build(self, model: labs.Model, config: labs.Config, sources: list[Any]) -> labs.Inputs:
-        """Build the inputs; `sources` takes the passages of documents that are in them."""
-        rules = _rules(config)
-        if self.ids is not None:
-            inputs = labs.inputs_of_ids(model, self.ids)
-            return rules.check_inputs(inputs, ids=True) if rules else inputs
-        filled = self.within(config)
-        request = {name: getattr(filled, name) for name in labs.Chat.__struct_fields__}
-        request |= {"prompt": self.prompt, "messages": self.messages}
-        request = rules.check_request(request) if rules else request
-        if config.documents.apply(bool(self.documents)):
-            labs.need("labs_rag")
-            import labs_rag
-
-            request, found = labs_rag.with_passages(config, model, request)
-            sources.extend(found)
-        inputs = labs.build_inputs(model, **request)
-        return rules.check_inputs(inputs) if rules else inputs
-
-    def within(self, chat: labs.Chat) -> Prompt:
-        """Return it with what it leaves open filled in."""
-        names = [n for n in labs.Chat.__struct_fields__ if getattr(self, n) is None]
-        return msgspec.structs.replace(self, **{name: getattr(chat, name) for name in names})
+    rows: int | None = None  # None: as many as memory allows
+    ordered: bool = False
 
 
 class Task(Struct, eq=False):
-    """One line under way: what it asks for, then what was found, a completion for each row.
+    """One line on its way, with a completion for each row that has ended.
 
-    order: among the tasks of a run. request: what the answer repeats. endpoint: OpenAI's that the
-    line speaks to. seeds: how many rows have one of their own. missing: rows that have not ended.
+    order: its place among the tasks of a run. repeated: what the answer repeats of the request.
+    endpoint: OpenAI's that the line names. seeds: how many rows have a seed of their own. missing:
+    how many rows have not ended.
     """
 
     id: str | int
-    request: Any = None
-    prompts: list[Prompt] = field(default_factory=list)
-    generation: labs.Generation = labs.Generation()
-    n: int = 1
+    request: labs_request.Request = labs_request.Request(prompts=())
+    repeated: dict[str, Any] = field(default_factory=dict)
     seeds: int = 1
     openai: bool = False
     endpoint: Any = None
     order: int = 0
-    inputs: list[labs.Inputs] = field(default_factory=list)
-    sources: list[labs.Source] = field(default_factory=list)
+    prepared: labs_request.Prepared | None = None
     pieces: dict[int, list[labs.Delta]] = field(default_factory=dict)
     found: dict[int, labs.Completion] = field(default_factory=dict)
     error: labs.LabsError | None = None
@@ -114,14 +79,16 @@ class Task(Struct, eq=False):
 
     @property
     def length(self) -> int:
-        return max((len(each.input_ids) for each in self.inputs), default=0)
+        """Return how many tokens the longest prompt has."""
+        inputs = self.prepared.inputs if self.prepared else ()
+        return max((len(each.input_ids) for each in inputs), default=0)
 
     def fail(self, error: labs.LabsError) -> None:
         """Keep the first error, without the frames it went through."""
         self.error = self.error or error.with_traceback(None)
 
     def take(self, place: int, event: labs.Event) -> None:
-        """Take in what one row tells."""
+        """Take in an event of one row."""
         if isinstance(event, labs.Delta):
             self.pieces.setdefault(place, []).append(event)
             return
@@ -136,9 +103,10 @@ class Task(Struct, eq=False):
 
 
 def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
-    """Read one line; a wrong one becomes a task with an error, one without id has its number.
+    """Read one line; a wrong one becomes a task with an error.
 
-    One whose id cannot be read has none that another line could have: its number may be taken.
+    A line without an id has its number. One whose id cannot be read is called "line N", because a
+    plain N could be another line's id.
     """
     task = Task(f"line {number}")
     try:
@@ -155,8 +123,6 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
             _read_openai(config, data, task)
         else:
             _read_line(config, data, given, task)
-        if rules := _rules(config):
-            rules.filters(task.generation)  # refuses log-probabilities
     except labs.LabsError as error:
         task.fail(error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -167,14 +133,16 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
 def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Task) -> None:
     line = msgspec.json.decode(data, type=Line)
     _check_model(config, line.model)
-    names = {*labs.Generation.__struct_fields__} & given.keys()
-    changes = {name: getattr(line, name) for name in names}
-    task.generation = labs.evolve(config.generation, **changes)
-    names = {*Prompt.__struct_fields__} - {"ids"}
-    given = {name: getattr(line, name) for name in names}
-    given["documents"] = config.documents.apply(line.documents) or None
-    task.request = Prompt(**given).within(config)
-    task.prompts = [task.request]
+    task.request = labs_request.request_of(line, given)
+    prompt = labs_request.filled(task.request.prompts[0], config)
+    repeated = {
+        "prompt": line.prompt,
+        "messages": line.messages,
+        "response_format": line.response_format,
+        **{name: getattr(prompt, name) for name in labs.Chat.__struct_fields__},
+        "documents": config.documents.apply(line.documents) or None,
+    }
+    task.repeated = {name: value for name, value in repeated.items() if value is not None}
 
 
 def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
@@ -187,39 +155,22 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     if task.endpoint is None or line.method != "POST":
         known = " and ".join(labs_openai.ENDPOINTS)
         raise labs.InputError(f"{line.method} {line.url}: only POST {known} can be answered")
-    body, named = labs_openai.read(bytes(line.body), task.endpoint.request)
+    body, given = labs_openai.read(bytes(line.body), task.endpoint.body)
     _check_model(config, body.model)
     if body.stream or body.stream_options is not None:
         raise labs_openai.Refusal("an answer in a file is no stream", "unsupported", "stream")
-    task.generation = labs.evolve(config.generation, **task.endpoint.options(body, named))
-    documents = config.documents.apply(getattr(body, "documents", False)) or None
-    task.request = RepeatedLine(line.url, line.body, documents)
-    task.prompts = [each.within(config) for each in _prompts(task, body, documents)]
-    _count_choices(task, body)
-    if task.seeds > 1 and task.generation.seed is None:  # else only one could be replayed
-        task.generation = labs.evolve(task.generation, seed=secrets.randbits(32))
+    task.request = request = task.endpoint.request_of(body, given)
+    documents = {"documents": True} if config.documents.apply(request.documents) else {}
+    task.repeated = {"url": line.url, "body": line.body, **documents}
+    task.seeds = _count_seeds(request)
+    if task.seeds > 1 and request.options.get("seed", config.generation.seed) is None:
+        drawn = {"seed": secrets.randbits(32)}  # only one could be replayed if each drew its own
+        task.request = replace(request, options=request.options | drawn)
 
 
-def _count_choices(task: Task, body: Any) -> None:
+def _count_seeds(request: labs_request.Request) -> int:
     """Let all choices differ, but those of a seeded request only within a prompt, as HTTP's do."""
-    task.n = body.n or 1
-    task.seeds = task.n * (len(task.prompts) if body.seed is None else 1)
-
-
-def _prompts(task: Task, body: Any, documents: bool | None = None) -> list[Prompt]:
-    wanted = getattr(body, "response_format", None)
-    more: dict[str, Any] = {"response_format": wanted, "documents": documents}
-    return [Prompt(**each, **more) for each in task.endpoint.prompts(body)]
-
-
-def _rules(config: labs.Config) -> Any:
-    """Return the filters of [guard], or None where there are none."""
-    if config.guard == labs.Guard():
-        return None
-    labs.need("labs_guard")
-    import labs_guard
-
-    return labs_guard.load(config.guard, config.model)
+    return request.n * (1 if "seed" in request.options else len(request.prompts))
 
 
 def _check_model(config: labs.Config, name: str | None) -> None:
@@ -228,14 +179,14 @@ def _check_model(config: labs.Config, name: str | None) -> None:
 
 
 def _tasks(
-    model: labs.Model, config: labs.Config, lines: Iterable[tuple[int | str, bytes]], tally: Tally
+    model: labs.Model, context: labs_request.Context, lines: Lines, tally: Tally
 ) -> Iterator[Task]:
-    """Yield the tasks that are not answered yet, with their inputs."""
+    """Yield the tasks that are not answered yet, prepared."""
     order, seen = itertools.count(), set()
     for number, data in lines:
         if not data.strip():
             continue
-        task = read_task(config, data, number)
+        task = read_task(context.config, data, number)
         if _key(task.id) in seen:
             error = labs.InputError(f"line {number}: the id {task.id!r} was used before")
             task = Task(f"line {number}", error=error, openai=task.openai)
@@ -245,16 +196,20 @@ def _tasks(
             tally.skipped += 1
             continue
         task.order = next(order)
-        yield _with_inputs(model, config, task)
+        _prepare(model, context, task)
+        yield task
 
 
-def _with_inputs(model: labs.Model, config: labs.Config, task: Task) -> Task:
+def _prepare(model: labs.Model, context: labs_request.Context, task: Task) -> None:
+    """Check a task and build its inputs, or keep the reason why that cannot be done."""
+    if task.error is not None:
+        return
     try:
-        task.inputs = [prompt.build(model, config, task.sources) for prompt in task.prompts]
+        request = labs_request.check(context, task.request)
+        task.prepared = labs_request.prepare(context, context.config, model, request)
+        task.missing = len(request.prompts) * request.n
     except labs.LabsError as error:
         task.fail(error)
-    task.missing = 1 if task.error else len(task.inputs) * task.n
-    return task
 
 
 def _key(identity: str | int) -> int:
@@ -266,25 +221,20 @@ def _key(identity: str | int) -> int:
 # ---------------------------------------------------------------- the batch
 
 
-def complete(
-    model: labs.Model, tasks: Iterable[Task], rows: int | None = None, *, ordered: bool = False
-) -> Iterator[Task]:
-    """Decode all tasks in one batch; yield each when it is done, or in their order.
-
-    tasks: with their inputs; read lazily. rows: at once, by default what memory allows.
-    """
+def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> Iterator[Task]:
+    """Decode prepared tasks, read lazily, in one batch; yield each when done, or in their order."""
     under_way: dict[int, tuple[Task, int]] = {}
     held: dict[int, Task] = {}
     due = 0
     streams = _streams(model, tasks, under_way, held)
-    for index, event in labs.run(model, streams, rows or labs.rows_in_memory(model)):
+    for index, event in labs.run(model, streams, batching.rows or labs.rows_in_memory(model)):
         task, place = under_way[index]
         task.take(place, event)
         if isinstance(event, labs.Delta):
             continue
         del under_way[index]
         if task.missing == 0:
-            held[task.order if ordered else due] = task
+            held[task.order if batching.ordered else due] = task
         while due in held:
             yield held.pop(due)
             due += 1
@@ -309,56 +259,35 @@ def _streams(
 
 
 def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
-    if task.error is not None:
-        return index, labs.Failed(task.error)
-    options = labs.choice_of(task.generation, place % task.seeds)
-    number = place // task.n
+    prepared = task.prepared
+    if task.error is not None or prepared is None:
+        return index, labs.Failed(task.error or labs.InputError("the line was not prepared"))
+    generation = labs_request.seeded_choice(prepared.generation, place % task.seeds)
+    inputs = prepared.inputs[place // prepared.request.n]
     try:
-        processors = _processors(model, task.prompts[number])
-        return labs.open_stream(model, index, task.inputs[number], options, processors)
+        return labs.open_stream(model, index, inputs, generation, prepared.constraints())
     except labs.LabsError as error:
         return index, labs.Failed(error)
 
 
-def _processors(model: labs.Model, prompt: Prompt) -> tuple[Any, ...]:
-    if prompt.response_format is None:
-        return ()
-    labs.need("labs_typed")
-    import labs_typed
-
-    return labs_typed.constraints(model, prompt.response_format)
-
-
 def answer_lines(
     model: labs.Model,
-    config: labs.Config,
-    lines: Iterable[tuple[int | str, bytes]],
+    context: labs_request.Context,
+    lines: Lines,
     tally: Tally,
-    *,
-    batch_rows: int | None = None,
-    ordered: bool = False,
+    batching: Batching = Batching(),  # noqa: B008
 ) -> Iterator[bytes]:
-    """Answer lines, given with their numbers; yield the lines of the answers.
-
-    tally: knows what was answered before, and counts.
-    """
-    tasks, rules = _tasks(model, config, lines, tally), _rules(config)
-    for task in complete(model, tasks, batch_rows, ordered=ordered):
+    """Answer lines; yield the answers' lines. tally: knows what was answered before, and counts."""
+    tally.began = time.perf_counter()
+    for task in complete(model, _tasks(model, context, lines, tally), batching):
         tally.count(task)
-        found = [task.found[place] for place in sorted(task.found)]
-        found = [rules.shown(each) for each in found] if rules else found
-        if task.openai:
-            answer = _render_openai(model, config, task, found)
-        else:
-            answer = _render(config, task, found)
-        yield msgspec.json.encode(answer) + b"\n"
+        found = [labs_request.shown(context, task.found[place]) for place in sorted(task.found)]
+        render = _render_openai if task.openai else _render
+        yield msgspec.json.encode(render(model, context.config, task, found)) + b"\n"
 
 
 class Tally(Struct, eq=False):
-    """What a run has done. answered: keys of the ids that were answered before it.
-
-    errors: how many of those in error.
-    """
+    """What a run has done. answered: keys of the ids of earlier answers; errors: so many failed."""
 
     answered: set[int] = field(default_factory=set)
     errors: int = 0
@@ -371,9 +300,9 @@ class Tally(Struct, eq=False):
     def learn(self, data: bytes, number: int, name: str) -> None:
         """Take in a line of an earlier run's answers, of the file called so."""
         if data.strip():
-            past = read_past(data, f"{name}: line {number}")
-            self.answered.add(_key(number if past.name is None else past.name))
-            self.errors += past.failed
+            old = read_answer(data, f"{name}: line {number}")
+            self.answered.add(_key(number if old.name is None else old.name))
+            self.errors += old.failed
 
     def count(self, task: Task) -> None:
         self.done += task.error is None
@@ -396,13 +325,20 @@ class Tally(Struct, eq=False):
 # ---------------------------------------------------------------- lines out
 
 
-def _render(config: labs.Config, task: Task, found: list[labs.Completion]) -> dict[str, Any]:
+def _render(
+    model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
+) -> dict[str, Any]:
     if task.error is not None:
         kind = "invalid_request" if _is_askers(task.error) else "failed"
         return {"id": task.id, "error": {"type": kind, "message": str(task.error)}}
-    answer = msgspec.structs.asdict(found[0])
-    answer |= {"documents": task.sources} if task.request.documents else {}
-    return {"id": task.id, "model": config.model_id, **answer, "request": task.request}
+    answer = {"id": task.id, "model": config.model_id, **asdict(found[0]), **_documents(task)}
+    return {**answer, "request": task.repeated}
+
+
+def _documents(task: Task) -> dict[str, tuple[labs.Source, ...]]:
+    """Return the passages that are in the prompts, where passages are used at all."""
+    sources = task.prepared.sources if task.prepared else None
+    return {} if sources is None else {"documents": sources}
 
 
 def _is_askers(error: labs.LabsError) -> bool:
@@ -415,23 +351,21 @@ def _render_openai(
 ) -> dict[str, Any]:
     import labs_openai
 
-    name, status, rest = secrets.token_hex(12), 200, {}
-    body: Any
+    name, rest = secrets.token_hex(12), dict[str, Any]()
+    status = 200
     if task.error is None:
-        names: dict[str, Any] = {"id": name, "model": config.model_id}
-        names |= {"documents": tuple(task.sources)} if task.request.documents else {}
-        body = task.endpoint.answer(model, found, task.n, **names)
+        names = {"id": name, "model": config.model_id, **_documents(task)}
+        body = task.endpoint.answer(model, found, task.request.n, **names)
         known = all(each.fingerprint for each in found)  # not of what the filters changed
-        rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.request}
-        if cut := {each.finish_reason for each in found} & CUT:  # OpenAI has no word for it
+        rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}
+        if cut := {each.finish_reason for each in found} & UNFINISHED:  # OpenAI has no word for it
             rest["finish_reason"] = min(cut)
     else:
         status = 400 if _is_askers(task.error) else 500
-        kind = "invalid_request_error" if status == 400 else "server_error"
         code, param = "failed", None
         if status == 400:
             code, param = labs_openai.code_and_param(task.error)
-        body = labs_openai.Error(labs_openai.ErrorDetail(str(task.error), kind, param, code))
+        body = labs_openai.error_of(status, str(task.error), code, param)
     response = {"status_code": status, "request_id": name, "body": body}
     whole = {"id": f"batch_req_{name}", "custom_id": task.id, "response": response, "error": None}
     return {**whole, **rest}
@@ -440,7 +374,7 @@ def _render_openai(
 # ---------------------------------------------------------------- files
 
 
-class Past(Struct, frozen=True):
+class OldAnswer(Struct, frozen=True):
     """A line of answers. response: OpenAI's; error: ours, or OpenAI's null."""
 
     id: str | int | None = None
@@ -471,36 +405,30 @@ class Past(Struct, frozen=True):
         return msgspec.convert(found, list[str])
 
 
-def read_past(data: bytes, where: str) -> Past:
+def read_answer(data: bytes, where: str) -> OldAnswer:
     """Read a line of answers. Raises InputError for any other line."""
     try:
-        past = msgspec.json.decode(data, type=Past)
+        old = msgspec.json.decode(data, type=OldAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise labs.InputError(f"{where} is no answer of labs-gen: {error}") from None
-    text = past.text if past.finish_reason else UNSET
-    if all(part is UNSET for part in (text, past.response, past.error)):
+    text = old.text if old.finish_reason else UNSET
+    if all(part is UNSET for part in (text, old.response, old.error)):
         raise labs.InputError(f"{where} is no answer of labs-gen")
-    return past
+    return old
 
 
 def answer_file(
-    load: Callable[[], labs.Model],
-    config: labs.Config,
-    source: str,
-    target: str,
-    tally: Tally,
-    **options: Any,
+    answer: Callable[[Lines], Iterable[bytes]], source: str, target: str, tally: Tally
 ) -> None:
     """Answer the lines of a file and append to another; what is answered there is skipped.
 
-    load: returns the model, once both files are open. source, target: - is standard input and
-    output. options: as in answer_lines. Raises LabsError if a file cannot be used.
+    answer: yields the lines of the answers, as answer_lines does; called once both files are open.
+    source, target: - is standard input and output. Raises LabsError if a file cannot be used.
     """
     with opened(source) as lines, _appending(source, target, tally) as write:
-        model = load()
-        tally.began = time.perf_counter()
+        answers = answer(enumerate(lines, 1))
         with _progress(source, tally) as show:
-            for data in answer_lines(model, config, enumerate(lines, 1), tally, **options):
+            for data in answers:
                 write(data)
                 show()
 
@@ -616,71 +544,77 @@ class Verdict(Struct, frozen=True):
 
 
 def replay(
-    model: labs.Model,
-    config: labs.Config,
-    lines: Iterable[tuple[int, bytes]],
-    *,
-    batch_rows: int | None = None,
+    model: labs.Model, context: labs_request.Context, lines: Lines, batch_rows: int | None = None
 ) -> Iterator[Verdict]:
     """Run lines of answers again, as their fingerprints say, and compare; in their order."""
-    pasts: dict[int, Past] = {}
-    filled = (pair for pair in lines if pair[1].strip())
-    tasks = (
-        _with_inputs(model, config, _again(pasts, order, number, data))
-        for order, (number, data) in enumerate(filled)
-    )
-    for task in complete(model, tasks, batch_rows, ordered=True):
-        yield _compare(model, pasts.pop(task.order), task)
+    answers: dict[int, OldAnswer] = {}
+
+    def tasks() -> Iterator[Task]:
+        filled = (pair for pair in lines if pair[1].strip())
+        for order, (number, data) in enumerate(filled):
+            answers[order], task = _task_of(number, data)
+            task.order = order
+            _prepare(model, context, task)
+            if task.prepared is not None:  # the tokens come with the log-probabilities
+                generation = replace(task.prepared.generation, logprobs=0)
+                task.prepared = replace(task.prepared, generation=generation)
+            yield task
+
+    for task in complete(model, tasks(), Batching(rows=batch_rows, ordered=True)):
+        yield _compare(model, answers.pop(task.order), task)
 
 
-def _again(pasts: dict[int, Past], order: int, number: int, data: bytes) -> Task:
-    """Make the task that an answer was made by."""
-    task = Task(number, order=order)
-    pasts[order] = Past()
+def _task_of(number: int | str, data: bytes) -> tuple[OldAnswer, Task]:
+    """Return a line of answers and the task that it was the answer to."""
+    task, old = Task(number), OldAnswer()
     try:
-        pasts[order] = past = read_past(data, f"line {number}")
-        task.id = number if past.name is None else past.name
-        if not past.texts:
+        old = read_answer(data, f"line {number}")
+        task.id = number if old.name is None else old.name
+        if not old.texts:
             raise labs.InputError("it was an error")
-        if past.fingerprint is None or past.request is None:
+        if old.fingerprint is None or old.request is None:
             raise labs.InputError("the line does not hold its request and fingerprint")
-        if past.finish_reason in CUT:
-            raise labs.InputError(f"it was cut ({past.finish_reason})")
-        options = past.fingerprint.generation
-        # With log-probabilities come the tokens.
-        task.generation = labs.evolve(options, timeout_s=None, logprobs=options.logprobs or 0)
-        _ask_again(task, past.request)
-        if len(past.texts) != len(task.prompts) * task.n:
+        if old.finish_reason in UNFINISHED:
+            raise labs.InputError(f"it was cut ({old.finish_reason})")
+        _ask_again(task, old.request, old.fingerprint.generation)
+        if len(old.texts) != len(task.request.prompts) * task.request.n:
             raise labs.InputError("the line is damaged: it lacks choices")
     except labs.LabsError as error:
         task.fail(error)
     except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as error:
         task.fail(labs.InputError(f"the line is damaged: {error}"))
-    return task
+    return old, task
 
 
-def _ask_again(task: Task, request: dict[str, Any]) -> None:
-    if "url" not in request:
-        task.prompts = [msgspec.convert(request, Prompt)]
-        return
-    labs.need("labs_openai")
-    import labs_openai
+def _ask_again(task: Task, repeated: dict[str, Any], generation: labs.Generation) -> None:
+    """Ask for what an answer repeats, with all options as they were, but without a time limit.
 
-    task.endpoint = labs_openai.ENDPOINTS[request["url"]]
-    body, _ = labs_openai.read(msgspec.json.encode(request["body"]), task.endpoint.request)
-    task.prompts = _prompts(task, body, request.get("documents"))
-    _count_choices(task, body)
+    Log-probabilities are not asked for: [guard] would refuse them.
+    """
+    if "url" not in repeated:
+        task.request = labs_request.request_of(msgspec.convert(repeated, Line), {})
+    else:
+        labs.need("labs_openai")
+        import labs_openai
+
+        task.endpoint = labs_openai.ENDPOINTS[repeated["url"]]
+        body = msgspec.json.encode(repeated["body"])
+        task.request = task.endpoint.request_of(*labs_openai.read(body, task.endpoint.body))
+        task.seeds = _count_seeds(task.request)
+    options = {**asdict(generation), "timeout_s": None, "logprobs": None}
+    documents = bool(repeated.get("documents"))
+    task.request = replace(task.request, model=None, options=options, documents=documents)
 
 
-def _compare(model: labs.Model, past: Past, task: Task) -> Verdict:
+def _compare(model: labs.Model, old: OldAnswer, task: Task) -> Verdict:
     if task.error is not None:
         return Verdict(task.id, "not comparable", why=str(task.error))
     now = [task.found[place] for place in sorted(task.found)]
-    pairs = zip(past.texts, now, strict=True)
-    places = [at for old, new in pairs if (at := _differs_at(model, old, new)) is not None]
+    pairs = zip(old.texts, now, strict=True)
+    places = [at for text, new in pairs if (at := _differs_at(model, text, new)) is not None]
     if not places:
         return Verdict(task.id, "same")
-    why = _changed(past.fingerprint, now[0].fingerprint)
+    why = _difference(old.fingerprint, now[0].fingerprint)
     if not (why or model.decoder.invariant or model.dtype == "fp32"):
         why = f"in {model.dtype} this model's text depends on its company in the batch"
     return Verdict(task.id, "not comparable" if why else "differs", min(places), why or None)
@@ -699,7 +633,7 @@ def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None
     return len(new.logprobs) + 1
 
 
-def _changed(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
+def _difference(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
     """Tell what is not as it was: a model by its name, unless only the name is another."""
     before, after = _flat(old), _flat(new)
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -709,6 +643,6 @@ def _changed(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
 
 
 def _flat(fingerprint: labs.Fingerprint | None) -> dict[str, Any]:
-    found = msgspec.structs.asdict(fingerprint) if fingerprint else {}
+    found = asdict(fingerprint) if fingerprint else {}
     found |= found.pop("versions", {})
     return {**found, "generation": None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of labs_batch.py: lines, files that go on where they ended, and the same again."""
+"""Tests of labs_jsonl.py: lines, files that go on where they ended, and the same again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ import openai.types.chat
 import pytest
 
 import labs
-import labs_batch
+import labs_jsonl
+import labs_request
 import test_labs
 from test_labs_cli import ONE_THREAD, ROOT, invoke, labs_gen, start
 
@@ -35,6 +36,7 @@ folder, one_thread = test_labs.folder, test_labs.one_thread
 tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
 WAIT_S = 60  # for what should take a second
 CONFIG = labs.Config(model_id="tiny", generation=labs.Generation(max_new_tokens=6))
+CONTEXT = labs_request.open_context(CONFIG)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 ONLY_A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."
@@ -60,9 +62,14 @@ def answers(
 ) -> list[dict[str, Any]]:
     """Answer lines without files."""
     lines = ((number, line(row)) for number, row in enumerate(rows, 1))
-    tally = options.pop("tally", None) or labs_batch.Tally()
-    found = labs_batch.answer_lines(model, config, lines, tally, **options)
+    tally = options.pop("tally", None) or labs_jsonl.Tally()
+    context = labs_request.open_context(config)
+    found = labs_jsonl.answer_lines(model, context, lines, tally, batching(**options))
     return [whole(data) for data in found]
+
+
+def batching(batch_rows: int | None = None, ordered: bool = False) -> labs_jsonl.Batching:
+    return labs_jsonl.Batching(rows=batch_rows, ordered=ordered)
 
 
 def answer(model: labs.Model, row: Any, config: labs.Config = CONFIG) -> dict[str, Any]:
@@ -97,13 +104,17 @@ def by_name(rows: Iterable[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     return found
 
 
-def run(model: labs.Model, source: str, target: str, **options: Any) -> labs_batch.Tally:
-    tally = labs_batch.Tally()
-    labs_batch.answer_file(lambda: model, CONFIG, source, target, tally, **options)
+def run(model: labs.Model, source: str, target: str, **options: Any) -> labs_jsonl.Tally:
+    tally, context = labs_jsonl.Tally(), labs_request.open_context(CONFIG)
+
+    def answer(lines: Any) -> Iterator[bytes]:
+        return labs_jsonl.answer_lines(model, context, lines, tally, batching(**options))
+
+    labs_jsonl.answer_file(answer, source, target, tally)
     return tally
 
 
-def counts(tally: labs_batch.Tally) -> tuple[int, int, int]:
+def counts(tally: labs_jsonl.Tally) -> tuple[int, int, int]:
     return tally.done, tally.failed, tally.skipped
 
 
@@ -291,7 +302,7 @@ def mixed() -> tuple[list[Any], list[Any]]:
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_bad_line_gets_an_error_row_and_stops_nothing(tiny: labs.Model, ordered: bool) -> None:
-    (rows, names), tally = mixed(), labs_batch.Tally()
+    (rows, names), tally = mixed(), labs_jsonl.Tally()
     found = answers(tiny, rows, ordered=ordered, batch_rows=4, tally=tally)
     assert counts(tally) == (len(BAD), len(BAD), 0)
     assert len(by_name(found)) == len(names)
@@ -604,13 +615,13 @@ def test_a_full_disk_behind_standard_output_is_named(monkeypatch: pytest.MonkeyP
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
         with pytest.raises(labs.LabsError, match=r"^standard output: No space left on device$"):
-            labs_batch._write_out(b"{}\n")
+            labs_jsonl._write_out(b"{}\n")
 
 
 def test_a_device_takes_answers_of_two_processes(served: labs.Model) -> None:
     written("in", prompts(2))
     with open(os.devnull, "ab") as file:
-        labs_batch._lock(file.fileno(), os.devnull)
+        labs_jsonl._lock(file.fileno(), os.devnull)
         assert gen("--input", "in", "--output", os.devnull).exit_code == 0
 
 
@@ -655,9 +666,10 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(served: labs.Model, nam
 
 
 DRIVER = """
-import json, os, resource, sys, labs, labs_batch
+import json, os, resource, sys, labs, labs_jsonl, labs_request
 model = labs.load_model(labs.ModelSpec(model_name=sys.argv[1], torch_dtype="fp32"))
-config = labs.Config(model_id="tiny")
+context = labs_request.open_context(labs.Config(model_id="tiny"))
+batching = labs_jsonl.Batching(rows=8)
 print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
@@ -666,8 +678,9 @@ for line in sys.stdin:
         if most:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         try:
-            tally = labs_batch.Tally()
-            labs_batch.answer_file(lambda: model, config, source, target, tally, batch_rows=8)
+            tally = labs_jsonl.Tally()
+            answer = lambda lines: labs_jsonl.answer_lines(model, context, lines, tally, batching)
+            labs_jsonl.answer_file(answer, source, target, tally)
         except labs.LabsError as error:
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
@@ -920,12 +933,10 @@ class Source:
 def test_lines_are_read_as_they_are_needed(
     tiny: labs.Model, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
-    monkeypatch.setattr(labs_batch, "WINDOW", 4)
+    monkeypatch.setattr(labs_jsonl, "WINDOW", 4)
     rows = ({"prompt": "x" * (n % 9 + 1), "max_new_tokens": 1 + n % 5} for n in range(2000))
     source = Source(rows)
-    found = labs_batch.answer_lines(
-        tiny, CONFIG, source, labs_batch.Tally(), batch_rows=3, ordered=ordered
-    )
+    found = labs_jsonl.answer_lines(tiny, CONTEXT, source, labs_jsonl.Tally(), batching(3, ordered))
     for number, _ in enumerate(itertools.islice(found, 60), 1):
         assert source.read <= number + 3 + 2 * 4
     assert source.read > 60
@@ -934,15 +945,13 @@ def test_lines_are_read_as_they_are_needed(
 def test_lines_that_wait_for_a_long_one_are_few(
     tiny: labs.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labs_batch, "WINDOW", 4)
+    monkeypatch.setattr(labs_jsonl, "WINDOW", 4)
     never_ends = {"logit_bias": {"258": -100}}
     rows = [{"prompt": "long", "max_new_tokens": 400, **never_ends}]
     rows += [{"prompt": "x", "max_new_tokens": 2, **never_ends} for _ in range(150)]
     rows[50] = {"prompt": ""}  # a line that is done before it is begun
     source = Source(rows)
-    found = labs_batch.answer_lines(
-        tiny, CONFIG, source, labs_batch.Tally(), batch_rows=3, ordered=True
-    )
+    found = labs_jsonl.answer_lines(tiny, CONTEXT, source, labs_jsonl.Tally(), batching(3, True))
     first = whole(next(found))
     assert (first["id"], first["usage"]["completion_tokens"]) == (1, 400)
     assert 4 * 4 < source.read <= 6 * 4
@@ -958,7 +967,7 @@ def test_lines_of_one_token_are_all_answered(tiny: labs.Model, ordered: bool) ->
 def test_a_bad_line_that_is_due_last_holds_nothing_up(
     tiny: labs.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labs_batch, "WINDOW", 2)
+    monkeypatch.setattr(labs_jsonl, "WINDOW", 2)
     rows = [b"broken\n"] * 40 + [good(0)] + [b"broken\n"] * 40
     assert len(answers(tiny, rows, ordered=True)) == 81
 
@@ -969,10 +978,10 @@ def test_keys_of_a_million_ids_take_little_memory(tiny: labs.Model) -> None:
         for number in range(count):
             row = {"id": f"a rather long name of request number {number}", "error": None}
             file.write(msgspec.json.encode(row) + b"\n")
-    tally = labs_batch.Tally()
+    tally = labs_jsonl.Tally()
     tracemalloc.start()
     try:
-        labs_batch._recover("out", tally)
+        labs_jsonl._recover("out", tally)
         memory, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -985,12 +994,12 @@ def test_keys_of_a_million_ids_take_little_memory(tiny: labs.Model) -> None:
 
 def replayed(
     model: labs.Model, rows: Iterable[Any], config: labs.Config = CONFIG, **options: Any
-) -> list[labs_batch.Verdict]:
+) -> list[labs_jsonl.Verdict]:
     lines = ((number, line(row)) for number, row in enumerate(rows, 1))
-    return list(labs_batch.replay(model, config, lines, **options))
+    return list(labs_jsonl.replay(model, labs_request.open_context(config), lines, **options))
 
 
-def verdict(model: labs.Model, row: Any) -> labs_batch.Verdict:
+def verdict(model: labs.Model, row: Any) -> labs_jsonl.Verdict:
     (found,) = replayed(model, [row])
     return found
 
@@ -1017,7 +1026,7 @@ def test_what_nothing_changed_is_the_same(tiny: labs.Model) -> None:
     assert isinstance(drawn["seed"], int)
     assert drawn["fingerprint"]["generation"]["seed"] == drawn["seed"]
     found = replayed(tiny, rows, batch_rows=3)
-    assert found == [labs_batch.Verdict(name_of(row), "same") for row in rows]
+    assert found == [labs_jsonl.Verdict(name_of(row), "same") for row in rows]
 
 
 def test_other_settings_of_the_run_change_nothing(tiny: labs.Model) -> None:
@@ -1056,7 +1065,7 @@ def test_a_text_that_changed_differs_at_its_token(tiny: labs.Model, token: int) 
     row = answer(tiny, {"id": "a", "prompt": "one", **ONLY_A})
     assert row["text"] == "aaaaaa"
     text = "a" * (token - 1) + "b" + "a" * (6 - token)
-    assert verdict(tiny, {**row, "text": text}) == labs_batch.Verdict("a", "differs", token)
+    assert verdict(tiny, {**row, "text": text}) == labs_jsonl.Verdict("a", "differs", token)
 
 
 def test_a_text_that_was_longer_or_shorter_differs_where_it_ends(tiny: labs.Model) -> None:
@@ -1089,7 +1098,7 @@ def test_the_first_token_that_differs_is_of_any_choice(tiny: labs.Model) -> None
     choices = row["response"]["body"]["choices"]
     choices[0]["message"]["content"] = "aaaaba"
     choices[1]["message"]["content"] = "aabaaa"
-    assert verdict(tiny, row) == labs_batch.Verdict("a", "differs", 3)
+    assert verdict(tiny, row) == labs_jsonl.Verdict("a", "differs", 3)
 
 
 @pytest.mark.parametrize(
@@ -1109,7 +1118,7 @@ def test_a_text_of_other_surroundings_is_not_compared(
     row = answer(tiny, {"id": "a", "prompt": "one", **ONLY_A})
     *outer, last = path
     functools.reduce(lambda part, name: part[name], outer, row["fingerprint"])[last] = "old"
-    assert verdict(tiny, row) == labs_batch.Verdict("a", "same")
+    assert verdict(tiny, row) == labs_jsonl.Verdict("a", "same")
     found = verdict(tiny, {**row, "text": "aaab"})
     assert (found.verdict, found.token) == ("not comparable", 4)
     assert said in str(found.why)
@@ -1185,12 +1194,12 @@ def test_a_line_that_cannot_be_run_again_says_why_and_stops_nothing(tiny: labs.M
         assert got.verdict == "not comparable", row
         assert said in str(got.why), row
         assert test_labs.is_one_sentence(Exception(got.why))
-        assert same == labs_batch.Verdict("a", "same")
+        assert same == labs_jsonl.Verdict("a", "same")
 
 
 def test_blank_lines_between_answers_are_passed_over(tiny: labs.Model) -> None:
     row = answer(tiny, {"id": "a", "prompt": "one"})
-    assert replayed(tiny, [b"\n", row, b" \r\n"]) == [labs_batch.Verdict("a", "same")]
+    assert replayed(tiny, [b"\n", row, b" \r\n"]) == [labs_jsonl.Verdict("a", "same")]
 
 
 @pytest.mark.parametrize("asked", [{"id": "a", "prompt": "one"}, openai_line("a")])
@@ -1198,7 +1207,7 @@ def test_an_answer_that_time_cut_is_not_compared(tiny: labs.Model, asked: dict[s
     generation = labs.Generation(max_new_tokens=2000, timeout_s=0.05, logit_bias={258: -100})
     row = answer(tiny, asked, labs.Config(model_id="tiny", generation=generation))
     assert json.dumps(row["fingerprint"]).count('"timeout_s": 0.05')
-    assert verdict(tiny, row) == labs_batch.Verdict(
+    assert verdict(tiny, row) == labs_jsonl.Verdict(
         "a", "not comparable", why="it was cut (timeout)"
     )
 
@@ -1231,9 +1240,9 @@ def test_only_a_comparable_line_that_differs_is_exit_code_1(served: labs.Model) 
 def test_answers_are_read_as_they_are_needed(
     tiny: labs.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labs_batch, "WINDOW", 4)
+    monkeypatch.setattr(labs_jsonl, "WINDOW", 4)
     source = Source([answer(tiny, {"id": "a", "prompt": "one"})] * 500)
-    found = labs_batch.replay(tiny, CONFIG, source, batch_rows=3)
+    found = labs_jsonl.replay(tiny, CONTEXT, source, batch_rows=3)
     verdicts = collections.Counter(each.verdict for each in itertools.islice(found, 20))
     assert verdicts == {"same": 20}
     assert source.read <= 20 + 3 + 2 * 4

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may ask, how much, and what is told of it: hosts, keys, quotas, log lines, meters.
+
+A refusal is a `Problem`: a status, a sentence, a code. Each protocol writes it in its own words;
+nothing here knows one. Needs labs.py; falcon, prometheus-client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import falcon
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+import labs
+import labs_engine
+
+log = logging.getLogger("labs.api")
+
+
+def dumps(value: Any) -> bytes:
+    """Encode as JSON in one line, also for those who take U+2028 and its like for line ends."""
+    data = msgspec.json.encode(value)
+    for raw, escaped in (
+        (b"\xe2\x80\xa8", b"\\u2028"),
+        (b"\xe2\x80\xa9", b"\\u2029"),
+        (b"\xc2\x85", b"\\u0085"),
+    ):
+        data = data.replace(raw, escaped)
+    return data
+
+
+class Problem(Exception):
+    """A refusal on its way out. param: the field at fault; retry_after_s: when to ask again."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.retry_after_s = retry_after_s
+
+
+# ---------------------------------------------------------------- who may ask, and how much
+
+
+class Quota:
+    """A token bucket per owner: `per_minute` of something, all of it at once at most."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        self.per_minute = per_minute
+        self._levels: dict[str, tuple[float, float]] = {}  # owner: level, when
+        self._lock = threading.Lock()
+
+    def take(self, owner: str, cost: float) -> float:
+        """Take `cost` and return 0, or take nothing and return after how many seconds it fits.
+
+        A negative cost gives back.
+        """
+        if self.per_minute is None:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            level, when = self._levels.get(owner, (self.per_minute, now))
+            level = min(self.per_minute, level + (now - when) * self.per_minute / 60)
+            wait = max(0.0, (cost - level) * 60 / self.per_minute)
+            self._levels[owner] = (level if wait else level - cost, now)
+            return wait
+
+
+class Quotas(NamedTuple):
+    """What an owner may use in a minute; without keys all are one owner."""
+
+    requests: Quota
+    tokens: Quota
+
+
+def quotas_of(config: labs.Config) -> Quotas:
+    server = config.server
+    return Quotas(Quota(server.requests_per_minute), Quota(server.tokens_per_minute))
+
+
+def over_quota(text: str, wait_s: float) -> Problem:
+    text = f"{text}; ask again in {math.ceil(wait_s)} s"
+    return Problem(429, text, "rate_limit_exceeded", retry_after_s=wait_s)
+
+
+class Gate:
+    """Middleware: hosts, request ids, keys; denies unless a resource says that it is public."""
+
+    def __init__(self, config: labs.Config, quota: Quota) -> None:
+        server = config.server
+        hosts = {"localhost", "127.0.0.1", "[::1]", *server.allowed_hosts}
+        hosts |= {server.host, f"[{server.host}]"}
+        self._hosts = None if "*" in hosts else {host.lower() for host in hosts}
+        self._digests = config.api_keys
+        self._requests = quota
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        given = req.get_header("X-Request-Id") or ""
+        known = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given)
+        req.context.id = given if known else uuid.uuid4().hex
+        req.context.owner, req.context.record = "", None
+        req.context.began, req.context.created = time.perf_counter(), int(time.time())
+        resp.set_header("X-Request-Id", req.context.id)
+        resp.set_header("X-Content-Type-Options", "nosniff")
+        host = re.sub(r":\d+$", "", req.get_header("Host") or "").lower()
+        if self._hosts is not None and host not in self._hosts:
+            raise Problem(
+                421, f"the host {host!r} is not served: see server.allowed_hosts", "wrong_host"
+            )
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]
+    ) -> None:
+        if getattr(resource, "public", False) or req.method == "OPTIONS":
+            return
+        if self._digests:
+            req.context.owner = self._owner(req.get_header("Authorization") or "")
+        if wait := self._requests.take(req.context.owner, 1):
+            most = self._requests.per_minute
+            raise over_quota(f"too many requests: a key may make {most} a minute", wait)
+
+    def _owner(self, authorization: str) -> str:
+        scheme, _, key = authorization.partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).hexdigest()
+        # All are compared, so that the time tells nothing.
+        matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
+        if scheme.lower() != "bearer" or not matches:
+            raise Problem(401, "a valid API key is needed: Authorization: Bearer KEY", "no_key")
+        return digest[:12]
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool
+    ) -> None:
+        if resp.stream is None and not getattr(resource, "quiet", False):
+            log_request(req, falcon.http_status_to_code(resp.status))
+
+
+def log_request(req: falcon.Request, status: int) -> None:
+    """Write one JSON line; prompts and keys are never in it."""
+    line = {
+        "time": round(time.time(), 3),
+        "id": req.context.id,
+        "key": req.context.owner or None,
+        "method": req.method,
+        "path": req.path,
+        "status": status,
+        "seconds": round(time.perf_counter() - req.context.began, 4),
+        **(req.context.record or {}),
+    }
+    log.info("%s", json.dumps(line))
+
+
+# ---------------------------------------------------------------- what is told of requests
+
+
+LABEL = ("model_name",)  # of what is told for each model
+
+
+class Meters:
+    """What /metrics tells of requests, under vLLM's names with labs_ for vllm:."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        waits = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+        gaps = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+
+        def seconds(name: str, text: str, buckets: tuple[float, ...] = waits) -> Histogram:
+            return Histogram(
+                f"labs_{name}_seconds", text, LABEL, registry=registry, buckets=buckets
+            )
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"labs_{name}", text, (*LABEL, *labels), registry=registry)
+
+        self.first = seconds("time_to_first_token", "From the request to its first text")
+        self.gap = seconds("inter_token_latency", "From one piece of text to the next", gaps)
+        self.whole = seconds("e2e_request_latency", "From the request to its end")
+        self.queued = seconds("request_queue_time", "From being taken in to a row of its own")
+        self.prompt = counter("prompt_tokens", "Prompt tokens")
+        self.cached = counter("prefix_cache_hits", "Prompt tokens not computed again")
+        self.generated = counter("generation_tokens", "Generated tokens")
+        self.success = counter("request_success", "Answers", "finished_reason")
+        names, text = ("rule", "side"), "Times that a rule of [guard] masked or refused"
+        self.guard = Counter("labs_guard", text, names, registry=registry)
+
+    def acted(self, rule: str, side: str) -> None:
+        self.guard.labels(rule, side).inc()
+
+    def done(self, name: str, event: labs.Done, seconds: float) -> None:
+        self.success.labels(name, event.finish_reason).inc()
+        self.prompt.labels(name).inc(event.usage.prompt_tokens)
+        self.cached.labels(name).inc(event.usage.cached_tokens)
+        self.generated.labels(name).inc(event.usage.completion_tokens)
+        self.queued.labels(name).observe(event.timings.queue_s)
+        self.whole.labels(name).observe(seconds)
+
+
+def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
+    """Yield what engines tell of themselves at this moment, by the names of their models."""
+    for kind, name, text, field in ENGINE_METRICS:
+        family = kind(f"labs_{name}", text, labels=LABEL)
+        for model, status in statuses.items():
+            family.add_metric([model], float(getattr(status, field)))
+        yield family
+
+
+ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Requests with a row", "running"),
+    (GaugeMetricFamily, "num_requests_waiting", "Requests that wait for a row", "waiting"),
+    (GaugeMetricFamily, "kv_cache_usage_perc", "Share of the slots in use, 0 to 1", "cache_usage"),
+    (GaugeMetricFamily, "batch_rows", "Rows that may run at once", "max_rows"),
+    (GaugeMetricFamily, "engine_alive", "Whether the engine's thread runs", "alive"),
+    (CounterMetricFamily, "response_cache_hits", "Answers not made anew", "response_cache_hits"),
+    (CounterMetricFamily, "steps", "Decode steps", "steps"),
+    (CounterMetricFamily, "out_of_memory", "Steps halved as memory ran out", "halvings"),
+    (CounterMetricFamily, "engine_failures", "Forward passes that failed", "failures"),
+)
+
+
+# ---------------------------------------------------------------- where it listens
+
+
+def check_exposure(config: labs.Config) -> None:
+    """Refuse to serve other machines without a key."""
+    try:
+        local = ipaddress.ip_address(config.server.host).is_loopback
+    except ValueError:
+        local = config.server.host == "localhost"
+    if not (local or config.api_keys or config.server.insecure):
+        raise labs.ConfigError(
+            f"server_host = {config.server.host}: other machines could use this server without a "
+            "key; set LABS_API_KEYS or server.api_keys_file, or allow it with --insecure"
+        )
+
+
+def cannot_listen(server: labs.Server, error: OSError) -> labs.LabsError:
+    where = f"{server.host}:{server.port}"
+    return labs.LabsError(f"cannot listen on {where}: {error.strerror or error}")
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

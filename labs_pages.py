@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a browser gets: the chat page, and the routes described, as OpenAPI and as a page.
+
+No page asks another server for anything. Needs falcon and msgspec, no other file of labs.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from typing import Any, Literal
+
+import falcon
+import msgspec
+from msgspec import Struct
+
+
+class StaticPage:
+    """A resource that is always the same; it asks for no key."""
+
+    public = True
+
+    def __init__(self, data: bytes, content_type: str, policy: str = "default-src 'none'") -> None:
+        self._data, self._type, self._policy = data, content_type, policy
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        if not req.env.get("PATH_INFO"):  # mounted, and asked for without the slash at the end
+            raise falcon.HTTPMovedPermanently(f"{req.root_path}/")  # addresses are relative
+        resp.data, resp.content_type = self._data, self._type
+        resp.set_header("Content-Security-Policy", self._policy)
+        resp.set_header("Referrer-Policy", "no-referrer")
+
+
+def policy_of(page: str) -> str:
+    """Return a policy under which only the page's own style and script run."""
+    sources = []
+    for kind, inner in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        sources.append(f"{kind}-src 'sha256-{digest}'; ")
+    rest = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return f"default-src 'none'; {''.join(sources)}connect-src 'self'; img-src data:; {rest}"
+
+
+def pages(document: dict[str, Any]) -> dict[str, StaticPage]:
+    """Return the pages by path. document: as of `openapi`."""
+    found = {"/openapi.json": StaticPage(msgspec.json.encode(document), "application/json")}
+    for path, page in (("/docs", docs(document)), ("/", PAGE)):
+        found[path] = StaticPage(page.encode(), "text/html; charset=utf-8", policy_of(page))
+    return found
+
+
+# ---------------------------------------------------------------- the routes, described once
+
+
+class Route(Struct, frozen=True):
+    """A line of the route table, for Falcon and for /openapi.json.
+
+    answer: a struct or a content type. streams: the answer may also be server-sent events.
+    unready: the same answer may come with the status 503.
+    """
+
+    method: Literal["get", "post"]
+    path: str
+    resource: Any
+    summary: str
+    answer: Any
+    body: Any = None
+    suffix: str | None = None
+    streams: bool = False
+    unready: bool = False
+
+
+def openapi(
+    table: tuple[Route, ...], error: type[Struct], version: str, *, secured: bool
+) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of the routes, made from the structs.
+
+    error: what every refusal is; secured: most routes ask for a key.
+    """
+    kinds = [route.body for route in table if route.body] + [error]
+    kinds += [route.answer for route in table if isinstance(route.answer, type)]
+    reference = "#/components/schemas/{name}"
+    _, schemas = msgspec.json.schema_components(dict.fromkeys(kinds), ref_template=reference)
+    paths: dict[str, Any] = {}
+    for route in table:
+        path = route.path.replace(":path", "")
+        paths.setdefault(path, {})[route.method] = _operation(route, error)
+    scheme = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "labs", "version": version},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": scheme},
+        "security": [{"bearer": []}] if secured else [],
+    }
+
+
+def _operation(route: Route, error: type[Struct]) -> dict[str, Any]:
+    def content(kind: Any) -> dict[str, Any]:
+        if isinstance(kind, str):
+            return {kind: {}}
+        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+        return {"application/json": {"schema": schema}}
+
+    answer = content(route.answer)
+    if route.streams:
+        answer |= content("text/event-stream")
+    refused = {"description": "Refused", "content": content(error)}
+    found: dict[str, Any] = {
+        "summary": route.summary,
+        "responses": {"200": {"description": "Done", "content": answer}, "default": refused},
+    }
+    if route.unready:
+        found["responses"]["503"] = {"description": "Not ready", "content": content(route.answer)}
+    if route.body is not None:
+        found["requestBody"] = {"required": True, "content": content(route.body)}
+    if "{" in route.path:
+        string = {"type": "string", "minLength": 1}
+        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": string}]
+    if route.resource.public:
+        found["security"] = []
+    return found
+
+
+def docs(document: dict[str, Any]) -> str:
+    """Return the document as a page that asks for nothing else."""
+    routes = [
+        f"<dt>{method.upper()} {html.escape(path)}</dt><dd>{html.escape(operation['summary'])}</dd>"
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    schemas = html.escape(json.dumps(document["components"]["schemas"], indent=2))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>labs API</title>'
+        "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:50rem;"
+        "margin:2rem auto;padding:0 1rem}dt{font-weight:600}</style><h1>labs API</h1>"
+        f'<p><a href="openapi.json">openapi.json</a></p><dl>{"".join(routes)}</dl>'
+        f"<h2>Schemas</h2><pre>{schemas}</pre>"
+    )
+
+
+# ---------------------------------------------------------------- the chat page
+
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; background: light-dark(#faf9f6, #16181c) }
+* { box-sizing: border-box; font: inherit } h1 { flex: 1; margin: 0; font-weight: 650 }
+body { display: flex; flex-direction: column; height: 100dvh; margin: 0; font: 16px/1.6 system-ui }
+body > :not(main), #log { width: min(100%, 46rem); margin: 0 auto auto; padding: .5rem 1rem }
+main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } /* keeps its end */
+header, footer { display: flex; align-items: center; gap: .6rem } select { min-width: 0 }
+form { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .6rem }
+input, select, textarea, button { padding: 6px 11px; border: 1px solid #8886; border-radius: 9px }
+input, textarea { width: 100%; max-height: 30dvh; resize: none; field-sizing: content }
+article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere } button { flex: none }
+.user { margin-left: 15%; padding: .5rem .9rem; border-radius: 1rem; background: #4f83e82b }
+small { display: block; font-size: 14px; opacity: .8 } .error { color: light-dark(#b22, #f99) }
+#send { background: #2b5fc7; color: #fff } .model:empty::after { content: "…" }
+</style><header><h1>labs</h1><select id="model" aria-label="Model"></select>
+<button id="fresh">New chat</button></header><details id="panel">
+<summary>Settings <span id="notice" class="error" role="status"></span></summary>
+<form id="settings"><label>System message<textarea name="system"></textarea></label>
+<label>max_tokens<input type="number"></label><label>top_p<input type="number" step="any"></label>
+<label>temperature<input type="number" step="any"></label><label>seed<input type="number"></label>
+<label>API key<input name="key" type="password" autocomplete="off"></label></form></details>
+<main><div id="log" role="log"></div></main><footer><textarea id="text" aria-label="Message"
+autofocus></textarea><button id="send">Send</button></footer><script>
+const [model, fresh, panel, notice, settings, log, text, send] = document.querySelectorAll("[id]");
+const { key, system } = settings.elements; let turns = [], request;
+const add = (parent, tag, className, textContent) =>  // as text, whatever it looks like
+  parent.appendChild(Object.assign(document.createElement(tag), { className, textContent }));
+async function call(path, options) {
+  const headers = { Authorization: `Bearer ${key.value}`, "Content-Type": "application/json" };
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  panel.open ||= response.status === 401;
+  throw Error((await response.json().catch(() => 0)).error?.message ?? `HTTP ${response.status}`);
+}
+const list = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
+  model.replaceChildren(...data.map(({ id }) => new Option(id))); notice.textContent = "";
+}).catch((error) => { notice.textContent = error.message; });
+async function* events({ body }) {  // the data of each line, however the bytes are cut
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let part, lines = [""]; !(part = await reader.read()).done;) {
+    lines = (lines.pop() + part.value).split(/\r\n|\r|\n/);
+    for (const line of lines.slice(0, -1)) if (line.startsWith("data:")) yield line.slice(5).trim();
+  }
+}
+async function ask() {
+  const content = text.value, chat = turns, started = performance.now();
+  if (request || !content.trim()) return;
+  chat.push({ role: "user", content });
+  const sent = { stream: true, stream_options: { include_usage: true } };
+  if (model.value) sent.model = model.value;  // else the names have not come yet
+  sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : chat;
+  for (const { valueAsNumber: value, labels } of settings)
+    if (isFinite(value)) sent[labels[0].textContent] = value;
+  const question = add(log, "article", "user", content), answer = add(log, "article", "model", "");
+  let problem = "the connection broke off", notes = [];
+  request = new AbortController(); send.textContent = "Stop"; text.value = "";
+  try {
+    const options = { method: "POST", body: JSON.stringify(sent), signal: request.signal };
+    for await (const data of events(await call("v1/chat/completions", options))) {
+      if (data === "[DONE]") { problem = ""; break; }
+      const { error, choices: [choice] = [], usage } = JSON.parse(data);
+      if (error) throw Error(error.message);
+      answer.append(choice?.delta.content ?? "");
+      if (choice?.finish_reason === "length") notes.push("cut at max_tokens");
+      const count = usage?.completion_tokens, seconds = (performance.now() - started) / 1000;
+      if (usage) notes.push(`${count} tokens, ${(count / seconds).toFixed(1)} tokens/s`);
+    }
+  } catch (error) { problem = request.signal.aborted ? "stopped" : error.message; }
+  if (answer.textContent || !problem) chat.push({ role: "assistant", content: answer.textContent });
+  else { chat.pop(); question.remove(); text.value ||= content; }
+  add(answer, "small", problem && "error", [...notes, problem].filter(Boolean).join(" · "));
+  request = null; send.textContent = "Send";
+}
+text.onkeydown = (event) =>  // false keeps the line end out of the text
+  event.key !== "Enter" || event.shiftKey || event.isComposing || !ask();
+send.onclick = () => { if (request) request.abort(); else ask(); };
+fresh.onclick = () => { request?.abort(); turns = []; log.replaceChildren(); text.focus(); };
+key.onchange = () => { sessionStorage.setItem("key", key.value); list(); };
+key.value = sessionStorage.getItem("key") ?? ""; list();
+</script>
+"""

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs-api without its flags: the app under waitress; sockets, threads, signals, draining.
+
+    labs_serve.serve(labs.load_config())                   # until SIGTERM or Ctrl-C
+    labs_serve.make_server(app, config).run()              # any WSGI app, labs' own mounted in it
+
+Needs labs_api.py with what that needs, and waitress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import labs
+import labs_api
+import labs_gate
+import labs_models
+
+ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
+SENDING_S = 30.0  # what a client may take to send one request
+
+
+def threads_for(config: labs.Config) -> int:
+    """Return how many threads are enough, as each open request holds one."""
+    server, models = config.server, len({config.model_id, *config.models})
+    rows = (server.max_batch_rows or ROWS) + server.max_waiting
+    waiting = server.max_waiting if models > 1 else 0  # for a model
+    return min(server.max_loaded_models, models) * rows + waiting + 8
+
+
+def make_server(app: Any, config: labs.Config) -> Any:
+    """Return waitress, listening."""
+    labs.need("waitress")
+    from waitress.server import create_server
+
+    server = config.server
+    waiting = create_server(
+        app,
+        host=_address(server.host),
+        port=server.port,
+        threads=threads_for(config),
+        channel_request_lookahead=1,  # sees who hangs up while its request runs
+        asyncore_use_poll=True,  # select() dies at 1,024 descriptors
+        connection_limit=server.max_connections,
+        channel_timeout=30,
+        cleanup_interval=5,
+        max_request_body_size=server.max_body_bytes + 2**20,  # above ours, which answers in JSON
+        max_request_header_size=32_768,
+        outbuf_high_watermark=2**20,
+        clear_untrusted_proxy_headers=True,
+        ident=None,
+    )
+    waiting.adj.socket_options = _socket_options()
+    _cut_slow_senders(waiting)
+    return waiting
+
+
+def _address(host: str) -> str:
+    """Return one address of a host: given several, waitress would make several servers."""
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    """Notice peers that vanished or do not read; waitress would wait for them for ever."""
+    wanted = (
+        ("SOL_SOCKET", "SO_KEEPALIVE", 1),
+        ("IPPROTO_TCP", "TCP_NODELAY", 1),
+        ("IPPROTO_TCP", "TCP_KEEPIDLE", 15),
+        ("IPPROTO_TCP", "TCP_KEEPINTVL", 5),
+        ("IPPROTO_TCP", "TCP_KEEPCNT", 3),
+        ("IPPROTO_TCP", "TCP_USER_TIMEOUT", 30_000),  # Linux only, in milliseconds
+    )
+    return [
+        (getattr(socket, level), getattr(socket, name), value)
+        for level, name, value in wanted
+        if hasattr(socket, name)
+    ]
+
+
+def _cut_slow_senders(server: Any) -> None:
+    """Close connections that take longer than SENDING_S to send one request.
+
+    waitress's channel_timeout begins anew with every byte.
+    """
+    begun: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+    maintenance = server.maintenance
+
+    def maintain(now: float) -> None:
+        maintenance(now)
+        for channel in list(server.active_channels.values()):
+            part = channel.request
+            if part is not None and not channel.requests:
+                channel.will_close |= now - begun.setdefault(part, now) > SENDING_S
+
+    server.maintenance = maintain
+
+
+def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
+    """Take no more connections, let answers end until the deadline, then let `run` return."""
+
+    def stop_accepting() -> None:
+        server.accepting = False
+        server.del_channel()
+        server.socket.close()
+
+    server.trigger.pull_trigger(stop_accepting)
+    models.close(deadline_s)
+    end = time.monotonic() + 2
+    while time.monotonic() < end and any(
+        channel.requests or channel.total_outbufs_len for channel in server.active_channels.values()
+    ):
+        time.sleep(0.02)
+    # Without channels waitress's loop ends; it would swallow an exception raised in a thunk.
+    server.trigger.pull_trigger(server._map.clear)
+
+
+def serve(config: labs.Config) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
+    labs_gate.check_exposure(config)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    logging.getLogger("waitress").setLevel(logging.ERROR)
+    models = labs_models.Models(config, start=False)
+    app = labs_api.create_app(config, models)
+    try:
+        server = make_server(app, config)
+    except OSError as error:
+        raise labs_gate.cannot_listen(config.server, error) from error
+    arguments = (server, models, config.server.drain_s)
+    stopping = threading.Thread(target=drain, args=arguments, daemon=True)
+
+    def stop(*_: Any) -> None:
+        if stopping.ident:  # somebody does not want to wait
+            raise KeyboardInterrupt
+        stopping.start()
+
+    url = labs_gate.url_of(server.effective_host, server.effective_port)
+    announcing = threading.Thread(target=_announce, args=(models, stop), daemon=True)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, stop)
+            print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
+            models.start()
+            announcing.start()
+            server.run()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # what follows takes a moment only
+        models.close()  # no thread may be in torch while the interpreter ends
+    if models.failed:  # the log has told why
+        sys.exit(1)
+
+
+def _announce(models: labs_models.Models, stop: Callable[[], None]) -> None:
+    try:
+        engine = models.wait()
+    except labs.LabsError:
+        if models.failed:  # else it is shutting down
+            stop()
+        return
+    model = engine.model
+    print(
+        f"labs-api: ready after {model.load_s:.1f} s ({model.device}, {model.dtype}, "
+        f"{engine.max_rows} rows)",
+        file=sys.stderr,
+    )
