@@ -522,7 +522,7 @@ def typed() -> None:
     def rate(schema: dict[str, Any] | None) -> float:
         only = functools.partial(labs_typed.Constraint, model, schema)
         streams = (
-            labs.open_stream(model, i, each, options, (only(),) if schema else ())
+            labs.open_request(model, i, each, options, (only(),) if schema else ())
             for i, each in enumerate(inputs)
         )
         began = time.perf_counter()
@@ -1200,7 +1200,7 @@ def gpu_report(*shapes: str) -> None:
             compare_once(model, name, inputs, new, limit)
         del model
         gc.collect()
-        labs.free_memory()
+        labs.release_memory()
 
 
 PARTS = (single, many, context, arrivals, sampling, long, memory, start, prefix, serving, overhead)

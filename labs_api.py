@@ -59,7 +59,7 @@ Shown = Callable[[labs.Event], list[labs.Event]]
 # ---------------------------------------------------------------- what comes in and goes out
 
 
-class ChooseRequest(labs.Settings, frozen=True, kw_only=True):
+class ChooseRequest(labs.Strict, frozen=True, kw_only=True):
     """A prompt or messages, and the answers to choose among."""
 
     options: Annotated[tuple[labs.Stop, ...], Meta(min_length=2, max_length=64)]
@@ -601,7 +601,7 @@ class Choose(Resource):
         request = self.service.check(request)
         lease = self.service.leased(req, request)
         with self.service.prepared(request, lease) as prepared:
-            labs.need("labs_typed")
+            labs.require("labs_typed")
             import labs_typed
 
             (inputs,), model = prepared.inputs, prepared.model

@@ -27,6 +27,7 @@ import msgspec
 
 import labs
 import labs_request
+import labs_settings
 
 EPILOG = """\b
 Examples:
@@ -282,7 +283,7 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     asked = {name: value for name, value in asked.items() if value is not None}
     asked |= {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
     asked["response_format"] = request.response_format
-    settings = {setting.key: labs.effective(config, setting) for setting in SETTINGS}
+    settings = {setting.key: value_of(config, setting) for setting in SETTINGS}
     result = {**found, "request": asked, "settings": settings}
     if prepared.sources is not None:
         asked["documents"], result["documents"] = True, prepared.sources
@@ -337,7 +338,7 @@ memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes
 
 def answer_file(config: labs.Config, flags: Values) -> None:
     """Answer the lines of --input; exit code 1 if some failed, now or before."""
-    labs.need("labs_jsonl")
+    labs.require("labs_jsonl")
     import labs_jsonl
 
     tally, address = labs_jsonl.Tally(), flags["ray"]
@@ -353,7 +354,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
             labs_jsonl.answer_file(answer, source, target, tally)
         else:
-            labs.need("labs_ray", "ray", "a2wsgi")
+            labs.require("labs_ray", "ray", "a2wsgi")
             import labs_ray
 
             cluster = labs_ray.cluster_of(take_ray(flags)[1])
@@ -370,7 +371,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
 def replay(config: labs.Config, flags: Values) -> None:
     """Tell of each line of --replay how it compares; exit code 1 if a comparable one differs."""
-    labs.need("labs_jsonl")
+    labs.require("labs_jsonl")
     import labs_jsonl
 
     counts = dict.fromkeys(("same", "differs", "not comparable"), 0)
@@ -389,7 +390,7 @@ def replay(config: labs.Config, flags: Values) -> None:
 
 def index(config: labs.Config, flags: Values) -> None:
     """Bring the database of documents up to date and tell what was done."""
-    labs.need("labs_rag")
+    labs.require("labs_rag")
     import labs_rag
 
     if config.documents.database is None:
@@ -410,7 +411,7 @@ def take_ray(flags: Values) -> tuple[str | None, Values]:
 
 def vendor(folder: str, rooms: str, check: bool) -> None:
     """Copy labs into a folder, or tell how each copy there is; exit code 1 if one differs."""
-    labs.need("labs_vendor")
+    labs.require("labs_vendor")
     import labs_vendor
 
     if check:
@@ -521,6 +522,43 @@ def chat(session: Session, history: Messages) -> None:
             break
 
 
+def dump_effective_config(config: labs.Config) -> str:
+    """Return every effective setting as TOML, each line with where it came from; no secrets."""
+    lines = []
+    for section in labs_settings.SECTIONS:
+        lines.append(f"[{section}]")
+        for setting in (setting for setting in labs.settings() if setting.section == section):
+            value, name = value_of(config, setting), setting.field
+            line = f"# {name}: unset" if value is None else f"{name} = {_toml(value)}"
+            lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}")
+    if config.model.token:
+        lines.append('# HF_TOKEN = "********"')
+    if config.api_keys:
+        lines.append(f"# API keys: {len(config.api_keys)}")
+    return "\n".join(lines) + "\n"
+
+
+def value_of(config: labs.Config, setting: labs.Setting) -> Any:
+    """Return the value of a setting."""
+    split = {"generation": (config.model, config.generation, config)}
+    split["quantization"] = (config.model.quantization,)  # type: ignore[assignment]
+    holders = split.get(setting.section) or (getattr(config, setting.section),)
+    holder = next(each for each in holders if hasattr(each, setting.field))
+    return getattr(holder, setting.field)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, msgspec.Struct):
+        return _toml(
+            {key: item for key, item in msgspec.structs.asdict(value).items() if item is not None}
+        )
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return msgspec.json.encode(value).decode()
+
+
 class Command(click.Command):
     """A command with its options in groups, and one place where failures become exit codes."""
 
@@ -572,7 +610,7 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     origin = get_origin(kind)
     if origin is Literal:
         return click.Option(names, type=click.Choice(inner), help=help)
-    if origin is tuple and inner[0] is not labs.Rule:
+    if origin is tuple and inner[0] is not labs.RouterRule:
         return click.Option(names, multiple=True, help=help + " Can be repeated.")
     if origin in (dict, tuple):
         return click.Option(names, type=json.loads, metavar="JSON", help=help)
@@ -616,7 +654,7 @@ def run(**flags: Any) -> None:
     overrides = {key: flags[key] for key in KEYS if flags[key] not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
-        write(labs.dump_effective_config(config).rstrip("\n") + "\n")
+        write(dump_effective_config(config).rstrip("\n") + "\n")
         return
     for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
         if flags[name]:
@@ -630,7 +668,7 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
     prompt, schema = read_prompt(flags), read_schema(flags["schema"])
     asked = labs_request.Request(prompts=(prompt,), response_format=schema)
     if flags["choose"] or schema is not None:
-        labs.need("labs_typed")
+        labs.require("labs_typed")
     context = labs_request.open_context(config)
     first = msgspec.structs.replace(asked, prompts=()) if flags["chat"] else asked
     request = labs_request.check(context, first)
@@ -715,12 +753,12 @@ def serve_command(**flags: Any) -> None:
     path = overrides.pop("config", None)
     config = labs.load_config(path, overrides=overrides)
     if address is None:
-        labs.need("labs_serve")
+        labs.require("labs_serve")
         import labs_serve
 
         labs_serve.serve(config)
         return
-    labs.need("labs_ray", "ray", "a2wsgi")
+    labs.require("labs_ray", "ray", "a2wsgi")
     import labs_ray
 
     labs_request.check_documents(labs_request.Context(config, {}))  # each replica checks the rest

@@ -46,7 +46,7 @@ class Encoder:
             source, options, _ = labs.locate(spec, dtype)
             tokenizer = labs.pretrained("AutoTokenizer", source, options)
             options |= {"use_safetensors": spec.use_safetensors or None}
-            options |= {"dtype": labs.torch_dtype(dtype)}
+            options |= {"dtype": labs.TORCH_DTYPES[dtype]}
             return tokenizer, labs.pretrained("AutoModel", source, options).eval().to(device)
 
     def encode(self, texts: list[str]) -> Any:

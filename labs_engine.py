@@ -59,7 +59,7 @@ class Status(Struct, frozen=True):
 class Job(Struct, eq=False):
     """One computation. listeners: queues by ticket; events: kept where others may join."""
 
-    stream: labs.Stream
+    stream: labs.InFlight
     listeners: dict[int, queue.SimpleQueue[Any]]
     key: Any = None
     events: list[labs.Event] = field(default_factory=list)
@@ -155,7 +155,7 @@ class Engine:
         processors: as in labs_decode.Sampling.
         Raises an InputError for what cannot be done, and Busy where there is no room.
         """
-        stream = labs.open_stream(self.model, next(self._ids), inputs, generation, processors)
+        stream = labs.open_request(self.model, next(self._ids), inputs, generation, processors)
         events = queue.SimpleQueue() if events is None else events
         answer = Answer(next(self._ids), events, self._left.put)
         key = self._key(stream, owner)
@@ -240,7 +240,7 @@ class Engine:
 
     # ------------------------------------------------------------ answers that are shared
 
-    def _key(self, stream: labs.Stream, owner: str) -> Any:
+    def _key(self, stream: labs.InFlight, owner: str) -> Any:
         """Return what identical requests have in common, or None for one that is never shared."""
         options = stream.generation
         repeats = options.seed is not None or stream.sampling.temperature == 0
@@ -294,10 +294,10 @@ class Engine:
             self._running.beat = time.perf_counter()
             return True
 
-    def __iter__(self) -> Iterator[labs.Stream]:
+    def __iter__(self) -> Iterator[labs.InFlight]:
         return self
 
-    def __next__(self) -> labs.Stream:
+    def __next__(self) -> labs.InFlight:
         """Return the next waiting stream; the loop of labs asks whenever it has a free row."""
         with self._lock:
             self._let_go()
@@ -372,13 +372,13 @@ class Engine:
         self._running.steps, self._running.halvings = old.steps, old.halvings
         self._running.prefixes.max_bytes = old.prefixes.max_bytes
         del old
-        labs.free_memory()
+        labs.release_memory()
 
 
 def _make_cache(wanted: labs.ResponseCache) -> Any:
     if wanted.max_entries == 0:
         return {}
-    labs.need("cachetools")
+    labs.require("cachetools")
     from cachetools import TTLCache
 
     return TTLCache(wanted.max_entries, wanted.ttl_s)
@@ -391,7 +391,7 @@ def _as_cached(event: labs.Event) -> labs.Event:
     return replace(event, usage=replace(event.usage, response_cached=True), timings=timings)
 
 
-def _never_begun(stream: labs.Stream, reason: Any) -> labs.Done:
+def _never_begun(stream: labs.InFlight, reason: Any) -> labs.Done:
     waited = time.perf_counter() - stream.began
     usage = labs.Usage(len(stream.inputs.input_ids), 0)
     return labs.Done(reason, usage, labs.Timings(stream.load_s, 0.0, 0.0, 0.0, waited))

@@ -146,7 +146,7 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
 
 
 def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
-    labs.need("labs_openai")
+    labs.require("labs_openai")
     import labs_openai
 
     task.openai = True
@@ -265,7 +265,7 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     generation = labs_request.seeded_choice(prepared.generation, place % task.seeds)
     inputs = prepared.inputs[place // prepared.request.n]
     try:
-        return labs.open_stream(model, index, inputs, generation, prepared.constraints())
+        return labs.open_request(model, index, inputs, generation, prepared.constraints())
     except labs.LabsError as error:
         return index, labs.Failed(error)
 
@@ -515,7 +515,7 @@ def _is_torn(data: bytes) -> bool:
 @contextlib.contextmanager
 def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
     """Show a bar where standard error is a terminal."""
-    labs.need("tqdm")
+    labs.require("tqdm")
     from tqdm import tqdm
 
     total = None
@@ -594,7 +594,7 @@ def _ask_again(task: Task, repeated: dict[str, Any], generation: labs.Generation
     if "url" not in repeated:
         task.request = labs_request.request_of(msgspec.convert(repeated, Line), {})
     else:
-        labs.need("labs_openai")
+        labs.require("labs_openai")
         import labs_openai
 
         task.endpoint = labs_openai.ENDPOINTS[repeated["url"]]
@@ -625,7 +625,7 @@ def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None
     if old == new.text:
         return None
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new.text, strict=False))
-    common, length, text = len(list(pairs)), 0, labs.Text()
+    common, length, text = len(list(pairs)), 0, labs.PartialText()
     for number, each in enumerate(new.logprobs, 1):
         length += len(labs.decode_next(model.tokenizer, text, each.token))
         if length > common or each.token in model.eos_token_ids:

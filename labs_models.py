@@ -221,7 +221,7 @@ class Models:
             failure = labs.ModelError(str(error))
         if failure is not None:  # the frames it went through hold what was loaded so far
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
-            labs.free_memory()
+            labs.release_memory()
         with self._change:
             now = time.monotonic()
             slot.failure, slot.failed = failure, now
@@ -281,7 +281,7 @@ class Models:
         if engine is not None:
             engine.close()
             del engine
-            labs.free_memory()
+            labs.release_memory()
             log.info("labs-api: %s was let go", name)
 
     def _look_at_others(self) -> None:

@@ -57,10 +57,10 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
-    temperature: labs.Scale | None = None
-    top_p: labs.Share | None = None
+    temperature: labs.Temperature | None = None
+    top_p: labs.Probability | None = None
     top_k: labs.Count | None = None
-    min_p: labs.Share | None = None
+    min_p: labs.Probability | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     frequency_penalty: labs.Penalty | None = None
     presence_penalty: labs.Penalty | None = None
@@ -80,7 +80,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     documents: bool | None = None  # ours, as in labs_request.GenerateRequest
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     logprobs: bool | None = None
-    top_logprobs: labs.Rivals | None = None
+    top_logprobs: labs.TopLogprobs | None = None
     tools: Unsupported = None
     tool_choice: Unsupported = None
     parallel_tool_calls: Unsupported = None
@@ -113,7 +113,7 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
             Meta(min_length=1),
         ]
     )
-    logprobs: labs.Rivals | None = None
+    logprobs: labs.TopLogprobs | None = None
     echo: Unsupported = None
     suffix: Unsupported = None
     best_of: Unsupported = None

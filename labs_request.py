@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- what is asked
 
 
-class JsonSchema(labs.Settings, frozen=True, kw_only=True):
+class JsonSchema(labs.Strict, frozen=True, kw_only=True):
     """OpenAI's wrapping of a JSON schema; only the schema has an effect, which is always strict."""
 
     schema: dict[str, Any]
@@ -40,7 +40,7 @@ class JsonSchema(labs.Settings, frozen=True, kw_only=True):
     strict: bool | None = None
 
 
-class ResponseFormat(labs.Settings, frozen=True, kw_only=True):
+class ResponseFormat(labs.Strict, frozen=True, kw_only=True):
     """What an answer has to be: any text, a JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -151,13 +151,13 @@ def open_context(
     """
     filters = encoder = None
     if config.guard != labs.Guard():
-        labs.need("labs_guard")
+        labs.require("labs_guard")
         import labs_guard
 
         filters = labs_guard.load(config.guard, config.model)
         filters = filters if tell is None else replace(filters, tell=tell)
     if config.documents.database is not None:
-        labs.need("labs_rag")
+        labs.require("labs_rag")
         import labs_rag
 
         encoder = labs_rag.encoder_of(config)
@@ -167,7 +167,7 @@ def open_context(
 def check_documents(context: Context) -> None:
     """Raise what would keep all requests from their passages: no database or encoder there."""
     if context.config.documents.database is not None:
-        labs.need("labs_rag")
+        labs.require("labs_rag")
         import labs_rag
 
         labs_rag.check(context.config, context.encoder)
@@ -268,7 +268,7 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     """Build the inputs of one prompt, with the chat toggles as configured where it names none."""
     if prompt.ids is not None:
-        return labs.inputs_of_ids(model, prompt.ids)
+        return labs.inputs_from_ids(model, prompt.ids)
     prompt = filled(prompt, config)
     return labs.build_inputs(
         model,
@@ -289,7 +289,7 @@ def _build(
 ) -> tuple[labs.Inputs, tuple[labs.Source, ...]]:
     sources: tuple[labs.Source, ...] = ()
     if grounds and prompt.ids is None:
-        labs.need("labs_rag")
+        labs.require("labs_rag")
         import labs_rag
 
         prompt = filled(prompt, config)
@@ -310,7 +310,7 @@ def constraints(
     """
     if wanted is None or wanted.type == "text":
         return ()
-    labs.need("labs_typed")
+    labs.require("labs_typed")
     import labs_typed
 
     schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
@@ -387,7 +387,7 @@ def explain(
     import labs_decode
 
     decoder = model.decoder
-    stream = labs.open_stream(model, 0, inputs, generation)
+    stream = labs.open_request(model, 0, inputs, generation)
     tokens, limit = len(inputs.input_ids), model.context_length
     return Explanation(
         prompt=inputs.prompt,
@@ -404,13 +404,13 @@ def explain(
 
 
 def _sourced(
-    model: labs.Model, stream: labs.Stream, sources: Mapping[str, str]
+    model: labs.Model, stream: labs.InFlight, sources: Mapping[str, str]
 ) -> dict[str, SettingValue]:
     found, samples = {}, stream.sampling.temperature > 0
     holders = (model.spec, model.spec.quantization, labs.resolved(stream))
     for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
         key, name = setting.key, setting.field
-        source = sources.get(key) or ("model" if name in model.recommended else "default")
+        source = sources.get(key) or ("model" if name in model.generation_defaults else "default")
         for holder in (each for each in holders if hasattr(each, name)):
             found[key] = SettingValue(getattr(holder, name), source)
     found["do_sample"] = SettingValue(samples, found["do_sample"].source)

@@ -905,7 +905,7 @@ def test_a_schema_belongs_to_the_format_of_that_name_and_to_no_other(kind, schem
 
 
 WRITTEN = [each for each in vars(labs).values() if isinstance(each, type)]
-WRITTEN = [each for each in WRITTEN if issubclass(each, labs.Settings) and fields(each)]
+WRITTEN = [each for each in WRITTEN if issubclass(each, labs.Strict) and fields(each)]
 
 
 @pytest.mark.parametrize("kind", WRITTEN, ids=[kind.__name__ for kind in WRITTEN])
@@ -1740,7 +1740,7 @@ def test_where_the_model_states_no_length_that_of_its_tokenizer_counts(stated, l
 
 
 def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
-    text = labs.Text()
+    text = labs.PartialText()
     last = len(ids) - 1
     return [labs.decode_next(tokenizer, text, t, last=i == last) for i, t in enumerate(ids)]
 
@@ -1795,7 +1795,7 @@ def test_a_tokenizer_that_marks_words_keeps_the_spaces_between_them():
 
 def shown(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, str | None]:
     """Return what the stop matcher lets through of these pieces, and the stop that ended them."""
-    text, out = labs.Text(), ""
+    text, out = labs.PartialText(), ""
     for piece in pieces:
         part, stop = labs.match_stop(text, piece, stops)
         out += part
@@ -1831,7 +1831,7 @@ def test_however_a_text_is_cut_the_same_stop_ends_it_at_the_same_place(text, sto
 )
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_no_more_is_held_back_than_may_begin_a_stop(text, stops):
-    state = labs.Text()
+    state = labs.PartialText()
     for letter in text:
         if labs.match_stop(state, letter, stops)[1] is not None:
             return
@@ -2495,7 +2495,9 @@ def test_a_bias_on_the_first_token_beyond_the_vocabulary_is_refused(tiny):
 
 
 def test_an_explanation_tells_what_made_a_request_greedy(tiny):
-    model = msgspec.structs.replace(tiny, generation_defaults={"do_sample": True, "temperature": 0.7})
+    model = msgspec.structs.replace(
+        tiny, generation_defaults={"do_sample": True, "temperature": 0.7}
+    )
     options = labs.Generation(do_sample=False)
     told = labs_request.explain(model, SHORT, options, {"do_sample": "labs.toml"}).settings
     assert told["do_sample"] == labs_request.SettingValue(False, "labs.toml")

@@ -643,9 +643,7 @@ def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(
 def test_a_model_that_runs_alone_has_one_row_and_one_of_states_has_as_many_as_allowed(
     reference: Any,
 ) -> None:
-    rows = [
-        loop.rows_in_memory(prepare(reference[kind][0])) for kind in ("rwkv", "mamba2")
-    ]
+    rows = [loop.rows_in_memory(prepare(reference[kind][0])) for kind in ("rwkv", "mamba2")]
     assert rows == [1, loop.MOST_ROWS]
 
 
@@ -1132,9 +1130,7 @@ def test_the_noise_is_a_published_hash_of_seed_step_and_token(seed: int, step: i
     low, high = key % 2**32, key >> 32
     hashes = [finaliser((finaliser(i ^ low, *MURMUR3) + high) % 2**32, *MURMUR3) for i in ids]
     expected = [-math.log(-math.log((each + 0.5) / 2**32)) for each in hashes]
-    assert loop.gumbel([row], torch.tensor([ids]))[0].tolist() == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert loop.gumbel([row], torch.tensor([ids]))[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_rows_that_need_more_candidates_are_drawn_beside_rows_that_do_not() -> None:
@@ -1151,14 +1147,10 @@ def test_rows_that_need_more_candidates_are_drawn_beside_rows_that_do_not() -> N
 def test_the_global_random_state_is_neither_read_nor_changed() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    first = loop.choose(
-        torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}])
-    )
+    first = loop.choose(torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}]))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
-    again = loop.choose(
-        torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}])
-    )
+    again = loop.choose(torch.linspace(0, 1, 2000)[None], rows_of([{"temperature": 1, "seed": 3}]))
     assert first == again
 
 
@@ -1917,7 +1909,7 @@ would bring the soil if the water did not, and the engineers, who were honest pe
 
 
 def perplexity(model: labs.Model) -> float:
-    scored = labs.score(model, labs.inputs_of_ids(model, [1]), TEXT)
+    scored = labs.score(model, labs.inputs_from_ids(model, [1]), TEXT)
     return math.exp(-sum(each.logprob for each in scored) / len(scored))
 
 
@@ -1955,7 +1947,9 @@ def test_prompts_that_share_a_call_have_the_bits_they_have_alone() -> None:
     together = decode.prefill_packed(
         decoder, [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
     )
-    alone = [decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt))) for prompt in prompts]
+    alone = [
+        decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt))) for prompt in prompts
+    ]
     for mine, theirs in zip(together, alone, strict=True):
         assert torch.equal(mine.logits, theirs.logits)
         for a, b in zip(mine.cache.buffers, theirs.cache.buffers, strict=True):

@@ -55,7 +55,7 @@ def model_around(decoder: labs_decode.Decoder, name: str, context_length: int = 
         dtype="fp32",
         context_length=context_length,
         eos_token_ids=frozenset(),
-        recommended={},
+        generation_defaults={},
         load_s=0.0,
         lock=threading.Lock(),
     )

@@ -43,7 +43,7 @@ def captured(batch: decode.Batch) -> list[Any]:
 
 def memory() -> int:
     gc.collect()
-    labs.free_memory()
+    labs.release_memory()
     return torch.cuda.memory_allocated()
 
 
@@ -165,7 +165,7 @@ def test_a_step_that_runs_out_of_the_gpus_memory_goes_on_with_less() -> None:
     try:
         running = labs.Running()
         streams = [
-            labs.open_stream(model, number, each, asked(None, 8), ())
+            labs.open_request(model, number, each, asked(None, 8), ())
             for number, each in enumerate(inputs)
         ]
         texts, ended = [""] * rows, 0

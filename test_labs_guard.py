@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import falcon.testing
+import labs_batch
 import msgspec
 import openai
 import pytest
@@ -30,7 +31,6 @@ from tokenizers import models as tokenizer_models
 
 import labs
 import labs_api
-import labs_batch
 import labs_cli
 import labs_engine
 import labs_guard
@@ -1230,7 +1230,7 @@ def test_the_section_is_set_in_each_layer() -> None:
         deny_patterns=("a+",),
         hold_back_chars=9,
     )
-    told = labs.dump_effective_config(labs.load_config(env=env))
+    told = labs_cli.dump_effective_config(labs.load_config(env=env))
     assert 'mask = ["card", "phone"]  # LABS_GUARD_MASK' in told
 
 

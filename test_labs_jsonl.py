@@ -337,7 +337,7 @@ def test_a_line_that_cannot_be_read_takes_no_other_lines_id(tiny: labs.Model) ->
 def test_what_goes_wrong_in_the_computing_is_not_called_a_bad_request(
     tiny: labs.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = labs.open_stream
+    true = labs.open_request
 
     def opened(model: Any, index: int, inputs: labs.Inputs, options: Any, only: Any) -> Any:
         if "fail" in inputs.prompt:
@@ -396,7 +396,7 @@ def test_a_completions_line_has_n_choices_of_each_prompt(
         if isinstance(each, str):
             inputs = labs.build_inputs(tiny, prompt=each, use_chat_template=False)
         else:
-            inputs = labs.inputs_of_ids(tiny, each)
+            inputs = labs.inputs_from_ids(tiny, each)
         options = {"max_new_tokens": 4, "temperature": 1.5}
         expected += [generated(tiny, inputs, seed=9 + i, **options).text for i in range(n or 1)]
     assert [choice.text for choice in parsed.choices] == expected

@@ -704,10 +704,10 @@ def memory():
     return info.rss - info.shared  # the files of the weights are mapped, too
 
 first, weights = answered("first")
-labs.free_memory()
+labs.release_memory()
 alone = memory()
 answered("second")
-labs.free_memory()
+labs.release_memory()
 both = memory()
 models.release("first")
 end = time.monotonic() + 60
@@ -715,7 +715,7 @@ while first() is not None or (fallen := both - memory()) < 0.7 * weights:
     assert time.monotonic() < end, (first(), alone, both, weights)
     time.sleep(0.05)
 answered("first")
-labs.free_memory()
+labs.release_memory()
 print(weights, both - alone, fallen, memory() - both)
 models.close()
 """
@@ -1559,7 +1559,7 @@ def test_rules_come_from_a_file_the_environment_or_a_flag(place, monkeypatch):
         config = program_config(monkeypatch, place, text)
     else:
         config = labs.load_config(env={place: text} if place.isupper() else {})
-    assert config.router.rules == tuple(labs.Rule(**rule) for rule in RULES)
+    assert config.router.rules == tuple(labs.RouterRule(**rule) for rule in RULES)
     assert config.sources["router_rules"] == place
 
 
@@ -1611,17 +1611,17 @@ COUNTS = st.one_of(st.none(), st.integers(0, 10**6))
 @hypothesis_settings(max_examples=100, deadline=None)
 def test_the_effective_configuration_tells_the_rules_as_toml(found):
     rules = tuple(
-        labs.Rule(model="org/small", pattern=pattern, over_prompt_tokens=count)
+        labs.RouterRule(model="org/small", pattern=pattern, over_prompt_tokens=count)
         for pattern, count in found
     )
     config = labs.Config(model_id="org/small", router=labs.Router(rules=rules))
-    tables = tomllib.loads(labs.dump_effective_config(config))
-    assert tuple(labs.Rule(**rule) for rule in tables["router"]["rules"]) == rules
+    tables = tomllib.loads(labs_cli.dump_effective_config(config))
+    assert tuple(labs.RouterRule(**rule) for rule in tables["router"]["rules"]) == rules
 
 
 def test_the_effective_configuration_with_rules_can_be_read_back():
     config = configured('default_model = "small"\n' + NAMES, overrides={"router_rules": RULES})
-    write("again.toml", labs.dump_effective_config(config) + NAMES)
+    write("again.toml", labs_cli.dump_effective_config(config) + NAMES)
     assert labs.load_config("again.toml", env={}).router == config.router
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import labs_batch
 import msgspec
 import pytest
 import transformers
@@ -26,7 +27,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import labs
-import labs_batch
 import labs_cli
 import labs_rag
 import labs_request

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonschema
+import labs_batch
 import msgspec
 import pytest
 import torch
 from msgspec import Meta
 
 import labs
-import labs_batch
 import labs_decode
 import labs_engine
 import labs_typed
@@ -101,7 +101,7 @@ def answers(
     generation = labs.evolve(labs.Generation(max_new_tokens=512), **options)
     inputs, pieces = ask(model), dict[int, list[labs.Delta]]()
     streams = (
-        labs.open_stream(model, i, inputs, generation, (labs_typed.Constraint(model, schema),))
+        labs.open_request(model, i, inputs, generation, (labs_typed.Constraint(model, schema),))
         for i, schema in enumerate(schemas)
     )
     for index, event in labs.run(model, streams, 32):
@@ -222,10 +222,10 @@ def test_rows_with_and_without_a_schema_share_a_batch_and_keep_their_texts(tiny)
     inputs, options = ask(tiny), labs.Generation(max_new_tokens=40, temperature=1.0, seed=3)
     kinds = [None, COLOUR, None, {"type": "integer"}]
 
-    def streams(numbers: list[int]) -> Iterator[labs.Stream]:
+    def streams(numbers: list[int]) -> Iterator[labs.InFlight]:
         for number in numbers:
             only = () if kinds[number] is None else (labs_typed.Constraint(tiny, kinds[number]),)
-            yield labs.open_stream(tiny, number, inputs, options, only)
+            yield labs.open_request(tiny, number, inputs, options, only)
 
     def texts(numbers: list[int]) -> dict[int, str]:
         found = dict.fromkeys(numbers, "")

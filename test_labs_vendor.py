@@ -603,4 +603,4 @@ def test_a_line_for_a_room_that_was_not_copied_fails_alone(room, line, tiny, mis
 def test_a_package_that_is_missing_is_named_with_how_to_install_it(name, missing):
     missing(name)
     with pytest.raises(labs.ModelError, match=f"pip install {name}"):
-        labs.need(name)
+        labs.require(name)
