@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shared batch of labs behind a door: one thread owns a loaded model, any number may ask.
+"""One thread owns a loaded model and runs the batch of labs; any number of threads may ask it.
 
     engine = labs_engine.Engine(model)
     answer = engine.submit(inputs, generation)   # refused at once where there is no room
     for event in answer: ...                     # labs.Delta, ..., labs.Done or labs.Failed
-    answer.close()                               # lets the row go within one step
+    answer.close()                               # frees the row within one step
     engine.close(deadline_s=30)
 
-This is the only room with state. The thread takes waiting requests in order, runs `labs.run` and
-routes each event to the queues of those who wait for it; nobody else touches the model.
+The lock of Cached is taken before that of Engine. Only the engine's thread puts events, without the
+engine's lock. Leaving takes no lock at all, as a destructor may run in any thread at any moment: it
+puts a ticket in a queue, which is emptied whenever somebody asks and before each step.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import queue
@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -30,8 +30,12 @@ from msgspec.structs import replace
 
 import labs
 
+if TYPE_CHECKING:
+    import labs_loop
+
 log = logging.getLogger("labs.engine")
 R = TypeVar("R")
+Put = Callable[[tuple[int, labs.Event]], Any]  # takes an event with the ticket of its answer
 CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were left
 
 
@@ -56,24 +60,10 @@ class Status(Struct, frozen=True):
     closing: bool
 
 
-class Job(Struct, eq=False):
-    """One computation. listeners: queues by ticket; events: kept where others may join."""
-
-    stream: labs.InFlight
-    listeners: dict[int, queue.SimpleQueue[Any]]
-    key: Any = None
-    events: list[labs.Event] = field(default_factory=list)
-
-
 class Answer:
-    """The events of one request, as they come. Closing it, or forgetting it, cancels the request.
+    """The events of one request, as they come. Closing it, or forgetting it, cancels that."""
 
-    ticket: names the answer in a queue of (ticket, event) that several answers share.
-    """
-
-    def __init__(
-        self, ticket: int, events: queue.SimpleQueue[Any], leave: Callable[[int], None]
-    ) -> None:
+    def __init__(self, ticket: int, events: Any, leave: Callable[[int], None]) -> None:
         self.ticket, self.queue, self._leave = ticket, events, leave
         self.over = False
 
@@ -81,8 +71,7 @@ class Answer:
         return self
 
     def __next__(self) -> labs.Event:
-        event = self.get()
-        if event is None:
+        if (event := self.get()) is None:
             raise StopIteration
         return event
 
@@ -104,37 +93,33 @@ class Answer:
     __del__ = close
 
 
+class Job(Struct, eq=False):
+    """A request under way. put: is called with (ticket, event), while somebody listens."""
+
+    stream: labs.InFlight
+    put: Put
+    heard: bool = True
+
+
 class Engine:
     """A model and the thread that runs it. All methods may be called from any thread."""
 
-    def __init__(
-        self,
-        model: labs.Model,
-        server: labs.Server = labs.Server(),  # noqa: B008  (frozen)
-        response_cache: labs.ResponseCache = labs.ResponseCache(),  # noqa: B008
-    ) -> None:
-        if model.spec.tp_plan:
-            raise labs.ModelError("tp_plan: its processes cannot share a queue of requests")
-        self.model = model
+    def __init__(self, model: labs.Model, server: labs.Server = labs.Server()) -> None:  # noqa: B008
+        self.model, self.max_waiting = model, server.max_waiting
         self.max_rows = labs.rows_in_memory(model, server.max_batch_rows)
         if self.max_rows < (most := server.max_batch_rows or 1):
-            why = model.decoder.why if model.decoder.how == "alone" else "memory holds no more"
+            why = model.decoder.reason if model.decoder.mode == "alone" else "memory holds no more"
             log.warning("%d rows at once, not %d: %s", self.max_rows, most, why)
-        self.max_waiting = server.max_waiting
-        self._ids = itertools.count()
+        self.before_step: list[Callable[[], None]] = []  # called by the thread, without a lock
+        self._tickets = itertools.count()
         self._lock = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._jobs: dict[int, Job] = {}  # by the stream's index: waiting and running
-        self._tickets: dict[int, Job] = {}
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._left: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._shared: dict[Any, Job] = {}  # by key: under way, may be joined
-        self._done = _make_cache(response_cache)
-        self._keeps = response_cache.max_entries > 0
-        self._running = labs.Running(poll=self._poll)
-        self._running.prefixes.max_bytes = server.prefix_cache_bytes
-        self._hits = self._failures = 0
-        self._closing = self._stopped = False
+        self._jobs: dict[int, Job] = {}  # by ticket, which is the stream's index
+        self._between_steps: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._prefix_bytes = server.prefix_cache_bytes
+        self._loop = self._make_loop()
+        self._failures, self._closing, self._stopped = 0, False, False
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
         self._thread.start()
 
@@ -147,38 +132,47 @@ class Engine:
         *,
         owner: str = "",
         processors: tuple[Any, ...] = (),
-        events: queue.SimpleQueue[Any] | None = None,
+        events: Any = None,
     ) -> Answer:
-        """Take a request in; its events come from the answer, or (ticket, event) from `events`.
+        """Take a request in, or raise InputError, or Busy where there is no room.
 
         owner: answers, and what prompts begin with, are shared within one owner only.
         processors: as in labs_decode.Sampling.
-        Raises an InputError for what cannot be done, and Busy where there is no room.
+        events: a queue of (ticket, event) for several answers, if each is not to have its own.
         """
-        stream = labs.open_request(self.model, next(self._ids), inputs, generation, processors)
+        stream = self.open(inputs, generation, owner, processors)
         events = queue.SimpleQueue() if events is None else events
-        answer = Answer(next(self._ids), events, self._left.put)
-        key = self._key(stream, owner)
-        stream.owner, stream.exact = owner, stream.exact or key is not None
-        with self._lock:
-            self._let_go()
-            if (known := self._done.get(key) or self._shared.get(key)) is not None:
-                self._join(known, answer)
-            else:
-                self._check_room()
-                self._begin(Job(stream, {answer.ticket: events}, key), answer.ticket)
-        return answer
+        self.begin(stream, events.put)
+        return Answer(stream.row.id, events, self.leave)
 
-    def score(self, inputs: labs.Inputs, text: str) -> tuple[labs.TokenLogprob, ...]:
-        """Do as labs.score does, between two steps of the batch."""
-        return self.call(functools.partial(labs.score, self.model, inputs, text))
+    def open(
+        self, inputs: labs.Inputs, generation: labs.Generation, owner: str, processors: Any
+    ) -> labs.InFlight:
+        """Check a request whole, the first half of `submit`; its index is the answer's ticket."""
+        ticket = next(self._tickets)
+        stream = labs.open_request(self.model, ticket, inputs, generation, processors)
+        stream.row.owner = owner
+        return stream
+
+    def begin(self, stream: labs.InFlight, put: Put) -> None:
+        """Take in what was checked, or raise Busy; the engine's thread calls `put`."""
+        with self._lock:
+            self._cancel_unheard()
+            self._check_room()
+            self._jobs[stream.row.id] = job = Job(stream, put)
+            self._waiting.append(job)
+            self._lock.notify_all()
+
+    def leave(self, ticket: int) -> None:
+        """Cancel a request, unless it has ended; takes no lock."""
+        self._abandoned.put(ticket)
 
     def call(self, function: Callable[[], R]) -> R:
         """Return what a function of the model does, called between two steps of the batch."""
         future: Future[R] = Future()
         with self._lock:
             self._check_room()
-            self._calls.append((function, future))
+            self._between_steps.append((function, future))
             self._lock.notify_all()
         return future.result()
 
@@ -195,12 +189,12 @@ class Engine:
                 waiting=len(self._waiting),
                 max_rows=self.max_rows,
                 max_waiting=self.max_waiting,
-                cache_usage=labs.cache_usage(self._running),
-                idle_s=time.perf_counter() - self._running.beat if self._jobs else 0.0,
-                steps=self._running.steps,
-                halvings=self._running.halvings,
+                cache_usage=self._loop.cache_usage,
+                idle_s=time.perf_counter() - self._loop.last_step_at if self._jobs else 0.0,
+                steps=self._loop.steps,
+                halvings=self._loop.oom_splits,
                 failures=self._failures,
-                response_cache_hits=self._hits,
+                response_cache_hits=0,
                 alive=self._thread.is_alive(),
                 closing=self._closing,
             )
@@ -215,20 +209,13 @@ class Engine:
             self._closing = True
             self._lock.notify_all()
             while self._jobs and self._thread.is_alive() and time.monotonic() < end:
-                self._let_go()
+                self._cancel_unheard()
                 self._lock.wait(CLOSE_POLL_S)
             ended = not self._jobs
             for job in self._jobs.values():
-                job.stream.cancelled = True
+                job.stream.row.cancelled = True
         self._thread.join(timeout=10)
         return ended
-
-    def _begin(self, job: Job, ticket: int) -> None:
-        self._jobs[job.stream.index] = self._tickets[ticket] = job
-        self._waiting.append(job)
-        if job.key is not None and job.stream.generation.timeout_s is None:
-            self._shared[job.key] = job
-        self._lock.notify_all()
 
     def _check_room(self) -> None:
         if self._closing:
@@ -238,150 +225,226 @@ class Engine:
         if len(self._jobs) >= self.max_rows + self.max_waiting:
             raise Busy(f"{len(self._jobs)} requests are under way or waiting; come again")
 
-    # ------------------------------------------------------------ answers that are shared
-
-    def _key(self, stream: labs.InFlight, owner: str) -> Any:
-        """Return what identical requests have in common, or None for one that is never shared."""
-        options = stream.generation
-        repeats = options.seed is not None or stream.sampling.temperature == 0
-        if not (self._keeps and repeats) or stream.sampling.processors:
-            return None
-        return owner, stream.inputs.input_ids, msgspec.json.encode(options)
-
-    def _join(self, job: Job, answer: Answer) -> None:
-        self._hits += 1
-        for event in job.events:
-            answer.queue.put((answer.ticket, _as_cached(event)))
-        if job.stream.index in self._jobs:
-            job.listeners[answer.ticket] = answer.queue
-            self._tickets[answer.ticket] = job
-
-    def _unshare(self, job: Job) -> None:
-        if self._shared.get(job.key) is job:  # an identical one may have followed
-            del self._shared[job.key]
+    def _cancel_unheard(self) -> None:
+        """Cancel the streams that nobody listens to any more. The lock is held."""
+        while not self._abandoned.empty():
+            if (job := self._jobs.get(self._abandoned.get())) is None:
+                continue
+            job.heard, job.stream.row.cancelled = False, True
+            if job in self._waiting:
+                self._waiting.remove(job)
+                del self._jobs[job.stream.row.id]
 
     # ------------------------------------------------------------ the engine's own thread
+
+    def _make_loop(self) -> labs_loop.Loop:
+        import labs_loop
+
+        kept = labs.new_prefixes(self._prefix_bytes)
+        return labs_loop.Loop(before_step=self._poll, prefixes=kept)
 
     def _serve(self) -> None:
         try:
             while self._wait():
                 failed = False
                 try:
-                    for index, event in labs.run(self.model, self, self.max_rows, self._running):
-                        self._route(index, event)
+                    streams, rows = self._take(), self.max_rows
+                    for index, event in labs.run(self.model, streams, rows, self._loop):
+                        self._tell(index, event)
                 except Exception as error:  # whatever the model raised: the next ones are served
                     log.exception("the forward pass failed")
                     error.__traceback__ = error.__cause__ = error.__context__ = None  # hold slots
-                    self._fail(list(self._running.streams), error)
+                    self._fail(list(self._loop.rows), error)
                     failed = True
                 if failed:  # out of the handler, which holds the error
-                    self._forget()
+                    self._reset()
         finally:
             with self._lock:  # nobody is taken in any more
                 self._stopped = True
                 self._waiting.clear()
-                for _, future in self._calls:
-                    future.set_exception(labs.GenerationError("the engine stopped"))
-                self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
+            for _, future in self._between_steps:
+                future.set_exception(labs.GenerationError("the engine stopped"))
+            self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
 
     def _wait(self) -> bool:
         """Wait for requests; return False when there will be none."""
         with self._lock:
-            while not self._jobs and not self._calls:
-                if self._closing:
-                    return False
-                self._lock.wait()
-            self._running.beat = time.perf_counter()
-            return True
+            self._lock.wait_for(lambda: self._jobs or self._between_steps or self._closing)
+            self._loop.last_step_at = time.perf_counter()
+            return bool(self._jobs or self._between_steps)
 
-    def __iter__(self) -> Iterator[labs.InFlight]:
-        return self
-
-    def __next__(self) -> labs.InFlight:
-        """Return the next waiting stream; the loop of labs asks whenever it has a free row."""
-        with self._lock:
-            self._let_go()
-            if not self._waiting:
-                raise StopIteration
-            return self._waiting.popleft().stream
+    def _take(self) -> Iterator[labs.InFlight | None]:
+        """Yield what waits, or None for now; the loop of labs asks whenever it has a free row."""
+        while True:
+            with self._lock:
+                self._cancel_unheard()
+                job = self._waiting.popleft() if self._waiting else None
+            yield job.stream if job else None
 
     def _poll(self) -> None:
         """Do what must not wait for a free row; the loop of labs calls it before each step."""
-        while self._calls:
-            call, future = self._calls.popleft()
+        while self._between_steps:
+            function, future = self._between_steps.popleft()
             try:
-                future.set_result(call())
+                future.set_result(function())
             except Exception as error:  # of one request, told to who made it
                 future.set_exception(error)
+        for function in self.before_step:
+            function()
         with self._lock:
-            self._let_go()
-            late = [job for job in self._waiting if job.stream.late or job.stream.cancelled]
+            self._cancel_unheard()
+            late = [job for job in self._waiting if job.stream.row.late or job.stream.row.cancelled]
             for job in late:
                 self._waiting.remove(job)
         for job in late:
-            reason = "cancelled" if job.stream.cancelled else "timeout"
-            self._route(job.stream.index, _never_begun(job.stream, reason))
+            self._tell(job.stream.row.id, _never_begun(job.stream, self.model.load_s))
 
-    def _let_go(self) -> None:
-        """Cancel the streams that nobody listens to any more. The lock is held.
-
-        Who leaves only puts a ticket in a queue: a destructor may run in any thread at any moment.
-        """
-        while not self._left.empty():
-            ticket = self._left.get()
-            if (job := self._tickets.pop(ticket, None)) is None:
-                continue
-            del job.listeners[ticket]
-            if not job.listeners:
-                job.stream.cancelled = True
-                self._unshare(job)
-                if job in self._waiting:
-                    self._waiting.remove(job)
-                    del self._jobs[job.stream.index]
-
-    def _route(self, index: int, event: labs.Event) -> None:
-        with self._lock:
-            job = self._jobs[index]
-            for place, (ticket, events) in enumerate(job.listeners.items()):
-                events.put((ticket, _as_cached(event) if place else event))
-            if job.key is not None:
-                job.events.append(event)
-            if isinstance(event, labs.Done | labs.Failed):
-                self._end(job, event)
-
-    def _end(self, job: Job, event: labs.Event) -> None:
-        del self._jobs[job.stream.index]
-        for ticket in job.listeners:
-            del self._tickets[ticket]
-        self._unshare(job)
-        job.listeners.clear()
-        whole = isinstance(event, labs.Done) and event.finish_reason in ("stop", "length")
-        if job.key is not None and whole:
-            self._done[job.key] = job
-        self._lock.notify_all()
+    def _tell(self, index: int, event: labs.Event) -> None:
+        """Put an event where it is waited for; the last one once the request counts no more."""
+        job = self._jobs[index]
+        if isinstance(event, labs.Done | labs.Failed):
+            with self._lock:
+                del self._jobs[index]
+                self._lock.notify_all()
+        if job.heard:
+            job.put((index, event))
 
     def _fail(self, indexes: list[int], error: Exception) -> None:
         told = error if isinstance(error, labs.LabsError) else labs.GenerationError(str(error))
         self._failures += bool(indexes)
         for index in indexes:
-            self._route(index, labs.Failed(told))
+            self._tell(index, labs.Failed(told))
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Start anew with empty slots; what the failed step held is free before the next one."""
-        old, self._running = self._running, labs.Running(poll=self._poll)
-        self._running.steps, self._running.halvings = old.steps, old.halvings
-        self._running.prefixes.max_bytes = old.prefixes.max_bytes
+        old, self._loop = self._loop, self._make_loop()
+        self._loop.steps, self._loop.oom_splits = old.steps, old.oom_splits
         del old
         labs.release_memory()
 
 
-def _make_cache(wanted: labs.ResponseCache) -> Any:
-    if wanted.max_entries == 0:
-        return {}
-    labs.require("cachetools")
-    from cachetools import TTLCache
+def _never_begun(stream: labs.InFlight, load_s: float) -> labs.Done:
+    timings = labs.Timings(load_s, 0.0, 0.0, 0.0, time.perf_counter() - stream.began)
+    reason: Any = "cancelled" if stream.row.cancelled else "timeout"
+    return labs.Done(reason, labs.Usage(len(stream.inputs.input_ids), 0), timings)
 
-    return TTLCache(wanted.max_entries, wanted.ttl_s)
+
+# ---------------------------------------------------------------- answers that are kept
+
+
+class Shared(Struct, eq=False):
+    """One computation for several requests. listeners: their queues by ticket; ticket: its own."""
+
+    key: Any
+    ticket: int
+    listeners: dict[int, Any] = field(default_factory=dict)
+    events: list[labs.Event] = field(default_factory=list)
+    over: bool = False
+
+
+class Cached:
+    """An engine, and its whole face, that computes identical requests of one owner once.
+
+    Only what would be the same again is shared: greedy or seeded, and without processors. A
+    request with a deadline of its own is not joined while it is under way.
+    """
+
+    def __init__(self, engine: Engine, response_cache: labs.ResponseCache) -> None:
+        labs.require("cachetools")
+        from cachetools import TTLCache
+
+        self._response_cache: Any = TTLCache(response_cache.max_entries, response_cache.ttl_s)
+        self.engine, self.model, self.max_rows = engine, engine.model, engine.max_rows
+        self.call, self.close = engine.call, engine.close
+        self._shared: dict[Any, Shared] = {}  # by key: under way, may be joined
+        self._tickets: dict[int, Shared] = {}  # by the ticket of each listener
+        self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._hits = 0
+        self._lock = threading.Lock()
+        engine.before_step.append(self._leave_unheard)
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.busy
+
+    def status(self) -> Status:
+        return replace(self.engine.status(), response_cache_hits=self._hits)
+
+    def submit(
+        self,
+        inputs: labs.Inputs,
+        generation: labs.Generation,
+        *,
+        owner: str = "",
+        processors: tuple[Any, ...] = (),
+        events: Any = None,
+    ) -> Answer:
+        """Do as Engine.submit does; for an answer that is there already no room is needed."""
+        stream = self.engine.open(inputs, generation, owner, processors)
+        events = queue.SimpleQueue() if events is None else events
+        key, ticket = self._key(stream), stream.row.id
+        self._leave_unheard()
+        if key is None:
+            self.engine.begin(stream, events.put)
+            return Answer(ticket, events, self.engine.leave)
+        with self._lock:
+            shared = self._response_cache.get(key) or self._shared.get(key)
+            self._hits += shared is not None
+            shared = shared or self._begin(key, stream)
+            for event in shared.events:
+                events.put((ticket, _as_cached(event)))
+            if not shared.over:
+                shared.listeners[ticket], self._tickets[ticket] = events, shared
+        return Answer(ticket, events, self._abandoned.put)
+
+    def _key(self, stream: labs.InFlight) -> Any:
+        """Return what identical requests have in common, or None for one that is never shared."""
+        options = stream.generation
+        repeats = options.seed is not None or stream.row.sampling.temperature == 0
+        if not (repeats and self._response_cache.maxsize) or stream.row.sampling.processors:
+            return None
+        return stream.row.owner, stream.inputs.input_ids, msgspec.json.encode(options)
+
+    def _begin(self, key: Any, stream: labs.InFlight) -> Shared:
+        """Let the engine begin; its first event waits for the lock, which is held."""
+        stream.row.exact_prefix = True
+        shared = Shared(key, stream.row.id)
+        self.engine.begin(stream, lambda told: self._tell(shared, told[1]))
+        if stream.generation.timeout_s is None:
+            self._shared[key] = shared
+        return shared
+
+    def _tell(self, shared: Shared, event: labs.Event) -> None:
+        """Pass an event on to all who listen; the engine's thread calls it."""
+        with self._lock:
+            if not shared.listeners:  # all have left, and an identical one may have followed
+                return
+            for place, (ticket, events) in enumerate(shared.listeners.items()):
+                events.put((ticket, _as_cached(event) if place else event))
+            shared.events.append(event)
+            if isinstance(event, labs.Delta):
+                return
+            self._shared.pop(shared.key, None)
+            for ticket in shared.listeners:
+                del self._tickets[ticket]
+            shared.over, shared.listeners = True, {}
+            if isinstance(event, labs.Done) and event.finish_reason in ("stop", "length"):
+                self._response_cache[shared.key] = shared
+
+    def _leave_unheard(self) -> None:
+        """Leave what nobody listens to any more; called before each step and each request."""
+        with self._lock:
+            while not self._abandoned.empty():
+                ticket = self._abandoned.get()
+                if (shared := self._tickets.pop(ticket, None)) is None:
+                    continue
+                del shared.listeners[ticket]
+                if not shared.listeners:
+                    self._shared.pop(shared.key, None)
+                    self.engine.leave(shared.ticket)
+
+
+AnyEngine = Engine | Cached
 
 
 def _as_cached(event: labs.Event) -> labs.Event:
@@ -389,9 +452,3 @@ def _as_cached(event: labs.Event) -> labs.Event:
         return event
     timings = replace(event.timings, prefill_s=0.0, decode_s=0.0, tokens_per_s=0.0, queue_s=0.0)
     return replace(event, usage=replace(event.usage, response_cached=True), timings=timings)
-
-
-def _never_begun(stream: labs.InFlight, reason: Any) -> labs.Done:
-    waited = time.perf_counter() - stream.began
-    usage = labs.Usage(len(stream.inputs.input_ids), 0)
-    return labs.Done(reason, usage, labs.Timings(stream.load_s, 0.0, 0.0, 0.0, waited))

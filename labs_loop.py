@@ -76,6 +76,10 @@ class Loop:
     one_prompt_per_call: bool = False
     prefixes: PrefixStore | None = None
 
+    @property
+    def cache_usage(self) -> float:
+        return cache_usage([*self.batches, *self.prefilling])
+
 
 def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop: Loop) -> Outcomes:
     """Decode all rows, at most `limit` at once; yield what becomes of each, token by token.

@@ -135,7 +135,7 @@ class Gate:
         return [1 if len(row) == copies == row.count(row[0]) else len(row) for row in steps]
 
 
-Start = Callable[..., tuple[labs_engine.Engine, Gate]]
+Start = Callable[..., tuple[labs_engine.AnyEngine, Gate]]
 
 
 @pytest.fixture
@@ -145,29 +145,36 @@ def start() -> Iterator[Start]:
 
         def begin(
             kind: str = "llama", cache: labs.ResponseCache | None = None, **server: Any
-        ) -> tuple[labs_engine.Engine, Gate]:
+        ) -> tuple[labs_engine.AnyEngine, Gate]:
             gate = Gate(model_of(kind))
-            settings = labs.Server(**server), cache or labs.ResponseCache()
-            engine = labs_engine.Engine(model_of(kind), *settings)
+            engine: labs_engine.AnyEngine
+            engine = labs_engine.Engine(model_of(kind), labs.Server(**server))
+            engine = engine if cache is None else labs_engine.Cached(engine, cache)
             stack.callback(end, engine, gate)
             return engine, gate
 
         yield begin
 
 
-def end(engine: labs_engine.Engine, gate: Gate) -> None:
+def end(engine: labs_engine.AnyEngine, gate: Gate) -> None:
     gate.let(math.inf)
     engine.close()
     for handle in gate.handles:
         handle.remove()
-    assert not engine._thread.is_alive()
+    assert not inner(engine)._thread.is_alive()
     assert leftovers(engine) == {}
 
 
-def leftovers(engine: labs_engine.Engine) -> dict[str, Any]:
-    held = {name: getattr(engine, name) for name in ("_jobs", "_tickets", "_waiting", "_shared")}
-    if engine._thread.is_alive():
-        running = engine._running
+def inner(engine: labs_engine.AnyEngine) -> labs_engine.Engine:
+    return engine.engine if isinstance(engine, labs_engine.Cached) else engine
+
+
+def leftovers(engine: labs_engine.AnyEngine) -> dict[str, Any]:
+    held = {name: getattr(inner(engine), name) for name in ("_jobs", "_waiting")}
+    if isinstance(engine, labs_engine.Cached):
+        held |= {"_tickets": engine._tickets, "_shared": engine._shared}
+    if inner(engine)._thread.is_alive():
+        running = inner(engine)._running
         held |= {"streams": running.streams, "newcomers": running.newcomers}
     return {name: table for name, table in held.items() if table}
 
@@ -184,7 +191,7 @@ def read(answer: labs_engine.Answer, wait_s: float = WAIT_S) -> tuple[str, Any]:
 
 
 def held(
-    engine: labs_engine.Engine, gate: Gate, calls: int, wanted: labs.Generation | None = None
+    engine: labs_engine.AnyEngine, gate: Gate, calls: int, wanted: labs.Generation | None = None
 ) -> labs_engine.Answer:
     """Ask, and return when the answer has had so many calls and the next one is held."""
     gate.let(calls)
@@ -194,7 +201,7 @@ def held(
 
 
 def together(
-    engine: labs_engine.Engine, gate: Gate, count: int, wanted: labs.Generation | None = None
+    engine: labs_engine.AnyEngine, gate: Gate, count: int, wanted: labs.Generation | None = None
 ) -> list[labs_engine.Answer]:
     """Ask for so many answers before the first call goes through."""
     gate.let(0)
@@ -203,18 +210,18 @@ def together(
     return answers
 
 
-def quiet(engine: labs_engine.Engine) -> bool:
+def quiet(engine: labs_engine.AnyEngine) -> bool:
     """Wait until nothing is under way."""
     deadline = time.monotonic() + WAIT_S
-    while (status := engine.status()).running or status.waiting:
-        assert time.monotonic() < deadline, status
+    while (status := engine.status()).running or status.waiting or leftovers(engine):
+        assert time.monotonic() < deadline, (status, leftovers(engine))
         time.sleep(0.002)
-    return leftovers(engine) == {}
+    return True
 
 
-def age(engine: labs_engine.Engine) -> None:
+def age(engine: labs_engine.AnyEngine) -> None:
     """Make the requests under way look as if they had been asked for long ago."""
-    for job in list(engine._jobs.values()):
+    for job in list(inner(engine)._jobs.values()):
         job.stream.began -= 10_000
 
 
@@ -658,25 +665,28 @@ def test_memory_that_runs_out_in_a_prompt_ends_no_row_that_is_decoded(start):
     assert read(first)[0] == alone("llama", 0)
 
 
-# ---------------------------------------------------------------- scores
+# ---------------------------------------------------------------- calls
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
-def test_a_score_comes_between_the_steps_of_others_and_disturbs_none(kind, start):
+def test_a_call_comes_between_the_steps_of_others_and_disturbs_none(kind, start):
     engine, _ = start(kind)
-    expected = labs.score(model_of(kind), prompt(1), "abc")
     answer = engine.submit(prompt(0), options())
-    assert [each.token for each in engine.score(prompt(1), "abc")] == [e.token for e in expected]
+    text = engine.call(lambda: labs.generate(model_of(kind), prompt(1), asked()).text)
+    assert text == alone(kind, 1)
     assert read(answer)[0] == alone(kind, 0)
 
 
-def test_a_score_that_is_refused_or_comes_too_late_is_told_to_who_asked(start):
+def test_a_call_that_fails_or_comes_too_late_is_told_to_who_made_it(start):
+    def refuse() -> None:
+        raise labs.InputError("no")
+
     engine, _ = start()
     with pytest.raises(labs.InputError):
-        engine.score(prompt(0), "")
+        engine.call(refuse)
     engine.close()
     with pytest.raises(labs_engine.Busy):
-        engine.score(prompt(0), "abc")
+        engine.call(refuse)
 
 
 # ---------------------------------------------------------------- a dead thread
@@ -811,7 +821,7 @@ def texts_alone(seed: int | None = None) -> list[str]:
     return [labs.generate(model_of("llama"), turn, asked(seed)).text for turn in TURNS]
 
 
-def cached(engine: labs_engine.Engine, turn: labs.Inputs, owner: str = "", **more: Any) -> int:
+def cached(engine: labs_engine.AnyEngine, turn: labs.Inputs, owner: str = "", **more: Any) -> int:
     answer = engine.submit(turn, asked(**more), owner=owner)
     done: labs.Done = read(answer)[1]
     return done.usage.cached_tokens
@@ -865,12 +875,14 @@ def test_none_are_kept_where_none_are_wanted(start, chunks_of_eight):
 def test_what_decoding_wrote_serves_requests_whose_bits_need_not_match(chunks_of_eight):
     decoder = labs_decode.prepare(tiny("llama", vocab_size=262), batch_invariant=False)
     model = msgspec.structs.replace(model_of("llama"), decoder=decoder)
-    engine = labs_engine.Engine(model, response_cache=KEPT)
+    engine = labs_engine.Cached(labs_engine.Engine(model), KEPT)
     try:
         done = read(engine.submit(TURNS[0], options(temperature=1.0)))[1]
         assert done.usage.cached_tokens == 0
         deadline = time.monotonic() + WAIT_S  # it is kept after its end was told
-        while not (ids := [p.ids for p in engine._running.prefixes.kept if len(p.ids) == 41]):
+        while not (
+            ids := [p.ids for p in engine.engine._running.prefixes.kept if len(p.ids) == 41]
+        ):
             assert time.monotonic() < deadline
         turn = labs.Inputs((*ids[0], 50, 51), "")
         assert cached_of(engine, turn, temperature=1.0) == 41
@@ -880,7 +892,7 @@ def test_what_decoding_wrote_serves_requests_whose_bits_need_not_match(chunks_of
         engine.close()
 
 
-def cached_of(engine: labs_engine.Engine, turn: labs.Inputs, **changes: Any) -> int:
+def cached_of(engine: labs_engine.AnyEngine, turn: labs.Inputs, **changes: Any) -> int:
     done: labs.Done = read(engine.submit(turn, options(**changes)))[1]
     return done.usage.cached_tokens
 
@@ -1057,7 +1069,7 @@ def test_no_more_answers_are_kept_than_allowed(start):
     engine, gate = start(cache=labs.ResponseCache(max_entries=2))
     for number in (0, 1, 2):
         read(engine.submit(prompt(number), asked()))
-    assert len(engine._done) == 2
+    assert len(engine._response_cache) == 2
     read(engine.submit(prompt(2), asked()))
     assert len(gate.calls) == 3 * NEW
     read(engine.submit(prompt(0), asked()))
@@ -1094,7 +1106,7 @@ def test_what_leader_and_follower_both_left_is_cancelled_and_not_kept(start):
         answer.close()
     gate.let(math.inf)
     assert quiet(engine)
-    assert (len(gate.calls), len(engine._done)) == (4, 0)
+    assert (len(gate.calls), len(engine._response_cache)) == (4, 0)
     _, done = read(engine.submit(prompt(0), asked()))
     assert not done.usage.response_cached
 
@@ -1132,7 +1144,7 @@ def test_a_failure_is_not_kept(start):
 # ---------------------------------------------------------------- many threads
 
 
-def ask_at_random(engine: labs_engine.Engine, number: int, rounds: int) -> int:
+def ask_at_random(engine: labs_engine.AnyEngine, number: int, rounds: int) -> int:
     """Ask as one of many clients would; return how many texts were read to their end."""
     chance, whole = random.Random(number), 0
     for _ in range(rounds):
@@ -1180,6 +1192,142 @@ def test_many_threads_get_their_own_texts_and_leave_nothing_behind(rounds, cache
     assert quiet(engine)
     status = engine.status()
     assert (status.alive, status.failures, status.halvings) == (True, 0, 0)
+
+
+def lead_and_follow(engine: labs_engine.Cached, which: int, chance: random.Random) -> list[str]:
+    """Let six ask for one answer at the same moment, of whom some leave; return the texts read."""
+    moment, expected = threading.Barrier(6), alone("llama", which, new=5)
+    ways = ["read", *chance.choices(["read", "close", "forget", "some"], k=5)]
+
+    def ask(way: str) -> str | None:
+        moment.wait(WAIT_S)
+        answer = engine.submit(prompt(which), asked(new=5))
+        if way == "some":
+            answer.get(WAIT_S)
+        if way in ("close", "some"):
+            answer.close()
+        if way != "read":
+            return None
+        text, done = read(answer)
+        assert (text, done.finish_reason) == (expected, "length")
+        return text
+
+    with ThreadPoolExecutor(6) as pool:
+        return [text for text in pool.map(ask, ways) if text is not None]
+
+
+def test_leaders_that_leave_while_others_join_leave_nobody_hanging_and_no_row(start):
+    engine, _ = start(cache=labs.ResponseCache(max_entries=1), max_batch_rows=4)
+    chance = random.Random(0)
+    for turn in range(200):
+        assert lead_and_follow(engine, turn % 3, chance)
+        assert quiet(engine)
+    status = engine.status()
+    assert (status.failures, status.alive) == (0, True)
+    assert status.response_cache_hits > 200
+
+
+def test_all_who_leave_at_random_leave_no_row(start):
+    engine, _ = start(cache=labs.ResponseCache(max_entries=1), max_batch_rows=2, max_waiting=90)
+    wanted = asked(new=400)
+
+    def come_and_go(number: int) -> None:
+        chance = random.Random(number)
+        for _ in range(25):
+            answer = engine.submit(prompt(chance.randrange(3)), wanted)
+            for _ in range(chance.randrange(3)):
+                answer.get(0.01)
+            if chance.random() < 0.5:
+                answer.close()
+            else:
+                del answer
+
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(come_and_go, range(8))]
+    assert quiet(engine)
+    assert len(engine._response_cache) == 0
+    assert read(engine.submit(prompt(0), asked()))[0] == alone("llama", 0)
+
+
+def test_there_is_room_again_at_once_where_all_who_waited_for_an_answer_have_left(start):
+    engine, gate = start(cache=KEPT, max_batch_rows=1, max_waiting=1)
+    first = held(engine, gate, 0, asked())
+    answers = [engine.submit(prompt(1), asked()) for _ in range(3)]
+    with pytest.raises(labs_engine.Busy, match="2 requests"):
+        engine.submit(prompt(2), asked())
+    for answer in answers:
+        answer.close()
+    last = engine.submit(prompt(2), options(temperature=1.0))  # never shared
+    gate.let(math.inf)
+    assert read(first)[0] == alone("llama", 0)
+    assert read(last)[1].finish_reason == "length"
+    assert not gate.has_seen(prompt(1))
+
+
+def test_a_request_with_a_deadline_is_not_joined_while_it_is_under_way(start):
+    engine, gate = start(cache=KEPT)
+    wanted = labs.evolve(asked(), timeout_s=500)
+    first = held(engine, gate, 3, wanted)
+    second = engine.submit(prompt(0), wanted)
+    gate.let(math.inf)
+    for answer in (first, second):
+        text, done = read(answer)
+        assert (text, done.usage.response_cached) == (alone("llama", 0), False)
+    assert read(engine.submit(prompt(0), wanted))[1].usage.response_cached
+
+
+def test_answers_of_a_dead_thread_are_told_to_all_who_share_one(dies, start):
+    engine, gate = start(cache=KEPT)
+    leader = held(engine, gate, 2, asked())
+    follower = engine.submit(prompt(0), asked())
+    gate.before = dies
+    gate.let(math.inf)
+    assert all(isinstance(read(answer)[1], labs.Failed) for answer in (leader, follower))
+    inner(engine)._thread.join(WAIT_S)
+    with pytest.raises(labs_engine.Busy, match="stopped"):
+        engine.submit(prompt(0), asked())
+
+
+def test_an_answer_that_is_kept_is_given_by_a_full_engine_and_after_its_end(start):
+    engine, gate = start(cache=KEPT, max_batch_rows=1, max_waiting=0)
+    read(engine.submit(prompt(1), asked()))
+    first = held(engine, gate, 1, asked())
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
+    gate.let(math.inf)
+    read(first)
+    engine.close()
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
+
+
+def test_answers_that_are_shared_and_others_may_share_a_queue(start):
+    engine, _ = start(cache=KEPT)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    each = [(0, 0.0), (0, 0.0), (0, 1.0), (1, 0.0)]
+    answers = [
+        engine.submit(prompt(which), options(temperature=heat), events=events)
+        for which, heat in each
+    ]
+    tickets, ended = [answer.ticket for answer in answers], []
+    while len(ended) < len(each):
+        ticket, event = events.get(timeout=WAIT_S)
+        ended += [ticket] if isinstance(event, labs.Done) else []
+    assert len({*tickets}) == len(each)
+    assert sorted(ended) == sorted(tickets)
+
+
+def test_events_are_put_while_the_engine_has_no_lock(start):
+    engine, _ = start()
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def put(told: Any) -> None:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(engine.status).result(WAIT_S)
+        events.put(told)
+
+    stream = engine.open(prompt(0), asked(), "", ())
+    engine.begin(stream, put)
+    answer = labs_engine.Answer(stream.index, events, engine.leave)
+    assert read(answer)[0] == alone("llama", 0)
 
 
 # ---------------------------------------------------------------- the room itself
