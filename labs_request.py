@@ -241,9 +241,8 @@ def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     """Build the inputs of one prompt, with the chat toggles as configured where it names none."""
     if prompt.ids is not None:
         return labs.inputs_of_ids(model, prompt.ids)
-    words = asdict(filled(prompt, config))
-    del words["ids"]
-    return labs.build_inputs(model, **words)
+    given = asdict(filled(prompt, config)).items()
+    return labs.build_inputs(model, **{name: value for name, value in given if value is not None})
 
 
 def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
