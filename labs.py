@@ -2356,3 +2356,6 @@ def _finish(
     timings = Timings(stream.load_s, first - entered, now - first, rate, queue_s)
     seed = resolved(stream).seed
     return stream.index, Done(reason, usage, timings, stop, seed, _fingerprint(model, stream))
+
+
+package_file, context_length_of = _package_file, _context_length  # until they have these names
