@@ -353,7 +353,7 @@ class Service:
             )
 
         text = "\n".join(prompt.text for prompt in request.prompts)
-        return labs.route(self.config.router, text, count) or default
+        return labs_models.route(self.config.router, text, count) or default
 
     # ------------------------------------------------------------ with the model
 

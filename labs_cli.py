@@ -247,8 +247,8 @@ def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[la
     """Yield the events of the answer as the filters show them."""
     ((inputs, generation),) = prepared.answers()
     shown = labs_request.shown_events(session.context, inputs, generation)
-    model, prefixes, constraints = session.model, session.prefixes, prepared.constraints()
-    events: Any = labs.stream_generate(model, inputs, generation, prefixes, constraints)
+    only = prepared.constraints()
+    events: Any = labs.stream_generate(session.model, inputs, generation, processors=only)
     with contextlib.closing(events):
         for event in itertools.chain.from_iterable(map(shown, events)):
             yield event
@@ -395,8 +395,8 @@ def index(config: labs.Config, flags: Values) -> None:
 
     if config.documents.database is None:
         raise click.UsageError("--index needs --docs DATABASE")
-    model = labs_rag.embedding_model(config)
-    done = labs_rag.index(flags["index"], config.documents.database, embedding_model=model)
+    encoder = labs_rag.encoder_of(config)
+    done = labs_rag.index(flags["index"], config.documents.database, encoder=encoder)
     for each in done.unusable:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
