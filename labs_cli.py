@@ -148,7 +148,6 @@ class Session(NamedTuple):
     context: labs_request.Context
     asked: labs_request.Request
     model: labs.Model
-    prefixes: Any
     stream: bool
     verbose: bool
     imports_s: float
@@ -676,10 +675,8 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
     began = time.perf_counter()
     model = load_model(config)
     imports_s = time.perf_counter() - began - model.load_s
-    from labs_decode import Prefixes
-
-    verbose = flags["verbose"]
-    session = Session(context, asked, model, Prefixes(), stream, verbose, imports_s)
+    model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
+    session = Session(context, asked, model, stream, flags["verbose"], imports_s)
     if flags["choose"]:
         choose(session, request, flags["choose"], flags["json"])
     elif flags["chat"]:

@@ -989,16 +989,16 @@ def test_a_held_back_stream_sends_comments(fake: Fake, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="module")
-def engine(tiny: labs.Model) -> Iterator[labs_engine.Engine]:
+def engine(tiny: labs.Model) -> Iterator[labs_engine.Cached]:
     cache = labs.ResponseCache(max_entries=9)
-    engine = labs_engine.Engine(tiny, labs.Server(max_batch_rows=4), cache)
+    engine = labs_engine.Cached(labs_engine.Engine(tiny, labs.Server(max_batch_rows=4)), cache)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize(("path", "more"), WAYS)
 def test_the_row_of_a_cut_answer_is_let_go(
-    engine: labs_engine.Engine, path: str, more: Any
+    engine: labs_engine.Cached, path: str, more: Any
 ) -> None:
     name = "max_new_tokens" if path.startswith("/generate") else "max_tokens"
     body = {**BODIES[path], **more, name: 4000, **A}
@@ -1009,7 +1009,7 @@ def test_the_row_of_a_cut_answer_is_let_go(
     assert engine.status().steps - before < 1000
 
 
-def test_an_answer_from_the_cache_is_filtered_too(engine: labs_engine.Engine) -> None:
+def test_an_answer_from_the_cache_is_filtered_too(engine: labs_engine.Cached) -> None:
     body = {"prompt": "cached", "max_new_tokens": 5, **A}
     plain = site_of(engine).post("/generate", body).json
     assert (plain["text"], plain["usage"]["response_cached"]) == ("aaaaa", False)
