@@ -521,7 +521,8 @@ def test_labs_gen_names_the_file_that_was_not_copied(arguments, room, flat, fold
         (["--prompt", "Hi", "--config", "guard.toml", "--json"], "guard"),
     ],
 )
-def test_what_a_flag_or_setting_needs_is_named(arguments, room, fake_labs, missing):
+def test_what_a_flag_or_setting_needs_is_named(arguments, room, fake_labs, missing, monkeypatch):
+    monkeypatch.setattr(labs, "load_model", lambda config: pytest.fail("loaded"))
     missing(f"labs_{room}")
     for name in ("prompts.jsonl", "answers.jsonl"):
         Path(name).touch()
