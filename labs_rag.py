@@ -5,37 +5,35 @@
     passages = labs_rag.search("docs.db", "How is it installed?", 4)
     messages, sources = labs_rag.ground(messages, passages, count_tokens, 1024)
 
-Words are SQLite's business (FTS5, BM25). Where an embedding model is named, vectors lie beside them
-and the two rankings are fused. Needs labs.py; for vectors also torch and transformers.
+SQLite ranks by words (FTS5, BM25). With an Encoder, an embedding model's vectors lie beside the
+words, and the two rankings are fused. Needs labs.py and labs_embed.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import os
 import re
 import sqlite3
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct
 
 import labs
+from labs_embed import Encoder as Encoder  # for those who only search
 
 PLAIN = (".txt", ".text", ".rst")
 KINDS = (*PLAIN, ".md", ".markdown")
 CHARACTERS = 1200  # of a chunk at most: 200 to 300 tokens
 DEPTH = 50  # of each ranking, before they are fused
-LONGEST, WORDS = 8000, 32  # characters of a query that are read, words that are looked up
+QUERY_CHARACTERS, QUERY_WORDS = 8000, 32  # of a query: read, looked up
 RANKED = 6000  # chunks that are ranked by words, unless a single word is in more: 2 µs each
-OURS = 0x6C616273  # the application_id of databases that labs made
+APPLICATION_ID = 0x6C616273  # of databases that labs made
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, sha256 TEXT);
@@ -55,12 +53,11 @@ CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON chunks BEGIN
 END;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value);
 INSERT OR IGNORE INTO facts VALUES ('changes', 0), ('embedding_model', NULL);
-PRAGMA application_id = {OURS};
+PRAGMA application_id = {APPLICATION_ID};
 COMMIT;
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
+PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
 """
-# What nearly every chunk holds tells nothing and costs most of the time.
+# Words of nearly every chunk do not tell chunks apart, and looking them up costs most of the time.
 STOP_WORDS = re.compile(
     "a|about|all|am|an|and|any|are|as|at|be|been|but|by|can|could|did|do|does|for|from|had|has|have"
     "|how|i|if|in|into|is|it|its|me|my|no|not|of|on|or|our|should|so|that|the|their|them|then|there"
@@ -73,8 +70,6 @@ INTRODUCTION = (
 )
 _FENCE = re.compile(r" {0,3}(```+|~~~+)")
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(\S.{0,199}?)[ \t]*#*[ \t]*$")
-_LOCK = threading.Lock()  # guards the embedding model's tokenizer, and this:
-_MATRIX: list[Any] = [None, [], None]  # the state of a database, its chunks, their vectors
 
 
 class DocumentsError(labs.LabsError):
@@ -154,12 +149,13 @@ def _pieces(text: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _opened(database: str, mode: str = "ro") -> Iterator[sqlite3.Connection]:
-    where = f"file:{quote(os.path.abspath(database))}?mode={mode}"
+    where = f"{Path(os.path.abspath(database)).as_uri()}?mode={mode}"
     try:
         connection = sqlite3.connect(where, uri=True, timeout=60, isolation_level=None)
         with contextlib.closing(connection):
             is_new = not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
-            if not is_new and connection.execute("PRAGMA application_id").fetchone() != (OURS,):
+            made_by = connection.execute("PRAGMA application_id").fetchone()[0]
+            if not is_new and made_by != APPLICATION_ID:
                 raise DocumentsError(f"the database {database} was not made by labs")
             connection.executescript(SCHEMA if mode == "rwc" else "")
             yield connection
@@ -179,45 +175,39 @@ def _facts(connection: sqlite3.Connection) -> dict[str, Any]:
     return dict(connection.execute("SELECT name, value FROM facts"))
 
 
-def index(
-    paths: Iterable[str], database: str, *, embedding_model: labs.ModelSpec | None = None
-) -> Indexed:
+def index(paths: Iterable[str], database: str, *, encoder: Encoder | None = None) -> Indexed:
     """Bring the database up to what files and folders hold; what went away from them is removed.
 
-    Of a folder: all of KINDS but hidden files and links. embedding_model: its states are averaged.
+    Of a folder: all of KINDS but hidden files and links. encoder: it gives each chunk a vector.
     Several processes may do it at once; one that is killed leaves what it has done.
     """
     base = os.path.realpath(os.path.dirname(database))
     roots = dict.fromkeys(map(os.path.realpath, paths))
     with _opened(database, "rwc") as connection:
-        model = _facts(connection)["embedding_model"]
-        if model and embedding_model is None:
-            raise DocumentsError(
-                f"the database {database} has vectors of {model}: name it here too"
-            )
+        if (model := _facts(connection)["embedding_model"]) and encoder is None:
+            text = f"has vectors of {model}: name it here too"
+            raise DocumentsError(f"the database {database} {text}")
         known = dict(connection.execute("SELECT path, sha256 FROM files"))
-        above = {name: _above(os.path.join(base, name)) for name in known}
-        under = {name for name, places in above.items() if not places.isdisjoint(roots)}
+        above = {name: _parents(os.path.join(base, name)) for name in known}
         for root in roots:
             if not os.path.exists(root) and all(root not in places for places in above.values()):
                 raise DocumentsError(f"{root}: there is no such file or folder")
-        seen: dict[str, str] = {}
-        unusable: list[str] = []
-        written = chunks = 0
-        files = _changed(base, roots, known, seen, unusable)
-        while batch := list(_some(files)):
+        seen, unusable, written, chunks = dict[str, str](), list[str](), 0, 0
+        files = _read_changed_files(base, roots, known, seen, unusable)
+        while batch := list(_transaction(files)):
             _store(connection, batch)
             written, chunks = written + len(batch), chunks + sum(len(each[2]) for each in batch)
+        under = {name for name, places in above.items() if not places.isdisjoint(roots)}
         gone = under - seen.keys()
         _store(connection, [(name, "", []) for name in gone])
-        if embedding_model is not None:
-            _embed(connection, embedding_model)
+        if encoder is not None:
+            _embed(connection, encoder)
         with contextlib.suppress(sqlite3.OperationalError):  # another process still writes
             connection.executescript("PRAGMA busy_timeout = 50; PRAGMA journal_mode = DELETE")
     return Indexed(written, len(seen) - written, len(gone), chunks, tuple(unusable))
 
 
-def _above(path: str) -> set[str]:
+def _parents(path: str) -> set[str]:
     path = os.path.normpath(path)
     return {path, *map(str, Path(path).parents)}
 
@@ -233,17 +223,14 @@ def _files(path: str) -> Iterator[str]:
                 yield place
 
 
+Hashes = dict[str, str]  # of files, by their names
 File = tuple[str, str, list[tuple[str, str]]]  # its name, from the database's folder; hash; chunks
 
 
-def _changed(
-    base: str,
-    roots: Iterable[str],
-    known: dict[str, str],
-    seen: dict[str, str],
-    unusable: list[str],
+def _read_changed_files(
+    base: str, roots: Iterable[str], known: Hashes, seen: Hashes, unusable: list[str]
 ) -> Iterator[File]:
-    """Read all files; yield those that are not as they are known. seen: takes all hashes."""
+    """Read all files; yield those whose hash is not known. seen: takes the hashes of all."""
     for path in itertools.chain.from_iterable(map(_files, roots)):
         name = os.path.relpath(path, base)
         try:
@@ -259,7 +246,7 @@ def _changed(
             yield name, seen[name], list(chunk(text, markdown=markdown))
 
 
-def _some(files: Iterator[File]) -> Iterator[File]:
+def _transaction(files: Iterator[File]) -> Iterator[File]:
     """Take files for one transaction, which costs as much as many chunks."""
     count = 0
     while count < 500 and (file := next(files, None)):
@@ -282,40 +269,9 @@ def _store(connection: sqlite3.Connection, files: list[File]) -> None:
                 execute("INSERT INTO files VALUES (?, ?)", (name, digest))
 
 
-@functools.lru_cache(maxsize=1)
-def _encoder(spec: labs.ModelSpec) -> tuple[Any, Any]:
-    if spec.model_name.startswith("package:"):
-        found = labs._package_file(f"{spec.model_name}/config.json")
-        spec = msgspec.structs.replace(spec, model_name=str(found.parent))
-    with labs.loading():
-        _, device, dtype = labs.device_of(spec)
-        source, options, _ = labs.locate(spec, dtype)
-        tokenizer = labs.pretrained("AutoTokenizer", source, options)
-        options |= {"use_safetensors": spec.use_safetensors or None}
-        options |= {"dtype": labs.torch_dtype(dtype)}
-        return tokenizer, labs.pretrained("AutoModel", source, options).eval().to(device)
-
-
-def _encode(spec: labs.ModelSpec, texts: list[str]) -> Any:
-    """Return vectors of length 1, [texts, width]."""
-    import torch
-
-    with _LOCK:
-        tokenizer, model = _encoder(spec)
-        longest = min(tokenizer.model_max_length, labs._context_length(model.config, None) or 512)
-        how = {"padding": True, "truncation": True, "max_length": longest}
-        words = tokenizer(texts, return_tensors="pt", **how).to(model.device)
-    with torch.inference_mode():
-        states = model(**words).last_hidden_state.float()
-        total = (states * words["attention_mask"].unsqueeze(-1)).sum(1)
-        return torch.nn.functional.normalize(total, dim=-1).cpu()
-
-
-def _embed(connection: sqlite3.Connection, spec: labs.ModelSpec) -> None:
+def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
     """Give a vector to each chunk that has none; each batch is a transaction of its own."""
-    import torch
-
-    name = spec.model_name
+    name = encoder.spec.model_name
     if _facts(connection)["embedding_model"] != name:
         with _changing(connection) as execute:
             execute("DELETE FROM vectors")
@@ -326,9 +282,9 @@ def _embed(connection: sqlite3.Connection, spec: labs.ModelSpec) -> None:
         some = ids[start : start + 64]
         wanted = f"SELECT id, heading, text FROM chunks WHERE id IN ({', '.join('?' * len(some))})"
         rows = connection.execute(wanted, some).fetchall()
-        vectors = _encode(spec, [f"{heading}\n{text}" for _, heading, text in rows])
+        vectors = encoder.encode([f"{heading}\n{text}" for _, heading, text in rows])
         with _changing(connection) as execute:
-            for (key, *_), vector in zip(rows, vectors.to(torch.float16), strict=True):
+            for (key, *_), vector in zip(rows, vectors.half(), strict=True):
                 execute(  # chunks, and the model too, may have been replaced meanwhile
                     "INSERT OR IGNORE INTO vectors SELECT id, ? FROM chunks, facts"
                     " WHERE id = ? AND name = 'embedding_model' AND value = ?",
@@ -337,18 +293,18 @@ def _embed(connection: sqlite3.Connection, spec: labs.ModelSpec) -> None:
 
 
 def search(
-    database: str, query: str, k: int = 4, *, embedding_model: labs.ModelSpec | None = None
+    database: str, query: str, k: int = 4, *, encoder: Encoder | None = None
 ) -> tuple[Passage, ...]:
     """Return k passages at most, the best first; nothing in `query` is an operator.
 
-    embedding_model: that of the index, to rank by meaning too. Ranks are fused as in Cormack et
-    al. 2009, Reciprocal Rank Fusion.
+    encoder: that of the index, to rank by meaning too. Ranks are fused as in Cormack et al. 2009,
+    Reciprocal Rank Fusion.
     """
-    query = query[:LONGEST]
+    query = query[:QUERY_CHARACTERS]
     with _opened(database) as connection:
         rankings = [_by_words(connection, query)]
-        if embedding_model is not None:
-            rankings.append(_by_meaning(connection, database, query, embedding_model))
+        if encoder is not None:
+            rankings.append(_by_meaning(connection, database, query, encoder))
         scores: dict[int, float] = {}
         for ranking in rankings:
             for rank, key in enumerate(ranking, 1):
@@ -362,7 +318,7 @@ def search(
 def _by_words(connection: sqlite3.Connection, query: str) -> list[int]:
     """Rank by BM25, in large databases only the chunks that hold one of the rarer words."""
     words = dict.fromkeys(re.findall(r"\w+", query.lower()))
-    found = [f'"{word}"' for word in words if not STOP_WORDS.fullmatch(word)][:WORDS]
+    found = [f'"{word}"' for word in words if not STOP_WORDS.fullmatch(word)][:QUERY_WORDS]
     count = "SELECT count(*) FROM words WHERE words MATCH ?"
     counts = {word: connection.execute(count, (word,)).fetchone()[0] for word in found}
     known = sorted(filter(counts.get, found), key=counts.__getitem__)
@@ -374,24 +330,15 @@ def _by_words(connection: sqlite3.Connection, query: str) -> list[int]:
 
 
 def _by_meaning(
-    connection: sqlite3.Connection, database: str, query: str, spec: labs.ModelSpec
+    connection: sqlite3.Connection, database: str, query: str, encoder: Encoder
 ) -> list[int]:
-    import torch
-
     facts = _facts(connection)
-    if (model := facts["embedding_model"]) != spec.model_name:
-        text = f"has vectors of {model}, not of {spec.model_name}: index it again"
+    if (model := facts["embedding_model"]) != encoder.spec.model_name:
+        text = f"has vectors of {model}, not of {encoder.spec.model_name}: index it again"
         raise DocumentsError(f"the database {database} {text}")
-    state, vector = (database, os.stat(database).st_ino, facts["changes"]), _encode(spec, [query])
-    with _LOCK:
-        if _MATRIX[0] != state:
-            rows = connection.execute("SELECT chunk, vector FROM vectors").fetchall()
-            data = bytearray().join(row[1] for row in rows) or bytearray(2 * vector.shape[1])
-            matrix = torch.frombuffer(data, dtype=torch.float16).view(-1, vector.shape[1])
-            _MATRIX[:] = state, [row[0] for row in rows], matrix
-        _, chunks, matrix = _MATRIX
-    best = (matrix @ vector[0].half()).topk(min(DEPTH, len(chunks))).indices
-    return [chunks[place] for place in best.tolist()]
+    state = (database, os.stat(database).st_ino, facts["changes"])
+    rows = connection.execute("SELECT chunk, vector FROM vectors")
+    return encoder.nearest(query, DEPTH, state, rows.fetchall)
 
 
 def ground(
@@ -405,8 +352,7 @@ def ground(
     Each line of a document begins with "> ", so none ends its passage or looks like another one.
     budget: tokens of all passages; one that does not fit is left out whole.
     """
-    parts: list[str] = []
-    sources: list[labs.Source] = []
+    parts, sources = list[str](), list[labs.Source]()
     for passage in passages:
         source = labs.Source(len(sources) + 1, _plain(passage.path), _plain(passage.heading))
         where = " > ".join(filter(None, (source.path, source.heading)))
@@ -429,54 +375,34 @@ def _plain(text: str) -> str:
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
-def embedding_model(config: labs.Config) -> labs.ModelSpec | None:
-    """Return the configured embedding model, loaded as the model is but not quantised."""
+def encoder_of(config: labs.Config) -> Encoder | None:
+    """Return the configured embedding model, to be loaded as the model is but not quantised."""
     name = config.documents.embedding_model
     options = {"model_name": name, "revision": None, "quantization": labs.Quantization()}
-    return msgspec.structs.replace(config.model, **options) if name else None
+    return Encoder(msgspec.structs.replace(config.model, **options)) if name else None
 
 
-def check(config: labs.Config) -> None:
+def check(config: labs.Config, encoder: Encoder | None) -> None:
     """Raise what would keep requests from being answered: a database or model that is not there."""
-    search(cast("str", config.documents.database), "", embedding_model=embedding_model(config))
+    search(cast("str", config.documents.database), "", encoder=encoder)
 
 
-def encoder_of(config: labs.Config) -> Any:
-    return config
+def with_passages(
+    documents: labs.Documents, encoder: Encoder | None, model: labs.Model, prompt: Any
+) -> tuple[tuple[labs.Message, ...], tuple[labs.Source, ...]]:
+    """Return a prompt's messages with what is found for the user's last one, and the sources.
 
-
-def with_passages(first: Any, second: Any, third: Any, prompt: Any = None) -> Any:
-    if prompt is None:
-        return _with_passages(first, second, third)
-    request = {name: getattr(prompt, name) for name in ("prompt", "messages", "use_chat_template")}
-    request, sources = _with_passages(second, third, request)
-    return tuple(request["messages"] or ()), sources
-
-
-def _with_passages(
-    config: labs.Config, model: labs.Model, request: dict[str, Any]
-) -> tuple[dict[str, Any], tuple[labs.Source, ...]]:
-    """Return a request with what is found for its last message of the user, and the sources.
-
-    request: keywords of labs.build_inputs. Raises InputError where no chat template keeps passages
-    from being more than text.
+    prompt: as labs_request.Prompt, with its chat toggles filled in. Raises InputError where no chat
+    template keeps passages from being more than text.
     """
-    templated = request.get("use_chat_template")
-    templated = config.use_chat_template if templated is None else templated
-    if not (templated and model.tokenizer.chat_template):
+    if not (prompt.use_chat_template and model.tokenizer.chat_template):
         raise labs.InputError("documents: passages need the model's chat template")
-    wanted, prompt = config.documents, request.get("prompt") or ""
-    messages = [labs.Message(role="user", content=prompt)]
-    if request.get("messages"):
-        messages = labs._messages(request["messages"])
-        request = {**request, "messages": messages}
+    messages = prompt.messages or (labs.Message(role="user", content=prompt.prompt),)
     query = next((each.content for each in reversed(messages) if each.role == "user"), "")
-    spec, database = embedding_model(config), cast("str", wanted.database)
-    passages = search(database, query, wanted.passages, embedding_model=spec)
+    passages = search(cast("str", documents.database), query, documents.passages, encoder=encoder)
 
     def count_tokens(text: str) -> int:
         with model.lock:
             return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    told, sources = ground(messages, passages, count_tokens, wanted.max_tokens)
-    return ({**request, "prompt": None, "messages": told} if sources else request), sources
+    return ground(messages, passages, count_tokens, documents.max_tokens)

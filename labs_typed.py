@@ -6,8 +6,9 @@
     only = labs_typed.Constraint(model, schema)                     # JSON schema, as a dict
     labs.generate(model, inputs, processors=[only])                 # one Constraint for each answer
 
-The grammar is llguidance's (pip install llguidance): at each token it tells which ones may follow,
-and the row chooses among those. What it cannot express is refused by name. Needs labs.py.
+The grammar is llguidance's (pip install llguidance): before each token it tells which ones may
+follow, and the row chooses among those. A schema that it cannot express is refused, and the error
+names the keyword. Needs labs.py.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ import msgspec
 import labs
 
 T = TypeVar("T")
-KEPT = 256  # grammars remembered
-MOST = 2**53 - 1  # of integers without a bound: what all readers of JSON agree on (RFC 8259 §6)
+MAX_GRAMMARS = 256  # remembered for each tokenizer
+LARGEST_INTEGER = (
+    2**53 - 1
+)  # of integers without a bound: what all readers of JSON agree on (RFC 8259 §6)
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 class IncompleteOutput(labs.GenerationError):
-    """The answer ended before it was whole; `completion` is what there is of it."""
+    """The answer ended before it was complete; `completion` is what there is of it."""
 
     def __init__(self, completion: labs.Completion) -> None:
         reason = completion.finish_reason
@@ -68,9 +71,9 @@ def generate_as(
 
 
 def _bounded(schema: Any) -> Any:
-    """Let objects have no fields that their type does not name, and integers a bound.
+    """Forbid fields that the type of an object does not name, and bound its integers.
 
-    Decoding would drop the ones, and a small model writes digits for ever.
+    Decoding would drop such fields, and a small model may write digits without end.
     """
     if isinstance(schema, list):
         return [_bounded(each) for each in schema]
@@ -80,23 +83,15 @@ def _bounded(schema: Any) -> Any:
     if isinstance(schema.get("properties"), dict):
         bounds["additionalProperties"] = False
     if schema.get("type") == "integer":
-        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -MOST}
-        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": MOST}
+        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -LARGEST_INTEGER}
+        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": LARGEST_INTEGER}
     return {**bounds, **{key: _bounded(value) for key, value in schema.items()}}
 
 
-def constraints(model: labs.Model, wanted: labs.ResponseFormat | None) -> tuple[Constraint, ...]:
-    """Return what a response_format asks for, to be used for one answer."""
-    if wanted is None or wanted.type == "text":
-        return ()
-    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
-    return (Constraint(model, schema),)
-
-
 class Constraint:
-    """Lets one answer be nothing but JSON of a schema; a processor as in labs_decode.Sampling.
+    """Keeps one answer to JSON of a schema; a processor as in labs_decode.Sampling.
 
-    Raises InputError, naming what the schema has that cannot be expressed.
+    Raises InputError, which names the keyword that cannot be expressed.
     """
 
     def __init__(self, model: labs.Model, schema: dict[str, Any]) -> None:
@@ -106,9 +101,10 @@ class Constraint:
         self._read: list[int] = []
 
     def __call__(self, ids: list[int], logits: Any) -> Any:
-        """Return logits [V] with what may not follow at -inf; ids: the prompt's and the answer's.
+        """Return logits [V] with -inf for each token that may not follow `ids`.
 
-        The first call has the prompt alone. Later ones may go back: guessed tokens can be wrong.
+        ids: of the prompt in the first call, then of the prompt and the answer. A later call may
+        have fewer: guessed tokens can be wrong.
         """
         import torch
 
@@ -145,9 +141,9 @@ def _maker(model: labs.Model) -> Any:
     llguidance: Any = importlib.import_module("llguidance")
     hf: Any = importlib.import_module("llguidance.hf")
     tokenizer = hf.from_tokenizer(model.tokenizer, n_vocab=model.decoder.config.vocab_size)
-    compact = {"whitespace_flexible": False}  # a small model would go on with blanks for ever
+    compact = {"whitespace_flexible": False}  # a small model may write blanks without end
 
-    @functools.lru_cache(KEPT)
+    @functools.lru_cache(MAX_GRAMMARS)
     def make(schema: str) -> Any:
         if '"contentEncoding": "' in schema:  # the keyword, which llguidance passes over
             raise labs.InputError('schema: Unimplemented keys: ["contentEncoding"]')
@@ -161,9 +157,9 @@ def _maker(model: labs.Model) -> Any:
 
 
 def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> dict[str, float]:
-    """Return how likely each option is as the whole answer, out of these; one forward call.
+    """Return the probability of each option as the whole answer, in one forward call.
 
-    The probabilities are those of the options' tokens with an end after them, made to sum to 1.
+    That is the probability of its tokens and an end after them, scaled so that all sum to 1.
     Raises InputError for fewer than two options, equal or empty ones, PromptTooLong.
     """
     import labs_decode

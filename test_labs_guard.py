@@ -957,7 +957,7 @@ def test_a_prompt_is_refused_before_its_model_is_there() -> None:
 
     guard = labs.Guard(deny=("bad",))
     config = msgspec.structs.replace(test_labs_api.configured(), guard=guard)
-    app = labs_api.create_app(config, engine_for=loading)
+    app = labs_api.create_app(config, test_labs_api.Later(loading))
     headers = {"Host": "localhost", **test_labs_api.JSON}
     client = falcon.testing.TestClient(app, headers=headers)
     for text, status in (("bad", 400), ("good", 503)):

@@ -38,7 +38,10 @@ import labs_api
 import labs_cli
 import labs_decode
 import labs_engine
+import labs_gate
 import labs_models
+import labs_request
+import labs_serve
 import test_labs
 from test_labs import is_one_sentence, python, save_model, write
 from test_labs_api import (
@@ -886,7 +889,7 @@ class Many(Site):
 
     def __init__(self, engine: labs_models.Models, config: labs.Config) -> None:
         self.engine, self.config = engine, config
-        self.app = labs_api.create_app(config, engine_for=engine)
+        self.app = labs_api.create_app(config, engine)
         self.client = falcon.testing.TestClient(self.app)
 
     def later(self, pool: ThreadPoolExecutor, path: str, body: Any) -> Any:
@@ -1169,13 +1172,15 @@ def test_many_requests_for_models_in_turn_are_all_answered_where_one_has_room(
 def test_a_slow_reader_holds_no_model(tiny_folder, other_folder):
     limit = "[server]\nmax_loaded_models = 1\n"
     config = configured(tables(tiny=tiny_folder, other=other_folder) + limit)
-    quota, registry = labs_api.Quota(None), CollectorRegistry()
+    quota, registry = labs_gate.Quota(None), CollectorRegistry()
     models = labs_models.Models(config)
     service = labs_api.Service(config, models, quota, registry)
     req = falcon.testing.create_req()
-    req.context.owner = ""
-    wanted = labs_api.Wanted(req, "tiny", [{"prompt": "hi"}], dict(A), time.perf_counter())
-    asked = labs_api.at_last(service.ask(wanted))
+    req.context.owner, req.context.began = "", time.perf_counter()
+    prompts = (labs_request.Prompt(prompt="hi"),)
+    wanted = labs_request.Request(prompts=prompts, model="tiny", options=dict(A))
+    request = labs_request.check(service.context, wanted)
+    asked = service.submit(req, request, service.leased(req, request))
     weights = answered(models, "tiny")
     answered(models, "other")
     until(lambda: weights() is None)
@@ -1538,9 +1543,9 @@ def test_what_is_wrong_about_models_and_rules_is_told_in_one_sentence(text, frag
 def program_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> labs.Config:
     """Return the configuration that labs-api would serve with these arguments."""
     found: list[labs.Config] = []
-    monkeypatch.setattr(labs_api, "serve", found.append)
+    monkeypatch.setattr(labs_serve, "serve", found.append)
     options = (("Server", "--config", str, ""),)
-    command = labs_cli.make_command("labs-api", labs_api.run, options, "")
+    command = labs_cli.make_command("labs-api", labs_cli.serve_command, options, "")
     command.main(list(arguments), prog_name="labs-api", standalone_mode=False)
     return found[0]
 

@@ -29,6 +29,7 @@ import labs
 import labs_batch
 import labs_cli
 import labs_rag
+import labs_request
 import test_labs
 import test_labs_api
 
@@ -429,7 +430,7 @@ def test_as_many_passages_are_found_as_asked_for_the_best_first() -> None:
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> labs.ModelSpec:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> labs_rag.Encoder:
     """Save a tiny embedding model with random weights."""
     place = tmp_path_factory.mktemp("bert")
     config = transformers.BertConfig(
@@ -444,16 +445,20 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> labs.ModelSpec:
     tokenizer = test_labs.byte_tokenizer(None)
     tokenizer.pad_token = "<eos>"
     tokenizer.save_pretrained(place)
-    return labs.ModelSpec(model_name=str(place), torch_dtype="fp32")
+    return labs_rag.Encoder(labs.ModelSpec(model_name=str(place), torch_dtype="fp32"))
 
 
-def with_vectors(spec: labs.ModelSpec, **files: str) -> None:
+def encoder_named(name: str) -> labs_rag.Encoder:
+    return labs_rag.Encoder(labs.ModelSpec(model_name=name))
+
+
+def with_vectors(encoder: labs_rag.Encoder, **files: str) -> None:
     for name, text in files.items():
         write(f"docs/{name}.md", text)
-    labs_rag.index(["docs"], DATABASE, embedding_model=spec)
+    labs_rag.index(["docs"], DATABASE, encoder=encoder)
 
 
-def test_each_chunk_gets_one_vector_and_loses_it_with_its_file(bert: labs.ModelSpec) -> None:
+def test_each_chunk_gets_one_vector_and_loses_it_with_its_file(bert: labs_rag.Encoder) -> None:
     with_vectors(bert, a=RIVERS, b="x" * 5000)
     counts = "SELECT (SELECT count(*) FROM vectors), (SELECT count(*) FROM chunks)"
     assert rows(counts) == [(7, 7)]
@@ -462,19 +467,19 @@ def test_each_chunk_gets_one_vector_and_loses_it_with_its_file(bert: labs.ModelS
     assert rows(counts) == [(2, 2)]
 
 
-def test_a_chunk_is_nearest_to_its_own_text(bert: labs.ModelSpec) -> None:
+def test_a_chunk_is_nearest_to_its_own_text(bert: labs_rag.Encoder) -> None:
     texts = {name: f"{name} {name * 7} is here" for name in ("whales", "eagles", "lions")}
     with_vectors(bert, **texts)
     for name, text in texts.items():
-        assert paths_found(f"\n{text}", embedding_model=bert)[0] == f"docs/{name}.md"
+        assert paths_found(f"\n{text}", encoder=bert)[0] == f"docs/{name}.md"
 
 
-def test_a_query_without_words_still_ranks_by_meaning(bert: labs.ModelSpec) -> None:
+def test_a_query_without_words_still_ranks_by_meaning(bert: labs_rag.Encoder) -> None:
     with_vectors(bert, a="whales")
-    assert paths_found("🐳", embedding_model=bert) == ["docs/a.md"]
+    assert paths_found("🐳", encoder=bert) == ["docs/a.md"]
 
 
-def test_vectors_that_are_missing_are_made_by_the_next_run(bert: labs.ModelSpec) -> None:
+def test_vectors_that_are_missing_are_made_by_the_next_run(bert: labs_rag.Encoder) -> None:
     with_vectors(bert, a="whales", b="eagles")
     connection = sqlite3.connect(DATABASE)
     connection.execute("DELETE FROM vectors WHERE chunk = 1")
@@ -484,53 +489,75 @@ def test_vectors_that_are_missing_are_made_by_the_next_run(bert: labs.ModelSpec)
     assert rows("SELECT count(*) FROM vectors") == [(2,)]
 
 
-def test_new_vectors_are_seen_by_the_next_search(bert: labs.ModelSpec) -> None:
+def test_new_vectors_are_seen_by_the_next_search(bert: labs_rag.Encoder) -> None:
     with_vectors(bert, a="whales")
-    assert paths_found("🐳", embedding_model=bert) == ["docs/a.md"]
+    assert paths_found("🐳", encoder=bert) == ["docs/a.md"]
     with_vectors(bert, b="eagles")
-    assert sorted(paths_found("🐳", embedding_model=bert)) == ["docs/a.md", "docs/b.md"]
+    assert sorted(paths_found("🐳", encoder=bert)) == ["docs/a.md", "docs/b.md"]
 
 
-def test_an_empty_database_with_vectors_finds_nothing(bert: labs.ModelSpec) -> None:
+def test_an_empty_database_with_vectors_finds_nothing(bert: labs_rag.Encoder) -> None:
     Path("docs").mkdir()
     with_vectors(bert)
-    assert paths_found("whales", embedding_model=bert) == []
+    assert paths_found("whales", encoder=bert) == []
 
 
-def test_another_embedding_model_than_the_index_has_is_told(bert: labs.ModelSpec) -> None:
+def test_another_embedding_model_than_the_index_has_is_told(bert: labs_rag.Encoder) -> None:
     indexed(a="whales")
     with pytest.raises(labs_rag.DocumentsError, match="has vectors of None, not of"):
-        paths_found("whales", embedding_model=bert)
+        paths_found("whales", encoder=bert)
     with_vectors(bert)
     with pytest.raises(labs_rag.DocumentsError, match="name it here too"):
         indexed()
-    other = msgspec.structs.replace(bert, model_name="other")
+    other = labs_rag.Encoder(msgspec.structs.replace(bert.spec, model_name="other"))
     with pytest.raises(labs_rag.DocumentsError, match="not of other: index it again"):
-        paths_found("whales", embedding_model=other)
+        paths_found("whales", encoder=other)
 
 
 def test_an_embedding_model_that_is_not_there_is_told_in_one_sentence() -> None:
     with pytest.raises(labs.ModelError) as caught:
-        with_vectors(labs.ModelSpec(model_name="package:absent/model"), a="whales")
+        with_vectors(encoder_named("package:absent/model"), a="whales")
     assert test_labs.is_one_sentence(caught.value)
 
 
-def test_threads_that_search_at_once_find_what_one_would(bert: labs.ModelSpec) -> None:
+def test_threads_that_search_at_once_find_what_one_would(bert: labs_rag.Encoder) -> None:
     with_vectors(bert, a="whales", b="eagles", c="lions")
     queries = ["whales", "eagles", "lions"] * 10
-    alone = [paths_found(query, embedding_model=bert) for query in queries]
+    alone = [paths_found(query, encoder=bert) for query in queries]
     with ThreadPoolExecutor(4) as pool:
-        together = pool.map(lambda query: paths_found(query, embedding_model=bert), queries)
+        together = pool.map(lambda query: paths_found(query, encoder=bert), queries)
         assert list(together) == alone
+
+
+def test_an_encoder_is_loaded_at_its_first_use_and_tells_its_bytes(bert: labs_rag.Encoder) -> None:
+    fresh = labs_rag.Encoder(bert.spec)
+    assert fresh.nbytes == 0
+    indexed(a="whales")
+    with pytest.raises(labs_rag.DocumentsError, match="has vectors of None"):
+        paths_found("whales", encoder=fresh)
+    assert fresh.nbytes == 0
+    with_vectors(fresh, a="whales", b="eagles")
+    weights = transformers.BertModel.from_pretrained(bert.spec.model_name).parameters()
+    assert fresh.nbytes == (held := sum(4 * each.numel() for each in weights))
+    paths_found("whales", encoder=fresh)
+    assert fresh.nbytes == held + 2 * 2 * 32  # chunks, bytes of a float16, width
+
+
+def test_the_configured_encoder_is_that_of_the_settings(bert: labs_rag.Encoder) -> None:
+    assert labs_rag.encoder_of(configured()) is None
+    found = labs_rag.encoder_of(configured(embedding_model=bert.spec.model_name))
+    assert found is not None
+    assert found.spec.model_name == bert.spec.model_name
+    assert found.nbytes == 0
 
 
 @needs_minilm
 def test_a_real_embedding_model_finds_what_shares_no_word() -> None:
-    spec = labs.ModelSpec(model_name=MINILM)
+    encoder = encoder_named(MINILM)
     texts = {"car": "The automobile needs petrol.", "cat": "Kittens drink milk.", "sea": "Waves."}
-    with_vectors(spec, **texts)
+    with_vectors(encoder, **texts)
     assert paths_found("fuel for a vehicle") == []
-    assert paths_found("fuel for a vehicle", embedding_model=spec)[0] == "docs/car.md"
+    assert paths_found("fuel for a vehicle", encoder=encoder)[0] == "docs/car.md"
 
 
 # ---------------------------------------------------------------- messages
@@ -725,13 +752,21 @@ def test_openais_own_client_reads_the_documents(site: test_labs_api.Site) -> Non
 def test_passages_come_to_whatever_build_inputs_takes_for_messages(
     site: test_labs_api.Site, tiny: labs.Model
 ) -> None:
+    context = labs_request.open_context(site.config)
+
+    def prepared(messages: Any) -> labs_request.Prepared:
+        request = labs_request.Request(prompts=(labs_request.Prompt(messages=messages),))
+        return labs_request.prepare(
+            context, site.config, tiny, labs_request.check(context, request)
+        )
+
     asked = {"role": "user", "content": QUESTION}
     for messages in ([asked], [labs.Message(**asked)], iter([asked])):
-        request, sources = labs_rag.with_passages(site.config, tiny, {"messages": messages})
-        assert sources[0].path == SEINE["path"]
-        assert labs_rag.INTRODUCTION in labs.build_inputs(tiny, **request).prompt
-    request, _ = labs_rag.with_passages(site.config, tiny, {"messages": iter([user("Hello?")])})
-    assert "Hello?" in labs.build_inputs(tiny, **request).prompt
+        found = prepared(messages)
+        assert found.sources is not None
+        assert found.sources[0].path == SEINE["path"]
+        assert labs_rag.INTRODUCTION in found.inputs[0].prompt
+    assert "Hello?" in prepared(iter([user("Hello?")])).inputs[0].prompt
 
 
 def test_a_prompt_without_a_template_is_not_grounded_but_refused(site: test_labs_api.Site) -> None:
@@ -762,9 +797,9 @@ def test_explain_shows_the_passages(site: test_labs_api.Site, tiny: labs.Model) 
 
 def test_a_server_does_not_start_without_its_database(folder: Path) -> None:
     with pytest.raises(labs_rag.DocumentsError, match=DATABASE):
-        labs_rag.check(configured())
+        labs_rag.check(configured(), None)
     indexed(a=RIVERS)
-    labs_rag.check(configured())
+    labs_rag.check(configured(), None)
 
 
 # ---------------------------------------------------------------- files of prompts

@@ -275,7 +275,7 @@ def test_what_is_forbidden_stays_so_whatever_the_bias(tiny):
 
 
 def test_grammars_are_made_once_and_no_more_than_so_many_are_kept(tiny, monkeypatch):
-    monkeypatch.setattr(labs_typed, "KEPT", 3)
+    monkeypatch.setattr(labs_typed, "MAX_GRAMMARS", 3)
     monkeypatch.setattr(labs_typed, "_TOKENIZERS", labs_typed.weakref.WeakKeyDictionary())
     for number in (*range(6), 5, 5):
         labs_typed.Constraint(tiny, {"const": number})

@@ -21,6 +21,8 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 import labs
 import labs_api
 import labs_engine
+import labs_models
+import labs_serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
@@ -80,7 +82,7 @@ def site(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """Serve the app on a free port; the engine gets the messages as they came."""
     settings = getattr(request, "param", {})
     site, config = Site(), labs.Config(server=labs.Server(port=0), **settings)
-    app = labs_api.create_app(config, engine_for=lambda _: site)  # type: ignore[arg-type]
+    app = labs_api.create_app(config, labs_models.One(site, config.model_id))  # type: ignore[arg-type]
 
     def cut(environ: Any, start_response: Any) -> Any:
         frames = app(environ, start_response)
@@ -96,7 +98,7 @@ def site(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
     monkeypatch.setattr(labs, "build_inputs", build_inputs)
     mounted = DispatcherMiddleware(cut, {"/a/prefix": cut})
-    server = labs_api.make_server(mounted, config)
+    server = labs_serve.make_server(mounted, config)
     site.url = f"http://127.0.0.1:{server.effective_port}"
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

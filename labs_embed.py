@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts to vectors, by an embedding model.
+
+    encoder = labs_embed.Encoder(labs.ModelSpec(model_name="package:NAME/FOLDER"))
+    vectors = encoder.encode(["How is it installed?"])  # of length 1, [texts, width]
+
+Nothing is loaded before the first text. Needs labs.py, torch and transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from msgspec.structs import replace
+
+import labs
+
+
+class Encoder:
+    """An embedding model and the vectors that were searched last; threads may share it."""
+
+    def __init__(self, spec: labs.ModelSpec) -> None:
+        self.spec, self._lock = spec, threading.Lock()
+        self._searched: tuple[Any, list[int], Any] = (None, [], None)  # state, keys, vectors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights and of the vectors; 0 before the first use."""
+        vectors = self._searched[2]
+        held = [] if vectors is None else [vectors]
+        held += self._loaded[1].parameters() if "_loaded" in vars(self) else []
+        return sum(int(each.nbytes) for each in held)
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """The tokenizer and the model; asked for under the lock."""
+        spec = self.spec
+        if spec.model_name.startswith("package:"):
+            found = labs.package_file(f"{spec.model_name}/config.json")
+            spec = replace(spec, model_name=str(found.parent))
+        with labs.loading():
+            _, device, dtype = labs.device_of(spec)
+            source, options, _ = labs.locate(spec, dtype)
+            tokenizer = labs.pretrained("AutoTokenizer", source, options)
+            options |= {"use_safetensors": spec.use_safetensors or None}
+            options |= {"dtype": labs.torch_dtype(dtype)}
+            return tokenizer, labs.pretrained("AutoModel", source, options).eval().to(device)
+
+    def encode(self, texts: list[str]) -> Any:
+        """Return vectors of length 1, [texts, width]: the means of the model's last states."""
+        import torch
+
+        with self._lock:
+            tokenizer, model = self._loaded
+            limit = labs.context_length_of(model.config, None) or 512
+            how = {"truncation": True, "max_length": min(tokenizer.model_max_length, limit)}
+            words = tokenizer(texts, return_tensors="pt", padding=True, **how).to(model.device)
+        with torch.inference_mode():
+            states = model(**words).last_hidden_state.float()
+            total = (states * words["attention_mask"].unsqueeze(-1)).sum(1)
+            return torch.nn.functional.normalize(total, dim=-1).cpu()
+
+    def nearest(
+        self, text: str, k: int, state: Hashable, read: Callable[[], list[tuple[int, bytes]]]
+    ) -> list[int]:
+        """Return the keys of the k vectors most like a text, the most alike first.
+
+        read: returns keys with vectors as bytes of float16; called once for each new `state`.
+        """
+        import torch
+
+        vector = self.encode([text])[0].half()
+        with self._lock:
+            if self._searched[0] != state:
+                rows = read()
+                data = bytearray().join(row[1] for row in rows) or bytearray(2 * len(vector))
+                matrix = torch.frombuffer(data, dtype=torch.float16).view(-1, len(vector))
+                self._searched = state, [row[0] for row in rows], matrix
+            _, keys, matrix = self._searched
+        best = (matrix @ vector).topk(min(k, len(keys))).indices
+        return [keys[place] for place in best.tolist()]
