@@ -544,7 +544,16 @@ class Service:
                 raise Problem(400, text, "prompt_too_large")
         if self.rules is None:
             return wanted
-        prompts = [self.rules.check_request(each) for each in wanted.prompts]
+        import labs_request
+
+        prompts = []
+        for each in wanted.prompts:
+            names = {*labs_request.Prompt.__struct_fields__} & each.keys()
+            given = {name: each[name] for name in names}
+            if given.get("messages") is not None:
+                given["messages"] = tuple(labs.check_prompt(None, given["messages"]) or ())
+            prompt = self.rules.check_prompt(labs_request.Prompt(**given))
+            prompts.append({**each, **{name: getattr(prompt, name) for name in names}})
         return msgspec.structs.replace(wanted, prompts=prompts)
 
     def build(
@@ -723,10 +732,9 @@ def constraints(model: labs.Model, wanted: Wanted) -> tuple[Any, ...]:
     """Return what keeps one answer to the request's response_format."""
     if wanted.response_format is None:
         return ()
-    labs.need("labs_typed")
-    import labs_typed
+    import labs_request
 
-    return labs_typed.constraints(model, wanted.response_format)
+    return labs_request.constraints(model, wanted.response_format)  # type: ignore[arg-type]
 
 
 def _grounded(
@@ -734,10 +742,19 @@ def _grounded(
 ) -> dict[str, Any]:
     labs.need("labs_rag")
     import labs_rag
+    import labs_request
 
-    request, found = labs_rag.with_passages(config, model, request)
+    names = {*labs_request.Prompt.__struct_fields__} & request.keys()
+    prompt = labs_request.Prompt(**{name: request[name] for name in names})
+    if prompt.ids is not None:
+        return request
+    if prompt.messages is not None:
+        checked = tuple(labs.check_prompt(None, prompt.messages) or ())
+        prompt = msgspec.structs.replace(prompt, messages=checked)
+    prompt, encoder = labs_request.filled(prompt, config), labs_rag.encoder_of(config)
+    messages, found = labs_rag.with_passages(config.documents, encoder, model, prompt)
     wanted.sources.extend(found)
-    return request
+    return {**request, "prompt": None, "messages": messages} if found else request
 
 
 def _text_of(request: dict[str, Any]) -> str:
@@ -1399,7 +1416,7 @@ def run(**flags: Any) -> None:
         labs.need("labs_rag")
         import labs_rag
 
-        labs_rag.check(config)
+        labs_rag.check(config, labs_rag.encoder_of(config))
     if address is None:
         serve(config)
         return

@@ -73,13 +73,21 @@ class Prompt(Struct, frozen=True, omit_defaults=True):
         filled = self.within(config)
         request = {name: getattr(filled, name) for name in labs.Chat.__struct_fields__}
         request |= {"prompt": self.prompt, "messages": self.messages}
-        request = rules.check_request(request) if rules else request
+        import labs_request
+
+        if self.messages is not None:
+            request["messages"] = tuple(labs.check_prompt(None, self.messages) or ())
+        prompt = labs_request.Prompt(**request)
+        prompt = rules.check_prompt(prompt) if rules else prompt
+        request |= {"prompt": prompt.prompt, "messages": prompt.messages}
         if config.documents.apply(bool(self.documents)):
             labs.need("labs_rag")
             import labs_rag
 
-            request, found = labs_rag.with_passages(config, model, request)
+            encoder = labs_rag.encoder_of(config)
+            messages, found = labs_rag.with_passages(config.documents, encoder, model, prompt)
             sources.extend(found)
+            request |= {"prompt": None, "messages": messages} if found else {}
         inputs = labs.build_inputs(model, **request)
         return rules.check_inputs(inputs) if rules else inputs
 
@@ -323,10 +331,9 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
 def _processors(model: labs.Model, prompt: Prompt) -> tuple[Any, ...]:
     if prompt.response_format is None:
         return ()
-    labs.need("labs_typed")
-    import labs_typed
+    import labs_request
 
-    return labs_typed.constraints(model, prompt.response_format)
+    return labs_request.constraints(model, prompt.response_format)  # type: ignore[arg-type]
 
 
 def answer_lines(

@@ -234,13 +234,23 @@ def build_inputs(session: Session, request: Values) -> labs.Inputs:
     """Build the inputs as configured: the two chat toggles, and passages of documents."""
     config = session.config
     toggles = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
-    rules, request = rules_of(config), {**request, **toggles}
-    request = rules.check_request(request) if rules else request
+    import labs_request
+
+    rules, messages = rules_of(config), request.get("messages")
+    turns = None if messages is None else tuple(labs.check_prompt(None, messages) or ())
+    prompt = labs_request.Prompt(prompt=request.get("prompt"), messages=turns, **toggles)
+    prompt = rules.check_prompt(prompt) if rules else prompt
+    request = {**request, **toggles, "prompt": prompt.prompt, "messages": prompt.messages}
     if config.documents.apply(None):
         labs.need("labs_rag")
         import labs_rag
 
-        request, session.sources[:] = labs_rag.with_passages(config, session.model, request)
+        found = labs_rag.with_passages(
+            config.documents, labs_rag.encoder_of(config), session.model, prompt
+        )
+        session.sources[:] = found[1]
+        if found[1]:
+            request |= {"prompt": None, "messages": found[0]}
         for source in session.sources:
             tell(f"[{source.n}] {source.path}" + f"#{source.heading}" * bool(source.heading))
     inputs = labs.build_inputs(session.model, **request)
@@ -319,10 +329,9 @@ def processors(session: Session) -> tuple[Any, ...]:
     """Return what keeps the answer to --schema."""
     if session.schema is None:
         return ()
-    labs.need("labs_typed")
-    import labs_typed
+    import labs_request
 
-    return labs_typed.constraints(session.model, session.schema)
+    return labs_request.constraints(session.model, session.schema)  # type: ignore[arg-type]
 
 
 def choose(session: Session, request: Values, options: tuple[str, ...], as_json: bool) -> None:
@@ -408,8 +417,8 @@ def index(config: labs.Config, flags: Values) -> None:
 
     if config.documents.database is None:
         raise click.UsageError("--index needs --docs DATABASE")
-    model = labs_rag.embedding_model(config)
-    done = labs_rag.index(flags["index"], config.documents.database, embedding_model=model)
+    encoder = labs_rag.encoder_of(config)
+    done = labs_rag.index(flags["index"], config.documents.database, encoder=encoder)
     for each in done.unusable:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
