@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What somebody asks for, on its one way from the shell, a file or HTTP to the model.
 
-    context = labs_request.open_context(config)            # the filters and the documents' encoder
-    request = labs_request.check(context, request)         # refuses what can be refused without a model
+    context = labs_request.open_context(config)  # the filters and the documents' encoder
+    request = labs_request.check(context, request)  # or refuses it, without a model
     prepared = labs_request.prepare(context, config, model, request)
-    for inputs, generation in prepared.answers(): ...      # one row of the decode batch each
+    for inputs, generation in prepared.answers(): ...  # one row of the decode batch each
 
 `check` needs no model, so nothing is loaded for a request that is refused. `prepare` needs the
 model's tokenizer: it renders the template, adds passages of documents, counts tokens and compiles
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 import labs
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     import labs_rag
     import labs_typed
 
-
-# ---------------------------------------------------------------- what is asked
+Tell = Callable[[str, str], Any]
 
 
 class JsonSchema(labs.Settings, frozen=True, kw_only=True):
@@ -103,25 +102,26 @@ class UnknownModel(labs.InputError):
     status, code, param = 404, "model_not_found", "model"
 
 
+class TooMuch(labs.InputError):
+    """The request asks for more, or has more text, than the server takes from one."""
+
+    def __init__(self, message: str, code: str, param: str | None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
 def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
     """Return labs' own request format as a Request; `given` holds the fields that it names."""
     names = labs.Generation.__struct_fields__
-    return Request(
-        prompts=(prompt_of(body),),
-        options={name: getattr(body, name) for name in names if name in given},
-        model=body.model,
-        response_format=body.response_format,
-        documents=body.documents,
-    )
+    options = {name: getattr(body, name) for name in names if name in given}
+    rest = {name: getattr(body, name) for name in ("model", "response_format", "documents")}
+    return Request(prompts=(prompt_of(body),), options=options, **rest)
 
 
 def prompt_of(body: Any) -> Prompt:
     """Return the prompt of a struct that has the fields prompt, messages and the chat toggles."""
     names = ("prompt", "messages", *labs.Chat.__struct_fields__)
     return Prompt(**{name: getattr(body, name) for name in names})
-
-
-# ---------------------------------------------------------------- what it is checked against
 
 
 class Context(Struct, frozen=True, eq=False):
@@ -140,10 +140,7 @@ class Context(Struct, frozen=True, eq=False):
 
 
 def open_context(
-    config: labs.Config,
-    *,
-    limits: labs.Server | None = None,
-    tell: Callable[[str, str], Any] | None = None,
+    config: labs.Config, *, limits: labs.Server | None = None, tell: Tell | None = None
 ) -> Context:
     """Compile the filters and name the encoder. Raises LabsError where a setting cannot work.
 
@@ -177,10 +174,7 @@ def check_documents(context: Context) -> None:
 
 
 def check(context: Context, request: Request) -> Request:
-    """Return the request with the filters' masks in it, or refuse it without having a model.
-
-    Raises InputError or ConfigError, which name the field.
-    """
+    """Return the request with the filters' masks in it; raise what needs no model to be refused."""
     _check_sizes(context.limits, request)
     prompts = tuple(_check_prompt(context, prompt) for prompt in request.prompts)
     config = context.config
@@ -200,22 +194,12 @@ def _check_sizes(limits: labs.Server | None, request: Request) -> None:
     if limits is None:
         return
     if (choices := len(request.prompts) * request.n) > limits.max_choices:
-        raise TooMany(f"{choices} choices are asked for; at most {limits.max_choices}")
+        text = f"{choices} choices are asked for; at most {limits.max_choices}"
+        raise TooMuch(text, "invalid_value", "n")
     for prompt in request.prompts:
         if (size := len(prompt.text.encode(errors="replace"))) > limits.max_prompt_bytes:
-            raise TooLarge(f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}")
-
-
-class TooMany(labs.InputError):
-    """More choices than the server gives to one request."""
-
-    code, param = "invalid_value", "n"
-
-
-class TooLarge(labs.InputError):
-    """More bytes than the server reads in one prompt."""
-
-    code, param = "prompt_too_large", None
+            text = f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}"
+            raise TooMuch(text, "prompt_too_large", None)
 
 
 def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
@@ -230,10 +214,7 @@ def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
 
 
 class Prepared(Struct, frozen=True, eq=False):
-    """A request that only has to be computed. inputs: one for each prompt; sources: the passages.
-
-    sources: None where no documents are used.
-    """
+    """A request that only has to be computed. sources: None where no documents are used."""
 
     model: labs.Model
     request: Request
@@ -269,13 +250,9 @@ def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     """Build the inputs of one prompt, with the chat toggles as configured where it names none."""
     if prompt.ids is not None:
         return labs.inputs_of_ids(model, prompt.ids)
-    prompt = filled(prompt, config)
-    return labs.build_inputs(
-        model,
-        prompt=prompt.prompt,
-        messages=prompt.messages,
-        **{name: getattr(prompt, name) for name in labs.Chat.__struct_fields__},
-    )
+    words = asdict(filled(prompt, config))
+    del words["ids"]
+    return labs.build_inputs(model, **words)
 
 
 def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
@@ -304,10 +281,7 @@ def _build(
 def constraints(
     model: labs.Model, wanted: ResponseFormat | None
 ) -> tuple[labs_typed.Constraint, ...]:
-    """Return what keeps one answer to a response_format, as processors of labs.generate.
-
-    Raises InputError for a schema that cannot be expressed.
-    """
+    """Return processors that keep one answer to a response_format; raise InputError if none can."""
     if wanted is None or wanted.type == "text":
         return ()
     labs.need("labs_typed")
@@ -322,9 +296,6 @@ def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
     if generation.seed is None:
         return generation
     return replace(generation, seed=(generation.seed + choice) % 2**63)
-
-
-# ---------------------------------------------------------------- what the filters show
 
 
 def shown_events(
@@ -344,9 +315,6 @@ def shown_events(
 def shown(context: Context, completion: labs.Completion) -> labs.Completion:
     """Return a whole answer as it may be shown."""
     return completion if context.filters is None else context.filters.shown(completion)
-
-
-# ---------------------------------------------------------------- what it would do
 
 
 class SettingValue(Struct, frozen=True):
