@@ -394,8 +394,8 @@ def index(config: labs.Config, flags: Values) -> None:
 
     if config.documents.database is None:
         raise click.UsageError("--index needs --docs DATABASE")
-    model = labs_rag.embedding_model(config)
-    done = labs_rag.index(flags["index"], config.documents.database, embedding_model=model)
+    encoder = labs_rag.encoder_of(config)
+    done = labs_rag.index(flags["index"], config.documents.database, encoder=encoder)
     for each in done.unusable:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"

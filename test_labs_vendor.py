@@ -36,8 +36,8 @@ ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 TWO = ["labs.py", "labs_decode.py"]
-API = ["labs_api.py", "labs_engine.py", "labs_models.py", "labs_openai.py"]
-API = [*TWO, *API, "labs_request.py"]
+API = ["api", "engine", "gate", "models", "openai", "pages", "request"]
+API = [*TWO, *(f"labs_{room}.py" for room in API)]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
 model = labs.load_model(config)
