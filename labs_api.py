@@ -252,7 +252,7 @@ class Lease(NamedTuple):
     """An engine that is a request's own until its name is released."""
 
     name: str
-    engine: labs_engine.Engine
+    engine: labs_engine.AnyEngine
 
 
 class Service:

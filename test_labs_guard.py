@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import falcon.testing
-import labs_batch
 import msgspec
 import openai
 import pytest
@@ -34,6 +33,8 @@ import labs_api
 import labs_cli
 import labs_engine
 import labs_guard
+import labs_jsonl
+import labs_request
 import test_labs
 import test_labs_api
 import test_labs_cli
@@ -1137,7 +1138,8 @@ LINES: list[dict[str, Any]] = [
 def answered(model: labs.Model, rows: list[Any], **guard: Any) -> dict[str, Any]:
     config = labs.Config(model_id="tiny", guard=labs.Guard(**guard))
     lines = enumerate((json.dumps(row).encode() for row in rows), 1)
-    data = labs_batch.answer_lines(model, config, lines, labs_batch.Tally())
+    context = labs_request.open_context(config)
+    data = labs_jsonl.answer_lines(model, context, lines, labs_jsonl.Tally())
     found = [json.loads(line) for line in data]
     return {row.get("custom_id", row["id"]): row for row in found}
 
@@ -1170,7 +1172,8 @@ def test_only_unchanged_answers_can_be_replayed(tiny: labs.Model) -> None:
     found = answered(tiny, LINES, deny=("bad", "aaaa"))
     lines = [json.dumps(found[name]).encode() for name in ("cut", "whole", "openai")]
     config = labs.Config(model_id="tiny", guard=labs.Guard(deny=("aaaa",)))
-    verdicts = [*labs_batch.replay(tiny, config, enumerate(lines, 1))]
+    context = labs_request.open_context(config)
+    verdicts = [*labs_jsonl.replay(tiny, context, enumerate(lines, 1))]
     assert [each.verdict for each in verdicts] == ["not comparable", "same", "not comparable"]
 
 
