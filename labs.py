@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     import labs_decode
     import labs_loop
 
+    Processor = Callable[[list[int], labs_decode.Tensor], labs_decode.Tensor]
 __version__ = "0.1.0"
 log = logging.getLogger("labs")
 Tokenizer = Any  # transformers' have other attributes for each model
-Processor = Callable[[list[int], Any], Any]  # (ids so far, float32 logits [V]) -> logits [V]
 
 
 # ---------------------------------------------------------------- values
@@ -100,7 +100,7 @@ class Model(Struct, frozen=True, eq=False):
     dtype: str
     context_length: int | None
     eos_token_ids: frozenset[int]
-    generation_defaults: dict[str, Any]
+    generation_defaults: dict[str, float]
     load_s: float
     lock: threading.Lock
     fingerprint: Fingerprint | None = None
@@ -633,7 +633,7 @@ def _eos_token_ids(model: labs_decode.PretrainedModel, tokenizer: Tokenizer) -> 
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
-def _generation_defaults(model: labs_decode.PretrainedModel) -> dict[str, Any]:
+def _generation_defaults(model: labs_decode.PretrainedModel) -> dict[str, float]:
     """Return what the model's own generation_config.json says of sampling."""
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: getattr(model.generation_config, name, None) for name in names}
@@ -836,7 +836,7 @@ def _sampling(
     if samples is None and options.temperature is not None:
         samples = options.temperature > 0
     elif samples is None:
-        samples = implied or model.generation_defaults.get("do_sample", False)
+        samples = implied or bool(model.generation_defaults.get("do_sample"))
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     return labs_decode.Sampling(
         **{name: pick(name, value) for name, value in neutral.items()},
@@ -924,8 +924,8 @@ def _events(
 
     if request is not None and isinstance(outcome, labs_loop.Choice):
         yield from _advance(model, request, outcome)
-    elif request is not None and outcome.error is None:
-        yield _finish(model, request, cast("FinishReason", cast("Any", outcome).reason))
+    elif request is not None and isinstance(outcome, labs_loop.Ended) and outcome.error is None:
+        yield _finish(model, request, cast("FinishReason", outcome.reason))
     else:
         yield Failed(cast("LabsError", _with_remedy(cast("Exception", outcome.error))))
 

@@ -14,7 +14,6 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -761,13 +760,19 @@ def test_layers_that_read_the_same_input_are_one_product(
     model = Reads(dtype, bias)
     x = torch.randn(5, 96).to(dtype)
     expected = model(x)
-    fast.pack(model)
     calls: list[Any] = []
-    product = fast.onednn_weight.__call__
-    monkeypatch.setattr(fast.onednn_weight, "__call__", lambda *a: calls.append(a) or product(*a))
+
+    def counted(weight: torch.Tensor) -> fast.PackedWeight:
+        product = fast.onednn_weight(weight)
+        return dataclasses.replace(
+            product, multiply=lambda *a: calls.append(a) or product.multiply(*a)
+        )
+
+    monkeypatch.setitem(fast.PACKINGS, None, counted)
+    fast.pack(model)
     torch.testing.assert_close(model(x), expected)
     assert len(calls) == 1
-    assert model.q_proj.together.last == (None, ())  # nothing of a request stays
+    assert model.q_proj.fused.last == (None, ())  # nothing of a request stays
 
 
 @packs
@@ -792,7 +797,7 @@ def test_one_of_several_layers_may_be_asked_alone_in_any_order_and_by_threads() 
 def test_layers_that_differ_are_packed_one_by_one(bias: tuple[bool, ...]) -> None:
     model = Reads(bias=bias)
     fast.pack(model)
-    assert len({model.q_proj.together, model.k_proj.together, model.v_proj.together}) == 3
+    assert len({model.q_proj.fused, model.k_proj.fused, model.v_proj.fused}) == 3
 
 
 # ---------------------------------------------------------------- weights in fewer bits
@@ -869,8 +874,8 @@ def test_a_model_in_fewer_bits_is_the_one_of_the_weights_that_they_stand_for(
 
 def test_the_output_layer_keeps_8_bits_of_4() -> None:
     model = prepare(tiny("llama"), method="int4").model
-    assert isinstance(model.lm_head.together.packed, fast.int8_weight)
-    assert isinstance(model.model.layers[0].mlp.up_proj.together.packed, fast.int4_weight)
+    head, other = model.lm_head.fused, model.model.layers[0].mlp.up_proj.fused
+    assert head.packed.nbytes > head.numel > other.packed.nbytes * head.numel / other.numel
 
 
 def test_fewer_bits_take_less_memory_and_the_weights_tell() -> None:
@@ -1347,7 +1352,7 @@ def test_a_row_that_begins_with_anothers_columns_goes_on_as_one_that_does_not(
 
 @pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "jamba", "rwkv"])
 def test_states_cannot_be_cut_and_are_not_reused(kind: str) -> None:
-    assert not prepare(tiny(kind)).reuses
+    assert not prepare(tiny(kind)).can_reuse_prefix
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -1782,11 +1787,11 @@ def test_slots_are_larger_than_they_must_be_only_where_memory_is_free(
 def test_slots_that_nobody_is_in_give_way_to_a_newcomer(monkeypatch: Any) -> None:
     Recorded(monkeypatch)
     decoder = graphed("llama")
-    model: Any = SimpleNamespace(decoder=decoder)
     ended(decoder, begun(decoder, PROMPTS[2]))
     assert decoder.graphs.spare_slots
     monkeypatch.setattr(loop, "has_room", lambda *args: not decoder.graphs.spare_slots)
-    assert labs._has_room(model, labs.Running(), [])
+    waiting = decode.new_batch(decoder, row_of(PROMPTS[1]))
+    assert loop._next_prompts(decoder, loop.Loop(prefilling=[waiting])) == [waiting]
     assert decoder.graphs.pool is None
 
 
@@ -1909,8 +1914,11 @@ would bring the soil if the water did not, and the engineers, who were honest pe
 
 
 def perplexity(model: labs.Model) -> float:
-    scored = labs.score(model, labs.inputs_from_ids(model, [1]), TEXT)
-    return math.exp(-sum(each.logprob for each in scored) / len(scored))
+    ids = model.tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    with torch.inference_mode():
+        logits = model.model(input_ids=torch.cat([torch.tensor([1]), ids])[None]).logits[0, :-1]
+    logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, None])
+    return math.exp(-float(logprobs.mean()))
 
 
 @pytest.mark.parametrize("settings", [{}, {"torch_dtype": "fp32"}, {"quant_method": "int4"}])

@@ -17,10 +17,12 @@ import transformers
 import labs
 import labs_decode as decode
 import labs_engine
+import labs_fast as fast
+import labs_loop as loop
 import labs_models
 import test_labs
 from test_labs import save_model
-from test_labs_decode import PROMPTS, by_transformers, newcomer, tiny
+from test_labs_decode import PROMPTS, by_transformers, newcomer, prepare, tiny
 from test_labs_engine import asked, model_around, prompt, read
 
 folder = test_labs.folder
@@ -163,7 +165,7 @@ def test_a_step_that_runs_out_of_the_gpus_memory_goes_on_with_less() -> None:
     limit = (memory() + 1.6 * slots) / torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(limit)
     try:
-        running = labs.Running()
+        running = loop.Loop()
         streams = [
             labs.open_request(model, number, each, asked(None, 8), ())
             for number, each in enumerate(inputs)
