@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What somebody asks for, on its one way from the shell, a file or HTTP to the model.
 
-    context = labs_request.open_context(config)            # the filters and the documents' encoder
-    request = labs_request.check(context, request)         # refuses what can be refused without a model
+    context = labs_request.open_context(config)        # the filters and the documents' encoder
+    request = labs_request.check(context, request)     # refuses what needs no model to be refused
     prepared = labs_request.prepare(context, config, model, request)
-    for inputs, generation in prepared.answers(): ...      # one row of the decode batch each
+    for inputs, generation in prepared.answers(): ...  # one row of the decode batch each
 
 `check` needs no model, so nothing is loaded for a request that is refused. `prepare` needs the
 model's tokenizer: it renders the template, adds passages of documents, counts tokens and compiles
@@ -315,6 +315,14 @@ def constraints(
 
     schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
     return (labs_typed.Constraint(model, schema),)
+
+
+def choose(model: labs.Model, inputs: labs.Inputs, options: tuple[str, ...]) -> dict[str, float]:
+    """Return how likely each option is as the answer; they sum to 1."""
+    labs.require("labs_typed")
+    import labs_typed
+
+    return labs_typed.choose(model, inputs, options)
 
 
 def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
