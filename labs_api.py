@@ -252,7 +252,7 @@ class Lease(NamedTuple):
     """An engine that is a request's own until its name is released."""
 
     name: str
-    engine: labs_engine.Engine
+    engine: labs_engine.AnyEngine
 
 
 class Service:
@@ -353,7 +353,7 @@ class Service:
             )
 
         text = "\n".join(prompt.text for prompt in request.prompts)
-        return labs.route(self.config.router, text, count) or default
+        return labs_models.route(self.config.router, text, count) or default
 
     # ------------------------------------------------------------ with the model
 

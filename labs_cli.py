@@ -148,7 +148,6 @@ class Session(NamedTuple):
     context: labs_request.Context
     asked: labs_request.Request
     model: labs.Model
-    prefixes: Any
     stream: bool
     verbose: bool
     imports_s: float
@@ -247,8 +246,8 @@ def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[la
     """Yield the events of the answer as the filters show them."""
     ((inputs, generation),) = prepared.answers()
     shown = labs_request.shown_events(session.context, inputs, generation)
-    model, prefixes, constraints = session.model, session.prefixes, prepared.constraints()
-    events: Any = labs.stream_generate(model, inputs, generation, prefixes, constraints)
+    only = prepared.constraints()
+    events: Any = labs.stream_generate(session.model, inputs, generation, processors=only)
     with contextlib.closing(events):
         for event in itertools.chain.from_iterable(map(shown, events)):
             yield event
@@ -395,8 +394,8 @@ def index(config: labs.Config, flags: Values) -> None:
 
     if config.documents.database is None:
         raise click.UsageError("--index needs --docs DATABASE")
-    model = labs_rag.embedding_model(config)
-    done = labs_rag.index(flags["index"], config.documents.database, embedding_model=model)
+    encoder = labs_rag.encoder_of(config)
+    done = labs_rag.index(flags["index"], config.documents.database, encoder=encoder)
     for each in done.unusable:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
@@ -676,10 +675,8 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
     began = time.perf_counter()
     model = load_model(config)
     imports_s = time.perf_counter() - began - model.load_s
-    from labs_decode import Prefixes
-
-    verbose = flags["verbose"]
-    session = Session(context, asked, model, Prefixes(), stream, verbose, imports_s)
+    model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
+    session = Session(context, asked, model, stream, flags["verbose"], imports_s)
     if flags["choose"]:
         choose(session, request, flags["choose"], flags["json"])
     elif flags["chat"]:

@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from msgspec.structs import replace
-
 import labs
 
 
@@ -38,9 +36,6 @@ class Encoder:
     def _loaded(self) -> tuple[Any, Any]:
         """The tokenizer and the model; asked for under the lock."""
         spec = self.spec
-        if spec.model_name.startswith("package:"):
-            found = labs.package_file(f"{spec.model_name}/config.json")
-            spec = replace(spec, model_name=str(found.parent))
         with labs.loading():
             _, device, dtype = labs.device_of(spec)
             source, options, _ = labs.locate(spec, dtype)

@@ -117,6 +117,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}  # by ticket, which is the stream's index
         self._between_steps: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.leave = self._abandoned.put  # cancels a request by ticket; takes no lock
         self._prefix_bytes = server.prefix_cache_bytes
         self._loop = self._make_loop()
         self._failures, self._closing, self._stopped = 0, False, False
@@ -162,10 +163,6 @@ class Engine:
             self._jobs[stream.row.id] = job = Job(stream, put)
             self._waiting.append(job)
             self._lock.notify_all()
-
-    def leave(self, ticket: int) -> None:
-        """Cancel a request, unless it has ended; takes no lock."""
-        self._abandoned.put(ticket)
 
     def call(self, function: Callable[[], R]) -> R:
         """Return what a function of the model does, called between two steps of the batch."""

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several models in one process: each is loaded when it is asked for, and let go for another.
+"""Several models in one process: each is loaded when it is asked for, and unloaded for another.
 
     models = labs_models.Models(config)          # begins to load the configured one
     engine = models("small")                     # raises Loading until it is there
     ...                                          # engine.submit(...)
-    models.release("small")                      # it may be let go once nothing is under way
+    models.release("small")                      # it may be unloaded once nothing is under way
 
-One thread loads and lets go; who waits for a model holds up nobody else. Needs labs_engine.py.
+One thread loads and unloads; who waits for a model holds up nobody else. `One` serves a given
+engine in the same way, and `route` tells which model is to answer a request.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -25,10 +27,11 @@ from msgspec.structs import replace
 
 import labs
 import labs_engine
+from labs_engine import AnyEngine
 
 log = logging.getLogger("labs.models")
 POLL_S = 0.05  # how often the one who needs room looks whether a model has become idle
-PATIENCE_S = 5.0  # so long it waits for that; then the one used longest ago takes no more requests
+EVICT_BUSY_AFTER_S = 5.0  # then the model used longest ago takes no more requests, though busy
 RETRY_S = 30.0  # a load that failed is not tried again for so long
 MEMORY_SHARE = 0.9  # of what is free; the rest is for the rows
 
@@ -41,21 +44,22 @@ class Loading(labs_engine.Busy):
         self.wait = wait
 
 
-class Slot(Struct, eq=False):
-    """A model that may be loaded. holders: who was given the engine and has not released it.
+class Entry(Struct, eq=False):
+    """A configured model. holders: how many were given the engine and have not released it.
 
-    asked: when it was last given; used: the same, or when it was last busy; failed: when a load
-    failed; awaited: so long it stays for those who waited for it (all monotonic).
-    leaving: takes no more requests. reader: the model without its weights, once it was loaded.
+    last_used: when it was last given or busy; failed: when a load failed; reserved_until: it stays
+    so long for who waited for it (all monotonic). draining: it takes no more requests.
+    reader: the model without its weights, once it was loaded.
     """
 
+    name: str
     config: labs.Config
-    engine: labs_engine.Engine | None = None
+    engine: AnyEngine | None = None
     holders: int = 0
-    asked: float = 0.0
-    used: float = 0.0
-    awaited: float = 0.0
-    leaving: bool = False
+    last_given: float = 0.0
+    last_used: float = 0.0
+    reserved_until: float = 0.0
+    draining: bool = False
     failure: labs.LabsError | None = None
     failed: float = 0.0
     weight_bytes: int = 0
@@ -64,9 +68,8 @@ class Slot(Struct, eq=False):
 
     @property
     def idle(self) -> bool:
-        if self.engine is None or self.holders or time.monotonic() < self.awaited:
-            return False
-        return not self.engine.busy
+        held = self.holders or time.monotonic() < self.reserved_until
+        return not (self.engine is None or held or self.engine.busy)
 
 
 class Models:
@@ -74,9 +77,9 @@ class Models:
 
     def __init__(self, config: labs.Config, *, start: bool = True) -> None:
         self._server, self._default = config.server, config.model_id
-        configs = config.by_name()
-        self._slots = {name: Slot(each) for name, each in configs.items()}
-        self._wanted = deque([config.model_id])  # the first is being loaded
+        self._entries = {name: Entry(name, each) for name, each in config.by_name().items()}
+        self._wanted = deque([self._entries[config.model_id]])  # the first is being loaded
+        self._others: list[Callable[[], int]] = []  # bytes of models that no entry tells
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="labs-load", daemon=True)
@@ -87,87 +90,82 @@ class Models:
         """Begin to load; done already unless `start` was False."""
         self._thread.start()
 
-    # ------------------------------------------------------------ for those who ask
-
-    def __call__(self, name: str) -> labs_engine.Engine:
+    def __call__(self, name: str) -> AnyEngine:
         """Return the engine of a configured model; it is the caller's until released.
 
         Raises Loading for a model that is not there yet, ModelError for one that cannot be loaded.
         """
         with self._change:
-            slot = self._slots[name]
+            entry = self._entries[name]
             if self._closed:
                 raise labs_engine.Busy("the server is shutting down")
-            if slot.engine is not None and not slot.leaving:
-                slot.holders, slot.asked = slot.holders + 1, time.monotonic()
-                slot.used, slot.awaited = slot.asked, 0.0
-                return slot.engine
-            if slot.failure is not None and time.monotonic() < slot.failed + RETRY_S:
+            if entry.engine is not None and not entry.draining:
+                entry.holders, entry.last_given = entry.holders + 1, time.monotonic()
+                entry.last_used, entry.reserved_until = entry.last_given, 0.0
+                return entry.engine
+            if entry.failure is not None and time.monotonic() < entry.failed + RETRY_S:
                 # The reason may name what is nobody's business.
                 raise labs.ModelError(f"{name} could not be loaded; the log tells why")
-            if name not in self._wanted:
-                self._wanted.append(name)
+            if entry not in self._wanted:
+                self._wanted.append(entry)
                 self._change.notify_all()
-            if slot.engine is None:
-                slot.awaited = math.inf
+            if entry.engine is None:
+                entry.reserved_until = math.inf
             raise Loading(f"{name} is being loaded", self._wait)
 
     def release(self, name: str) -> None:
         with self._change:
-            self._slots[name].holders -= 1
+            self._entries[name].holders -= 1
             self._change.notify_all()
 
-    def loaded(self) -> dict[str, labs_engine.Engine]:
+    def loaded(self) -> dict[str, AnyEngine]:
         with self._change:
-            return {n: slot.engine for n, slot in self._slots.items() if slot.engine is not None}
+            return {e.name: e.engine for e in self._entries.values() if e.engine is not None}
 
     def context_length(self, name: str) -> int | None:
         """Return what is known of it without loading the model."""
-        slot = self._slots[name]
-        return slot.context_length if slot.reader is None else slot.reader.context_length
+        entry = self._entries[name]
+        return entry.context_length if entry.reader is None else entry.reader.context_length
+
+    def account(self, nbytes: Callable[[], int]) -> None:
+        """Count what another model takes now, of a filter say, within model_memory_bytes."""
+        self._others.append(nbytes)
 
     def reader(self, name: str) -> labs.Model:
-        """Return a model to build inputs with, which has no weights and stays when it is let go.
-
-        Raises as a call does, while the model was never loaded.
-        """
-        if (reader := self._slots[name].reader) is None:
+        """Return a model without weights, to build inputs with; raise as a call does until then."""
+        if (reader := self._entries[name].reader) is None:
             self(name)
             self.release(name)
             return self.reader(name)
         return reader
 
-    def account(self, nbytes: Callable[[], int]) -> None:
-        """Count what else lies in the models' memory; asked anew each time."""
-
     @property
     def failed(self) -> bool:
         """Whether the configured model could not be loaded when it was last tried."""
-        return self._slots[self._default].failure is not None
+        return self._entries[self._default].failure is not None
 
     def check(self) -> None:
         """Raise Loading until the configured model was tried, and what made it fail."""
         with self._change:
-            slot = self._slots[self._default]
-            if slot.failure is not None:
-                raise slot.failure.with_traceback(None)
-            if not slot.used:
+            entry = self._entries[self._default]
+            if entry.failure is not None:
+                raise entry.failure.with_traceback(None)
+            if not entry.last_used:
                 raise Loading(f"{self._default} is being loaded", self._wait)
 
-    def wait(self) -> labs_engine.Engine:
+    def wait(self) -> AnyEngine:
         """Return the engine of the configured model once it is loaded; raise what made it fail."""
         while True:
             try:
                 engine = self(self._default)
+                self.release(self._default)
+                return engine
             except labs.LabsError as error:
                 if self.failed:
                     self.check()
                 if not isinstance(error, Loading):
                     raise
                 error.wait(POLL_S)
-            else:
-                self.release(self._default)
-                return engine
 
     def close(self, deadline_s: float = 0.0) -> None:
         """Take no more requests and let those under way end until the deadline."""
@@ -191,131 +189,173 @@ class Models:
                     self._change.wait(1.0 if self._server.keep_alive_s else None)
                 wanted = self._wanted[0] if self._wanted else None
                 late = self._expired()
-            for name in late:
-                self._let_go(name)
+            for entry in late:
+                self._unload(entry)
             if wanted is not None:
                 self._load(wanted)
-                self._look_at_others()
+                self._learn_context_lengths()
 
-    def _expired(self) -> list[str]:
+    def _expired(self) -> list[Entry]:
         """Return the models that nobody has used for keep_alive_s. The lock is held."""
         now, limit = time.monotonic(), self._server.keep_alive_s
-        for slot in self._slots.values():
-            slot.used = now if slot.engine is not None and not slot.idle else slot.used
-        idle = [(name, slot) for name, slot in self._slots.items() if slot.idle]
-        return [name for name, slot in idle if limit is not None and now > slot.used + limit]
+        for entry in self._entries.values():
+            if entry.engine is not None and not entry.idle:
+                entry.last_used = now
+        idle = [entry for entry in self._entries.values() if entry.idle]
+        return [entry for entry in idle if limit is not None and now > entry.last_used + limit]
 
-    def _load(self, name: str) -> None:
-        slot, engine, failure = self._slots[name], None, None
+    def _load(self, entry: Entry) -> None:
+        engine, failure = None, None
         try:
-            if slot.engine is None:
-                self._make_room(name)
+            if entry.engine is None:
+                self._make_room(entry)
                 if self._closed:
                     return
-                engine = self._start(slot)
+                engine = self._start(entry)
         except labs.LabsError as error:
             log.error("labs-api: cannot load %s", error)
             failure = error
         except Exception as error:
-            log.exception("labs-api: cannot load %s", name)
+            log.exception("labs-api: cannot load %s", entry.name)
             failure = labs.ModelError(str(error))
         if failure is not None:  # the frames it went through hold what was loaded so far
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             labs.release_memory()
         with self._change:
             now = time.monotonic()
-            slot.failure, slot.failed = failure, now
-            slot.engine, slot.used, slot.leaving = engine or slot.engine, now, False
-            slot.awaited = min(slot.awaited, slot.used + PATIENCE_S)
-            self._wanted.remove(name)
+            entry.failure, entry.failed = failure, now
+            entry.engine, entry.last_used, entry.draining = engine or entry.engine, now, False
+            entry.reserved_until = min(entry.reserved_until, now + EVICT_BUSY_AFTER_S)
+            self._wanted.remove(entry)
             self._change.notify_all()
         if engine is not None and self._closed:
             engine.close()
 
-    def _start(self, slot: Slot) -> labs_engine.Engine:
-        model = labs.load_model(slot.config, cached=False)
-        engine = labs_engine.Engine(model, self._server, slot.config.response_cache)
-        slot.reader = replace(model, decoder=None)
-        return engine
+    def _start(self, entry: Entry) -> AnyEngine:
+        if (cache := entry.config.response_cache).max_entries:
+            labs.require("cachetools")  # before there is a thread
+        model = labs.load_model(entry.config, cached=False)
+        engine = labs_engine.Engine(model, self._server)
+        entry.reader = replace(model, decoder=None)
+        return labs_engine.Cached(engine, cache) if cache.max_entries else engine
 
-    def _make_room(self, name: str) -> None:
-        """Let idle models go until there is room for one more."""
-        patient_until = time.monotonic() + PATIENCE_S
-        while not self._closed and not self._has_room(self._slots[name]):
+    def _make_room(self, wanted: Entry) -> None:
+        """Unload idle models until there is room for one more."""
+        patient_until = time.monotonic() + EVICT_BUSY_AFTER_S
+        while not self._closed and not self._has_room(wanted):
             with self._change:
-                there = [n for n, slot in self._slots.items() if slot.engine is not None]
-                oldest = sorted(there, key=lambda n: (self._slots[n].used, self._slots[n].asked))
-                idle = [n for n in oldest if self._slots[n].idle]
-                if oldest and not idle and time.monotonic() > patient_until:
-                    self._slots[oldest[0]].leaving = True
-                if oldest and not idle:
+                loaded = [entry for entry in self._entries.values() if entry.engine is not None]
+                oldest = sorted(loaded, key=lambda entry: (entry.last_used, entry.last_given))
+                idle = [entry for entry in oldest if entry.idle]
+                if not oldest:
+                    return  # nothing more can be done
+                if not idle:
+                    oldest[0].draining |= time.monotonic() > patient_until
                     self._change.wait(POLL_S)
-            if not oldest:
-                return  # nothing more can be done
             if idle:
-                self._let_go(idle[0])
+                self._unload(idle[0])
 
-    def _has_room(self, slot: Slot) -> bool:
+    def _has_room(self, entry: Entry) -> bool:
         engines, limit = self.loaded().values(), self._server.model_memory_bytes
         if not engines and limit is None:
             return True
-        spec = slot.config.model
-        slot.weight_bytes = slot.weight_bytes or labs.weight_bytes(spec)
-        if limit is not None and slot.weight_bytes > limit:  # nobody goes for what never fits
-            needed = f"{spec.model_name} needs about {slot.weight_bytes / 1e9:.2f} GB"
+        spec, others = entry.config.model, sum(nbytes() for nbytes in self._others)
+        entry.weight_bytes = entry.weight_bytes or weight_bytes(spec)
+        if limit is not None and entry.weight_bytes + others > limit:  # unloading does not help
+            needed = f"{spec.model_name} needs about {entry.weight_bytes / 1e9:.2f} GB"
+            needed += f" beside {others / 1e9:.2f} GB of other models" if others else ""
             raise labs.ModelError(f"{needed}; server.model_memory_bytes is {limit / 1e9:.2f} GB")
         if len(engines) >= self._server.max_loaded_models:
             return False
         if limit is None:
-            return slot.weight_bytes <= MEMORY_SHARE * labs.system_memory(spec)
+            return entry.weight_bytes <= MEMORY_SHARE * system_memory(spec)
         taken: int = sum(engine.model.decoder.weight_bytes for engine in engines)
-        return taken + slot.weight_bytes <= limit
+        return taken + others + entry.weight_bytes <= limit
 
-    def _let_go(self, name: str) -> None:
+    def _unload(self, entry: Entry) -> None:
         """Free a model's memory, unless somebody was faster and asked for it."""
-        slot = self._slots[name]
         with self._change:
-            if not slot.idle:
+            if not entry.idle or (engine := entry.engine) is None:
                 return
-            engine, slot.engine, slot.leaving = slot.engine, None, False
-        if engine is not None:
-            engine.close()
-            del engine
-            labs.release_memory()
-            log.info("labs-api: %s was let go", name)
+            entry.engine, entry.draining = None, False
+        engine.close()
+        del engine
+        labs.release_memory()
+        log.info("labs-api: %s was let go", entry.name)
 
-    def _look_at_others(self) -> None:
+    def _learn_context_lengths(self) -> None:
         """Learn how long the context of models is that were not loaded yet."""
-        for slot in self._slots.values():
-            if slot.reader is None and slot.context_length is None:
+        for entry in self._entries.values():
+            if entry.reader is None and entry.context_length is None:
                 with contextlib.suppress(Exception):  # a load will tell
-                    slot.context_length = labs.context_length(slot.config.model)
+                    spec = replace(entry.config.model, local_files_only=True)
+                    place = labs.locate(spec, labs.device_of(spec)[2], convert=False)
+                    config = labs.pretrained("AutoConfig", *place[:2])
+                    entry.context_length = labs.context_length_of(config)
 
 
 class One:
-    """One given engine, with the interface of Models. It stays: nothing is loaded or let go."""
+    """One given engine, with the interface of Models: it is there, and stays until it is closed."""
 
-    def __init__(self, engine: labs_engine.Engine, name: str | None = None) -> None:
-        self._engine = engine
-        self._name = engine.model.spec.model_name if name is None else name
+    def __init__(self, engine: AnyEngine, name: str | None = None) -> None:
+        self._engine, self._name = engine, name or engine.model.spec.model_name
 
-    def __call__(self, name: str) -> labs_engine.Engine:
+    def __call__(self, name: str) -> AnyEngine:
         return self._engine
 
-    def release(self, name: str) -> None:
-        """Do nothing: it stays."""
+    def release(self, name: str) -> None: ...
+
+    def account(self, nbytes: Callable[[], int]) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self, deadline_s: float = 0.0) -> None:
+        self._engine.close(deadline_s)
 
     def reader(self, name: str) -> labs.Model:
         return self._engine.model
 
-    def check(self) -> None:
-        """Do nothing: it is there."""
-
-    def loaded(self) -> dict[str, labs_engine.Engine]:
+    def loaded(self) -> dict[str, AnyEngine]:
         return {self._name: self._engine}
 
     def context_length(self, name: str) -> int | None:
         return self._engine.model.context_length if name == self._name else None
 
-    def account(self, nbytes: Callable[[], int]) -> None:
-        """Do nothing: no other model needs room."""
+
+def route(router: labs.Router, text: str, count: Callable[[], int]) -> str | None:
+    """Return the model of the first rule that a text, of `count()` tokens, fits; or None."""
+    for rule in router.rules:
+        found = rule.pattern is None or re.search(rule.pattern, text)
+        if found and (rule.over_prompt_tokens is None or count() > rule.over_prompt_tokens):
+            return rule.model
+    return None
+
+
+def weight_bytes(spec: labs.ModelSpec) -> int:
+    """Return about how many bytes a model's weights take; only a GGUF file is converted for it."""
+    import torch
+    import transformers
+
+    with labs.loading():
+        _, _, dtype = labs.device_of(spec)
+        source, options, _ = labs.locate(spec, dtype)
+        config = labs.pretrained("AutoConfig", source, options)
+        auto: Any = transformers.AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=spec.trust_remote_code)
+    wanted = spec.quantization
+    bits = 32 if dtype == "fp32" else 16
+    bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # scales, too
+    bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
+    return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
+
+
+def system_memory(spec: labs.ModelSpec) -> int:
+    """Return the bytes that can still be taken where a model would go, if the system tells."""
+    import torch
+
+    import labs_decode
+
+    kind = labs.device_of(spec)[1]
+    device = spec.device_map if spec.device_map.startswith(f"{kind}:") else kind
+    return labs_decode.available_bytes(torch.device(device))

@@ -138,7 +138,7 @@ class Replica:
         self.models.wait()
 
     def __serve_build_asgi_app__(self) -> Any:
-        shared = {"quotas": self.quotas, "registry": self.registry}
+        shared: Any = {"quotas": self.quotas, "registry": self.registry}
         app = labs_api.create_app(self.config, self.models, **shared)
         return Bridge(app, workers=labs_serve.threads_for(self.config))
 

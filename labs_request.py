@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What somebody asks for, on its one way from the shell, a file or HTTP to the model.
 
-    context = labs_request.open_context(config)        # the filters and the documents' encoder
-    request = labs_request.check(context, request)     # refuses what needs no model to be refused
+    context = labs_request.open_context(config)  # the filters and the documents' encoder
+    request = labs_request.check(context, request)  # or refuses it, without a model
     prepared = labs_request.prepare(context, config, model, request)
     for inputs, generation in prepared.answers(): ...  # one row of the decode batch each
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 import labs
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     import labs_rag
     import labs_typed
 
-
-# ---------------------------------------------------------------- what is asked
+Tell = Callable[[str, str], Any]
 
 
 class JsonSchema(labs.Strict, frozen=True, kw_only=True):
@@ -103,25 +102,26 @@ class UnknownModel(labs.InputError):
     status, code, param = 404, "model_not_found", "model"
 
 
+class TooMuch(labs.InputError):
+    """The request asks for more, or has more text, than the server takes from one."""
+
+    def __init__(self, message: str, code: str, param: str | None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
 def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
     """Return labs' own request format as a Request; `given` holds the fields that it names."""
     names = labs.Generation.__struct_fields__
-    return Request(
-        prompts=(prompt_of(body),),
-        options={name: getattr(body, name) for name in names if name in given},
-        model=body.model,
-        response_format=body.response_format,
-        documents=body.documents,
-    )
+    options = {name: getattr(body, name) for name in names if name in given}
+    rest = {name: getattr(body, name) for name in ("model", "response_format", "documents")}
+    return Request(prompts=(prompt_of(body),), options=options, **rest)
 
 
 def prompt_of(body: Any) -> Prompt:
     """Return the prompt of a struct that has the fields prompt, messages and the chat toggles."""
     names = ("prompt", "messages", *labs.Chat.__struct_fields__)
     return Prompt(**{name: getattr(body, name) for name in names})
-
-
-# ---------------------------------------------------------------- what it is checked against
 
 
 class Context(Struct, frozen=True, eq=False):
@@ -140,10 +140,7 @@ class Context(Struct, frozen=True, eq=False):
 
 
 def open_context(
-    config: labs.Config,
-    *,
-    limits: labs.Server | None = None,
-    tell: Callable[[str, str], Any] | None = None,
+    config: labs.Config, *, limits: labs.Server | None = None, tell: Tell | None = None
 ) -> Context:
     """Compile the filters and name the encoder. Raises LabsError where a setting cannot work.
 
@@ -164,23 +161,19 @@ def open_context(
     return Context(config, config.by_name(), limits, filters, encoder)
 
 
+# ---------------------------------------------------------------- without a model
+
+
 def check_documents(context: Context) -> None:
     """Raise what would keep all requests from their passages: no database or encoder there."""
     if context.config.documents.database is not None:
-        labs.require("labs_rag")
         import labs_rag
 
         labs_rag.check(context.config, context.encoder)
 
 
-# ---------------------------------------------------------------- without a model
-
-
 def check(context: Context, request: Request) -> Request:
-    """Return the request with the filters' masks in it, or refuse it without having a model.
-
-    Raises InputError or ConfigError, which name the field.
-    """
+    """Return the request with the filters' masks in it; raise what needs no model to be refused."""
     _check_sizes(context.limits, request)
     prompts = tuple(_check_prompt(context, prompt) for prompt in request.prompts)
     config = context.config
@@ -200,22 +193,12 @@ def _check_sizes(limits: labs.Server | None, request: Request) -> None:
     if limits is None:
         return
     if (choices := len(request.prompts) * request.n) > limits.max_choices:
-        raise TooMany(f"{choices} choices are asked for; at most {limits.max_choices}")
+        text = f"{choices} choices are asked for; at most {limits.max_choices}"
+        raise TooMuch(text, "invalid_value", "n")
     for prompt in request.prompts:
         if (size := len(prompt.text.encode(errors="replace"))) > limits.max_prompt_bytes:
-            raise TooLarge(f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}")
-
-
-class TooMany(labs.InputError):
-    """More choices than the server gives to one request."""
-
-    code, param = "invalid_value", "n"
-
-
-class TooLarge(labs.InputError):
-    """More bytes than the server reads in one prompt."""
-
-    code, param = "prompt_too_large", None
+            text = f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}"
+            raise TooMuch(text, "prompt_too_large", None)
 
 
 def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
@@ -230,10 +213,7 @@ def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
 
 
 class Prepared(Struct, frozen=True, eq=False):
-    """A request that only has to be computed. inputs: one for each prompt; sources: the passages.
-
-    sources: None where no documents are used.
-    """
+    """A request that only has to be computed. sources: None where no documents are used."""
 
     model: labs.Model
     request: Request
@@ -269,13 +249,8 @@ def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     """Build the inputs of one prompt, with the chat toggles as configured where it names none."""
     if prompt.ids is not None:
         return labs.inputs_from_ids(model, prompt.ids)
-    prompt = filled(prompt, config)
-    return labs.build_inputs(
-        model,
-        prompt=prompt.prompt,
-        messages=prompt.messages,
-        **{name: getattr(prompt, name) for name in labs.Chat.__struct_fields__},
-    )
+    given = asdict(filled(prompt, config)).items()
+    return labs.build_inputs(model, **{name: value for name, value in given if value is not None})
 
 
 def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
@@ -304,10 +279,7 @@ def _build(
 def constraints(
     model: labs.Model, wanted: ResponseFormat | None
 ) -> tuple[labs_typed.Constraint, ...]:
-    """Return what keeps one answer to a response_format, as processors of labs.generate.
-
-    Raises InputError for a schema that cannot be expressed.
-    """
+    """Return processors that keep one answer to a response_format; raise InputError if none can."""
     if wanted is None or wanted.type == "text":
         return ()
     labs.require("labs_typed")
@@ -332,9 +304,6 @@ def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
     return replace(generation, seed=(generation.seed + choice) % 2**63)
 
 
-# ---------------------------------------------------------------- what the filters show
-
-
 def shown_events(
     context: Context, inputs: labs.Inputs, generation: labs.Generation
 ) -> Callable[[labs.Event], list[labs.Event]]:
@@ -352,9 +321,6 @@ def shown_events(
 def shown(context: Context, completion: labs.Completion) -> labs.Completion:
     """Return a whole answer as it may be shown."""
     return completion if context.filters is None else context.filters.shown(completion)
-
-
-# ---------------------------------------------------------------- what it would do
 
 
 class SettingValue(Struct, frozen=True):
@@ -392,8 +358,6 @@ def explain(
 
     sources: where settings come from, as in Config; else they are the model's or defaults.
     """
-    import labs_decode
-
     decoder = model.decoder
     stream = labs.open_request(model, 0, inputs, generation)
     tokens, limit = len(inputs.input_ids), model.context_length
@@ -401,12 +365,12 @@ def explain(
         prompt=inputs.prompt,
         prompt_tokens=tokens,
         context_left=None if limit is None else limit - tokens,
-        how=decoder.how,
-        why=decoder.why,
+        how=decoder.mode,
+        why=decoder.reason,
         batch_invariant=decoder.invariant,
         rows=labs.rows_in_memory(model),
         weight_bytes=decoder.weight_bytes,
-        cache_bytes=(tokens + generation.max_new_tokens) * labs_decode.column_bytes(decoder),
+        cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
         settings=_sourced(model, stream, sources or {}),
     )
 
@@ -414,7 +378,7 @@ def explain(
 def _sourced(
     model: labs.Model, stream: labs.InFlight, sources: Mapping[str, str]
 ) -> dict[str, SettingValue]:
-    found, samples = {}, stream.sampling.temperature > 0
+    found, samples = {}, stream.row.sampling.temperature > 0
     holders = (model.spec, model.spec.quantization, labs.resolved(stream))
     for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
         key, name = setting.key, setting.field

@@ -20,11 +20,14 @@ import json
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 import labs
+
+if TYPE_CHECKING:
+    import labs_decode
 
 T = TypeVar("T")
 MAX_GRAMMARS = 256  # remembered for each tokenizer
@@ -162,8 +165,6 @@ def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> di
     That is the probability of its tokens and an end after them, scaled so that all sum to 1.
     Raises InputError for fewer than two options, equal or empty ones, PromptTooLong.
     """
-    import labs_decode
-
     if len(options) < 2 or len({*options}) < len(options) or not all(options):
         raise labs.InputError("options: give two or more different texts")
     with model.lock:
@@ -175,5 +176,31 @@ def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> di
             f"prompt and option have {longest} tokens: the context holds {limit}"
         )
     prompt, ends = list(inputs.input_ids), list(model.eos_token_ids)
-    shares = labs_decode.shares_of(model.decoder, prompt, ids, ends)
-    return dict(zip(options, shares, strict=True))
+    probabilities = option_probabilities(model.decoder, prompt, ids, ends)
+    return dict(zip(options, probabilities, strict=True))
+
+
+def option_probabilities(
+    decoder: labs_decode.Decoder, prompt: list[int], options: list[list[int]], ends: list[int]
+) -> list[float]:
+    """Return the probability of each option, with one of `ends` after it, among all options.
+
+    prompt, options and ends are token ids. One forward call: the rows are padded on the right,
+    where nothing before can see.
+    """
+    import torch
+
+    longest = max(map(len, options))
+    rows = [[*prompt, *each, *[0] * (longest - len(each))] for each in options]
+    words = {"use_cache": False, "logits_to_keep": longest + 1}
+    known = {name: value for name, value in words.items() if name in decoder.forward_words}
+    with torch.inference_mode():
+        inputs = torch.tensor(rows, device=decoder.device)
+        logits = decoder.model(input_ids=inputs, return_dict=True, **known).logits
+        logprobs = logits[:, -longest - 1 :].float().log_softmax(-1)
+        totals = [
+            sum(row[place, token] for place, token in enumerate(each))
+            + (row[len(each), ends].logsumexp(-1) if ends else 0.0)
+            for row, each in zip(logprobs, options, strict=True)
+        ]
+        return list(torch.stack(totals).cpu().double().softmax(-1).tolist())

@@ -428,6 +428,44 @@ def test_ctrl_c_is_exit_code_130_and_stops_the_computing(fake: Fake) -> None:
     assert (result.exit_code, fake.closed) == (130, 1)
 
 
+# Before and while the model is loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prompt", "a bad one"], "deny[0]"),
+        (["--messages-json", '[{"role": "user", "content": "bad"}]'], "deny[0]"),
+        (["--prompt", "Hi", "--logprobs", "1"], "logprobs"),
+        (["--chat", "--logprobs", "1"], "logprobs"),
+        (["--prompt", "Hi", "--schema", "absent.json"], "absent.json"),
+        (["--prompt", "\udcff"], "lone surrogate"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(
+    arguments: list[str], told: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labs, "load_model", lambda config: pytest.fail("loaded"))
+    Path("labs.toml").write_text('[guard]\ndeny = ["bad"]\n')
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert told in result.stderr
+
+
+def test_garbage_is_not_collected_while_the_model_is_loaded(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collects: list[bool] = []
+
+    def load(config: Any) -> Any:
+        collects.append(gc.isenabled())
+        return SimpleNamespace(load_s=1.0)
+
+    monkeypatch.setattr(labs, "load_model", load)
+    assert invoke("--prompt", "Hi").exit_code == 0
+    assert [*collects, gc.isenabled()] == [False, True]
+
+
 # Chat
 
 

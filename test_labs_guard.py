@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import falcon.testing
-import labs_batch
 import msgspec
 import openai
 import pytest
@@ -34,6 +33,8 @@ import labs_api
 import labs_cli
 import labs_engine
 import labs_guard
+import labs_jsonl
+import labs_request
 import test_labs
 import test_labs_api
 import test_labs_cli
@@ -989,16 +990,16 @@ def test_a_held_back_stream_sends_comments(fake: Fake, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="module")
-def engine(tiny: labs.Model) -> Iterator[labs_engine.Engine]:
+def engine(tiny: labs.Model) -> Iterator[labs_engine.Cached]:
     cache = labs.ResponseCache(max_entries=9)
-    engine = labs_engine.Engine(tiny, labs.Server(max_batch_rows=4), cache)
+    engine = labs_engine.Cached(labs_engine.Engine(tiny, labs.Server(max_batch_rows=4)), cache)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize(("path", "more"), WAYS)
 def test_the_row_of_a_cut_answer_is_let_go(
-    engine: labs_engine.Engine, path: str, more: Any
+    engine: labs_engine.Cached, path: str, more: Any
 ) -> None:
     name = "max_new_tokens" if path.startswith("/generate") else "max_tokens"
     body = {**BODIES[path], **more, name: 4000, **A}
@@ -1009,7 +1010,7 @@ def test_the_row_of_a_cut_answer_is_let_go(
     assert engine.status().steps - before < 1000
 
 
-def test_an_answer_from_the_cache_is_filtered_too(engine: labs_engine.Engine) -> None:
+def test_an_answer_from_the_cache_is_filtered_too(engine: labs_engine.Cached) -> None:
     body = {"prompt": "cached", "max_new_tokens": 5, **A}
     plain = site_of(engine).post("/generate", body).json
     assert (plain["text"], plain["usage"]["response_cached"]) == ("aaaaa", False)
@@ -1137,7 +1138,8 @@ LINES: list[dict[str, Any]] = [
 def answered(model: labs.Model, rows: list[Any], **guard: Any) -> dict[str, Any]:
     config = labs.Config(model_id="tiny", guard=labs.Guard(**guard))
     lines = enumerate((json.dumps(row).encode() for row in rows), 1)
-    data = labs_batch.answer_lines(model, config, lines, labs_batch.Tally())
+    context = labs_request.open_context(config)
+    data = labs_jsonl.answer_lines(model, context, lines, labs_jsonl.Tally())
     found = [json.loads(line) for line in data]
     return {row.get("custom_id", row["id"]): row for row in found}
 
@@ -1170,7 +1172,8 @@ def test_only_unchanged_answers_can_be_replayed(tiny: labs.Model) -> None:
     found = answered(tiny, LINES, deny=("bad", "aaaa"))
     lines = [json.dumps(found[name]).encode() for name in ("cut", "whole", "openai")]
     config = labs.Config(model_id="tiny", guard=labs.Guard(deny=("aaaa",)))
-    verdicts = [*labs_batch.replay(tiny, config, enumerate(lines, 1))]
+    context = labs_request.open_context(config)
+    verdicts = [*labs_jsonl.replay(tiny, context, enumerate(lines, 1))]
     assert [each.verdict for each in verdicts] == ["not comparable", "same", "not comparable"]
 
 

@@ -102,9 +102,9 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     """Load tiny models; nobody loses patience, unless a test says so."""
     loader = Loader()
     monkeypatch.setattr(labs, "load_model", loader.load)
-    monkeypatch.setattr(labs, "weight_bytes", lambda spec: 1)
+    monkeypatch.setattr(labs_models, "weight_bytes", lambda spec: 1)
     monkeypatch.setattr(labs, "context_length", lambda spec: None)
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 600.0)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 600.0)
     yield loader
     loader.door.set()
 
@@ -183,7 +183,7 @@ def configured(text: str, **changes: Any) -> labs.Config:
     return labs.load_config(env={}, **changes)
 
 
-def come(models: labs_models.Models, name: str) -> labs_engine.Engine:
+def come(models: labs_models.Models, name: str) -> labs_engine.AnyEngine:
     """Return an engine once it is there, as a request does; it is to be released."""
     end = time.monotonic() + WAIT_S
     while True:
@@ -221,7 +221,7 @@ def use(models: labs_models.Models, *names: str) -> labs_models.Models:
 
 def leaving(models: labs_models.Models) -> list[str]:
     """Return which models take no more requests."""
-    return [name for name, slot in models._slots.items() if slot.leaving]
+    return [name for name, entry in models._entries.items() if entry.draining]
 
 
 def held_answer(models: labs_models.Models, gate: Gate) -> labs_engine.Answer:
@@ -440,7 +440,7 @@ def test_a_model_that_is_busy_for_too_long_ends_its_answers_and_goes(
 ):
     models = begin("llama", "qwen2", max_loaded_models=1)
     engine, answer = models.wait(), held_answer(models, gate)
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.0)
     want(models, "qwen2")
     until(lambda: leaving(models) == ["llama"])
     assert loader.loads == ["llama"]
@@ -458,7 +458,7 @@ def test_a_model_that_was_to_go_stays_if_another_becomes_idle(begin, gate, loade
     models = begin(*KINDS, max_loaded_models=2)
     answer = held_answer(models, gate)
     come(models, "qwen2")
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.0)
     want(models, "gpt2")
     until(lambda: leaving(models) == ["llama"])
     models.release("qwen2")
@@ -475,7 +475,7 @@ def test_of_busy_models_the_one_asked_longest_ago_goes(oldest, begin, loader, mo
     newest = "llama" if oldest == "qwen2" else "qwen2"
     for name in ("llama", "qwen2", oldest, newest):
         come(models, name)
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.0)
     want(models, "gpt2")
     until(lambda: leaving(models))
     assert leaving(models) == [oldest]
@@ -500,7 +500,7 @@ def test_a_model_stays_until_who_waited_for_it_has_come(begin, loader):
 def test_a_model_that_nobody_comes_for_goes(begin, loader, monkeypatch):
     models = begin("llama", "qwen2", max_loaded_models=1)
     models.wait()
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.1)
     want(models, "qwen2")
     until(lambda: "qwen2" in models.loaded())
     use(models, "llama")
@@ -512,7 +512,7 @@ def test_two_models_asked_by_many_in_turn_where_one_has_room_answer_all(begin, l
     names = ("llama", "qwen2")
     expected = {(name, n): alone(name, n) for name in names for n in range(askers)}
     assert len({*expected.values()}) == len(expected), "a text tells whose it is"
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.2)
     models = begin(*names, max_loaded_models=1)
 
     def ask_in_turn(number: int) -> list[bool]:
@@ -585,22 +585,24 @@ def test_the_weights_of_a_model_are_known_before_it_is_loaded(dtype, tiny_folder
     spec = replace(spec_of(tiny_folder), torch_dtype=str(dtype).removeprefix("torch."))
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    assert labs.weight_bytes(spec) == size
+    assert labs_models.weight_bytes(spec) == size
     assert labs.load_model(spec, cached=False).decoder.weight_bytes == size
 
 
 def test_fewer_bits_take_less_memory_known_before_loading_too(tiny_folder):
-    sizes = [labs.weight_bytes(spec_of(tiny_folder, method)) for method in (None, "int8", "int4")]
+    sizes = [
+        labs_models.weight_bytes(spec_of(tiny_folder, method)) for method in (None, "int8", "int4")
+    ]
     assert sizes[0] > sizes[1] > sizes[2] > 0
 
 
 def test_the_weights_of_what_is_no_model_are_refused_as_loading_it_is(tmp_path):
     with pytest.raises(labs.ModelError, match=r"holds no config\.json"):
-        labs.weight_bytes(spec_of(tmp_path))
+        labs_models.weight_bytes(spec_of(tmp_path))
 
 
 def test_a_model_that_does_not_fit_beside_another_lets_it_go(places, tiny_folder, other_folder):
-    sizes = [labs.weight_bytes(spec_of(folder)) for folder in (tiny_folder, other_folder)]
+    sizes = [labs_models.weight_bytes(spec_of(folder)) for folder in (tiny_folder, other_folder)]
     models = places(model_memory_bytes=sum(sizes) - 1)
     for name in ("tiny", "other", "tiny"):
         answered(models, name)
@@ -608,7 +610,7 @@ def test_a_model_that_does_not_fit_beside_another_lets_it_go(places, tiny_folder
 
 
 def test_models_that_fit_stay_side_by_side(places, tiny_folder, other_folder):
-    sizes = [labs.weight_bytes(spec_of(folder)) for folder in (tiny_folder, other_folder)]
+    sizes = [labs_models.weight_bytes(spec_of(folder)) for folder in (tiny_folder, other_folder)]
     third = replace(spec_of(other_folder), cuda_graphs=False)
     models = places(third, model_memory_bytes=sum(sizes))
     answered(models, "tiny")
@@ -622,7 +624,7 @@ def test_models_that_fit_stay_side_by_side(places, tiny_folder, other_folder):
 def test_a_model_larger_than_the_limit_is_refused_and_lets_nobody_go(
     tiny_folder, other_folder, caplog
 ):
-    limit = labs.weight_bytes(spec_of(tiny_folder)) - 1
+    limit = labs_models.weight_bytes(spec_of(tiny_folder)) - 1
     config = {
         "small": labs.Config(model=spec_of(other_folder), model_id="small"),
         "large": labs.Config(model=spec_of(tiny_folder), model_id="large"),
@@ -655,8 +657,8 @@ def test_a_model_that_is_not_there_lets_nobody_go(places, tmp_path):
 
 def test_where_no_limit_is_set_models_take_what_is_free(begin, loader, monkeypatch):
     free = {"llama": 9.0, "qwen2": 10.0}
-    monkeypatch.setattr(labs, "weight_bytes", lambda spec: 9)
-    monkeypatch.setattr(labs, "system_memory", lambda spec: free[spec.model_name])
+    monkeypatch.setattr(labs_models, "weight_bytes", lambda spec: 9)
+    monkeypatch.setattr(labs_models, "system_memory", lambda spec: free[spec.model_name])
     models = use(begin(*KINDS[:2]), "llama", "qwen2")
     assert [*models.loaded()] == ["llama", "qwen2"]
     free["qwen2"] = 9.0
@@ -665,6 +667,73 @@ def test_where_no_limit_is_set_models_take_what_is_free(begin, loader, monkeypat
     assert [*models.loaded()] == ["qwen2"]
     use(models, "llama")  # a tenth is for the rows
     assert [*models.loaded()] == ["llama"]
+
+
+def sizes_of(*folders: Path) -> list[int]:
+    return [labs_models.weight_bytes(spec_of(folder)) for folder in folders]
+
+
+def test_models_of_filters_and_documents_count_within_the_limit(places, tiny_folder, other_folder):
+    taken, sizes = [0, 0], sizes_of(tiny_folder, other_folder)
+    models = places(model_memory_bytes=sum(sizes) + 100)
+    for index in range(2):
+        models.account(lambda index=index: taken[index])
+    use_both = [answered(models, name) for name in ("tiny", "other")]
+    assert [*models.loaded()] == ["tiny", "other"]
+    taken[:] = [50, 51]  # they are loaded when they are needed first
+    third = labs_models.Entry("third", models._entries["other"].config)
+    assert not models._has_room(third)
+    models._unload(models._entries["other"])
+    assert not models._has_room(models._entries["other"])
+    taken[1] = 50
+    assert models._has_room(models._entries["other"])
+    assert use_both[0]() is not None
+
+
+def test_a_model_that_fits_only_without_those_of_filters_is_refused_and_lets_nobody_go(
+    places, tiny_folder, other_folder, caplog
+):
+    sizes = sizes_of(tiny_folder, other_folder)
+    models = places(model_memory_bytes=max(sizes), max_loaded_models=1)
+    answered(models, "tiny")
+    models.account(lambda: sizes[0] - sizes[1] + 1)
+    with pytest.raises(labs.ModelError, match="the log tells why"):
+        come(models, "other")
+    assert [*models.loaded()] == ["tiny"]
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert re.search(r"needs about .* GB beside .* GB of other models; server.model_memory_b", said)
+
+
+def test_answers_are_kept_where_a_model_is_configured_to_and_go_with_it(tiny_folder):
+    cache = labs.ResponseCache(max_entries=4)
+    config = labs.Config(model=spec_of(tiny_folder), model_id="tiny", response_cache=cache)
+    server = labs.Server(keep_alive_s=0.1)
+    models = labs_models.Models(replace(config, server=server))
+    engine = come(models, "tiny")
+    for _ in range(2):
+        answer = engine.submit(prompt(0), asked())
+        read(answer)
+    assert engine.status().response_cache_hits == 1
+    weights = weakref.ref(engine.model.model)
+    del engine, answer
+    models.release("tiny")
+    until(lambda: weights() is None)
+    stop(models)
+
+
+def test_one_given_engine_has_the_interface_of_models():
+    engine = labs_engine.Engine(model_of("llama"))
+    for name, models in (("llama", labs_models.One(engine)), ("m", labs_models.One(engine, "m"))):
+        models.check()
+        models.account(lambda: 10**15)
+        assert models(name) is engine
+        models.release(name)
+        assert models.reader(name) is model_of("llama")
+        assert models.loaded() == {name: engine}
+        assert (models.context_length(name), models.context_length("no")) == (512, None)
+        assert read(models(name).submit(prompt(0), asked()))[0] == alone("llama", 0)
+    models.close(WAIT_S)
+    assert not engine.status().alive
 
 
 @pytest.mark.parametrize("how", ["for another", "idle"])
@@ -770,9 +839,9 @@ def test_a_model_that_is_busy_all_the_time_stays(busy, begin, gate, loader):
 
 def test_the_time_to_go_begins_when_a_model_becomes_idle(begin, gate):
     models = begin("llama", "qwen2", keep_alive_s=3600.0)
-    answer, slot = held_answer(models, gate), models._slots["llama"]
-    slot.used -= 10_000
-    until(lambda: time.monotonic() - slot.used < 3600)
+    answer, entry = held_answer(models, gate), models._entries["llama"]
+    entry.last_used -= 10_000
+    until(lambda: time.monotonic() - entry.last_used < 3600)
     gate.let(math.inf)
     read(answer)
     use(models, "qwen2")
@@ -781,8 +850,8 @@ def test_the_time_to_go_begins_when_a_model_becomes_idle(begin, gate):
 
 def test_without_a_time_to_go_idle_models_stay(begin):
     models = use(begin(*KINDS), "llama", "qwen2")
-    for slot in models._slots.values():
-        slot.used -= 10**9
+    for entry in models._entries.values():
+        entry.last_used -= 10**9
     use(models, "gpt2")
     assert [*models.loaded()] == [*KINDS]
 
@@ -1152,7 +1221,7 @@ def test_a_server_full_of_those_who_wait_tells_that_it_lives(live, gate, loader,
 def test_many_requests_for_models_in_turn_are_all_answered_where_one_has_room(
     many, loader, monkeypatch
 ):
-    monkeypatch.setattr(labs_models, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.2)
     few = {"port": 0, "max_batch_rows": 4, "max_waiting": 24}
     site = many("llama", "qwen2", kind=LiveMany, max_loaded_models=1, **few)
 

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import labs_batch
 import msgspec
 import pytest
 import transformers
@@ -28,6 +27,7 @@ from hypothesis import strategies as st
 
 import labs
 import labs_cli
+import labs_jsonl
 import labs_rag
 import labs_request
 import test_labs
@@ -807,10 +807,9 @@ def test_a_server_does_not_start_without_its_database(folder: Path) -> None:
 
 def answers(model: labs.Model, config: labs.Config, *lines: dict[str, Any]) -> list[Any]:
     data = enumerate((json.dumps(line).encode() for line in lines), 1)
-    return [
-        msgspec.json.decode(line)
-        for line in labs_batch.answer_lines(model, config, data, labs_batch.Tally(), ordered=True)
-    ]
+    context, ordered = labs_request.open_context(config), labs_jsonl.Batching(ordered=True)
+    found = labs_jsonl.answer_lines(model, context, data, labs_jsonl.Tally(), ordered)
+    return [msgspec.json.decode(line) for line in found]
 
 
 def lines() -> list[dict[str, Any]]:
@@ -826,10 +825,12 @@ def test_lines_of_a_file_are_grounded_and_can_be_replayed(tiny: labs.Model) -> N
     own, openai = found = answers(tiny, configured(), *lines())
     assert own["documents"][0] == openai["response"]["body"]["documents"][0] == SEINE
     data = [msgspec.json.encode(each) for each in found]
-    verdicts = labs_batch.replay(tiny, configured(), enumerate(data, 1))
+    context = labs_request.open_context(configured())
+    verdicts = labs_jsonl.replay(tiny, context, enumerate(data, 1))
     assert [each.verdict for each in verdicts] == ["same", "same"]
     indexed(a=RIVERS.replace("Paris", "Paris and Rouen"))
-    verdicts = labs_batch.replay(tiny, configured(), enumerate(data, 1))
+    context = labs_request.open_context(configured())
+    verdicts = labs_jsonl.replay(tiny, context, enumerate(data, 1))
     assert "differs" not in [each.verdict for each in verdicts]
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonschema
-import labs_batch
 import msgspec
 import pytest
 import torch
@@ -25,6 +24,8 @@ from msgspec import Meta
 import labs
 import labs_decode
 import labs_engine
+import labs_jsonl
+import labs_request
 import labs_typed
 import test_labs
 import test_labs_api
@@ -414,15 +415,15 @@ def test_lines_of_a_file_have_formats_of_their_own_and_are_replayed(tiny):
     ]
     data = [(n, json.dumps(line).encode()) for n, line in enumerate(lines, 1)]
     config = labs.Config(generation=labs.Generation(temperature=1.0, max_new_tokens=40))
-    tally = labs_batch.Tally()
-    rows = [*labs_batch.answer_lines(tiny, config, data, tally, ordered=True)]
+    context, ordered = labs_request.open_context(config), labs_jsonl.Batching(ordered=True)
+    rows = [*labs_jsonl.answer_lines(tiny, context, data, labs_jsonl.Tally(), ordered)]
     found = [json.loads(row) for row in rows]
     assert json.loads(found[0]["text"]) in ("red", "green")
     message = found[2]["response"]["body"]["choices"][0]["message"]["content"]
     assert json.loads(message) in ("red", "green")
     assert "json_schema" in found[3]["error"]["message"]
     assert "not" in found[4]["error"]["message"]
-    verdicts = [v.verdict for v in labs_batch.replay(tiny, config, enumerate(rows[:3], 1))]
+    verdicts = [v.verdict for v in labs_jsonl.replay(tiny, context, enumerate(rows[:3], 1))]
     assert verdicts == ["same"] * 3
 
 

@@ -36,8 +36,8 @@ ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 TWO = ["labs.py", "labs_decode.py"]
-API = ["labs_api.py", "labs_engine.py", "labs_models.py", "labs_openai.py"]
-API = [*TWO, *API, "labs_request.py"]
+API = ["api", "engine", "gate", "models", "openai", "pages", "request"]
+API = [*TWO, *(f"labs_{room}.py" for room in API)]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
 model = labs.load_model(config)
@@ -440,9 +440,10 @@ def test_a_package_of_copies_works_from_within(place, tiny_folder, folder):
 
 
 def test_the_commands_run_from_a_package(folder, tiny_folder):
-    package("pkg", "api", "cli")
-    for module, name in (("labs_cli", "labs-gen"), ("labs_api", "labs-api")):
-        done = python("-m", f"pkg.{module}", "--version", path=folder)
+    package("pkg", "serve", "cli")
+    serve = ("-c", "from pkg import labs_cli; labs_cli.main_api()")
+    for words, name in ((("-m", "pkg.labs_cli"), "labs-gen"), (serve, "labs-api")):
+        done = python(*words, "--version", path=folder)
         assert done.stdout == f"{name} {labs.__version__}\n", done.stderr
     words = ["--model", tiny_folder, "--prompt", "Hi", "--max-new-tokens", "3"]
     done = python("-m", "pkg.labs_cli", *words, "--logit-bias", '{"65": 100}', path=folder)
@@ -454,10 +455,11 @@ def test_an_app_of_a_package_answers(tiny_folder, folder):
     asked = {"prompt": "Hi", "max_new_tokens": 3, "logit_bias": {"65": 100}}
     code = f"""
 import falcon.testing
-from pkg import labs, labs_api, labs_engine
+from pkg import labs, labs_api, labs_engine, labs_models
 config = labs.load_config(env={{"LABS_MODEL": {str(tiny_folder)!r}}})
 engine = labs_engine.Engine(labs.load_model(config))
-client = falcon.testing.TestClient(labs_api.create_app(config, engine_for=lambda name: engine))
+models = labs_models.One(engine, config.model_id)
+client = falcon.testing.TestClient(labs_api.create_app(config, models))
 headers = {{"Host": "localhost"}}
 print(client.simulate_post("/generate", json={asked}, headers=headers).json["text"])
 format = {{"type": "json_object"}}
@@ -521,7 +523,8 @@ def test_labs_gen_names_the_file_that_was_not_copied(arguments, room, flat, fold
         (["--prompt", "Hi", "--config", "guard.toml", "--json"], "guard"),
     ],
 )
-def test_what_a_flag_or_setting_needs_is_named(arguments, room, fake_labs, missing):
+def test_what_a_flag_or_setting_needs_is_named(arguments, room, fake_labs, missing, monkeypatch):
+    monkeypatch.setattr(labs, "load_model", lambda config: pytest.fail("loaded"))
     missing(f"labs_{room}")
     for name in ("prompts.jsonl", "answers.jsonl"):
         Path(name).touch()
@@ -531,10 +534,10 @@ def test_what_a_flag_or_setting_needs_is_named(arguments, room, fake_labs, missi
     assert (done.stderr, done.exit_code) == (f"Error: {lacking(room)}\n", 1)
 
 
-def test_labs_api_names_the_command_line_that_was_not_copied():
-    labs_vendor.vendor("copy", ["api"])
-    done = python("copy/labs_api.py", path="copy")
-    assert (done.stderr, done.returncode) == (f"Error: {lacking('cli')}\n", 1)
+def test_labs_api_names_the_server_that_was_not_copied():
+    labs_vendor.vendor("copy", ["cli"])
+    done = python("-c", "import labs_cli; labs_cli.main_api()", path="copy")
+    assert (done.stderr, done.returncode) == (f"Error: {lacking('serve')}\n", 1)
 
 
 def test_labs_alone_names_the_file_that_was_not_copied(folder, tiny_folder):

@@ -2,12 +2,13 @@
 
 import contextlib
 
+import msgspec
+
 import labs
-import labs_decode
 
 config = labs.load_config()
 model = labs.load_model(config)
-prefixes = labs_decode.Prefixes()  # keeps what earlier turns have computed
+model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())  # earlier turns are kept
 messages: list[dict[str, str]] = []
 
 with contextlib.suppress(EOFError):  # Ctrl-D
@@ -17,7 +18,7 @@ with contextlib.suppress(EOFError):  # Ctrl-D
         messages.append({"role": "user", "content": question})
         inputs = labs.build_inputs(model, messages=messages)
         answer = ""
-        for event in labs.stream_generate(model, inputs, config.generation, prefixes):
+        for event in labs.stream_generate(model, inputs, config.generation):
             if isinstance(event, labs.Delta):
                 print(event.text, end="", flush=True)
                 answer += event.text

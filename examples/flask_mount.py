@@ -10,7 +10,8 @@ import labs_models
 import labs_serve
 
 config = labs.load_config()
-engine = labs_engine.Engine(labs.load_model(config), config.server, config.response_cache)
+alone = labs_engine.Engine(labs.load_model(config), config.server)
+engine = labs_engine.Cached(alone, config.response_cache)
 site = flask.Flask(__name__)
 site.register_error_handler(labs.InputError, lambda error: (str(error), 400))
 site.register_error_handler(labs_engine.Busy, lambda error: (str(error), 503, {"Retry-After": "1"}))
