@@ -601,11 +601,8 @@ class Choose(Resource):
         request = self.service.check(request)
         lease = self.service.leased(req, request)
         with self.service.prepared(request, lease) as prepared:
-            labs.require("labs_typed")
-            import labs_typed
-
             (inputs,), model = prepared.inputs, prepared.model
-            ask = functools.partial(labs_typed.choose, model, inputs, body.options)
+            ask = functools.partial(labs_request.choose, model, inputs, body.options)
             with self.service.charged(req.context.owner, len(body.options), prepared):
                 options = lease.engine.call(ask)
         answer = ChooseAnswer(id=req.context.id, model=lease.name, options=options)

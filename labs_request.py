@@ -289,6 +289,14 @@ def constraints(
     return (labs_typed.Constraint(model, schema),)
 
 
+def choose(model: labs.Model, inputs: labs.Inputs, options: tuple[str, ...]) -> dict[str, float]:
+    """Return how likely each option is as the answer; they sum to 1."""
+    labs.require("labs_typed")
+    import labs_typed
+
+    return labs_typed.choose(model, inputs, options)
+
+
 def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
     """Return the options of a choice: a given seed plus its number, or all would be the same."""
     if generation.seed is None:

@@ -26,8 +26,9 @@ import labs_jsonl
 import labs_ray
 import labs_vendor
 import test_labs
-from test_labs_api import CHAT, A, end_of, program
+from test_labs_api import CHAT, A
 from test_labs_cli import labs_gen
+from test_labs_serve import end_of, program
 
 WAIT_S = 120
 KEY = "one-key-that-is-long-enough"

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of labs_gate.py: who may ask, how much, and what is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import labs
+import labs_engine
+import labs_gate
+import test_labs
+import test_labs_api
+from test_labs_api import BODIES, CHAT, KEYS, PUBLIC, Fake, Site, configured, error_of, log_lines
+
+folder, one_thread = test_labs.folder, test_labs.one_thread
+tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
+fake, site = test_labs_api.fake, test_labs_api.site
+RIGHT = "Bearer s3cret"
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        ("Bearer wrong", 401),
+        ("Bearer s3cret2", 401),
+        ("Bearer s3cret, s3cret", 401),
+        ("Basic s3cret", 401),
+        ("s3cret", 401),
+        ("Bearer \xe9", 401),
+        (RIGHT, 200),
+        ("bearer s3cret", 200),
+        ("Bearer " + "clé".encode().decode("latin-1"), 200),
+    ],
+)
+def test_only_the_right_key_opens(fake: Fake, authorization: str | None, status: int) -> None:
+    site = Site(fake, configured(*KEYS))
+    headers = {} if authorization is None else {"Authorization": authorization}
+    response = site.post("/generate", {"prompt": "a"}, **headers)
+    assert response.status_code == status
+    assert bool(fake.asked) == (status == 200)
+    if status == 401:
+        assert error_of(response, 401)["type"] == "authentication_error"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_key_with_accents_opens_its_own_door_only(fake: Fake) -> None:
+    raw = "Bearer " + "clé".encode().decode("latin-1")
+    assert (
+        Site(fake, configured("s3cret")).post("/generate", {}, Authorization=raw).status_code == 401
+    )
+
+
+@pytest.mark.parametrize("path", PUBLIC)
+def test_what_is_public_needs_no_key(fake: Fake, path: str) -> None:
+    assert Site(fake, configured(*KEYS)).get(path).status_code == 200
+
+
+def test_all_else_needs_a_key(fake: Fake) -> None:
+    site = Site(fake, configured(*KEYS))
+    paths = site.get("/openapi.json").json["paths"]
+    closed = [
+        (method, path) for path, found in paths.items() if path not in PUBLIC for method in found
+    ]
+    assert len(closed) == 9
+    for method, path in closed:
+        error_of(site.ask(method.upper(), path.replace("{name}", "tiny")), 401)
+
+
+@pytest.mark.parametrize(("public", "status"), [(False, 401), (True, 200)])
+def test_metrics_are_public_only_if_wanted(fake: Fake, public: bool, status: int) -> None:
+    site = Site(fake, configured(*KEYS, public_metrics=public))
+    assert site.get("/metrics").status_code == status
+    assert site.get("/metrics", Authorization=RIGHT).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//generate", "/%67enerate", "/generate/", "/health/../generate", "/./generate",
+     "/generate%2f", "/health%2f..%2fgenerate", "/generate;/health", "/GENERATE"],
+)  # fmt: skip
+def test_no_spelling_of_a_path_goes_round_the_key(fake: Fake, path: str) -> None:
+    response = Site(fake, configured(*KEYS)).post(path, {"prompt": "a"})
+    assert response.status_code in (401, 404)
+    assert not fake.asked
+
+
+@pytest.mark.parametrize("path", ["/generate", "/metrics", CHAT])
+def test_options_ask_for_no_key_and_do_nothing(fake: Fake, path: str) -> None:
+    response = Site(fake, configured(*KEYS)).ask("OPTIONS", path)
+    assert response.status_code == 200
+    assert "allow" in response.headers
+    assert not response.content
+
+
+HOSTS = [
+    ("localhost", 200),
+    ("LocalHost:8000", 200),
+    ("127.0.0.1:8000", 200),
+    ("[::1]:8000", 200),
+    ("[::1]", 200),
+    ("evil.com", 421),
+    ("evil.com:8000", 421),
+    ("", 421),
+    ("localhost.evil.com", 421),
+    ("evil.com, localhost", 421),
+    ("localhost/health?", 421),
+    ("localhost:8000@evil.com", 421),
+    ("user@localhost", 421),
+    ("labs.example.org", 421),
+]
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS)
+@pytest.mark.parametrize("path", ["/health", "/", "/v1/models"])
+def test_only_known_hosts_are_served(site: Site, path: str, host: str, status: int) -> None:
+    response = site.get(path, Host=host)
+    assert response.status_code == status
+    if status == 421:
+        assert error_of(response, 421)["code"] == "wrong_host"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "status"),
+    [
+        (("Labs.Example.org",), "labs.example.org:443", 200),
+        (("Labs.Example.org",), "localhost", 200),
+        (("Labs.Example.org",), "evil.com", 421),
+        (("*",), "evil.com", 200),
+    ],
+)
+def test_hosts_may_be_allowed(fake: Fake, allowed: Any, host: str, status: int) -> None:
+    site = Site(fake, configured(allowed_hosts=allowed))
+    assert site.get("/health", Host=host).status_code == status
+
+
+ORIGIN = "https://app.example"
+
+
+def test_no_other_origin_may_read_by_default(site: Site) -> None:
+    for method in ("OPTIONS", "GET"):
+        response = site.ask(method, "/v1/models", Origin=ORIGIN)
+        assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(("origin", "allowed"), [(ORIGIN, True), ("https://evil.com", False)])
+def test_only_allowed_origins_may_read(fake: Fake, origin: str, allowed: bool) -> None:
+    site = Site(fake, configured(*KEYS, allow_origins=(ORIGIN,)))
+    for headers in ({}, {"Authorization": RIGHT}):
+        response = site.get("/v1/models", Origin=origin, **headers)
+        assert (response.headers.get("access-control-allow-origin") == origin) == allowed
+    wanted = {"Access_Control_Request_Method": "POST"}
+    wanted |= {"Access_Control_Request_Headers": "authorization, content-type"}
+    response = site.ask("OPTIONS", CHAT, Origin=origin, **wanted)
+    assert response.status_code == 200
+    assert ("access-control-allow-origin" in response.headers) == allowed
+    assert ("authorization" in response.headers.get("access-control-allow-headers", "")) == allowed
+
+
+@pytest.mark.parametrize(
+    ("given_id", "taken"),
+    [("a.B_c-9", True), ("x" * 64, True), ("x" * 65, False), ("", False), ("a b", False),
+     ("a\r\nSet-Cookie: x", False), ("a\n", False), ("é", False), ('a"b', False)],
+)  # fmt: skip
+def test_a_request_id_is_taken_if_it_is_harmless(site: Site, given_id: str, taken: bool) -> None:
+    found = site.get("/health", X_Request_Id=given_id).headers["x-request-id"]
+    assert (found == given_id) == taken
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", found)
+
+
+def test_nothing_in_a_path_reaches_headers_or_breaks_a_log_line(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "labs.api")
+    for path in ("/%0d%0aX-Evil:1", "/v1/models/a%0d%0aX-Evil:1%00%1b%5b"):
+        response = site.get(path)
+        assert response.status_code == 404
+        assert "x-evil" not in response.headers
+    assert len(log_lines(caplog)) == 2
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+def test_each_request_is_one_line_of_json_without_secrets(
+    fake: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    site = Site(fake, configured(*KEYS))
+    paths = [*BODIES, CHAT, "/generate"]
+    for path in paths:
+        sent = json.dumps({**BODIES[path], "stream": True} if "/v1" in path else BODIES[path])
+        body = sent.replace("hi", "a private matter").encode()
+        assert site.post(path, body, Authorization=RIGHT).status_code == 200
+    site.post("/generate", {"prompt": "a private matter"}, Authorization="Bearer gue55ed")
+    site.post("/generate", {"prompt": 5, "private": 5}, Authorization=RIGHT)
+    lines = log_lines(caplog)
+    assert [line["status"] for line in lines] == [200] * len(paths) + [401, 400]
+    assert [line["path"] for line in lines] == [*paths, "/generate", "/generate"]
+    assert lines[0]["completion_tokens"] == 2
+    assert lines[0]["finish_reason"] == lines[1]["finish_reason"] == "stop"
+    assert lines[0]["model"] == lines[1]["model"] == "tiny"
+    digest = hashlib.sha256(b"s3cret").hexdigest()
+    assert lines[0]["key"] == digest[: len(lines[0]["key"])] != digest
+    for secret in ("private", "s3cret", "gue55ed", "Hello"):
+        assert secret not in caplog.text
+
+
+def test_signs_of_life_are_not_logged(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for path in ("/health", "/livez", "/readyz"):
+        site.get(path)
+    assert not log_lines(caplog)
+
+
+def test_requests_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
+    site = Site(fake, configured("one", "two", requests_per_minute=2))
+    answers = [site.get("/v1/models", Authorization="Bearer one") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert error_of(answers[2], 429)["code"] == "rate_limit_exceeded"
+    assert 1 <= int(answers[2].headers["retry-after"]) <= 30
+    assert site.get("/v1/models", Authorization="Bearer two").status_code == 200
+    assert site.get("/health").status_code == 200
+
+
+def test_tokens_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
+    site = Site(fake, configured("one", "two", tokens_per_minute=100))
+    body = {"prompt": "hi", "max_new_tokens": 60}
+    first, second = (site.post("/generate", body, Authorization="Bearer one") for _ in range(2))
+    assert first.status_code == 200
+    error_of(second, 429)
+    assert 1 <= int(second.headers["retry-after"]) <= 60
+    assert site.post("/generate", body, Authorization="Bearer two").status_code == 200
+    assert len(fake.asked) == 2
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if path != "/explain"])
+def test_what_the_engine_does_not_take_is_not_paid_for(
+    fake: Fake, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(function: Callable[[], Any]) -> Any:
+        raise labs_engine.Busy("full")
+
+    fake.refusal = labs_engine.Busy("full")
+    monkeypatch.setattr(fake, "call", call)
+    site = Site(
+        fake, configured(generation=labs.Generation(max_new_tokens=50), tokens_per_minute=100)
+    )
+    assert [site.post(path, BODIES[path]).status_code for _ in range(40)] == [503] * 40
+
+
+def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: Fake) -> None:
+    site = Site(fake, configured(requests_per_minute=3, tokens_per_minute=100))
+    answers = [site.post("/generate", {"prompt": "hi", "max_new_tokens": n}) for n in (99, 60, 60)]
+    answers.append(site.get("/v1/models"))
+    codes = ((0, 400), (2, 429), (3, 429))
+    told = [error_of(answers[place], code)["message"] for place, code in codes]
+    assert re.fullmatch(r"\d+ tokens exceed the quota of 100 a minute; lower .*", told[0])
+    assert re.fullmatch(r"\d+ tokens exceed what is left of 100 .*; ask again in \d+ s", told[1])
+    assert re.fullmatch(r"too many .* 3 a minute; ask again in (19|20) s", told[2])
+
+
+def test_a_quota_refills() -> None:
+    quota = labs_gate.Quota(60_000)  # one a millisecond
+    assert quota.take("a", 60_000) == 0
+    assert 0 < quota.take("a", 60_000) <= 60
+    time.sleep(0.05)
+    assert quota.take("a", 30) == 0
+
+
+def test_answers_are_shared_within_one_key_only(fake: Fake) -> None:
+    site = Site(fake, configured("one", "two"))
+    for key in ("one", "two", "one"):
+        site.post("/generate", {"prompt": "a"}, Authorization=f"Bearer {key}")
+    first, second, third = (owner for _, _, owner in fake.asked)
+    assert first == third != second
+
+
+@pytest.mark.parametrize(
+    ("keys", "server", "allowed"),
+    [
+        ((), {"host": "127.0.0.1"}, True),
+        ((), {"host": "127.9.9.9"}, True),
+        ((), {"host": "localhost"}, True),
+        ((), {"host": "::1"}, True),
+        ((), {"host": "0.0.0.0"}, False),
+        ((), {"host": "::"}, False),
+        ((), {"host": "192.0.2.7"}, False),
+        ((), {"host": "example.org"}, False),
+        ((), {"host": ""}, False),
+        (("k",), {"host": "0.0.0.0"}, True),
+        ((), {"host": "0.0.0.0", "insecure": True}, True),
+    ],
+)
+def test_other_machines_are_served_only_with_a_key(keys: Any, server: Any, allowed: bool) -> None:
+    refused = contextlib.nullcontext() if allowed else pytest.raises(labs.ConfigError, match="key")
+    with refused:
+        labs_gate.check_exposure(configured(*keys, **server))
+
+
+@pytest.mark.parametrize("origins", [("*",), ("https://a.example",)])
+def test_any_origin_or_some_may_be_allowed(fake, origins):
+    server = labs.Server(allow_origins=origins)
+    site = Site(fake, labs.Config(server=server))
+    answer = site.get("/health", Origin="https://a.example")
+    assert answer.headers["access-control-allow-origin"] in ("*", "https://a.example")

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of labs_serve.py and of labs-api as a program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import labs_serve
+import test_labs
+from test_labs_api import WAIT_S, A, events_of, until
+
+folder, one_thread = test_labs.folder, test_labs.one_thread
+tiny_folder = test_labs.tiny_folder
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny model whose context lets an answer take minutes."""
+    config = test_labs.llama()
+    config.max_position_embeddings = 200_000
+    return test_labs.save_model(tmp_path_factory.mktemp("long") / "model", config)
+
+
+API = "import labs_cli; labs_cli.main_api()"
+
+
+@contextlib.contextmanager
+def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
+    """Run labs-api, or other code, with LABS_ variables; end it if a test has not."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
+    environment |= {"OMP_NUM_THREADS": "1", "LABS_SERVER_PORT": "0"}
+    environment |= {f"LABS_{name}": value for name, value in settings.items()}
+    command = [sys.executable, *(code or ["-c", API]), *arguments]
+    environment |= {"PYTHONPATH": str(test_labs.ROOT)}
+    with subprocess.Popen(command, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def serving(process: Any) -> str:
+    """Wait until the program is ready, as it tells, and return its address."""
+    url = re.search(rb"http://[^ ]+", process.stderr.readline())
+    assert url
+    assert b"ready" in process.stderr.readline()
+    return url[0].decode()
+
+
+def end_of(process: Any) -> tuple[int, str]:
+    """Return the exit code and what was written, in which nothing is a traceback."""
+    out, err = process.communicate(timeout=WAIT_S)
+    assert b"Traceback" not in err + out, err.decode()
+    return process.returncode, (out + err).decode()
+
+
+def read_stream(url: str, process: Any, tokens: int, signals: int = 1) -> bytes:
+    """Ask for a stream, signal the server once its text comes, and read what there is."""
+    body = {"prompt": "hi", "max_new_tokens": tokens, **A}
+    found = b""
+    with (
+        contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError),
+        httpx.stream("POST", f"{url}/generate/stream", json=body, timeout=WAIT_S) as response,
+    ):
+        for data in response.iter_raw():
+            if signals and b"data: a" in data:
+                process.send_signal(signal.SIGTERM)
+                signals -= 1
+                until(lambda: not accepts(url))
+            found += data
+    return found
+
+
+def accepts(url: str) -> bool:
+    address = httpx.URL(url)
+    try:
+        socket.create_connection((address.host, address.port or 0), timeout=WAIT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def programs(long_folder: Path) -> Iterator[dict[str, Any]]:
+    """Start programs by their drain_s, all at once: most of the time is imports."""
+    with contextlib.ExitStack() as stack:
+        started = {
+            drain_s: program(MODEL=str(long_folder), SERVER_DRAIN_S=drain_s)
+            for drain_s in ("30", "0.2", "600")
+        }
+        yield {drain_s: stack.enter_context(each) for drain_s, each in started.items()}
+
+
+def test_sigterm_lets_a_stream_end(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["30"])
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+    events = events_of(read_stream(url, process, tokens=600))
+    assert (len(events), events[-1][0]) == (601, "done")
+    code, said = end_of(process)
+    assert code == 0
+    assert json.loads(said.splitlines()[-1])["completion_tokens"] == 600
+
+
+def test_the_deadline_ends_a_stream(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["0.2"])
+    kind, data = events_of(read_stream(url, process, tokens=150_000))[-1]
+    assert (kind, json.loads(data)["finish_reason"]) == ("done", "cancelled")
+    code, said = end_of(process)
+    assert code == 0, said
+
+
+def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["600"])
+    assert read_stream(url, process, tokens=150_000, signals=2).count(b"data: a") < 150_000
+    code, said = end_of(process)
+    assert code == 0, said
+
+
+def test_sigterm_ends_the_server_though_its_thread_is_slow(tiny_folder: Path) -> None:
+    slow = """if 1:
+        import time, labs_cli, labs_serve
+        make = labs_serve.make_server
+        def make_server(*arguments):
+            server = make(*arguments)
+            leave = server.del_channel
+            server.del_channel = lambda: (leave(), time.sleep(2))
+            return server
+        labs_serve.make_server = make_server
+        labs_cli.main_api()
+        """
+    with program(MODEL=str(tiny_folder), code=["-c", slow]) as process:
+        url = serving(process)
+        assert httpx.post(f"{url}/generate", json={"prompt": "hi", **A}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        code, _ = end_of(process)
+    assert code == 0
+
+
+def test_a_taken_port_is_told_in_one_sentence(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with program(MODEL=str(tiny_folder), SERVER_PORT=port) as process:
+            code, said = end_of(process)
+    assert (code, said) == (
+        1, f"Error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    )  # fmt: skip
+
+
+def test_a_model_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with program(MODEL=str(tmp_path)) as process:
+        code, said = end_of(process)
+    first, *errors = said.splitlines()
+    assert code == 1
+    assert first.startswith("labs-api: http://127.0.0.1:")
+    assert len(errors) == 1
+    assert errors[0].startswith(f"labs-api: cannot load {tmp_path}: ")
+
+
+def test_other_machines_are_refused_without_a_key() -> None:
+    with program("--host", "0.0.0.0") as process:
+        code, said = end_of(process)
+    assert code == 1
+    assert re.fullmatch(r"Error: .*LABS_API_KEYS.*\n", said)
+
+
+def test_help_tells_of_the_server_and_no_flag_takes_a_key() -> None:
+    with program("--help") as process:
+        code, said = end_of(process)
+    assert code == 0
+    assert "--port" in said
+    flags = re.findall(r"--[a-z-]+", said)
+    assert not [flag for flag in flags if "key" in flag and flag != "--api-keys-file"]
+
+
+def test_a_host_with_several_addresses_is_listened_to_on_one(monkeypatch):
+    both = [(2, 1, 6, "", ("127.0.0.1", 0)), (10, 1, 6, "", ("::1", 0, 0, 0))]
+    monkeypatch.setattr(labs_serve.socket, "getaddrinfo", lambda *_, **__: both)
+    assert labs_serve._address("localhost") == "127.0.0.1"
