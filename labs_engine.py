@@ -124,8 +124,6 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
         self._thread.start()
 
-    # ------------------------------------------------------------ for those who ask
-
     def submit(
         self,
         inputs: labs.Inputs,
@@ -231,8 +229,6 @@ class Engine:
             if job in self._waiting:
                 self._waiting.remove(job)
                 del self._jobs[job.stream.row.id]
-
-    # ------------------------------------------------------------ the engine's own thread
 
     def _make_loop(self) -> labs_loop.Loop:
         import labs_loop

@@ -30,6 +30,7 @@ from msgspec.structs import asdict, replace
 import labs
 import labs_request
 
+open_context = labs_request.open_context  # once for a run
 UNFINISHED = {"timeout", "cancelled"}  # the same request may end otherwise in another run
 WINDOW = 1024  # lines that are sorted by length together: rows of one length share a batch well
 

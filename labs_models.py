@@ -179,8 +179,6 @@ class Models:
         with self._change:
             self._change.wait(timeout_s)
 
-    # ------------------------------------------------------------ the loading thread
-
     def _serve(self) -> None:
         while not self._closed:
             with self._change:

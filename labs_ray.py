@@ -43,7 +43,6 @@ import labs_api
 import labs_gate
 import labs_jsonl
 import labs_models
-import labs_request
 import labs_serve
 
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
@@ -403,7 +402,7 @@ class Answers:
         self.past, self.failure = labs_jsonl.Tally(), ""  # told by the answers: Ray tries for ever
         _recover(target, self.past)
         try:
-            self.context = labs_request.open_context(config)
+            self.context = labs_jsonl.open_context(config)
             self.model = labs.load_model(config)
         except labs.LabsError as error:
             self.failure = str(error)

@@ -229,9 +229,6 @@ def _check_disk(cache: Path, needed: int) -> None:
         raise SourceError(f"{cache}: the converted model {sizes}; set cache_dir to another disk")
 
 
-# ---------------------------------------------------------------- digests
-
-
 def digest(place: Path, cache: str | None = None) -> str:
     """Return the sha256 of a file, or of a list of a folder's files with theirs.
 

@@ -2757,10 +2757,10 @@ def test_importing_labs_imports_neither_torch_nor_transformers(folder):
 CORE = ("labs.py", "labs_settings.py", "labs_loop.py", "labs_decode.py")
 COPIED = """
 import sys
-for name in ("click", "dotenv", "falcon", "waitress", "labs_cli", "bitsandbytes"):
+for name in ("click", "dotenv", "falcon", "waitress", "bitsandbytes", *OTHERS):
     sys.modules[name] = None
 import labs
-config = labs.load_config(env={"LABS_MODEL": PLACE, "LABS_TORCH_DTYPE": DTYPE})
+config = labs.load_config(env={"LABS_MODEL": "<place>", "LABS_TORCH_DTYPE": "<dtype>"})
 model = labs.load_model(config)
 inputs = labs.build_inputs(model, prompt="Hi")
 done = labs.generate(model, inputs, max_new_tokens=3, logit_bias={65: 100})
@@ -2778,7 +2778,9 @@ def test_the_core_copied_alone_works_and_says_what_it_lacks(dtype, invariant, fo
     alone = empty(folder / "alone")
     for name in CORE:
         shutil.copy(ROOT / name, alone)
-    code = COPIED.replace("PLACE", repr(str(tiny_folder))).replace("DTYPE", repr(dtype))
+    others = [name.removesuffix(".py") for name in {*ROOMS} - {*CORE}]
+    code = COPIED.replace("<place>", str(tiny_folder)).replace("<dtype>", dtype)
+    code = code.replace("OTHERS", repr(others))
     done = python(code, alone, path=alone)
     first, *told = done.stdout.splitlines()
     assert first.split() == [str(alone / "labs.py"), "AAA", *[str(invariant)] * 2], done.stderr
