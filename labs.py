@@ -899,8 +899,8 @@ def run(
         for index, outcome in labs_loop.run(model.decoder, map(row_of, requests), limit, loop):
             request = under_way.get(index)
             yield from ((index, event) for event in _events(model, request, outcome))
-            if request is not None and request.row.over:
-                del under_way[index]
+            if isinstance(outcome, labs_loop.Ended) or (request and request.row.over):
+                under_way.pop(index, None)
     except (RuntimeError, MemoryError) as error:
         if (told := _with_remedy(error)) is error:
             raise
