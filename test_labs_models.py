@@ -52,17 +52,15 @@ from test_labs_api import (
     A,
     Live,
     Site,
-    end_of,
     error_of,
     events_of,
     log_lines,
-    program,
     request,
-    serving,
     until,
 )
 from test_labs_decode import tiny
 from test_labs_engine import NEW, WAIT_S, Gate, alone, asked, model_of, prompt, quiet, read
+from test_labs_serve import end_of, program, serving
 
 folder, one_thread, tiny_folder = test_labs.folder, test_labs.one_thread, test_labs.tiny_folder
 KINDS = ("llama", "qwen2", "gpt2")
