@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 import labs
 
@@ -199,6 +200,7 @@ class Paced:
 def slots(model: labs.Model, inputs: list[labs.Inputs], new: int, **options: Any) -> Any:
     """Prefill all rows into one batch and return the function that steps it."""
     import labs_decode
+    import labs_loop
 
     batches: list[Any] = []
     for index, each in enumerate(inputs):
@@ -206,12 +208,12 @@ def slots(model: labs.Model, inputs: list[labs.Inputs], new: int, **options: Any
         row = labs_decode.Row(
             id=index, ids=list(each.input_ids), max_new_tokens=new, sampling=sampling
         )
-        batch = labs_decode.enter(model.decoder, row)
+        batch = labs_decode.new_batch(model.decoder, row)
         while batch.pending:
             batch = labs_decode.prefill(model.decoder, batch)
-        batch, _ = labs_decode.step(model.decoder, batch)
-        batches = labs_decode.place(model.decoder, batches, batch)
-    return lambda: [labs_decode.step(model.decoder, batch) for batch in batches]
+        batch, _ = labs_loop.step(model.decoder, batch)
+        batches = labs_loop.join_best(model.decoder, batches, batch)
+    return lambda: [labs_loop.step(model.decoder, batch) for batch in batches]
 
 
 def rate(step: Callable[[], Any], count: int, rows: int) -> float:
@@ -304,7 +306,7 @@ def memory() -> None:
     row = labs_decode.Row(
         id=0, ids=list(one.input_ids), max_new_tokens=1, sampling=labs_decode.Sampling()
     )
-    batch = labs_decode.prefill(model.decoder, labs_decode.enter(model.decoder, row))
+    batch = labs_decode.prefill(model.decoder, labs_decode.new_batch(model.decoder, row))
     cache = batch.cache.bytes_per_column * 32 * 512
     run = [sys.executable, "-c", PEAK]
     found = []
@@ -677,7 +679,9 @@ def llama_cpp() -> Any:
     """llama-cpp-python on the 4-bit file itself."""
     from llama_cpp import Llama
 
-    file = str(labs._package_file(labs.DEFAULT_MODEL.removeprefix("package:")))
+    import labs_sources
+
+    file = str(labs_sources.package_file(labs.DEFAULT_MODEL))
     return Llama(file, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
 
 
@@ -771,20 +775,19 @@ def manners() -> None:
 
 def prefix() -> None:
     """Time to first token of a conversation's second turn over that of its first."""
-    import labs_decode
+    import labs_prefixes
 
     for invariant, name in ((True, "same bits"), (False, "batch_invariant off")):
         config = labs.load_config(env={}, overrides={"batch_invariant": invariant})
         model, ratios = labs.load_model(config), []
         for number in range(PAIRS):
-            draw, prefixes = random.Random(number), labs_decode.Prefixes()
+            draw, prefixes = random.Random(number), labs_prefixes.Prefixes()
+            kept = msgspec.structs.replace(model, prefixes=prefixes)
             ids = tuple(draw.randrange(1000, 20000) for _ in range(2000))
-            first = labs.generate(model, labs.Inputs(ids, ""), prefixes=prefixes, max_new_tokens=60)
+            first = labs.generate(kept, labs.Inputs(ids, ""), max_new_tokens=60)
             known = tuple(prefixes.kept[-1].ids)
             more = ids + known[2000:] + tuple(draw.randrange(1000, 20000) for _ in range(80))
-            second = labs.generate(
-                model, labs.Inputs(more, ""), prefixes=prefixes, max_new_tokens=2
-            )
+            second = labs.generate(kept, labs.Inputs(more, ""), max_new_tokens=2)
             ratios.append(second.timings.prefill_s / first.timings.prefill_s)
         name = f"second turn after 2,000 tokens, first token, {name}"
         print(f"{name:58} {'':17} {statistics.median(ratios):6.3f}", flush=True)
@@ -1093,6 +1096,7 @@ def random_model(shape: str, device: str) -> labs.Model:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import labs_decode
+    import labs_fast
 
     options = {"model_type": "llama", "max_position_embeddings": 8192} | SHAPES[shape]
     config = AutoConfig.for_model(**options, eos_token_id=None, pad_token_id=0)
@@ -1101,14 +1105,16 @@ def random_model(shape: str, device: str) -> labs.Model:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
     return labs.Model(
-        decoder=labs_decode.prepare(model),
+        decoder=labs_fast.speed_up(
+            labs_decode.prepare(model), None, batch_invariant=True, cuda_graphs=True
+        ),
         tokenizer=Letters(),
         spec=labs.ModelSpec(),
         device=device,
         dtype="bf16",
         context_length=8192,
         eos_token_ids=frozenset(),
-        recommended={},
+        generation_defaults={},
         load_s=0.0,
         lock=threading.Lock(),
     )
@@ -1158,14 +1164,13 @@ def compare_once(
     model: labs.Model, name: str, inputs: list[labs.Inputs], new: list[int], limit: float
 ) -> None:
     """Print both rates, and which share of the memory's bandwidth ours reads."""
-    import labs_decode
 
     each = [labs.Generation(max_new_tokens=n, temperature=0.0) for n in new]
     columns = statistics.mean(
         len(one.input_ids) + n / 2 for one, n in zip(inputs, new, strict=True)
     )
     row = model.decoder.weight_bytes / len(inputs)
-    row += columns * labs_decode.column_bytes(model.decoder)  # bytes that a token has to read
+    row += columns * model.decoder.column_bytes  # bytes that a token has to read
     ours = max(batch_rate(model, inputs, len(inputs), generation=each) for _ in range(3))
     try:
         theirs = max(manager_rate(model, inputs, new) for _ in range(2))

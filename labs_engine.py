@@ -118,7 +118,7 @@ class Engine:
         self._between_steps: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.leave = self._abandoned.put  # cancels a request by ticket; takes no lock
-        self._prefix_bytes = server.prefix_cache_bytes
+        self._most = server.prefix_cache_bytes
         self._loop = self._make_loop()
         self._failures, self._closing, self._stopped = 0, False, False
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
@@ -237,8 +237,7 @@ class Engine:
     def _make_loop(self) -> labs_loop.Loop:
         import labs_loop
 
-        kept = labs.new_prefixes(self._prefix_bytes)
-        return labs_loop.Loop(before_step=self._poll, prefixes=kept)
+        return labs_loop.Loop(before_step=self._poll, prefixes=labs.new_prefixes(self._most))
 
     def _serve(self) -> None:
         try:

@@ -158,7 +158,7 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     body, given = labs_openai.read(bytes(line.body), task.endpoint.body)
     _check_model(config, body.model)
     if body.stream or body.stream_options is not None:
-        raise labs_openai.Refusal("an answer in a file is no stream", "unsupported", "stream")
+        raise labs_request.Refusal("an answer in a file is no stream", "unsupported", "stream")
     task.request = request = task.endpoint.request_of(body, given)
     documents = {"documents": True} if config.documents.apply(request.documents) else {}
     task.repeated = {"url": line.url, "body": line.body, **documents}

@@ -6,8 +6,7 @@
     ...                                          # engine.submit(...)
     models.release("small")                      # it may be unloaded once nothing is under way
 
-One thread loads and unloads; who waits for a model holds up nobody else. `One` serves a given
-engine in the same way, and `route` tells which model is to answer a request.
+One thread loads and unloads; who waits for a model holds up nobody else. `One` is a given engine.
 """
 
 from __future__ import annotations
@@ -289,8 +288,8 @@ class Models:
             if entry.reader is None and entry.context_length is None:
                 with contextlib.suppress(Exception):  # a load will tell
                     spec = replace(entry.config.model, local_files_only=True)
-                    place = labs.locate(spec, labs.device_of(spec)[2], convert=False)
-                    config = labs.pretrained("AutoConfig", *place[:2])
+                    place = labs.locate(spec, labs.device_of(spec)[2], convert=False)[:2]
+                    config = labs.pretrained("AutoConfig", *place)
                     entry.context_length = labs.context_length_of(config)
 
 

@@ -23,6 +23,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 import labs
 import labs_request
+from labs_request import Refusal
 
 S = TypeVar("S", bound=Struct)
 Unsupported = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
@@ -205,14 +206,6 @@ def error_of(status: int, message: str, code: str, param: str | None = None) -> 
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     return Error(ErrorDetail(message, kind, param, code))
-
-
-class Refusal(labs.InputError):
-    """A body that asks for what is unknown, malformed or not done here."""
-
-    def __init__(self, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code, self.param = code, param
 
 
 def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:

@@ -6,9 +6,9 @@
     prepared = labs_request.prepare(context, config, model, request)
     for inputs, generation in prepared.answers(): ...  # one row of the decode batch each
 
-`check` needs no model, so nothing is loaded for a request that is refused. `prepare` needs the
-model's tokenizer: it renders the template, adds passages of documents, counts tokens and compiles
-the grammar. Needs labs.py; a feature that a request uses also needs its own file.
+`check` needs no model, so none is loaded for what it refuses. `prepare` needs the tokenizer: it
+renders the template, adds passages of documents, counts tokens and compiles the grammar. Needs
+labs.py; a feature that a request uses also needs its own file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import labs_typed
 
 Tell = Callable[[str, str], Any]
+Sources = Mapping[str, str] | None
 
 
 class JsonSchema(labs.Strict, frozen=True, kw_only=True):
@@ -96,18 +97,12 @@ class Request(Struct, frozen=True, kw_only=True):
     documents: bool | None = None
 
 
-class UnknownModel(labs.InputError):
-    """The request names a model that is not configured here."""
+class Refusal(labs.InputError):
+    """A request that is unknown, malformed, too much or not done here. status: HTTP's."""
 
-    status, code, param = 404, "model_not_found", "model"
-
-
-class TooMuch(labs.InputError):
-    """The request asks for more, or has more text, than the server takes from one."""
-
-    def __init__(self, message: str, code: str, param: str | None) -> None:
-        super().__init__(message)
-        self.code, self.param = code, param
+    def __init__(self, text: str, code: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(text)
+        self.code, self.param, self.status = code, param, status
 
 
 def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
@@ -179,8 +174,8 @@ def check(context: Context, request: Request) -> Request:
     config = context.config
     if request.model is not None and not (request.model == "auto" and config.router.rules):
         if request.model not in context.configs:
-            served = ", ".join(context.configs)
-            raise UnknownModel(f"there is no model {request.model!r} here, only {served}")
+            text = f"there is no model {request.model!r} here, only {', '.join(context.configs)}"
+            raise Refusal(text, "model_not_found", "model", 404)
         config = context.configs[request.model]
     generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)
@@ -194,11 +189,11 @@ def _check_sizes(limits: labs.Server | None, request: Request) -> None:
         return
     if (choices := len(request.prompts) * request.n) > limits.max_choices:
         text = f"{choices} choices are asked for; at most {limits.max_choices}"
-        raise TooMuch(text, "invalid_value", "n")
+        raise Refusal(text, "invalid_value", "n")
     for prompt in request.prompts:
         if (size := len(prompt.text.encode(errors="replace"))) > limits.max_prompt_bytes:
             text = f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}"
-            raise TooMuch(text, "prompt_too_large", None)
+            raise Refusal(text, "prompt_too_large")
 
 
 def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
@@ -307,10 +302,7 @@ def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
 def shown_events(
     context: Context, inputs: labs.Inputs, generation: labs.Generation
 ) -> Callable[[labs.Event], list[labs.Event]]:
-    """Return a function that takes each event of one answer and returns what may be shown by now.
-
-    Raises InputError where log-probabilities would tell what the filters hide.
-    """
+    """Return a function of each event of one answer to those that may be shown by now."""
     if context.filters is None:
         return lambda event: [event]
     import labs_guard
@@ -331,10 +323,7 @@ class SettingValue(Struct, frozen=True):
 
 
 class Explanation(Struct, frozen=True):
-    """What a request would do. bytes: of the weights, and of the request's keys and values.
-
-    settings: all that concern model and answer, with what the request leaves open filled in.
-    """
+    """What a request would do. cache_bytes: of its keys and values; settings: all filled in."""
 
     prompt: str
     prompt_tokens: int
@@ -349,10 +338,7 @@ class Explanation(Struct, frozen=True):
 
 
 def explain(
-    model: labs.Model,
-    inputs: labs.Inputs,
-    generation: labs.Generation,
-    sources: Mapping[str, str] | None = None,
+    model: labs.Model, inputs: labs.Inputs, generation: labs.Generation, sources: Sources = None
 ) -> Explanation:
     """Tell how a request would run, without running it. Raises what running it would refuse.
 

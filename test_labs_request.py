@@ -201,7 +201,7 @@ def test_too_large_a_prompt_is_not_looked_at() -> None:
 def test_an_unknown_model_is_refused_with_those_that_are_there(name: str) -> None:
     config = configured(models={"large": configured(model_id="large")})
     error = refusal(config, changed(model=name))
-    assert isinstance(error, labs_request.UnknownModel)
+    assert isinstance(error, labs_request.Refusal)
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     assert str(error) == f"there is no model {name!r} here, only tiny, large"
 
@@ -210,7 +210,7 @@ def test_the_router_answers_for_auto_where_it_has_rules() -> None:
     rule = labs.RouterRule(model="tiny", pattern="code")
     config = configured(router=labs.Router(rules=(rule,)))
     assert checked(config, changed(model="auto")).model == "auto"
-    assert isinstance(refusal(config, changed(model="other")), labs_request.UnknownModel)
+    assert isinstance(refusal(config, changed(model="other")), labs_request.Refusal)
 
 
 def test_the_settings_of_the_named_model_are_those_that_count() -> None:
