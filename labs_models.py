@@ -79,8 +79,7 @@ class Models:
         self._entries = {name: Entry(name, each) for name, each in config.by_name().items()}
         self._wanted = deque([self._entries[config.model_id]])  # the first is being loaded
         self._others: list[Callable[[], int]] = []  # bytes of models that no entry tells
-        self._change = threading.Condition()
-        self._closed = False
+        self._change, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._serve, name="labs-load", daemon=True)
         if start:
             self.start()
@@ -194,12 +193,11 @@ class Models:
 
     def _expired(self) -> list[Entry]:
         """Return the models that nobody has used for keep_alive_s. The lock is held."""
-        now, limit = time.monotonic(), self._server.keep_alive_s
-        for entry in self._entries.values():
+        now, limit, entries = time.monotonic(), self._server.keep_alive_s, self._entries.values()
+        for entry in entries:
             if entry.engine is not None and not entry.idle:
                 entry.last_used = now
-        idle = [entry for entry in self._entries.values() if entry.idle]
-        return [entry for entry in idle if limit is not None and now > entry.last_used + limit]
+        return [e for e in entries if limit is not None and e.idle and now > e.last_used + limit]
 
     def _load(self, entry: Entry) -> None:
         engine, failure = None, None
@@ -219,8 +217,7 @@ class Models:
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             labs.release_memory()
         with self._change:
-            now = time.monotonic()
-            entry.failure, entry.failed = failure, now
+            entry.failure, entry.failed = failure, (now := time.monotonic())
             entry.engine, entry.last_used, entry.draining = engine or entry.engine, now, False
             entry.reserved_until = min(entry.reserved_until, now + EVICT_BUSY_AFTER_S)
             self._wanted.remove(entry)
@@ -285,10 +282,7 @@ class Models:
         for entry in self._entries.values():
             if entry.reader is None and entry.context_length is None:
                 with contextlib.suppress(Exception):  # a load will tell
-                    spec = replace(entry.config.model, local_files_only=True)
-                    place = labs.locate(spec, labs.device_of(spec)[2], convert=False)[:2]
-                    config = labs.pretrained("AutoConfig", *place)
-                    entry.context_length = labs.context_length_of(config)
+                    entry.context_length = context_length(entry.config.model)
 
 
 class One:
@@ -335,8 +329,7 @@ def weight_bytes(spec: labs.ModelSpec) -> int:
 
     with labs.loading():
         _, _, dtype = labs.device_of(spec)
-        source, options, _ = labs.locate(spec, dtype)
-        config = labs.pretrained("AutoConfig", source, options)
+        config = labs.pretrained("AutoConfig", *labs.locate(spec, dtype)[:2])
         auto: Any = transformers.AutoModelForCausalLM
         with torch.device("meta"):
             model = auto.from_config(config, trust_remote_code=spec.trust_remote_code)
@@ -345,6 +338,13 @@ def weight_bytes(spec: labs.ModelSpec) -> int:
     bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # scales, too
     bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
     return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
+
+
+def context_length(spec: labs.ModelSpec) -> int | None:
+    """Return a model's context length, or raise: nothing is converted or downloaded for it."""
+    spec = replace(spec, local_files_only=True)
+    place = labs.locate(spec, labs.device_of(spec)[2], convert=False)
+    return labs.context_length_of(labs.pretrained("AutoConfig", *place[:2]))
 
 
 def system_memory(spec: labs.ModelSpec) -> int:

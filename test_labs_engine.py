@@ -27,8 +27,9 @@ import torch
 import labs
 import labs_decode
 import labs_engine
+import labs_loop
 from test_labs import byte_tokenizer, imports, tree
-from test_labs_decode import tiny
+from test_labs_decode import prepare, tiny
 
 WAIT_S = 60  # for what should take milliseconds
 NEW = 12
@@ -43,7 +44,7 @@ OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 @functools.cache
 def model_of(kind: str) -> labs.Model:
     """Make a tiny model whose answers end at max_new_tokens only."""
-    return model_around(labs_decode.prepare(tiny(kind, vocab_size=262)), kind)
+    return model_around(prepare(tiny(kind, vocab_size=262)), kind)
 
 
 def model_around(decoder: labs_decode.Decoder, name: str, context_length: int = 512) -> labs.Model:
@@ -131,7 +132,7 @@ class Gate:
     def steps(self) -> list[int]:
         """How many rows each step had; a lone row of llama has copies beside it."""
         steps = [[token for (token,) in call] for call in self.calls if len(call[0]) == 1]
-        copies = labs_decode.COMPANY
+        copies = labs_decode.LONE_ROW_COPIES
         return [1 if len(row) == copies == row.count(row[0]) else len(row) for row in steps]
 
 
@@ -174,8 +175,8 @@ def leftovers(engine: labs_engine.AnyEngine) -> dict[str, Any]:
     if isinstance(engine, labs_engine.Cached):
         held |= {"_tickets": engine._tickets, "_shared": engine._shared}
     if inner(engine)._thread.is_alive():
-        running = inner(engine)._running
-        held |= {"streams": running.streams, "newcomers": running.newcomers}
+        loop = inner(engine)._loop
+        held |= {"rows": loop.rows, "prefilling": loop.prefilling}
     return {name: table for name, table in held.items() if table}
 
 
@@ -222,7 +223,7 @@ def quiet(engine: labs_engine.AnyEngine) -> bool:
 def age(engine: labs_engine.AnyEngine) -> None:
     """Make the requests under way look as if they had been asked for long ago."""
     for job in list(inner(engine)._jobs.values()):
-        job.stream.began -= 10_000
+        job.stream.row.deadline -= 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -594,7 +595,7 @@ def test_a_single_row_that_memory_does_not_hold_fails_with_a_sentence(kind, star
 
 
 def test_a_row_that_memory_does_not_hold_leaves_other_batches_alone(start, monkeypatch):
-    monkeypatch.setattr(labs_decode, "place", lambda decoder, batches, new: [*batches, new])
+    monkeypatch.setattr(labs_loop, "join_best", lambda decoder, batches, new: [*batches, new])
     engine, gate = start()
     gate.let(0)
     answers = [engine.submit(prompt(n), asked()) for n in range(2)]
@@ -711,7 +712,7 @@ def test_a_forward_pass_that_failed_leaves_no_slots_behind(start, monkeypatch):
     monkeypatch.setattr(labs_engine.log, "exception", lambda text: None)  # pytest keeps its frames
     engine, gate = start()
     first = held(engine, gate, 3)
-    cache = weakref.ref(engine._running.batches[0].cache)
+    cache = weakref.ref(engine._loop.batches[0].cache)
 
     def broken(words: Any) -> None:
         raise RuntimeError("broken")
@@ -873,16 +874,14 @@ def test_none_are_kept_where_none_are_wanted(start, chunks_of_eight):
 
 
 def test_what_decoding_wrote_serves_requests_whose_bits_need_not_match(chunks_of_eight):
-    decoder = labs_decode.prepare(tiny("llama", vocab_size=262), batch_invariant=False)
+    decoder = prepare(tiny("llama", vocab_size=262), batch_invariant=False)
     model = msgspec.structs.replace(model_of("llama"), decoder=decoder)
     engine = labs_engine.Cached(labs_engine.Engine(model), KEPT)
     try:
         done = read(engine.submit(TURNS[0], options(temperature=1.0)))[1]
         assert done.usage.cached_tokens == 0
         deadline = time.monotonic() + WAIT_S  # it is kept after its end was told
-        while not (
-            ids := [p.ids for p in engine.engine._running.prefixes.kept if len(p.ids) == 41]
-        ):
+        while not (ids := [p.ids for p in engine.engine._loop.prefixes.kept if len(p.ids) == 41]):
             assert time.monotonic() < deadline
         turn = labs.Inputs((*ids[0], 50, 51), "")
         assert cached_of(engine, turn, temperature=1.0) == 41
@@ -901,10 +900,10 @@ def test_prefixes_give_way_where_a_row_has_no_room(start, chunks_of_eight, monke
     engine, gate = start()
     cached(engine, TURNS[0])
     answer = held(engine, gate, 4, options(max_new_tokens=40))
-    kept = engine._running.prefixes.kept
+    kept = engine._loop.prefixes.kept
     assert kept
-    free = labs_decode.has_room
-    monkeypatch.setattr(labs_decode, "has_room", lambda *a: not kept and free(*a))
+    free = labs_loop.has_room
+    monkeypatch.setattr(labs_loop, "has_room", lambda *a: not kept and free(*a))
     second = engine.submit(prompt(1), asked())
     gate.let(math.inf)
     assert read(second)[0] == alone("llama", 1)
@@ -924,7 +923,7 @@ def test_prefixes_give_way_where_memory_ran_out(start, chunks_of_eight):
 
     gate.before = fail
     read(engine.submit(prompt(1), asked()))
-    assert (failed, engine._running.prefixes.kept) == ([True], [])
+    assert (failed, engine._loop.prefixes.kept) == ([True], [])
 
 
 def test_the_bound_of_the_prefixes_survives_a_failed_step(start):
@@ -937,7 +936,7 @@ def test_the_bound_of_the_prefixes_survives_a_failed_step(start):
     gate.before = fail
     assert isinstance(read(engine.submit(prompt(1), asked()))[1], labs.Failed)
     assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
-    assert engine._running.prefixes.max_bytes == 77
+    assert engine._loop.prefixes.max_bytes == 77
 
 
 # ---------------------------------------------------------------- guesses
@@ -952,7 +951,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch, tokens: list[int], begin: int) -> N
         done = len(row.ids) - begin
         return tokens[done : done + 4]
 
-    monkeypatch.setattr(labs_decode, "look_up", look_up)
+    monkeypatch.setattr(labs_loop, "prompt_lookup", look_up)
 
 
 def tokens_alone(model: labs.Model, inputs: labs.Inputs) -> list[int]:
@@ -1326,16 +1325,16 @@ def test_events_are_put_while_the_engine_has_no_lock(start):
 
     stream = engine.open(prompt(0), asked(), "", ())
     engine.begin(stream, put)
-    answer = labs_engine.Answer(stream.index, events, engine.leave)
+    answer = labs_engine.Answer(stream.row.id, events, engine.leave)
     assert read(answer)[0] == alone("llama", 0)
 
 
 # ---------------------------------------------------------------- the room itself
 
 
-def test_the_engine_uses_labs_and_nothing_below_it():
+def test_the_engine_uses_labs_and_its_loop_and_nothing_below_them():
     names = imports(ast.walk(tree("labs_engine.py")))
-    assert names - {*sys.stdlib_module_names} == {"labs", "msgspec", "cachetools"}
+    assert names - {*sys.stdlib_module_names} == {"labs", "labs_loop", "msgspec", "cachetools"}
 
 
 def test_cachetools_is_imported_only_where_answers_are_kept():

@@ -52,17 +52,15 @@ from test_labs_api import (
     A,
     Live,
     Site,
-    end_of,
     error_of,
     events_of,
     log_lines,
-    program,
     request,
-    serving,
     until,
 )
 from test_labs_decode import tiny
 from test_labs_engine import NEW, WAIT_S, Gate, alone, asked, model_of, prompt, quiet, read
+from test_labs_serve import end_of, program, serving
 
 folder, one_thread, tiny_folder = test_labs.folder, test_labs.one_thread, test_labs.tiny_folder
 KINDS = ("llama", "qwen2", "gpt2")
@@ -103,7 +101,7 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     loader = Loader()
     monkeypatch.setattr(labs, "load_model", loader.load)
     monkeypatch.setattr(labs_models, "weight_bytes", lambda spec: 1)
-    monkeypatch.setattr(labs, "context_length", lambda spec: None)
+    monkeypatch.setattr(labs_models, "context_length", lambda spec: None)
     monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 600.0)
     yield loader
     loader.door.set()
@@ -369,7 +367,7 @@ def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader
         held.extend(each() is not None for each in made)
 
     monkeypatch.setattr(labs, "load_model", half)
-    monkeypatch.setattr(labs, "free_memory", free_memory)
+    monkeypatch.setattr(labs, "release_memory", free_memory)
     if failing == "engine":
         monkeypatch.setattr(labs_engine, "Engine", no_engine)
     with pytest.raises(labs.ModelError, match="the log tells why"):
@@ -945,7 +943,7 @@ def test_what_cannot_be_learnt_of_other_models_stops_nothing(begin, loader, monk
     def context_length(spec: Any) -> int:
         raise PermissionError(13, "Permission denied", "/srv/secret.gguf")
 
-    monkeypatch.setattr(labs, "context_length", context_length)
+    monkeypatch.setattr(labs_models, "context_length", context_length)
     models = use(begin("llama", "qwen2"), "llama", "qwen2")
     assert models.context_length("qwen2") == 512
 
@@ -1394,7 +1392,7 @@ def test_another_model_is_explained_without_being_asked(many, loader, waits):
         loader.door.set()
         explained = told.result(WAIT_S).json
     decoder = model_of("qwen2").decoder
-    assert (explained["how"], explained["weight_bytes"]) == (decoder.how, decoder.weight_bytes)
+    assert (explained["how"], explained["weight_bytes"]) == (decoder.mode, decoder.weight_bytes)
     assert site.engine.loaded()["qwen2"].status().steps == 0
     use(site.engine, "llama")
 
