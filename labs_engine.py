@@ -117,7 +117,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}  # by ticket, which is the stream's index
         self._between_steps: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.leave = self._abandoned.put  # cancels a request by ticket; takes no lock
+        self.leave = self._abandoned.put  # cancels by ticket; takes no lock, holds no model
         self._most = server.prefix_cache_bytes
         self._loop = self._make_loop()
         self._failures, self._closing, self._stopped = 0, False, False

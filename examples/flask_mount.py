@@ -4,19 +4,17 @@ import flask
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import labs
-import labs_api
-import labs_engine
-import labs_models
-import labs_serve
+from labs_api import create_app
+from labs_engine import Busy, Cached, Engine
+from labs_models import One
+from labs_serve import make_server
 
 config = labs.load_config()
-alone = labs_engine.Engine(labs.load_model(config), config.server)
-engine = labs_engine.Cached(alone, config.response_cache)
+engine = Cached(Engine(labs.load_model(config), config.server), config.response_cache)
 site = flask.Flask(__name__)
 site.register_error_handler(labs.InputError, lambda error: (str(error), 400))
-site.register_error_handler(labs_engine.Busy, lambda error: (str(error), 503, {"Retry-After": "1"}))
-llm = labs_api.create_app(config, labs_models.One(engine, config.model_id))
-app = DispatcherMiddleware(site, {"/llm": llm})  # for any WSGI server, with threads
+site.register_error_handler(Busy, lambda error: (str(error), 503, {"Retry-After": "1"}))
+app = DispatcherMiddleware(site, {"/llm": create_app(config, One(engine, config.model_id))})
 
 
 @site.get("/ask")
@@ -29,5 +27,5 @@ def ask() -> flask.Response:
 
 
 if __name__ == "__main__":
-    labs_serve.make_server(app, config).run()
+    make_server(app, config).run()  # any WSGI server with threads does as well
     engine.close()
