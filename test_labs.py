@@ -900,10 +900,10 @@ def test_documents_that_are_not_there_cannot_be_asked_for():
 def test_a_schema_belongs_to_the_format_of_that_name_and_to_no_other(kind, schema):
     text = json.dumps({"type": kind, "json_schema": schema})
     if (kind == "json_schema") == (schema is not None):
-        assert msgspec.json.decode(text, type=labs.ResponseFormat).type == kind
+        assert msgspec.json.decode(text, type=labs_request.ResponseFormat).type == kind
     else:
         with pytest.raises(msgspec.ValidationError, match="belongs to the type json_schema"):
-            msgspec.json.decode(text, type=labs.ResponseFormat)
+            msgspec.json.decode(text, type=labs_request.ResponseFormat)
 
 
 WRITTEN = [each for each in vars(labs).values() if isinstance(each, type)]
@@ -2606,7 +2606,9 @@ def test_a_prompt_too_long_fails_alone(tiny, many):
 
 def test_a_row_whose_logits_are_not_finite_fails_alone(tiny, many):
     bad = labs.Inputs((65, SYSTEM), "")
-    tiny = msgspec.structs.replace(tiny, decoder=dataclasses.replace(tiny.decoder, shares=False))
+    tiny = msgspec.structs.replace(
+        tiny, decoder=dataclasses.replace(tiny.decoder, packs_prompts=False)
+    )
 
     def spoil(words: dict[str, Any], output: Any) -> None:
         output.logits[..., SYSTEM] = -50

@@ -14,7 +14,6 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -74,6 +73,8 @@ class Fake:
 
 
 labs_load_config = labs.load_config
+NOTHING = dict.fromkeys(labs.Model.__struct_fields__, None)
+MODEL = labs.Model(**NOTHING | {"load_s": 1.0})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     fake = Fake()
     for name in ("load_config", "build_inputs", "stream_generate", "generate"):
         monkeypatch.setattr(labs, name, getattr(fake, name))
-    monkeypatch.setattr(labs, "load_model", lambda config: SimpleNamespace(load_s=1.0))
+    monkeypatch.setattr(labs, "load_model", lambda config: MODEL)
     return fake
 
 
@@ -459,7 +460,7 @@ def test_garbage_is_not_collected_while_the_model_is_loaded(
 
     def load(config: Any) -> Any:
         collects.append(gc.isenabled())
-        return SimpleNamespace(load_s=1.0)
+        return MODEL
 
     monkeypatch.setattr(labs, "load_model", load)
     assert invoke("--prompt", "Hi").exit_code == 0

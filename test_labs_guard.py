@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import falcon.testing
@@ -1046,7 +1045,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> test_labs_cli.Fake:
     found = test_labs_cli.Fake()
     for name in ("load_config", "build_inputs", "stream_generate", "generate"):
         monkeypatch.setattr(labs, name, getattr(found, name))
-    monkeypatch.setattr(labs, "load_model", lambda config: SimpleNamespace(load_s=1.0))
+    monkeypatch.setattr(labs, "load_model", lambda config: test_labs_cli.MODEL)
     monkeypatch.setattr(gc, "freeze", lambda: None)
     return found
 

@@ -344,7 +344,7 @@ def test_what_goes_wrong_in_the_computing_is_not_called_a_bad_request(
             raise labs.GenerationError("out of memory: fewer tokens")
         return true(model, index, inputs, options, only)
 
-    monkeypatch.setattr(labs, "open_stream", opened)
+    monkeypatch.setattr(labs, "open_request", opened)
     failing = {"prompt": ["a", "fail"], "max_tokens": 2}
     rows = [{"id": 1, "prompt": "fail"}, openai_line("b", COMPLETIONS, **failing), good(0)]
     found = by_name(answers(tiny, rows))

@@ -22,7 +22,6 @@ import torch
 from msgspec import Meta
 
 import labs
-import labs_decode
 import labs_engine
 import labs_jsonl
 import labs_request
@@ -288,17 +287,21 @@ def test_grammars_are_made_once_and_no_more_than_so_many_are_kept(tiny, monkeypa
 # ---------------------------------------------------------------- choices
 
 
+def logprobs(model: labs.Model, ids: list[int]) -> list[float]:
+    """Return the log-probability of each of ids[1:] after those before it."""
+    with torch.inference_mode():
+        logits = model.model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    found = logits.float().log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])
+    return list(found[:, 0].tolist())
+
+
 def exact(model: labs.Model, inputs: labs.Inputs, options: list[str]) -> dict[str, float]:
     """Compute the choice option by option, with the end as a token of its own."""
     totals = []
     for option in options:
         ids = model.tokenizer(option, add_special_tokens=False)["input_ids"]
         ends = [
-            sum(
-                labs_decode.score(
-                    model.decoder, [*inputs.input_ids, *ids, end], len(inputs.input_ids)
-                )
-            )
+            sum(logprobs(model, [*inputs.input_ids, *ids, end])[len(inputs.input_ids) - 1 :])
             for end in model.eos_token_ids
         ]
         totals.append(torch.tensor(ends).logsumexp(-1))
