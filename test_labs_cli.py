@@ -53,9 +53,7 @@ class Fake:
         self.requests.append(request)
         return labs.Inputs(input_ids=(1, 2, 3), prompt="templated")
 
-    def stream_generate(
-        self, model: Any, inputs: Any, generation: Any, prefixes: Any, processors: Any
-    ) -> Any:
+    def stream_generate(self, model: Any, inputs: Any, generation: Any, *, processors: Any) -> Any:
         try:
             for piece in self.pieces:
                 yield labs.Delta(text=piece)

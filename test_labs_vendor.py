@@ -416,7 +416,7 @@ def three_packages(tmp_path_factory) -> Path:
     return place
 
 
-def test_two_files_need_torch_transformers_and_msgspec_and_nothing_else(
+def test_the_core_needs_torch_transformers_and_msgspec_and_nothing_else(
     three_packages, tiny_folder, folder
 ):
     labs_vendor.vendor("copy")
@@ -425,7 +425,7 @@ def test_two_files_need_torch_transformers_and_msgspec_and_nothing_else(
     code += f"print([name for name in {(*blocked, 'labs_cli')} if find_spec(name)])\nimport labs"
     done = answer(code, tiny_folder, path=folder / "copy", packages=three_packages)
     told = ["[]", "AAA", f"labs {folder}/copy/labs.py"]
-    told += [f"labs_decode {folder}/copy/labs_decode.py"]
+    told += [f"labs_{name} {folder}/copy/labs_{name}.py" for name in ("decode", "loop", "settings")]
     assert done.stdout.splitlines() == told, done.stderr
 
 
@@ -544,7 +544,7 @@ def test_labs_alone_names_the_file_that_was_not_copied(folder, tiny_folder):
     labs_vendor.vendor("copy")
     os.remove("copy/labs_decode.py")
     done = answer("import labs", tiny_folder, path=folder / "copy")
-    assert done.stderr.splitlines()[-1] == f"labs.ConfigError: {lacking('decode')}"
+    assert done.stderr.splitlines()[-1] == f"labs_settings.ConfigError: {lacking('decode')}"
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "response_format": {"type": "json_object"}}
