@@ -35,9 +35,9 @@ fake, site, fake_labs = test_labs_api.fake, test_labs_api.site, test_labs_cli.fa
 ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
-TWO = ["labs.py", "labs_decode.py"]
+CORE = ["labs.py", "labs_decode.py", "labs_loop.py", "labs_settings.py"]
 API = ["api", "engine", "gate", "models", "openai", "pages", "request"]
-API = [*TWO, *(f"labs_{room}.py" for room in API)]
+API = [*CORE, *(f"labs_{room}.py" for room in API)]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
 model = labs.load_model(config)
@@ -92,12 +92,12 @@ print(*sorted(f"{each} {getattr(sys.modules[each], '__file__', '')}"
 @pytest.mark.parametrize(
     ("rooms", "copied"),
     [
-        ([], TWO),
-        (["typed"], [*TWO, "labs_typed.py"]),
-        (["cli"], [*TWO, "labs_cli.py", "labs_request.py"]),
-        (["jsonl"], [*TWO, "labs_jsonl.py", "labs_request.py"]),
-        (["decode"], TWO),
-        (["models"], [*TWO, "labs_engine.py", "labs_models.py"]),
+        ([], CORE),
+        (["typed"], [*CORE, "labs_typed.py"]),
+        (["cli"], [*CORE, "labs_cli.py", "labs_request.py"]),
+        (["jsonl"], [*CORE, "labs_jsonl.py", "labs_request.py"]),
+        (["decode"], CORE),
+        (["models"], [*CORE, "labs_engine.py", "labs_models.py"]),
         (["api"], API),
         (["api", "cli", "guard"], [*API, "labs_cli.py", "labs_guard.py"]),
     ],
@@ -212,15 +212,15 @@ def edit(name: str, place: str = "copy") -> None:
 
 def test_a_new_copy_is_the_same():
     labs_vendor.vendor("copy", ["typed"])
-    assert labs_vendor.check("copy") == dict.fromkeys([*TWO, "labs_typed.py"], "same")
+    assert labs_vendor.check("copy") == dict.fromkeys([*CORE, "labs_typed.py"], "same")
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", CORE)
 def test_line_ends_of_another_system_make_no_difference(name):
     labs_vendor.vendor("copy")
     path = Path("copy", name)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert labs_vendor.check("copy") == dict.fromkeys(TWO, "same")
+    assert labs_vendor.check("copy") == dict.fromkeys(CORE, "same")
 
 
 def spoil(what: str) -> None:
@@ -255,7 +255,7 @@ def test_each_way_to_differ_is_told_and_nothing_is_written(what, name, state):
     spoil(what)
     before = contents(".")
     done = invoke("--vendor", "copy", "--check")
-    expected = dict.fromkeys(sorted([*TWO, "labs_typed.py"]), "same") | {name: state}
+    expected = dict.fromkeys(sorted([*CORE, "labs_typed.py"]), "same") | {name: state}
     assert done.stdout == "".join(f"{each}: {told}\n" for each, told in expected.items())
     assert done.exit_code == 1
     assert contents(".") == before
@@ -271,13 +271,13 @@ def test_a_newer_labs_is_told_with_both_versions_and_what_it_needs_besides(reque
 
 def test_a_folder_that_is_not_there_lacks_everything_and_is_not_made():
     done = invoke("--vendor", "copy", "--check")
-    assert (done.stdout, done.exit_code) == ("labs.py: missing\nlabs_decode.py: missing\n", 1)
+    assert (done.stdout, done.exit_code) == ("".join(f"{name}: missing\n" for name in CORE), 1)
     assert not Path("copy").exists()
 
 
 def test_the_same_again_writes_nothing():
     done = invoke("--vendor", "copy", "--rooms", "typed, guard")
-    assert (done.stderr, done.exit_code) == ("[4 files written]\n", 0)
+    assert (done.stderr, done.exit_code) == ("[6 files written]\n", 0)
     before = contents()
     done = invoke("--vendor", "copy", "--rooms", "typed")
     assert (done.stderr, done.exit_code) == ("[0 files written]\n", 0)
@@ -288,10 +288,10 @@ def test_the_same_again_writes_nothing():
 def test_a_newer_labs_brings_the_copies_up_to_date(request):
     labs_vendor.vendor("copy", ["typed"])
     request.getfixturevalue("newer")
-    assert labs_vendor.vendor("copy") == 4
+    assert labs_vendor.vendor("copy") == 6
     assert set(labs_vendor.check("copy").values()) == {"same"}
     assert "import labs_more" in Path("copy/labs_typed.py").read_text()
-    assert names() == ["labs.py", "labs_decode.py", "labs_more.py", "labs_typed.py"]
+    assert names() == sorted([*CORE, "labs_more.py", "labs_typed.py"])
 
 
 def test_a_folder_that_became_a_package_is_brought_up_to_date():
@@ -326,7 +326,7 @@ def test_files_of_other_names_are_left_alone():
     Path("copy/labs_of_mine.py").write_text("mine")
     Path("copy/app.py").write_text("mine")
     labs_vendor.vendor("copy")
-    assert names() == ["app.py", "labs.py", "labs_decode.py", "labs_of_mine.py"]
+    assert names() == sorted(["app.py", *CORE, "labs_of_mine.py"])
     assert Path("copy/labs_of_mine.py").read_text() == "mine"
 
 
