@@ -2377,6 +2377,21 @@ def test_an_explanation_tells_how_a_request_would_run_and_computes_nothing(tiny)
         labs_request.explain(tiny, SHORT, labs.Generation(max_new_tokens=10**5))
 
 
+@pytest.mark.parametrize(("marker", "sentence"), labs.REASONS.items())
+def test_each_reason_is_told_in_words_of_labs_through_the_sources(
+    marker, sentence, fresh, monkeypatch
+):
+    def fail(*args: Any, **options: Any) -> Any:
+        raise OSError(f"something about {marker} in a line\nand more")
+
+    monkeypatch.setattr(labs_sources, "_hub_answers", lambda *args: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    for name in ("org/name", "org/name:file.gguf"):
+        with pytest.raises(labs.ModelError) as caught:
+            labs.load_model(labs.ModelSpec(model_name=name, device_map="cpu"))
+        assert str(caught.value) == f"{name}: {sentence}"
+
+
 # ---------------------------------------------------------------- fingerprints
 
 
