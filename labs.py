@@ -469,7 +469,7 @@ def _load(spec: ModelSpec) -> Model:
         spec=spec,
         device=device,
         dtype=dtype,
-        context_length=context_length_of(config, tokenizer),
+        context_length=labs_decode.context_length_of(config, tokenizer),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         generation_defaults=_generation_defaults(model),
         load_s=time.perf_counter() - began,
@@ -482,6 +482,10 @@ def _sped_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decod
     method = spec.quantization.quant_method
     if method:
         require("labs_fast")
+    if _is_there("labs_forward"):
+        import labs_forward
+
+        decoder = labs_forward.speed_up(decoder)
     if not _is_there("labs_fast"):
         return decoder
     import labs_fast
@@ -508,12 +512,13 @@ def locate(
             return str(folder), trust, folder
         options = {"revision": spec.revision or "main", "token": spec.token}
         return name, {**trust, **options, "local_files_only": spec.local_files_only}, None
+    import labs_cache
     import labs_sources
 
     hub = labs_sources.Hub(spec.revision, spec.token, spec.local_files_only)
     try:
         found = labs_sources.locate(name, hub, spec.cache_dir, dtype, convert)
-    except labs_sources.SourceError as error:
+    except labs_cache.SourceError as error:
         why = f": {reason(error.__cause__)}" if error.__cause__ else ""
         raise ModelError(f"{error}{why}") from error
     return found[0], {**trust, **found[1]}, found[2]
@@ -537,10 +542,10 @@ def _fingerprint_of(
     device, wanted = decoder.device, spec.quantization
     commit = getattr(decoder.model.config, "_commit_hash", None)
     revision = str(commit or spec.revision or "unknown") if origin is None else "unknown"
-    if origin is not None and _is_there("labs_sources"):
-        import labs_sources
+    if origin is not None and _is_there("labs_cache"):
+        import labs_cache
 
-        revision = f"sha256:{labs_sources.digest(origin, spec.cache_dir)}"
+        revision = f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
     hardware = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         hardware = str(torch.cuda.get_device_name(device))
@@ -563,6 +568,8 @@ def _fingerprint_of(
 def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, str]:
     """Return (device_map for transformers, device type, dtype); the only place that probes."""
     import torch
+
+    import labs_decode
 
     device_map: str | dict[str, int | str] | None
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -588,18 +595,8 @@ def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, 
         )
     if device_map is not None:
         require("accelerate")
-    has_bf16 = _has_bf16(wanted if wanted.startswith(f"{device}:") else device)
+    has_bf16 = labs_decode.has_bf16(wanted if wanted.startswith(f"{device}:") else device)
     return device_map, device, resolve_dtype(spec.torch_dtype, device=device, has_bf16=has_bf16)
-
-
-def _has_bf16(device: str) -> bool:
-    """Tell whether the device computes bfloat16 natively, not by emulation."""
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _quantization(wanted: Quantization, dtype: str) -> object:
@@ -612,19 +609,6 @@ def _quantization(wanted: Quantization, dtype: str) -> object:
     options = {**asdict(wanted), "bnb_4bit_compute_dtype": TORCH_DTYPES.get(compute, compute)}
     del options["quant_method"]
     return transformers.BitsAndBytesConfig(**options)
-
-
-def context_length_of(
-    config: labs_decode.PretrainedConfig, tokenizer: Tokenizer = None
-) -> int | None:
-    """Return how many tokens a model reads at most, as its configuration or tokenizer says."""
-    text = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    limits = [value for name in names if isinstance(value := getattr(text, name, None), int)]
-    stated = getattr(tokenizer, "model_max_length", None)
-    if not limits and isinstance(stated, int) and stated < 10**9:  # tokenizers say 1e30 for "none"
-        limits = [stated]
-    return limits[0] if limits else None
 
 
 def _eos_token_ids(model: labs_decode.PretrainedModel, tokenizer: Tokenizer) -> frozenset[int]:

@@ -55,15 +55,6 @@ Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows where), 2 wrong usage or no
 prompt, 130 Ctrl-C.
 """
 
-CHAT_HELP = '''\
-A line is a message; one of many lines stands between """ and """. Ctrl-C stops
-an answer.
-  /system TEXT  set the system message (without TEXT: remove it)
-  /reset        forget the conversation, keep the system message
-  /save FILE    write the conversation as JSON, for --messages-file
-  /help         show this
-  /exit         end the chat, as Ctrl-D does'''
-
 Options = tuple[tuple[str, str, Any, str], ...]
 # Group, flag, type and help of what is not a setting of labs.py. A text instead of a type is the
 # value of a flag that is given without one.
@@ -269,6 +260,13 @@ def answer(session: Session, request: labs_request.Request) -> Iterator[str]:
                 report(session, event)
 
 
+def take_turn(session: Session, messages: Messages) -> Iterator[str]:
+    """Answer the last of these messages; yield the pieces of the text."""
+    prompt = labs_request.Prompt(messages=tuple(messages))
+    request = msgspec.structs.replace(session.asked, prompts=(prompt,))
+    return answer(session, labs_request.check(session.context, request))
+
+
 def answer_json(session: Session, request: labs_request.Request) -> None:
     """Write one JSON object: the completion and the settings that made it."""
     config, prepared = session.context.config, prepare(session, request)
@@ -435,92 +433,6 @@ def report(session: Session, done: labs.Done | labs.Completion) -> None:
         tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
 
 
-def read_line(prompt: str) -> str:
-    """Return one line of the person; raise EOFError at the end."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return input(prompt)  # with readline's editing and recall
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
-
-
-def rest_of_message(text: str) -> str:
-    """Return the message that begins with this line, further lines read if quotes open it."""
-    if not text.startswith('"""'):
-        return text.strip()
-    text = text[3:]
-    while not text.rstrip().endswith('"""'):
-        text += "\n" + read_line("... ")
-    return text.rstrip()[:-3].strip()
-
-
-def save(history: Messages, name: str) -> None:
-    """Write the conversation to a file, whole or not at all."""
-    try:
-        with open(f"{name}.part", "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(history)) + b"\n")
-        os.replace(f"{name}.part", name)
-        tell(f"[{len(history)} messages written to {name}]")
-    except OSError as exc:
-        tell(f"Error: {sentence(exc)}")
-
-
-def run_chat_command(line: str, history: Messages) -> Messages:
-    """Run a line that begins with a slash and return the history after it."""
-    name, _, argument = line.strip().partition(" ")
-    system = [message for message in history if message.role == "system"]
-    if name == "/exit":
-        raise EOFError
-    if name == "/reset":
-        return system
-    if name == "/system":
-        rest = [message for message in history if message not in system]
-        return [labs.Message(role="system", content=argument), *rest] if argument else rest
-    if name == "/save" and argument:
-        save(history, argument)
-    elif name in ("/help", "/save"):
-        tell(CHAT_HELP)
-    else:
-        tell(f"There is no {name}; /help lists what there is. (A space before it sends it.)")
-    return history
-
-
-def take_turn(session: Session, history: Messages, text: str) -> Messages:
-    """Answer one message; return the history with both, or as it was if there is no answer."""
-    asked = [*history, labs.Message(role="user", content=text)]
-    parts: list[str] = []
-    try:
-        prompt = labs_request.Prompt(messages=tuple(asked))
-        request = msgspec.structs.replace(session.asked, prompts=(prompt,))
-        for piece in answer(session, labs_request.check(session.context, request)):
-            parts.append(piece)  # what came before an interruption stays
-    except KeyboardInterrupt:
-        tell("\n[stopped]")
-    except labs.LabsError as exc:
-        tell(f"Error: {exc}")
-    said = labs.Message(role="assistant", content="".join(parts))
-    return [*asked, said] if parts else history
-
-
-def chat(session: Session, history: Messages) -> None:
-    """Talk until Ctrl-D or /exit."""
-    with contextlib.suppress(ImportError):  # absent on some platforms
-        import readline  # noqa: F401  (input() edits lines once it is imported)
-    tell("Type a message. /help tells more, Ctrl-D ends the chat.")
-    while True:
-        try:
-            line = read_line("> ")
-            if line.startswith("/"):
-                history = run_chat_command(line, history)
-            elif text := rest_of_message(line):
-                history = take_turn(session, history, text)
-        except KeyboardInterrupt:  # at the prompt: give up the line
-            tell("")
-        except EOFError:
-            break
-
-
 def dump_effective_config(config: labs.Config) -> str:
     """Return every effective setting as TOML, each line with where it came from; no secrets."""
     lines = []
@@ -680,7 +592,10 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
     if flags["choose"]:
         choose(session, request, flags["choose"], flags["json"])
     elif flags["chat"]:
-        chat(session, list(prompt.messages or ()))
+        labs.require("labs_chat")
+        import labs_chat
+
+        labs_chat.chat(list(prompt.messages or ()), lambda said: take_turn(session, said))
     elif flags["explain"]:
         explain(session, request)
     elif flags["json"]:

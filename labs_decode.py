@@ -5,14 +5,15 @@ Rows live in left-aligned slots: row b owns the first columns of a preallocated 
 of any length join and leave at any step and nothing is copied in between. These functions change
 the cache; each consumes the batch that it is given and returns the next one:
 
-    prefill   write the next chunk of one prompt (`prefill_packed`: several short ones in one call)
+    prefill   write the next chunk of one prompt
     join      give a row that was prefilled alone a free slot beside the others
     forward   write one token of every row and return the logits after it
     keep      let rows go: the last row moves into the hole
 
 The model makes its own masks: importing this file registers `attention` and `attention_mask` with
 transformers; the mask asks the cache where the query of each row stands. Needs torch and
-transformers, no other file of labs: what makes it faster is handed in (StepGraphs, PrefixStore).
+transformers, no other file of labs: what makes it faster is handed in (StepGraphs, PrefixStore,
+PrefillPacked).
 """
 
 from __future__ import annotations
@@ -366,50 +367,6 @@ class Slots(cache_utils.Cache):
         self.cursor.rows, self.cursor.columns = rows, columns
 
 
-class PackedPrompts(cache_utils.Cache):
-    """Several newcomers' slots in one call: their prompts lie one behind the other in one row."""
-
-    def __init__(
-        self, newcomers: Sequence[Slots], lengths: list[int], device: torch.device
-    ) -> None:
-        layers = zip(*(slots.layers for slots in newcomers), strict=True)
-        super().__init__(layers=[PackedPromptsLayer(group, lengths) for group in layers])
-        prompts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
-        positions = [torch.arange(n, device=device) for n in lengths]
-        self.places = torch.stack([torch.cat(prompts), torch.cat(positions)])  # [2, T]
-
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
-        return self.places
-
-
-class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of several newcomers; each gets its part, attention gets all."""
-
-    is_sliding = False
-
-    def __init__(self, layers: Sequence[CacheLayer], lengths: list[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.layers, self.lengths = layers, lengths
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
-        parts = (torch.split(states, self.lengths, 2) for states in (key_states, value_states))
-        for layer, keys, values in zip(self.layers, *parts, strict=True):
-            layer.update(keys, values)
-        return key_states, value_states
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Each newcomer's layer does so itself."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
     return list(DynamicCache(config=config).layers)
 
@@ -598,6 +555,13 @@ class PrefixStore(Protocol):
         """Forget all of them; tell whether there were any."""
 
 
+class PrefillPacked(Protocol):
+    """Short prompts in one call; labs_forward.prefill_packed."""
+
+    def __call__(self, decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
+        """Write the whole prompts of newcomers; each has the logits of its last token."""
+
+
 # ---------------------------------------------------------------- which models, and how
 
 
@@ -611,7 +575,7 @@ class Decoder:
     """A transformers causal model and how its rows run.
 
     mode: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
-    packable: its linear layers may be replaced. packs_prompts: short prompts may lie in one row.
+    packable: its linear layers may be replaced. prefill_packed: None where each prompt goes alone.
     can_reuse_prefix: a row's columns may be cut anywhere, and begin another. forward_words: what
     the model's forward takes. invariant: the bits of a row do not depend on its company;
     duplicates_lone_row: for that, a lone row is computed beside copies of itself, because a product
@@ -622,13 +586,13 @@ class Decoder:
     mode: Mode
     reason: str
     packable: bool
-    packs_prompts: bool
     can_reuse_prefix: bool
     forward_words: frozenset[str]
     weight_bytes: int
     invariant: bool = False
     duplicates_lone_row: bool = False
     graphs: StepGraphs | None = None
+    prefill_packed: PrefillPacked | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -666,14 +630,12 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     words = frozenset(inspect.signature(model.forward).parameters)
-    plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     decoder = Decoder(
         model=model,
         mode=mode,
         reason=reason,
         packable=mode == "joins" and not recurrent,
-        packs_prompts=plain and {"position_ids", "logits_to_keep"} <= words,
         can_reuse_prefix=bool(layers) and slots_only,
         forward_words=words,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -723,6 +685,25 @@ def _whole_call_rope(config: PretrainedConfig) -> str | None:
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
 
 
+def context_length_of(config: PretrainedConfig, tokenizer: Any = None) -> int | None:
+    """Return how many tokens a model reads at most, as its configuration or tokenizer says."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limits = [value for name in names if isinstance(value := getattr(text, name, None), int)]
+    stated = getattr(tokenizer, "model_max_length", None)
+    if not limits and isinstance(stated, int) and stated < 10**9:  # tokenizers say 1e30 for "none"
+        limits = [stated]
+    return limits[0] if limits else None
+
+
+def has_bf16(device: str) -> bool:
+    """Tell whether the device computes bfloat16 natively, not by emulation."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
 # ---------------------------------------------------------------- rows come and go
 
 
@@ -748,25 +729,6 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
         row.exact_columns = end
     row.written = end
     return batch if batch.pending else replace(batch, logits=logits)
-
-
-@torch.inference_mode()
-def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-    """Write whole short prompts in one call, as `prompts_for_one_call` found them."""
-    rows = [newcomer.rows[0] for newcomer in newcomers]
-    lengths = [row.prompt_length for row in rows]
-    for newcomer, length in zip(newcomers, lengths, strict=True):
-        at = newcomer.cache.cursor
-        at.write_from, at.read_to, at.positions, at.speculative = 0, length, None, False
-    ids = torch.tensor([[i for row in rows for i in row.ids]], device=decoder.device)
-    cache = PackedPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
-    ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
-    logits = call_model(decoder, ids, cache.places[1:], cache, ends)[0].float()
-    if len(logits) != len(rows):  # a model that takes logits_to_keep and keeps all
-        logits = logits[ends]
-    for row in rows:
-        row.written = row.prompt_length
-    return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
 
 
 @torch.inference_mode()

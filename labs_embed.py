@@ -50,7 +50,7 @@ class Encoder:
 
         with self._lock:
             tokenizer, model = self._loaded
-            limit = labs.context_length_of(model.config, None) or 512
+            limit = getattr(model.config, "max_position_embeddings", None) or 512
             how = {"truncation": True, "max_length": min(tokenizer.model_max_length, limit)}
             words = tokenizer(texts, return_tensors="pt", padding=True, **how).to(model.device)
         with torch.inference_mode():

@@ -180,8 +180,8 @@ def _next_prompts(decoder: Decoder, loop: Loop) -> list[Batch]:
 
 
 def _prefill(decoder: Decoder, group: list[Batch]) -> list[Batch]:
-    if len(group) > 1:
-        return labs_decode.prefill_packed(decoder, group)
+    if len(group) > 1 and decoder.prefill_packed is not None:
+        return decoder.prefill_packed(decoder, group)
     return [labs_decode.prefill(decoder, group[0])] if group[0].pending else group
 
 
@@ -364,7 +364,7 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
     A prompt of one token stays alone: its products have one row, and so other bits.
     """
     together: list[Batch] = []
-    for newcomer in newcomers if decoder.packs_prompts else ():
+    for newcomer in newcomers if decoder.prefill_packed else ():
         tokens = sum(each.pending for each in (*together, newcomer))
         if newcomer.rows[0].written or newcomer.pending < 2 or tokens > decoder.chunk:
             break

@@ -344,7 +344,9 @@ def context_length(spec: labs.ModelSpec) -> int | None:
     """Return a model's context length, or raise: nothing is converted or downloaded for it."""
     spec = replace(spec, local_files_only=True)
     place = labs.locate(spec, labs.device_of(spec)[2], convert=False)
-    return labs.context_length_of(labs.pretrained("AutoConfig", *place[:2]))
+    import labs_decode
+
+    return labs_decode.context_length_of(labs.pretrained("AutoConfig", *place[:2]))
 
 
 def system_memory(spec: labs.ModelSpec) -> int:

@@ -27,6 +27,7 @@ from transformers.generation import logits_process
 import labs
 import labs_decode as decode
 import labs_fast as fast
+import labs_forward as forward_room
 import labs_loop as loop
 import labs_prefixes as prefixes_room
 
@@ -173,7 +174,7 @@ def prepare(
     model: Any, *, batch_invariant: bool = True, method: str | None = None, cuda_graphs: bool = True
 ) -> decode.Decoder:
     """Return the decoder that labs.load_model makes where all rooms are there."""
-    decoder = decode.prepare(model, batch_invariant=batch_invariant)
+    decoder = forward_room.speed_up(decode.prepare(model, batch_invariant=batch_invariant))
     options = {"batch_invariant": batch_invariant, "cuda_graphs": cuda_graphs}
     return fast.speed_up(decoder, method, **options)
 
@@ -311,7 +312,7 @@ def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -
     entered = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
     together = loop.prompts_for_one_call(decoder, entered)
     assert [each.rows[0].ids for each in together] == prompts
-    for batch, prompt in zip(decode.prefill_packed(decoder, together), prompts, strict=True):
+    for batch, prompt in zip(forward_room.prefill_packed(decoder, together), prompts, strict=True):
         alone = decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt)))
         torch.testing.assert_close(batch.logits, alone.logits, atol=1e-4, rtol=1e-3)
         stepped = [loop.step(decoder, each)[0] for each in (batch, alone)]
@@ -1952,7 +1953,7 @@ def test_prompts_that_share_a_call_have_the_bits_they_have_alone() -> None:
     decoder = labs.load_model(labs.load_config(env={})).decoder
     chance = random.Random(1)
     prompts = [[chance.randrange(2000) for _ in range(n)] for n in (2, 3, 40, 17, 64, 5, 100, 9)]
-    together = decode.prefill_packed(
+    together = forward_room.prefill_packed(
         decoder, [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
     )
     alone = [
