@@ -8,33 +8,37 @@
 
 The grammar is llguidance's (pip install llguidance): before each token it tells which ones may
 follow, and the row chooses among those. A schema that it cannot express is refused, and the error
-names the keyword. Needs labs.py.
+names the keyword. Schemas are a stranger's and its code is native, so each is measured first
+and compiled in a process of its own before it is compiled here. Needs labs.py, labs_schema.py.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
-import json
+import subprocess
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 import labs
+import labs_schema
 
 if TYPE_CHECKING:
     import labs_decode
 
 T = TypeVar("T")
-MAX_GRAMMARS = 256  # remembered for each tokenizer
-LARGEST_INTEGER = (
-    2**53 - 1
-)  # of integers without a bound: what all readers of JSON agree on (RFC 8259 §6)
-_TOKENIZERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+GRAMMAR_BYTES = 2**24  # what one may hold within labs_schema.LIMITS
+KEPT_BYTES = 2**28  # of grammars, for each tokenizer
+MAX_TRIED = 4096  # schemas that are known to compile
+SPACING = 64  # tokens that a grammar made anew has to last for
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, _Grammars] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -86,20 +90,28 @@ def _bounded(schema: Any) -> Any:
     if isinstance(schema.get("properties"), dict):
         bounds["additionalProperties"] = False
     if schema.get("type") == "integer":
-        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -LARGEST_INTEGER}
-        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": LARGEST_INTEGER}
+        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -labs_schema.LARGEST_INTEGER}
+        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": labs_schema.LARGEST_INTEGER}
     return {**bounds, **{key: _bounded(value) for key, value in schema.items()}}
 
 
 class Constraint:
     """Keeps one answer to JSON of a schema; a processor as in labs_decode.Sampling.
 
-    Raises InputError, which names the keyword that cannot be expressed.
+    Raises InputError, which names what cannot be expressed, where it is, or what it is too much of.
     """
 
     def __init__(self, model: labs.Model, schema: dict[str, Any]) -> None:
-        self._matcher = _matcher(model, json.dumps(schema)).deep_copy()
-        self._ends = list(model.eos_token_ids)
+        try:
+            self._schema = labs_schema.check(schema)
+        except labs_schema.SchemaError as error:
+            raise labs.InputError(f"schema: {error}") from error
+        with _LOCK:  # making one takes most of a second, once for a tokenizer
+            if (grammars := _TOKENIZERS.get(model.tokenizer)) is None:
+                grammars = _TOKENIZERS[model.tokenizer] = _Grammars(model)
+        self._grammars = grammars
+        self._matcher = grammars.matcher(self._schema)
+        self._made_at = -SPACING
         self._start: int | None = None
         self._read: list[int] = []
 
@@ -107,56 +119,125 @@ class Constraint:
         """Return logits [V] with -inf for each token that may not follow `ids`.
 
         ids: of the prompt in the first call, then of the prompt and the answer. A later call may
-        have fewer: guessed tokens can be wrong.
+        have fewer: guessed tokens can be wrong. Raises InputError where the schema asks too much.
         """
-        import torch
-
         self._start = len(ids) if self._start is None else self._start
-        self._follow(ids[self._start :])
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        allowed = bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-        allowed = allowed.bool().view(-1)[: len(logits)]
-        allowed[self._ends] = self._matcher.is_accepting()
+        answer = ids[self._start :]
+        allowed = self._allowed(answer, len(logits))
+        if self._matcher.is_error() and len(answer) >= self._made_at + SPACING:
+            # Answers share what a grammar's lexer has learnt, which fills up: it begins again.
+            self._matcher, self._read = self._grammars.anew(self._schema), []
+            self._made_at = len(answer)
+            allowed = self._allowed(answer, len(logits))
+        if self._matcher.is_error():
+            told = labs_schema.told(self._matcher)
+            raise labs.InputError(f"schema: the answer cannot be kept to it: {told}")
+        if not allowed.any():
+            raise labs.InputError("schema: this model has no token that the answer goes on with")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
-    def _follow(self, answer: list[int]) -> None:
+    def _allowed(self, answer: list[int], size: int) -> Any:
+        """Return which tokens may follow the answer, [size]; the matcher tells of errors."""
+        import torch
+
         pairs = zip(self._read, answer, strict=False)
         common = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
         common = min(len(self._read), len(answer)) if common is None else common
         if common < len(self._read):
             self._matcher.rollback(len(self._read) - common)
-        if not self._matcher.consume_tokens(answer[common:]):
-            raise labs.GenerationError(f"the grammar lost track: {self._matcher.get_error()}")
+        self._matcher.consume_tokens(answer[common:])
         self._read = answer
+        return self._grammars.allowed(self._matcher, torch.zeros(size, dtype=torch.bool))
 
 
-def _matcher(model: labs.Model, schema: str) -> Any:
-    """Return a matcher at its beginning, to be copied; made once for a tokenizer and schema."""
-    with _LOCK:  # making one takes a third of a second for a tokenizer, then a millisecond
-        if (make := _TOKENIZERS.get(model.tokenizer)) is None:
-            make = _TOKENIZERS[model.tokenizer] = _maker(model)
-        return make(schema)
+class _Grammars:
+    """Matchers for one tokenizer. A schema is compiled once, and only who asks for it waits."""
+
+    def __init__(self, model: labs.Model) -> None:
+        if importlib.util.find_spec("llguidance") is None:
+            raise labs.InputError("answers of a type need llguidance: pip install llguidance")
+        labs.require("cachetools")
+        import cachetools
+
+        self._library: Any = importlib.import_module("llguidance")
+        hf: Any = importlib.import_module("llguidance.hf")
+        self._vocabulary = model.decoder.config.vocab_size
+        count = max(self._vocabulary, len(model.tokenizer))  # some tokenizers know more
+        try:
+            self._tokenizer = hf.from_tokenizer(model.tokenizer, n_vocab=count)
+        except ValueError as error:
+            raise labs.InputError(f"this tokenizer keeps to no schema: {error}") from error
+        self._ends = list(model.eos_token_ids)
+        self._lock = threading.Lock()
+        self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
+        self._tried: Any = cachetools.LRUCache(MAX_TRIED)
+
+    def matcher(self, schema: str) -> Any:
+        """Return a matcher at its beginning. Raises InputError."""
+        key = hashlib.sha256(schema.encode()).digest()
+        with self._lock:
+            made = self._made.get(key)
+            if mine := made is None:
+                made = self._made[key] = Future()
+        if mine:
+            self._make(key, schema, made)
+        if isinstance(found := made.result(), str):
+            raise labs.InputError(f"schema: {found}")
+        return found.deep_copy()
+
+    def anew(self, schema: str) -> Any:
+        """Return a matcher as matcher does, which shares nothing with those of before."""
+        with self._lock:
+            self._made.pop(hashlib.sha256(schema.encode()).digest(), None)
+        return self.matcher(schema)
+
+    def allowed(self, matcher: Any, tokens: Any) -> Any:
+        """Return tokens [V], all false before, with those that may follow set."""
+        import torch
+
+        bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().view(-1)
+        size = min(len(tokens), len(found))
+        tokens[:size] = found[:size]
+        tokens[[end for end in self._ends if end < len(tokens)]] = matcher.is_accepting()
+        return tokens
+
+    def _make(self, key: bytes, schema: str, made: Future[Any]) -> None:
+        """Compile a schema for all who wait for it; what is wrong with it is remembered too."""
+        try:
+            made.set_result(self._compiled(key, schema))
+        except BaseException as error:
+            made.set_exception(error)
+        with self._lock:
+            if self._made.get(key) is made:
+                del self._made[key]
+                if made.exception() is None:
+                    self._made[key] = made  # counted by what it holds now
+
+    def _compiled(self, key: bytes, schema: str) -> Any:
+        import torch
+
+        if key not in self._tried:
+            try:
+                wrong = labs_schema.trial(schema)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise labs.GenerationError(f"the schema could not be tried out: {error}") from error
+            if wrong:
+                return wrong
+        found = labs_schema.compiled(self._library, self._tokenizer, schema)
+        if isinstance(found, str):
+            return found
+        first = self.allowed(found, torch.zeros(self._vocabulary, dtype=torch.bool))
+        if found.is_error() or not first.any():
+            return labs_schema.told(found) or "no JSON is as it asks, in this model's tokens"
+        with self._lock:
+            self._tried[key] = True
+        return found
 
 
-def _maker(model: labs.Model) -> Any:
-    if importlib.util.find_spec("llguidance") is None:
-        raise labs.InputError("answers of a type need llguidance: pip install llguidance")
-    llguidance: Any = importlib.import_module("llguidance")
-    hf: Any = importlib.import_module("llguidance.hf")
-    tokenizer = hf.from_tokenizer(model.tokenizer, n_vocab=model.decoder.config.vocab_size)
-    compact = {"whitespace_flexible": False}  # a small model may write blanks without end
-
-    @functools.lru_cache(MAX_GRAMMARS)
-    def make(schema: str) -> Any:
-        if '"contentEncoding": "' in schema:  # the keyword, which llguidance passes over
-            raise labs.InputError('schema: Unimplemented keys: ["contentEncoding"]')
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
-        wrong, told = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
-        if wrong or told:
-            raise labs.InputError(f"schema: {'; '.join(told)}")
-        return llguidance.LLMatcher(tokenizer, grammar)
-
-    return make
+def _bytes_of(made: Future[Any]) -> int:
+    refused = made.done() and isinstance(made.result(), str)
+    return len(made.result()) if refused else GRAMMAR_BYTES
 
 
 def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> dict[str, float]:

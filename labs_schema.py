@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON schemas of strangers: what a grammar's compiler, which is native code, may be given.
+
+    text = labs_schema.check(schema)  # walks it; SchemaError names the place and the bound
+    wrong = labs_schema.trial(text)  # compiles it in a process of its own, which may die of it
+
+`check` needs nothing but Python. `trial` runs this file as a program, which needs llguidance; what
+the program does not use is imported where it is used, since each new schema starts one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import re
+import sys
+import threading
+import types
+from typing import Any
+
+Place = tuple[Any, str] | None  # of a part of a schema: the place that it is in, its name there
+LARGEST_INTEGER = 2**53 - 1  # what all readers of JSON agree on (RFC 8259 §6)
+
+# What native code is given at most, for memory, time and its stack.
+MAX_DEPTH = 100  # objects and lists in one another; llguidance reads 127
+MAX_VALUES = 20_000
+MAX_CHARACTERS = 200_000  # of all names and texts together
+MAX_OPTIONAL = 400  # properties of one object; each takes five of the 2,000 items of its row
+MAX_REFERENCES = 500
+MAX_HOPS = 32  # from a $ref to what is only a $ref again
+MAX_WRITTEN_OUT = 10_000  # characters of a pattern that (ab){9} has 18 of
+MOST_ENTRIES = {"enum": 5000, "properties": 1000, "required": 1000, "prefixItems": 1000}
+MOST_CHARACTERS = {"pattern": 2000, "$ref": 1000}
+LARGEST = {"minItems": 500, "minProperties": 500, "minLength": 100_000}
+LARGEST |= dict.fromkeys(("maxItems", "maxProperties", "maxLength"), 2**31 - 1)
+NAMED = dict.fromkeys(("properties", "patternProperties", "dependentSchemas"), "named")
+ROLES = NAMED | dict.fromkeys(("$defs", "definitions"), "named")
+ROLES |= dict.fromkeys(("const", "enum", "default", "examples"), "data")
+REFUSED = {
+    "contentEncoding": "llguidance passes over it",
+    "x-guidance": "it changes what the other keywords mean",
+}
+PIECE = re.compile(  # of a pattern; a class in brackets and an escape are one character
+    r"\\[pPxu]\{[^}]*+\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL
+)
+
+# What llguidance may take for one grammar: its own fuel and states, and a trial's time and memory.
+LIMITS = {"initial_lexer_fuel": 300_000, "max_lexer_states": 20_000, "max_grammar_size": 200_000}
+TRIAL_CPU_S, TRIAL_WALL_S, TRIAL_BYTES, TRIAL_STEPS = 2, 20, 2**30, 24
+TRIAL_STACK = 2**21  # bytes: a quarter of what a thread has here, so that a trial ends before it
+_TRIALS = threading.BoundedSemaphore(4)
+
+
+class SchemaError(ValueError):
+    """A schema that is too much, or no JSON; tells the place in it and the bound."""
+
+
+def check(schema: Any) -> str:
+    """Return a schema as JSON. Raises SchemaError, with place and bound, for one that is too much.
+
+    Never recursive: what is nested a thousand deep ends no process here.
+    """
+    values = characters = 0
+    references: set[str] = set()
+    waiting: list[tuple[Any, Place, int, str]] = [(schema, None, 1, "schema")]
+    while waiting:
+        value, place, depth, role = waiting.pop()
+        inner = _inner(value, place, role)
+        values += len(inner)
+        characters += sum(len(name) for name in value) if isinstance(value, dict) else 0
+        characters += len(value) if isinstance(value, str) else 0
+        _bound(MAX_DEPTH, depth, place, "levels of nesting")
+        _bound(MAX_VALUES, values, place, "values up to here")
+        _bound(MAX_CHARACTERS, characters, place, "characters up to here")
+        if isinstance(value, dict) and role == "schema":
+            _check_keywords(value, place)
+            references |= {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+        waiting += [(each, (place, name), depth + 1, kind) for each, name, kind in inner]
+    _bound(MAX_REFERENCES, len(references), None, "different references")
+    _check_chains(schema, references)
+    return json.dumps(schema)
+
+
+def _inner(value: Any, place: Place, role: str) -> list[tuple[Any, str, str]]:
+    """Return what is in a part, each with its name and its role: a schema, named ones or data."""
+    if isinstance(value, dict):
+        if not all(isinstance(name, str) for name in value):
+            raise _refused(place, "has a name that is no text")
+        known = ROLES if role == "schema" else {}
+        other = "data" if role == "data" else "schema"
+        return [(each, name, known.get(name, other)) for name, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [(each, str(number), role) for number, each in enumerate(value)]
+    if isinstance(value, int | float) and not abs(value) <= LARGEST_INTEGER:  # nan is neither
+        raise _refused(place, f"is beyond ±{LARGEST_INTEGER}")
+    if value is not None and not isinstance(value, str | int | float):
+        raise _refused(place, f"is of the type {type(value).__name__}, which JSON has not")
+    return []
+
+
+def _check_keywords(schema: dict[str, Any], place: Place) -> None:
+    for name, value in schema.items():
+        here = (place, name)
+        if name in REFUSED:
+            raise _refused(here, f"cannot be used here: {REFUSED[name]}")
+        if isinstance(value, dict | list) and name in MOST_ENTRIES:
+            _bound(MOST_ENTRIES[name], len(value), here, "entries")
+        elif isinstance(value, str) and name in MOST_CHARACTERS:
+            _bound(MOST_CHARACTERS[name], len(value), here, "characters")
+        elif isinstance(value, int | float) and name in LARGEST and value > LARGEST[name]:
+            raise _refused(here, f"is {value}; at most {LARGEST[name]}")
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, dict):
+        due = {name for name in required if isinstance(name, str)} if required else set()
+        _bound(MAX_OPTIONAL, len({*properties} - due), (place, "properties"), "optional entries")
+    named = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(named if isinstance(named, dict) else ())):
+        if isinstance(pattern, str):
+            size = min(_written_out(pattern), 10**9)
+            _bound(MAX_WRITTEN_OUT, size, (place, "pattern"), "characters with repetitions")
+
+
+def _written_out(pattern: str) -> int:
+    """Return about how many characters a pattern has where (ab){9} is written as 18."""
+    open_groups, last = [0], 0  # last: what a repetition would repeat
+    for found in PIECE.finditer(pattern):
+        piece, (low, high) = found[0], found.groups()
+        if low is not None:
+            grown = last * max(int(low), int(high or 0), 1)
+            open_groups[-1] += grown - last
+            last = grown
+        elif piece == "(":
+            open_groups.append(0)
+        elif piece == ")" and len(open_groups) > 1:
+            last = max(open_groups.pop(), 1)
+            open_groups[-1] += last
+        elif piece not in "*+?|^$":
+            last = 1
+            open_groups[-1] += 1
+    return sum(open_groups)
+
+
+def _check_chains(schema: Any, references: set[str]) -> None:
+    """Refuse a $ref that leads through others to itself, or to nothing else for long."""
+    following = {reference: _target(schema, reference) for reference in references}
+    for first in references:
+        reference, hops = following[first], 0
+        while reference in following:
+            hops += 1
+            _bound(MAX_HOPS, hops, None, f"references one after the other from {first[:80]!r}")
+            if reference == first:
+                raise _refused(None, f"has a reference to itself, {first[:80]!r}")
+            reference = following[reference]
+
+
+def _target(schema: Any, reference: str) -> Any:
+    """Return the $ref of the schema that a reference names, if that has one."""
+    import urllib.parse
+
+    found = schema if reference.startswith("#") else None
+    for part in reference.split("/")[1:]:
+        name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and len(name) < 6:
+            found = dict(enumerate(found)).get(int(name))
+        else:
+            found = found.get(name) if isinstance(found, dict) else None
+    following = found.get("$ref") if isinstance(found, dict) else None
+    return following if isinstance(following, str) else None
+
+
+def _bound(most: int, count: int, place: Place, what: str) -> None:
+    if count > most:
+        raise _refused(place, f"has {count} {what}; at most {most}")
+
+
+def _refused(place: Place, what: str) -> SchemaError:
+    names: list[str] = []
+    while place is not None:
+        place, name = place
+        names.append(name if len(name) <= 40 else f"{name[:39]}…")
+    path = "/".join(["#", *reversed(names)])
+    return SchemaError(f"{path if len(path) <= 200 else f'{path[:199]}…'} {what}")
+
+
+# ---------------------------------------------------------------- compiling it
+
+
+def compiled(library: Any, tokenizer: Any, schema: str) -> Any:
+    """Return llguidance's matcher of a schema at its beginning, or a text of what is wrong."""
+    compact = {"whitespace_flexible": False}  # a small model may write blanks without end
+    try:
+        grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
+    except ValueError as error:
+        return _cut(str(error))
+    limits = library.LLParserLimits(verbose_errors=False, **LIMITS)
+    matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    told = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+    return _cut("; ".join(told)) or matcher
+
+
+def told(matcher: Any) -> str:
+    """Return what went wrong in a matcher, in one line; "" for nothing."""
+    return _cut(matcher.get_error())
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.removesuffix("<non-verbose/>").split())
+    return line if len(line) <= 300 else f"{line[:299]}…"
+
+
+def trial(schema: str) -> str:
+    """Return what is wrong with a schema, "" for nothing, as a process of its own found out.
+
+    Raises OSError or subprocess.SubprocessError where none could be run, or waited for.
+    """
+    import importlib.util
+    import signal
+    import subprocess
+
+    package = importlib.util.find_spec("llguidance")
+    folder = next(iter(package.submodule_search_locations or ())) if package else ""
+    command = [sys.executable, "-I", "-S", __file__, folder]
+    with _TRIALS:
+        done = subprocess.run(
+            command, input=schema.encode(), capture_output=True, timeout=TRIAL_WALL_S, check=False
+        )
+    if done.returncode > 0:
+        raise ChildProcessError(done.stderr.decode(errors="replace").strip()[-300:])
+    if done.returncode == 0:
+        return str(json.loads(done.stdout))
+    bounds = f"{TRIAL_CPU_S} s of a processor and {TRIAL_BYTES >> 20} MiB"
+    ended = signal.Signals(-done.returncode).name
+    return f"its compiler died of it ({ended}; it has {bounds}); a simpler one is due"
+
+
+class _Bytes:
+    """A tokenizer of single bytes, as llguidance wants it."""
+
+    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+    is_tokenizer_wrapper = True
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(text if isinstance(text, bytes) else text.encode())
+
+
+def _main(folder: str) -> None:
+    """Try the schema on stdin, within bounds, and print what is wrong with it, as JSON."""
+    found: list[str] = []
+    try:
+        import resource
+
+        bounds = ((resource.RLIMIT_AS, TRIAL_BYTES), (resource.RLIMIT_CPU, TRIAL_CPU_S))
+        for name, most in (*bounds, (resource.RLIMIT_CORE, 0)):
+            resource.setrlimit(name, (most, most))
+        os.nice(5)
+    except (ImportError, AttributeError, OSError, ValueError):
+        pass  # where a system knows no such bounds
+    threading.stack_size(TRIAL_STACK)
+    thread = threading.Thread(target=lambda: found.append(_steps(folder, sys.stdin.read())))
+    thread.start()
+    thread.join()
+    print(json.dumps(found[0]))
+
+
+def _steps(folder: str, schema: str) -> str:
+    """Return what is wrong at the beginning of an answer, or later, where chance leads it."""
+    package: Any = types.ModuleType("llguidance")  # its own imports take a tenth of a second
+    package.__path__ = [folder]
+    sys.modules["llguidance"] = package
+    library: Any = importlib.import_module("llguidance._lib")
+    tokenizer, chance = library.LLTokenizer(_Bytes()), random.Random(0)
+    try:
+        matcher = compiled(library, tokenizer, schema)
+        for _ in range(0 if isinstance(matcher, str) else TRIAL_STEPS):
+            bits = int.from_bytes(matcher.compute_bitmask(), "little")
+            allowed = [token for token in range(256) if bits >> token & 1]
+            if matcher.is_error() or not allowed:
+                break
+            matcher.consume_token(chance.choice(allowed))
+        return matcher if isinstance(matcher, str) else told(matcher)
+    except BaseException as error:  # a panic of Rust is no Exception
+        return _cut(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
