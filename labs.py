@@ -662,7 +662,7 @@ def _check_message(index: int, message: Mapping[str, object] | Message) -> Messa
     plain = asdict(message) if isinstance(message, Message) else message
     try:
         checked = msgspec.convert(plain, Message)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InputError(f"messages[{index}]: {error}") from error
     _check_text(checked.content, f"messages[{index}]")
     return checked
@@ -686,7 +686,7 @@ def _template(model: Model, messages: list[Message], add_generation_prompt: bool
     try:
         with model.lock:
             return list(render(plain, **options)["input_ids"])
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         why = f"the chat template of {model.spec.model_name} refuses this: {reason(error)}"
         raise InputError(why) from error
 

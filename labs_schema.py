@@ -113,7 +113,8 @@ def _check_keywords(schema: dict[str, Any], place: Place) -> None:
             raise _refused(here, f"is {value}; at most {LARGEST[name]}")
     properties, required = schema.get("properties"), schema.get("required")
     if isinstance(properties, dict):
-        due = {name for name in required if isinstance(name, str)} if required else set()
+        names = required if isinstance(required, list) else []
+        due = {name for name in names if isinstance(name, str)}
         _bound(MAX_OPTIONAL, len({*properties} - due), (place, "properties"), "optional entries")
     named = schema.get("patternProperties")
     for pattern in (schema.get("pattern"), *(named if isinstance(named, dict) else ())):
@@ -258,20 +259,20 @@ def _main(folder: str) -> None:
         os.nice(5)
     except (ImportError, AttributeError, OSError, ValueError):
         pass  # where a system knows no such bounds
+    package: Any = types.ModuleType("llguidance")  # its own imports take a tenth of a second
+    package.__path__ = [folder]
+    sys.modules["llguidance"] = package
+    library, schema = importlib.import_module("llguidance._lib"), sys.stdin.read()
     threading.stack_size(TRIAL_STACK)
-    thread = threading.Thread(target=lambda: found.append(_steps(folder, sys.stdin.read())))
+    thread = threading.Thread(target=lambda: found.append(steps(library, schema)))
     thread.start()
     thread.join()
     print(json.dumps(found[0]))
 
 
-def _steps(folder: str, schema: str) -> str:
-    """Return what is wrong at the beginning of an answer, or later, where chance leads it."""
-    package: Any = types.ModuleType("llguidance")  # its own imports take a tenth of a second
-    package.__path__ = [folder]
-    sys.modules["llguidance"] = package
-    library: Any = importlib.import_module("llguidance._lib")
-    tokenizer, chance = library.LLTokenizer(_Bytes()), random.Random(0)
+def steps(library: Any, schema: str, seed: int = 0) -> str:
+    """Return what is wrong at the beginning of an answer that chance leads, "" for nothing."""
+    tokenizer, chance = library.LLTokenizer(_Bytes()), random.Random(seed)
     try:
         matcher = compiled(library, tokenizer, schema)
         for _ in range(0 if isinstance(matcher, str) else TRIAL_STEPS):
