@@ -917,7 +917,8 @@ def _events(
 def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Iterator[Event]:
     """Take one token into a row's text; yield what may be shown and, at the end, why it ended."""
     if choice.error is not None:
-        yield Failed(GenerationError(f"this row ended: {choice.error}"))
+        told = GenerationError(f"this row ended: {choice.error}")  # an InputError is told as it is
+        yield Failed(choice.error if isinstance(choice.error, InputError) else told)
         return
     request.tokens += 1
     request.first = request.first or time.perf_counter()

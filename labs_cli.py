@@ -175,7 +175,7 @@ def read_messages(flags: Values) -> Messages:
         text, where = read_text(flags["messages_file"]), flags["messages_file"]
     try:
         messages = msgspec.json.decode("[]" if text is None else text, type=Messages)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         raise labs.InputError(f"{where}: {exc}; a JSON list of role and content is due") from exc
     if flags["system"] is None:
         return messages
@@ -294,7 +294,7 @@ def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
         return None
     try:
         schema = msgspec.json.decode(read_text(name), type=dict[str, Any])
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         raise labs.InputError(f"{name}: {exc}; a JSON schema, as an object, is due") from exc
     wanted = labs_request.JsonSchema(schema=schema)
     return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)

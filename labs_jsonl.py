@@ -410,7 +410,7 @@ def read_answer(data: bytes, where: str) -> OldAnswer:
     """Read a line of answers. Raises InputError for any other line."""
     try:
         old = msgspec.json.decode(data, type=OldAnswer)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise labs.InputError(f"{where} is no answer of labs-gen: {error}") from None
     text = old.text if old.finish_reason else UNSET
     if all(part is UNSET for part in (text, old.response, old.error)):
@@ -508,7 +508,7 @@ def _is_torn(data: bytes) -> bool:
         return False
     try:
         msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return True
     return False
 

@@ -208,6 +208,8 @@ def told(matcher: Any) -> str:
 
 def _cut(text: str) -> str:
     line = " ".join(text.removesuffix("<non-verbose/>").split())
+    if line.isidentifier():  # llguidance's word for a parser that has no way to go
+        return f"no JSON is as it asks ({line})"
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 
@@ -231,9 +233,11 @@ def trial(schema: str) -> str:
         raise ChildProcessError(done.stderr.decode(errors="replace").strip()[-300:])
     if done.returncode == 0:
         return str(json.loads(done.stdout))
-    bounds = f"{TRIAL_CPU_S} s of a processor and {TRIAL_BYTES >> 20} MiB"
+    bounds = (
+        f"{TRIAL_CPU_S} s of a processor, {TRIAL_BYTES >> 20} MiB, {TRIAL_STACK >> 20} of stack"
+    )
     ended = signal.Signals(-done.returncode).name
-    return f"its compiler died of it ({ended}; it has {bounds}); a simpler one is due"
+    return f"is more than its compiler can do ({ended}; it has {bounds}); a simpler one is due"
 
 
 class _Bytes:
@@ -253,9 +257,9 @@ def _main(folder: str) -> None:
     try:
         import resource
 
-        bounds = ((resource.RLIMIT_AS, TRIAL_BYTES), (resource.RLIMIT_CPU, TRIAL_CPU_S))
-        for name, most in (*bounds, (resource.RLIMIT_CORE, 0)):
-            resource.setrlimit(name, (most, most))
+        resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, TRIAL_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_S, TRIAL_CPU_S + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.nice(5)
     except (ImportError, AttributeError, OSError, ValueError):
         pass  # where a system knows no such bounds

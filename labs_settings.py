@@ -539,7 +539,7 @@ def _from_text(text: str, kind: Any, source: str) -> object:
         if text[:1] in "[{" and getattr(kind, "__origin__", kind) is not str:
             return msgspec.json.decode(text)
         return msgspec.convert(text, kind, strict=False)
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise ConfigError(f"{source} = {text!r}: {error}") from error
 
 

@@ -10,7 +10,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +27,7 @@ import labs
 import labs_engine
 import labs_jsonl
 import labs_request
+import labs_schema
 import labs_typed
 import test_labs
 import test_labs_api
@@ -274,14 +277,234 @@ def test_what_is_forbidden_stays_so_whatever_the_bias(tiny):
     assert json.loads(text) in ("red", "green")
 
 
-def test_grammars_are_made_once_and_no_more_than_so_many_are_kept(tiny, monkeypatch):
-    monkeypatch.setattr(labs_typed, "MAX_GRAMMARS", 3)
+@pytest.fixture
+def trials(monkeypatch) -> list[str]:
+    """Forget all grammars, and list the schemas that are tried out from now on."""
     monkeypatch.setattr(labs_typed, "_TOKENIZERS", labs_typed.weakref.WeakKeyDictionary())
-    for number in (*range(6), 5, 5):
+    seen: list[str] = []
+    real = labs_schema.trial
+    monkeypatch.setattr(labs_schema, "trial", lambda text: [seen.append(text), real(text)][1])
+    return seen
+
+
+def test_a_schema_is_tried_once_and_so_is_one_that_is_refused(tiny, trials):
+    for number in (1, 2, 2, 1):
         labs_typed.Constraint(tiny, {"const": number})
-    make = labs_typed._TOKENIZERS[tiny.tokenizer]
-    info = make.cache_info()
-    assert (info.misses, info.hits, info.currsize) == (6, 2, 3)
+        with pytest.raises(labs.InputError, match="Unimplemented"):
+            labs_typed.Constraint(tiny, {"not": {"const": number}})
+    assert len(trials) == 4
+
+
+def test_grammars_are_kept_by_the_bytes_that_they_may_hold(tiny, trials, monkeypatch):
+    monkeypatch.setattr(labs_typed, "KEPT_BYTES", 3 * labs_typed.GRAMMAR_BYTES)
+    made, compiled = [], labs_schema.compiled
+    monkeypatch.setattr(
+        labs_schema, "compiled", lambda *given: [made.append(given[-1]), compiled(*given)][1]
+    )
+    for number in (*range(6), 5, 4, 3):
+        labs_typed.Constraint(tiny, {"const": number})
+    assert len(made) == 6
+    labs_typed.Constraint(tiny, {"const": 0})
+    assert (len(made), len(trials)) == (7, 6)  # compiled again, not tried again
+
+
+def test_who_asks_for_another_schema_does_not_wait_for_one_that_compiles(tiny, monkeypatch):
+    monkeypatch.setattr(labs_typed, "_TOKENIZERS", labs_typed.weakref.WeakKeyDictionary())
+    begun, go, tried = threading.Event(), threading.Event(), []
+
+    def trial(text: str) -> str:
+        tried.append(text)
+        if "slow" in text:
+            begun.set()
+            assert go.wait(60)
+        return ""
+
+    monkeypatch.setattr(labs_schema, "trial", trial)
+    with ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(labs_typed.Constraint, tiny, {"const": "slow"}) for _ in range(3)]
+        assert begun.wait(60)
+        labs_typed.Constraint(tiny, {"const": "fast"})
+        assert not any(each.done() for each in slow)
+        go.set()
+        assert all(isinstance(each.result(60), labs_typed.Constraint) for each in slow)
+    assert tried == ['{"const": "slow"}', '{"const": "fast"}']
+
+
+def test_a_trial_that_could_not_begin_is_no_verdict(tiny, trials, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(labs.GenerationError, match="tried out"):
+        labs_typed.Constraint(tiny, {"const": "later"})
+    monkeypatch.undo()
+    labs_typed.Constraint(tiny, {"const": "later"})
+
+
+LONG = {"type": "array", "items": {"type": "string", "pattern": "^[a-z]*q[a-z]{40}$"}}
+LONG |= {"minItems": 4, "maxItems": 4}
+
+
+def test_an_answer_goes_on_where_a_grammar_is_full(tiny, trials, monkeypatch):
+    options = {"max_new_tokens": 400, "temperature": 1.0, "seed": 4}
+    bias = {113: 3.0}
+    expected = labs.generate(
+        tiny, ask(tiny), processors=[labs_typed.Constraint(tiny, LONG)], logit_bias=bias, **options
+    )
+    made, compiled = [], labs_schema.compiled
+    monkeypatch.setattr(labs_typed, "_TOKENIZERS", labs_typed.weakref.WeakKeyDictionary())
+    monkeypatch.setitem(labs_schema.LIMITS, "max_lexer_states", 400)
+    monkeypatch.setattr(
+        labs_schema, "compiled", lambda *given: [made.append(given[-1]), compiled(*given)][1]
+    )
+    only = [labs_typed.Constraint(tiny, LONG)]
+    found = labs.generate(tiny, ask(tiny), processors=only, logit_bias=bias, **options)
+    assert found.text == expected.text
+    assert len(made) > 1
+
+
+def test_a_row_whose_grammar_asks_too_much_later_ends_alone(tiny, trials, monkeypatch):
+    monkeypatch.setitem(labs_schema.LIMITS, "max_lexer_states", 60)
+    schemas = [COLOUR, {"type": "array", "items": LONG, "minItems": 1}, COLOUR]
+    options = labs.Generation(max_new_tokens=200, temperature=0)
+    streams = (
+        labs.open_request(tiny, i, ask(tiny), options, (labs_typed.Constraint(tiny, schema),))
+        for i, schema in enumerate(schemas)
+    )
+    ends = {
+        i: event for i, event in labs.run(tiny, streams, 3) if not isinstance(event, labs.Delta)
+    }
+    assert [type(ends[i]) for i in range(3)] == [labs.Done, labs.Failed, labs.Done]
+    assert "cannot be kept to it" in str(ends[1].error)
+
+
+def test_a_tokenizer_may_know_more_tokens_than_the_model(tmp_path):
+    config = test_labs.llama(**{**test_labs.SIZES, "vocab_size": 259})
+    model = test_labs.load(test_labs.save_model(tmp_path / "less", config, template=None))
+    assert len(model.tokenizer) > model.decoder.config.vocab_size
+    inputs = labs.build_inputs(model, prompt="hi")
+    assert labs_typed.generate_as(model, inputs, Literal["red", "green"]) in ("red", "green")
+
+
+def test_a_model_without_a_token_to_begin_with_is_refused(tmp_path):
+    config = test_labs.llama(**{**test_labs.SIZES, "vocab_size": 100, "eos_token_id": 5})
+    model = test_labs.load(test_labs.save_model(tmp_path / "less", config, eos_token_id=[5]))
+    with pytest.raises(labs.InputError, match="no JSON"):
+        labs_typed.Constraint(model, {"type": "object"})  # { is the token 123 here
+
+
+# ---------------------------------------------------------------- schemas that are too much
+
+
+def nested(depth: int, wrap: Any, inner: Any) -> Any:
+    for _ in range(depth):
+        inner = wrap(inner)
+    return inner
+
+
+def chain(length: int, wrap: Any = lambda reference: reference) -> dict[str, Any]:
+    defs = {f"d{i}": wrap({"$ref": f"#/$defs/d{i + 1}"}) for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{length}": {"type": "null"}}}
+
+
+TOO_MUCH = [
+    (nested(51, lambda each: {"anyOf": [each]}, {}), "levels of nesting; at most 100"),
+    (nested(9000, lambda each: {"items": each}, {}), "levels of nesting; at most 100"),
+    ({"const": nested(2000, lambda each: [each], 1)}, "#/const/0/0"),
+    ({"properties": {"a": {"const": 2**53}}}, "#/properties/a/const is beyond"),
+    ({"enum": [1, -(2**64)]}, "#/enum/1 is beyond"),
+    ({"maximum": math.inf}, "#/maximum is beyond"),
+    ({"minimum": math.nan}, "#/minimum is beyond"),
+    ({"const": 1e17}, "#/const is beyond"),
+    (chain(600), "different references; at most 500"),
+    (chain(40), "references one after the other"),
+    ({"$defs": {"a/b": {"$ref": "#/%24defs/a~1b"}}}, "reference to itself"),
+    ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "reference to itself"),
+    ({"items": {"required": [f"n{i}" for i in range(2000)]}}, "#/items/required has 2000 entries"),
+    ({"properties": {f"n{i}": {} for i in range(401)}}, "401 optional entries; at most 400"),
+    ({"pattern": "((ab{9}){99}c){99}"}, "#/pattern has .* at most 10000"),
+    ({"pattern": "a{101}{100}"}, "at most 10000"),
+    ({"patternProperties": {"^.{10001}$": {}}}, "at most 10000"),
+    ({"pattern": "a" * 2001}, "2001 characters; at most 2000"),
+    ({"const": "a" * 200_001}, "characters up to here; at most 200000"),
+    ({"enum": [{"a" * 999: 1}] * 300}, "characters up to here; at most 200000"),
+    ({"anyOf": [{"enum": [*range(4000)]}] * 6}, "values up to here; at most 20000"),
+    ({"properties": {"x": {"minItems": 501}}}, "#/properties/x/minItems is 501; at most 500"),
+    ({"maxLength": 2**31}, "at most 2147483647"),
+    ({"x-guidance": {"lenient": True}}, "#/x-guidance cannot be used"),
+    ({"const": {1, 2}}, "#/const is of the type set"),
+    ({"properties": {1: {}}}, "a name that is no text"),
+]
+
+
+@pytest.mark.parametrize(("schema", "named"), TOO_MUCH)
+def test_what_a_schema_has_too_much_of_is_told_with_its_place_and_bound(schema, named):
+    with pytest.raises(labs_schema.SchemaError, match=named) as caught:
+        labs_schema.check(schema)
+    assert len(str(caught.value)) < 300
+
+
+BOUNDS = [
+    *((name, most, [*map(str, range(most))]) for name, most in labs_schema.MOST_ENTRIES.items()),
+    *((name, most, "#" * most) for name, most in labs_schema.MOST_CHARACTERS.items()),
+    *((name, most, most) for name, most in labs_schema.LARGEST.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "most", "value"), BOUNDS)
+def test_what_is_at_a_bound_is_let_in_and_one_more_is_not(name, most, value):
+    more = value + (1 if isinstance(value, int) else type(value)("#"))
+    if name == "properties":
+        value, more = ({"properties": dict.fromkeys(each, {})} for each in (value, more))
+        value, more = ({**each, "required": [*each["properties"]]} for each in (value, more))
+        more["required"].pop()
+    else:
+        value, more = {name: value}, {name: more}
+    labs_schema.check(value)
+    with pytest.raises(labs_schema.SchemaError, match=f"at most {most}"):
+        labs_schema.check(more)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": {"pattern": "(x{1000}){1000}", "minItems": 10**6, "$ref": "#/const"}},
+        {"enum": [{"x-guidance": 1, "required": ["a"] * 5000}]},
+        {"properties": {"pattern": {}, "minItems": {}, "$ref": {}, "x-guidance": {}}},
+        {"$defs": {"maxLength": {"type": "string"}}},
+        {"required": 5, "properties": [], "enum": "x", "pattern": 5, "$ref": 5, "items": None},
+        {"$ref": "#/$defs/no", "anyOf": [{"$ref": "http://x/y"}, {"$ref": ""}, {"$ref": "#/-1"}]},
+        {"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"},
+        {"pattern": "^[{9999}(a{9999})]\\{99999}$"},
+    ],
+)
+def test_what_only_looks_like_too_much_is_let_in(schema):
+    assert json.loads(labs_schema.check(schema)) == schema
+
+
+DEADLY = [
+    {"const": -(2**63)},
+    chain(450, lambda each: {"type": "array", "items": each}),
+    {"allOf": [{"type": "integer", "multipleOf": number} for number in (89, 97, 101, 103)]},
+]
+
+
+@pytest.mark.parametrize("schema", DEADLY)
+def test_a_schema_that_ends_its_compiler_is_refused_by_who_lives_on(schema):
+    assert "more than its compiler can do (SIG" in labs_schema.trial(json.dumps(schema))
+
+
+NOTHING = [
+    {"enum": []},
+    {"type": "integer", "minimum": 9, "maximum": 8},
+    {"type": "string", "pattern": "^ab$", "maxLength": 1},
+    {"anyOf": [{"$ref": "#"}]},
+    {"allOf": [{"type": "null"}, {"type": "string"}]},
+    {"type": "object", "properties": {"a": False}, "required": ["a"]},
+]
+
+
+@pytest.mark.parametrize("schema", NOTHING)
+def test_a_schema_that_nothing_satisfies_is_refused(tiny, schema):
+    with pytest.raises(labs.InputError, match="nsatisfiable|no JSON is as it asks"):
+        labs_typed.Constraint(tiny, schema)
 
 
 # ---------------------------------------------------------------- choices
@@ -400,6 +623,38 @@ def test_a_choice_that_makes_no_sense_is_refused(site, changes):
     error_of(site.post("/choose", {"prompt": "hi", "options": ["a", "b"], **changes}), 400)
 
 
+@pytest.mark.parametrize(
+    "schema", [*DEADLY[1:2], *NOTHING[:4], *(each for each, _ in TOO_MUCH[:1])]
+)
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream", "/v1/chat/completions"])
+def test_a_schema_that_is_too_much_or_too_little_is_a_400(site, path, schema):
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = {"messages": [{"role": "user", "content": "hi"}], "response_format": wanted}
+    assert error_of(site.post(path, body), 400)["message"].startswith("schema: ")
+
+
+def test_a_body_or_a_schema_of_any_depth_is_a_400(site):
+    for depth in (60, 400, 900, 40_000):
+        schema = '{"not":' * depth + "{}" + "}" * depth
+        text = (
+            '{"prompt":"hi","response_format":{"type":"json_schema","json_schema":{"schema":%s}}}'
+        )
+        error_of(site.post("/generate", (text % schema).encode()), 400)
+
+
+def test_an_answer_that_its_grammar_ends_is_a_400_or_an_event(site, trials, monkeypatch):
+    monkeypatch.setitem(labs_schema.LIMITS, "max_lexer_states", 60)
+    schema = {"type": "array", "items": LONG, "minItems": 1}
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+    body = {"prompt": "hi", "max_new_tokens": 200, "response_format": wanted}
+    told = error_of(site.post("/generate", body), 400)["message"]
+    assert "cannot be kept to it" in told
+    stream = site.post("/generate/stream", body)
+    assert stream.status_code == 200
+    assert "event: error" in stream.text
+    assert "cannot be kept to it" in stream.text
+
+
 # ---------------------------------------------------------------- files and the shell
 
 
@@ -415,6 +670,11 @@ def test_lines_of_a_file_have_formats_of_their_own_and_are_replayed(tiny):
             "prompt": "hi",
             "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
         },
+        {
+            "id": "deadly",
+            "prompt": "hi",
+            "response_format": {"type": "json_schema", "json_schema": {"schema": DEADLY[1]}},
+        },
     ]
     data = [(n, json.dumps(line).encode()) for n, line in enumerate(lines, 1)]
     config = labs.Config(generation=labs.Generation(temperature=1.0, max_new_tokens=40))
@@ -426,6 +686,7 @@ def test_lines_of_a_file_have_formats_of_their_own_and_are_replayed(tiny):
     assert json.loads(message) in ("red", "green")
     assert "json_schema" in found[3]["error"]["message"]
     assert "not" in found[4]["error"]["message"]
+    assert "compiler" in found[5]["error"]["message"]
     verdicts = [v.verdict for v in labs_jsonl.replay(tiny, context, enumerate(rows[:3], 1))]
     assert verdicts == ["same"] * 3
 
@@ -451,6 +712,12 @@ def test_the_shell_keeps_an_answer_to_a_schema_and_chooses(folder, tiny_folder):
     assert {line.split()[1] for line in chosen} == {"yes", "no"}
     assert shares == sorted(shares, reverse=True)
     assert "wrong.json" in gen(*model, "--schema", "wrong.json").stderr
+    Path("deep.json").write_text('{"not":' * 50_000 + "{}" + "}" * 50_000)
+    Path("deadly.json").write_text(json.dumps(DEADLY[1]))
+    for name, said in {"deep.json": "deep.json", "deadly.json": "schema: "}.items():
+        done = gen(*model, "--schema", name)
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert said in done.stderr
 
 
 RIVALS = [*itertools.combinations(["--schema=x", "--choose=a", "--chat"], 2)]
