@@ -160,7 +160,7 @@ def _target(schema: Any, reference: str) -> Any:
     """Return the $ref of the schema that a reference names, if that has one."""
     import urllib.parse
 
-    found = schema if reference.startswith("#") else None
+    found = schema if reference == "#" or reference.startswith("#/") else None
     for part in reference.split("/")[1:]:
         name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(found, list) and name.isdecimal() and len(name) < 6:
