@@ -54,9 +54,10 @@ Tokenizer = Any  # transformers' have other attributes for each model
 # ---------------------------------------------------------------- values
 
 
-class Message(Strict, frozen=True, kw_only=True):
+class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
     role: Literal["system", "user", "assistant"]
     content: str
+    name: str | None = None  # of who speaks, for templates that read it
 
 
 class Inputs(Struct, frozen=True):
@@ -632,7 +633,7 @@ def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
     ids = tuple(ids)
     vocabulary, limit = model.decoder.config.vocab_size, model.context_length
     if limit is not None and len(ids) >= limit:
-        raise PromptTooLong(f"the prompt has {len(ids)} tokens: the context holds {limit}")
+        raise too_long(limit, len(ids))
     if wrong := [i for i in ids if not 0 <= i < vocabulary]:
         raise InputError(f"prompt names token {wrong[0]}: the vocabulary has {vocabulary}")
     with model.lock:
@@ -665,6 +666,7 @@ def _check_message(index: int, message: Mapping[str, object] | Message) -> Messa
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InputError(f"messages[{index}]: {error}") from error
     _check_text(checked.content, f"messages[{index}]")
+    _check_text(checked.name or "", f"messages[{index}].name")
     return checked
 
 
@@ -682,13 +684,12 @@ def _template(model: Model, messages: list[Message], add_generation_prompt: bool
 
     options = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": True}
     options |= {"tokenize": True, "return_dict": True}
-    plain, render = [asdict(each) for each in messages], model.tokenizer.apply_chat_template
+    plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
     try:
         with model.lock:
             return list(render(plain, **options)["input_ids"])
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        why = f"the chat template of {model.spec.model_name} refuses this: {reason(error)}"
-        raise InputError(why) from error
+        raise InputError(f"the model's chat template refuses this: {reason(error)}") from error
 
 
 # ---------------------------------------------------------------- text
@@ -780,10 +781,7 @@ def open_request(
 
     prompt, limit = len(inputs.input_ids), model.context_length
     if limit is not None and prompt + generation.max_new_tokens > limit:
-        raise PromptTooLong(
-            f"the prompt has {prompt} tokens and max_new_tokens is {generation.max_new_tokens}: "
-            f"the context holds {limit}; shorten the prompt or ask for fewer tokens"
-        )
+        raise too_long(limit, prompt, generation.max_new_tokens)
     if generation.prompt_lookup_num_tokens and not model.decoder.can_reuse_prefix:
         kind = model.decoder.config.model_type
         raise InputError(f"prompt_lookup_num_tokens: {kind} cannot take back what it has read")

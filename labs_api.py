@@ -46,6 +46,7 @@ import labs_models
 import labs_openai
 import labs_pages
 import labs_request
+import labs_tokens
 
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
@@ -65,7 +66,7 @@ class ChooseRequest(labs.Strict, frozen=True, kw_only=True):
     options: Annotated[tuple[labs.Stop, ...], Meta(min_length=2, max_length=64)]
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
+    messages: tuple[labs.Message, ...] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -267,8 +268,7 @@ class Service:
     ) -> None:
         self.config, self.models = config, models
         self.meters = labs_gate.Meters(registry)
-        limits, tell = config.server, self.meters.acted
-        self.context = labs_request.open_context(config, limits=limits, tell=tell)
+        self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
         held = (self.context.filters, self.context.encoder)  # may hold models of their own
         models.account(lambda: sum(getattr(each, "nbytes", 0) for each in held))
@@ -296,6 +296,7 @@ class Service:
 
     def check(self, request: labs_request.Request) -> labs_request.Request:
         """Refuse what can be refused without a model."""
+        labs_gate.check_sizes(self.config.server, request)
         return labs_request.check(self.context, request)
 
     # ------------------------------------------------------------ waiting for the model
@@ -371,8 +372,8 @@ class Service:
     @contextlib.contextmanager
     def charged(self, owner: str, n: int, prepared: labs_request.Prepared) -> Iterator[None]:
         """Take what n answers may use from the owner's quota, or refuse; an error gives it back."""
-        new = prepared.generation.max_new_tokens
-        cost = n * sum(len(each.input_ids) + new for each in prepared.inputs)
+        rows = [(each, prepared.generation_of(each, 0)) for each in prepared.inputs]
+        cost = n * sum(len(each.input_ids) + asked.max_new_tokens for each, asked in rows)
         if cost > (most := self._tokens.per_minute or cost):
             text = f"{cost} tokens exceed the quota of {most} a minute; lower max_new_tokens or n"
             raise labs_gate.Problem(400, text, "quota")
@@ -389,6 +390,7 @@ class Service:
         """Submit each prompt n times; all are taken in or none."""
         owner, began = req.context.owner, req.context.began
         with self.prepared(request, lease) as prepared:
+            labs_gate.check_room(lease.engine.status(), request)
             generation = _in_time_left(prepared.generation, began)
             prepared = msgspec.structs.replace(prepared, generation=generation)
             answers = Answers(lease.name, prepared, self.meters, began, self.gone(req))
@@ -664,17 +666,16 @@ class OpenAI(Resource):
             chunk = self.endpoint.wrap(choices, **{**names, **more})
             return b"data: " + labs_gate.dumps(chunk) + b"\n\n"
 
-        lengths: dict[int, int] = {}  # of each choice so far, in characters
+        places: dict[int, labs_tokens.Places] = {}  # in the text of each choice
         for item in answers:
             if item is None:
                 yield b": ping\n\n"
                 continue
             index, event = item
-            if index not in lengths and (first := self.endpoint.first(index)) is not None:
-                yield frame(first, documents=UNSET if lengths else answers.documents)
-            offset = lengths.setdefault(index, 0)
-            yield frame(self.endpoint.choice(answers.model, index, event, offset))
-            lengths[index] += len(getattr(event, "text", ""))
+            if index not in places and (first := self.endpoint.first(index)) is not None:
+                yield frame(first, documents=UNSET if places else answers.documents)
+            place = places.setdefault(index, labs_tokens.Places(answers.model))
+            yield frame(self.endpoint.choice(place, index, event))
         if usage_of:
             usages = [done.usage for done in answers.dones]
             yield frame(usage=labs_openai.usage_of(usages, usage_of))

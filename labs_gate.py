@@ -2,7 +2,8 @@
 """Who may ask, how much, and what is told of it: hosts, keys, quotas, log lines, meters.
 
 A refusal is a `Problem`: a status, a sentence, a code. Each protocol writes it in its own words;
-nothing here knows one. Needs labs.py; falcon, prometheus-client.
+nothing here knows one. Needs labs_engine.py and labs_request.py; falcon,
+prometheus-client.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 import labs
 import labs_engine
+import labs_request
 
 log = logging.getLogger("labs.api")
 
@@ -101,6 +103,34 @@ def quotas_of(config: labs.Config) -> Quotas:
 def over_quota(text: str, wait_s: float) -> Problem:
     text = f"{text}; ask again in {math.ceil(wait_s)} s"
     return Problem(429, text, "rate_limit_exceeded", retry_after_s=wait_s)
+
+
+def check_sizes(server: labs.Server, request: labs_request.Request) -> None:
+    """Refuse a request that is larger than [server] allows."""
+    for name, count, most in (
+        ("n", request.n, server.max_choices),
+        ("prompt", len(request.prompts), server.max_prompts),
+    ):
+        if count > most:
+            what = {"n": "choices of a prompt are", "prompt": "prompts are"}[name]
+            text = f"{count} {what} asked for; at most {most}"
+            raise labs_request.Refusal(text, "invalid_value", name)
+    for prompt in request.prompts:
+        if (size := len(prompt.text.encode(errors="replace"))) > server.max_prompt_bytes:
+            text = f"the prompt has {size} bytes; at most {server.max_prompt_bytes}"
+            raise labs_request.Refusal(text, "prompt_too_large")
+
+
+def check_room(status: labs_engine.Status, request: labs_request.Request) -> None:
+    """Refuse a request whose answers never have room at once: to come again would not help."""
+    answers, most = len(request.prompts) * request.n, status.max_rows + status.max_waiting
+    if answers > most:
+        text = (
+            f"{answers} answers are asked for at once; there is room for {status.max_rows} "
+            f"(max_batch_rows) and {status.max_waiting} that wait (max_waiting)"
+        )
+        name = "n" if request.n > 1 else "prompt"
+        raise labs_request.Refusal(text, "invalid_value", name)
 
 
 class Gate:

@@ -114,10 +114,10 @@ class Filters(Struct, frozen=True, eq=False):
         return shown
 
     def check_prompt(self, prompt: Any) -> Any:
-        """Return a labs_request.Prompt with masks in its prompt and messages. Raises Filtered."""
-        turns = tuple(replace(m, content=self.check_text(m.content)) for m in prompt.messages or ())
-        text = prompt.prompt and self.check_text(prompt.prompt)
-        return replace(prompt, prompt=text, messages=turns or None)
+        """Return a labs_request.Prompt with masks in its texts. Raises Filtered."""
+        check, said, text = self.check_text, prompt.messages or (), prompt.prompt
+        turns = (replace(m, content=check(m.content), name=m.name and check(m.name)) for m in said)
+        return replace(prompt, prompt=text and check(text), messages=tuple(turns) or None)
 
     def check_inputs(self, inputs: labs.Inputs, *, ids: bool = False) -> labs.Inputs:
         """Refuse too many tokens and, where `ids` were all that came, their text."""

@@ -263,8 +263,8 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     prepared = task.prepared
     if task.error is not None or prepared is None:
         return index, labs.Failed(task.error or labs.InputError("the line was not prepared"))
-    generation = labs_request.seeded_choice(prepared.generation, place % task.seeds)
     inputs = prepared.inputs[place // prepared.request.n]
+    generation = prepared.generation_of(inputs, place % task.seeds)
     try:
         return labs.open_request(model, index, inputs, generation, prepared.constraints())
     except labs.LabsError as error:

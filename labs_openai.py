@@ -6,13 +6,13 @@
     CHAT.answer(model, completions, request.n, id="1", model=config.model_id)
 
 Both endpoints are pure values, `CHAT` and `COMPLETIONS`; labs_api.py answers HTTP with them,
-labs_jsonl.py the lines of a batch file. Needs labs.py and labs_request.py.
+labs_jsonl.py the lines of a batch file. Needs labs.py, labs_request.py and labs_tokens.py.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -23,34 +23,55 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 import labs
 import labs_request
+import labs_tokens
 from labs_request import Refusal
 
 S = TypeVar("S", bound=Struct)
-Unsupported = Any  # known to OpenAI and not to labs: taken at its neutral value only, see NEUTRAL
 
 
 # ---------------------------------------------------------------- what comes in
 
 
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A part of a message; the two last fields are hints, see Hints."""
+
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+class RefusalPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refusal"):
+    refusal: str
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    """A turn, as somebody wrote it or as an answer is sent back. annotations: a hint, see Hints."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[tuple[TextPart, ...], Meta(min_length=1, max_length=256)]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    annotations: tuple[()] | None = None
-    function_call: None = None
-    tool_calls: None = None
+    content: str | tuple[TextPart | RefusalPart, ...] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    annotations: tuple[dict[str, Any], ...] | None = None
+    audio: Any = None
+    function_call: Any = None
+    tool_calls: Any = None
+    reasoning_content: Any = None
+    provider_specific_fields: Any = None
+
+    @property
+    def text(self) -> str:
+        """What was said: an assistant's turn may be empty, or a refusal."""
+        if isinstance(self.content, str):
+            return self.content
+        parts = [p.text if isinstance(p, TextPart) else p.refusal for p in self.content or ()]
+        return "".join(parts) or self.refusal or ""
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    """include_obfuscation: a hint, see Hints."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,7 +90,6 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
     seed: labs.Seed | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    user: Annotated[str, Meta(max_length=512)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -77,28 +97,12 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
-    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1, max_length=256)]
+    messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
     documents: bool | None = None  # ours, as in labs_request.GenerateRequest
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     logprobs: bool | None = None
     top_logprobs: labs.TopLogprobs | None = None
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
-    parallel_tool_calls: Unsupported = None
-    functions: Unsupported = None
-    function_call: Unsupported = None
     response_format: labs_request.ResponseFormat | None = None
-    modalities: Unsupported = None
-    audio: Unsupported = None
-    prediction: Unsupported = None
-    reasoning_effort: Unsupported = None
-    verbosity: Unsupported = None
-    web_search_options: Unsupported = None
-    service_tier: Unsupported = None
-    store: Unsupported = None
-    metadata: Unsupported = None
-    safety_identifier: Unsupported = None
-    prompt_cache_key: Unsupported = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
@@ -115,31 +119,52 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
         ]
     )
     logprobs: labs.TopLogprobs | None = None
-    echo: Unsupported = None
-    suffix: Unsupported = None
-    best_of: Unsupported = None
 
 
-# Values that ask for nothing. null always does.
+# What else may be asked for. One question draws the line: could its absence change the text that
+# comes back? Hints could not: any value of the type is taken.
+class Hints(Struct, frozen=True):
+    cache_prompt: bool | None = None
+    metadata: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    priority: int | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    request_id: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+# NEUTRAL could: only values that ask for nothing are taken. null never asks for anything.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
+    **dict.fromkeys(("functions", "stop_token_ids", "tools"), ([],)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
+    **dict.fromkeys(("continue_final_message", "echo", "ignore_eos", "use_beam_search"), (False,)),
+    **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
+    "best_of": (1,),  # or as many as n: all that are made are returned
+    "chat_template_kwargs": ({},),
+    "include_stop_str_in_output": (False,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "metadata": ({},),
-    "echo": (False,),
+    "reasoning_effort": ("none", "medium"),  # no effort, and what it is where nobody says
     "suffix": ("",),
-    "best_of": (1,),
+    "verbosity": ("medium",),
 }
-REFUSED = {
-    name
-    for kind in (ChatRequest, CompletionRequest)
-    for name, note in kind.__annotations__.items()
-    if note == "Unsupported"
+NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("audio", "function_call"), ()),
+    "provider_specific_fields": ({},),
+    "reasoning_content": ("",),
+    "tool_calls": ([],),
+}
+# What -1 means, as many apps send it: not limited, not chosen.
+MINUS_ONE = {
+    **dict.fromkeys(("max_completion_tokens", "max_tokens", "seed"), msgspec.Raw(b"null")),
+    "top_k": msgspec.Raw(b"0"),
 }
 
 
@@ -213,7 +238,7 @@ def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
     if code := getattr(error, "code", None):  # of a Refusal, or of labs_guard.Filtered
         return code, getattr(error, "param", None)
     if isinstance(error, labs.PromptTooLong):
-        return "context_length_exceeded", None
+        return "context_length_exceeded", error.param
     return "invalid_value", param_of(str(error))
 
 
@@ -228,18 +253,41 @@ def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
 
     Raises Refusal, with the field where one is to blame.
     """
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
+        if issubclass(kind, OpenAIRequest):
+            data = _asked(data)
         body = msgspec.json.decode(data, type=kind)
         given: dict[str, Any] = msgspec.json.decode(data)
     except msgspec.ValidationError as error:
         raise Refusal(str(error), "invalid_value", param_of(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(f"the body is no valid JSON: {error}", "invalid_json") from error
-    for name in REFUSED & given.keys():
-        neutral = [(type(value), value) for value in (None, *NEUTRAL.get(name, ()))]
-        if (type(given[name]), given[name]) not in neutral:  # 0 is not False here
-            raise Refusal(f"{name} is not implemented here", "unsupported", name)
     return body, given
+
+
+def _asked(data: bytes) -> bytes:
+    """Return an OpenAI body without what changes no text. Refuses by name what is not done here."""
+    raw = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    msgspec.json.decode(data, type=Hints)
+    names = raw.keys() & NEUTRAL.keys()
+    found = {name: msgspec.json.decode(raw[name]) for name in names}
+    n = msgspec.json.decode(raw.get("n", b"null"))
+    neutral = NEUTRAL | ({} if n is None else {"best_of": (1, n)})
+    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if found.get(choice) == "none":  # none of them may be used
+            found.pop(tools, None)
+    for name, value in found.items():
+        _check_neutral(name, value, neutral[name])
+    minus = {k: v for k, v in MINUS_ONE.items() if bytes(raw.get(k, b"")) == b"-1"}
+    rest = {k: v for k, v in raw.items() if k not in {*names, *Hints.__struct_fields__}}
+    return msgspec.json.encode(rest | minus)
+
+
+def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    known = [(type(each), each) for each in (None, *neutral)]  # 0 is not False here
+    if (type(value), value) not in known:
+        raise Refusal(f"{name} is not implemented here", "unsupported", name)
 
 
 # ---------------------------------------------------------------- from one to the other
@@ -261,6 +309,7 @@ class Endpoint:
             model=body.model,
             response_format=getattr(body, "response_format", None),
             documents=getattr(body, "documents", False),
+            within_context=True,
         )
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -277,8 +326,8 @@ class Endpoint:
     def prompts(self, body: Any) -> tuple[labs_request.Prompt, ...]:
         raise NotImplementedError
 
-    def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
-        """Return a choice of a whole answer or of an event; offset: characters before it."""
+    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
+        """Return a choice of a whole answer or of an event. places: of this choice's text."""
         raise NotImplementedError
 
     def first(self, index: int) -> Choice | None:
@@ -289,7 +338,9 @@ class Endpoint:
         self, loaded: labs.Model, found: Sequence[labs.Completion], n: int, **names: Any
     ) -> OpenAIAnswer:
         """Return whole answers, `n` a prompt. names: as in `wrap`."""
-        choices = tuple(self.choice(loaded, index, each) for index, each in enumerate(found))
+        choices = tuple(
+            self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
+        )
         usage = usage_of([each.usage for each in found], n)
         names = {"system_fingerprint": system_fingerprint(loaded), **names}
         return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
@@ -330,11 +381,6 @@ def _reason(event: Any) -> Any:
     return "length" if reason in ("timeout", "cancelled") else reason
 
 
-def _token(model: labs.Model, token: int) -> str:
-    with model.lock:
-        return str(model.tokenizer.decode([token]))
-
-
 class Chat(Endpoint):
     body = ChatRequest
     prefix = "chatcmpl"
@@ -355,37 +401,41 @@ class Chat(Endpoint):
         return found
 
     def prompts(self, body: ChatRequest) -> tuple[labs_request.Prompt, ...]:
-        messages = tuple(
-            labs.Message(
-                role="system" if message.role == "developer" else message.role,
-                content=message.content
-                if isinstance(message.content, str)
-                else "".join(part.text for part in message.content),
-            )
-            for message in body.messages
-        )
-        return (labs_request.Prompt(messages=messages),)
+        messages = (self._message(f"messages[{i}]", each) for i, each in enumerate(body.messages))
+        return (labs_request.Prompt(messages=tuple(messages)),)
+
+    def _message(self, where: str, message: ChatMessage) -> labs.Message:
+        for name, neutral in NEUTRAL_OF_MESSAGE.items():
+            _check_neutral(f"{where}.{name}", getattr(message, name), neutral)
+        if message.content is None and message.role != "assistant":
+            text = f"{where}.content is missing: only an assistant's turn may be empty"
+            raise Refusal(text, "invalid_value", f"{where}.content")
+        role = "system" if message.role == "developer" else message.role
+        return labs.Message(role=role, content=message.text, name=message.name)
 
     def first(self, index: int) -> Choice:
         return Choice(index=index, delta=MessagePart(role="assistant", content=""))
 
-    def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
+    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
         message: dict[str, Any] = {"delta": MessagePart()}
         if isinstance(part, labs.Completion):
             message = {"message": MessagePart(role="assistant", content=part.text)}
         elif isinstance(part, labs.Delta):
             message = {"delta": MessagePart(content=part.text)}
-        logprobs = self._logprobs(model, getattr(part, "logprobs", ()))
+        logprobs = self._logprobs(places, getattr(part, "logprobs", ()))
         return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
 
-    def _logprobs(self, model: labs.Model, found: Any) -> dict[str, Any] | None:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = _token(model, token)
-            data = None if "\ufffd" in text else list(text.encode())
-            return {"token": text, "logprob": logprob, "bytes": data}
+    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any] | None:
+        spelling = places.spelling
+
+        def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
+            return {"token": spelling.name_of(token), "logprob": logprob, "bytes": [*data]}
 
         content = [
-            {**entry(each.token, each.logprob), "top_logprobs": [entry(*top) for top in each.top]}
+            {
+                **entry(each.token, each.logprob, places.take(each.token)[1]),
+                "top_logprobs": [entry(*top, spelling.bytes_of(top[0])) for top in each.top],
+            }
             for each in found
         ]
         return {"content": content, "refusal": None} if content else None
@@ -412,21 +462,22 @@ class Completions(Endpoint):
             raise Refusal("prompt: texts or lists of token ids", "invalid_value", "prompt")
         return labs_request.Prompt(ids=prompt)
 
-    def choice(self, model: labs.Model, index: int, part: Any, offset: int = 0) -> Choice:
+    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
         logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
-        found = self._logprobs(model, logprobs, offset) if logprobs else None
+        found = self._logprobs(places, logprobs) if logprobs else None
         return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
 
-    def _logprobs(self, model: labs.Model, found: Any, offset: int) -> dict[str, Any]:
-        tokens = [_token(model, each.token) for each in found]
-        offsets = itertools.accumulate(map(len, tokens), initial=offset)
+    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any]:
+        rivals: list[dict[str, float]] = []
+        for each in found:
+            rivals.append(named := {})
+            for token, logprob in each.top:
+                named[places.spelling.name_of(token, named)] = logprob
         return {
-            "tokens": tokens,
+            "tokens": [places.spelling.name_of(each.token) for each in found],
             "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": [
-                {_token(model, token): logprob for token, logprob in each.top} for each in found
-            ],
-            "text_offset": list(offsets)[:-1],
+            "top_logprobs": rivals,
+            "text_offset": [places.take(each.token)[0] for each in found],
         }
 
 

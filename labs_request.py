@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 import labs
@@ -58,7 +58,7 @@ class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
     prompt: str | None = None
     response_format: ResponseFormat | None = None
     documents: bool | None = None
-    messages: Annotated[tuple[labs.Message, ...], Meta(max_length=256)] | None = None
+    messages: tuple[labs.Message, ...] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -87,6 +87,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
     options: the generation settings that it names. n: answers to each prompt. model: the name it
     asks for, None for the configured one. documents: whether passages are used, None as configured.
+    within_context: whether an answer has to do with what the prompt leaves of the context.
     """
 
     prompts: tuple[Prompt, ...]
@@ -95,6 +96,7 @@ class Request(Struct, frozen=True, kw_only=True):
     model: str | None = None
     response_format: ResponseFormat | None = None
     documents: bool | None = None
+    within_context: bool = False
 
 
 class Refusal(labs.InputError):
@@ -122,21 +124,17 @@ def prompt_of(body: Any) -> Prompt:
 class Context(Struct, frozen=True, eq=False):
     """What requests are checked against and prepared with; opened once, shared by all of them.
 
-    configs: the models that a request may name. limits: bounds on one request, None for whoever
-    runs labs for himself. filters: None where [guard] sets none. encoder: None where documents are
-    found by words only.
+    configs: the models that a request may name. filters: None where [guard] sets none. encoder:
+    None where documents are found by words only.
     """
 
     config: labs.Config
     configs: dict[str, labs.Config]
-    limits: labs.Server | None = None
     filters: labs_guard.Filters | None = None
     encoder: labs_rag.Encoder | None = None
 
 
-def open_context(
-    config: labs.Config, *, limits: labs.Server | None = None, tell: Tell | None = None
-) -> Context:
+def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
     """Compile the filters and name the encoder. Raises LabsError where a setting cannot work.
 
     tell: is called with (name of the filter, "input" or "output") each time that one acts.
@@ -153,7 +151,7 @@ def open_context(
         import labs_rag
 
         encoder = labs_rag.encoder_of(config)
-    return Context(config, config.by_name(), limits, filters, encoder)
+    return Context(config, config.by_name(), filters, encoder)
 
 
 # ---------------------------------------------------------------- without a model
@@ -169,7 +167,6 @@ def check_documents(context: Context) -> None:
 
 def check(context: Context, request: Request) -> Request:
     """Return the request with the filters' masks in it; raise what needs no model to be refused."""
-    _check_sizes(context.limits, request)
     prompts = tuple(_check_prompt(context, prompt) for prompt in request.prompts)
     config = context.config
     if request.model is not None and not (request.model == "auto" and config.router.rules):
@@ -182,18 +179,6 @@ def check(context: Context, request: Request) -> Request:
     if context.filters is not None:
         context.filters.filters(generation)  # refuses log-probabilities
     return replace(request, prompts=prompts)
-
-
-def _check_sizes(limits: labs.Server | None, request: Request) -> None:
-    if limits is None:
-        return
-    if (choices := len(request.prompts) * request.n) > limits.max_choices:
-        text = f"{choices} choices are asked for; at most {limits.max_choices}"
-        raise Refusal(text, "invalid_value", "n")
-    for prompt in request.prompts:
-        if (size := len(prompt.text.encode(errors="replace"))) > limits.max_prompt_bytes:
-            text = f"the prompt has {size} bytes; at most {limits.max_prompt_bytes}"
-            raise Refusal(text, "prompt_too_large")
 
 
 def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
@@ -219,7 +204,15 @@ class Prepared(Struct, frozen=True, eq=False):
     def answers(self) -> Iterator[tuple[labs.Inputs, labs.Generation]]:
         """Yield what each answer is computed from, `n` of them for each prompt."""
         for inputs, choice in itertools.product(self.inputs, range(self.request.n)):
-            yield inputs, seeded_choice(self.generation, choice)
+            yield inputs, self.generation_of(inputs, choice)
+
+    def generation_of(self, inputs: labs.Inputs, choice: int) -> labs.Generation:
+        """Return the options of one answer: with a seed of its own, in the context that is left."""
+        generation, limit = seeded_choice(self.generation, choice), self.model.context_length
+        left = 2**20 if limit is None else limit - len(inputs.input_ids)
+        if not self.request.within_context or left >= generation.max_new_tokens:
+            return generation
+        return replace(generation, max_new_tokens=max(1, left))
 
     def constraints(self) -> tuple[labs_typed.Constraint, ...]:
         """Return what keeps one answer to the response_format; each answer needs its own."""
@@ -265,7 +258,13 @@ def _build(
         prompt = filled(prompt, config)
         messages, sources = labs_rag.with_passages(config.documents, context.encoder, model, prompt)
         prompt = replace(prompt, prompt=None, messages=messages) if sources else prompt
-    inputs = build(config, model, prompt)
+    try:
+        inputs = build(config, model, prompt)
+        if (limit := model.context_length) is not None and len(inputs.input_ids) >= limit:
+            raise labs.too_long(limit, len(inputs.input_ids))
+    except labs.PromptTooLong as error:
+        error.param = "prompt" if prompt.messages is None else "messages"
+        raise
     if context.filters is not None:
         context.filters.check_inputs(inputs, ids=prompt.ids is not None)
     return inputs, sources

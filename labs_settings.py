@@ -26,7 +26,7 @@ __all__ = [  # what labs.py re-exports
     "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "ModelError",
     "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization", "ResponseCache",
     "Router", "RouterRule", "Seconds", "Seed", "Server", "Setting", "Stop", "Strict", "Temperature",
-    "TokenId", "TopLogprobs", "evolve", "reason", "settings",
+    "TokenId", "TopLogprobs", "evolve", "reason", "settings", "too_long",
 ]
 # fmt: on
 log = logging.getLogger("labs")
@@ -61,7 +61,21 @@ class InputError(LabsError):
 
 
 class PromptTooLong(InputError):
-    """Prompt and answer do not fit the model's context."""
+    """Prompt and answer do not fit the model's context. param: what holds the prompt, if known."""
+
+    param: str | None = None
+
+
+def too_long(limit: int, tokens: int, new: int = 0) -> PromptTooLong:
+    """Return the refusal in OpenAI's words, by which clients know it. new: tokens asked for."""
+    told = (
+        f"This model's maximum context length is {limit} tokens. However, the prompt has {tokens}"
+    )
+    if tokens >= limit or not new:
+        return PromptTooLong(f"{told}: shorten it")
+    return PromptTooLong(
+        f"{told} and max_new_tokens is {new}: shorten the prompt or ask for fewer tokens"
+    )
 
 
 class GenerationError(LabsError):
@@ -232,7 +246,7 @@ class Server(Strict, frozen=True, kw_only=True):
         4 * 2**20
     )
     max_prompt_bytes: Annotated[int, doc("Bytes of a prompt at most.", ge=1, le=2**30)] = 2**20
-    max_choices: Annotated[int, doc("Choices (n) at most.", ge=1, le=128)] = 8
+    max_choices: Annotated[int, doc("Choices (n) of a prompt at most.", ge=1, le=128)] = 8
     max_connections: Annotated[int, doc("Open connections at most.", ge=16, le=100_000)] = 1000
     requests_per_minute: Annotated[
         Annotated[int, Meta(ge=1, le=10**9)] | None, doc("Requests a key may make.")
@@ -249,6 +263,8 @@ class Server(Strict, frozen=True, kw_only=True):
     keep_alive_s: Annotated[
         Seconds | None, doc("Seconds until an idle model is let go [default: never].")
     ] = None
+    max_prompts: Annotated[int, doc("Prompts of a request at most.", ge=1, le=100_000)] = 64
+    connection_idle_s: Annotated[Seconds, doc("Seconds until an idle connection is closed.")] = 75.0
 
 
 class ResponseCache(Strict, frozen=True, kw_only=True):

@@ -253,9 +253,7 @@ def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> di
         ids = [list(encode(option)["input_ids"]) for option in options]
     longest, limit = len(inputs.input_ids) + max(map(len, ids)), model.context_length
     if limit is not None and longest > limit:
-        raise labs.PromptTooLong(
-            f"prompt and option have {longest} tokens: the context holds {limit}"
-        )
+        raise labs.too_long(limit, longest)
     prompt, ends = list(inputs.input_ids), list(model.eos_token_ids)
     probabilities = option_probabilities(model.decoder, prompt, ids, ends)
     return dict(zip(options, probabilities, strict=True))

@@ -28,6 +28,9 @@ import schemathesis.checks
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from openai.types import chat
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 from schemathesis.specs.openapi import checks as openapi_checks
 from waitress import wasyncore
 
@@ -45,6 +48,12 @@ WAIT_S = 20  # what a test waits at most for what should come at once
 A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]
+MESSAGES: dict[str, Any] = {
+    "system": chat.ChatCompletionSystemMessageParam,
+    "developer": chat.ChatCompletionDeveloperMessageParam,
+    "user": chat.ChatCompletionUserMessageParam,
+    "assistant": chat.ChatCompletionAssistantMessageParam,
+}
 BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "hi"},
     "/generate/stream": {"prompt": "hi"},
@@ -100,7 +109,7 @@ class Fake:
 
     def status(self) -> labs_engine.Status:
         numbers = dict.fromkeys(("running", "waiting", "steps", "halvings", "failures"), 0)
-        numbers |= {"max_rows": 2, "max_waiting": 2, "response_cache_hits": 0}
+        numbers |= {"max_rows": 4, "max_waiting": 4, "response_cache_hits": 0}
         state = {"cache_usage": 0.0, "idle_s": 0.0, "alive": True, "closing": False}
         return labs_engine.Status(**numbers | state | self.doing)
 
@@ -241,7 +250,7 @@ BAD_JSON = {
     "single quotes": b"{'prompt': 'a'}",
     "invalid UTF-8": b'{"prompt": "\xff"}',
     "UTF-16": '{"prompt": "a"}'.encode("utf-16"),
-    "a byte order mark": b'\xef\xbb\xbf{"prompt": "a"}',
+    "two byte order marks": b'\xef\xbb\xbf\xef\xbb\xbf{"prompt": "a"}',
     "a lone surrogate": b'{"prompt": "\\ud800"}',
     "a control character": b'{"prompt": "a\nb"}',
     "NaN": b'{"prompt": "a", "temperature": NaN}',
@@ -286,8 +295,13 @@ WRONG = [
     (CHAT, '"messages": []', "messages"),
     (CHAT, '"messages": null', "messages"),
     (CHAT, '"messages": [{"role": "tool", "content": "a"}]', "messages[0].role"),
-    (CHAT, '"messages": [{"role": "user"}]', "content"),
-    (CHAT, '"messages": [{"role": "user", "content": "a", "name": "x"}]', "messages[0].name"),
+    (CHAT, '"messages": [{"role": "user"}]', "messages[0].content"),
+    (CHAT, '"messages": [{"role": "system", "content": null}]', "messages[0].content"),
+    (CHAT, '"messages": [{"role": "user", "content": "a", "name": 5}]', "messages[0].name"),
+    (CHAT, '"metadata": "a"', "metadata"),
+    (COMPLETIONS, '"user": 5', "user"),
+    (CHAT, '"seed": -2', "seed"),
+    (COMPLETIONS, '"max_tokens": -2', "max_tokens"),
     (
         CHAT,
         '"messages": [{"role": "user", "content": [{"type": "image_url"}]}]',
@@ -434,21 +448,103 @@ def test_all_choices_are_let_go_when_one_cannot_be_taken(fake: Fake) -> None:
 # ---------------------------------------------------------------- what is asked reaches the engine
 
 
-ODD = {"best_of": 2, "suffix": "x", "echo": True, "store": True, "metadata": {"a": "b"}}
+ODD = {"best_of": 2, "min_tokens": 3, "reasoning_effort": "high", "add_generation_prompt": False}
+EFFECT = {
+    *labs_openai.ChatRequest.__struct_fields__,
+    *labs_openai.CompletionRequest.__struct_fields__,
+}
+HINTS = {
+    "cache_prompt": True,
+    "metadata": {"a": "b"},
+    "parallel_tool_calls": False,
+    "priority": 3,
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "explicit"},
+    "prompt_cache_retention": "24h",
+    "request_id": "r",
+    "safety_identifier": "s",
+    "service_tier": "flex",
+    "store": True,
+    "user": "u",
+}
 
 
-@pytest.mark.parametrize("name", sorted(labs_openai.REFUSED))
-def test_what_is_not_implemented_is_refused_by_name(site: Site, name: str) -> None:
-    path = CHAT if name in labs_openai.ChatRequest.__struct_fields__ else COMPLETIONS
+@pytest.mark.parametrize(
+    ("params", "kind"),
+    [
+        (chat_params.CompletionCreateParamsBase, labs_openai.ChatRequest),
+        (completion_params.CompletionCreateParamsBase, labs_openai.CompletionRequest),
+    ],
+)
+def test_every_field_of_openais_own_client_is_known_here(params: Any, kind: Any) -> None:
+    known = {*kind.__struct_fields__, *labs_openai.NEUTRAL, *labs_openai.Hints.__struct_fields__}
+    assert params.__annotations__.keys() <= known
+
+
+def test_every_field_of_openais_messages_is_known_here() -> None:
+    roles = ("system", "developer", "user", "assistant")
+    fields = {name for role in roles for name in MESSAGES[role].__annotations__}
+    assert fields <= {*labs_openai.ChatMessage.__struct_fields__}
+    part = chat.ChatCompletionContentPartTextParam.__annotations__
+    assert part.keys() <= {*labs_openai.TextPart.__struct_fields__, "type"}
+
+
+def test_no_field_is_in_two_of_the_tables() -> None:
+    tables = [EFFECT, {*labs_openai.NEUTRAL}, {*labs_openai.Hints.__struct_fields__}]
+    assert sum(map(len, tables)) == len(set.union(*tables))
+    assert tables[2] == {*HINTS}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("name", HINTS)
+def test_a_hint_changes_nothing_whatever_it_says(site: Site, path: str, name: str) -> None:
+    plain = site.post(path, BODIES[path]).json
+    hinted = site.post(path, {**BODIES[path], name: HINTS[name]}).json
+    assert hinted["choices"] == plain["choices"]
+    (first, *how), (second, *same) = site.engine.asked
+    assert (first, how) == (second, same)
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        (COMPLETIONS, {"best_of": 3, "n": 3}),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}),
+        (CHAT, {"functions": [{"name": "f"}], "function_call": "none"}),
+    ],
+)
+def test_what_another_field_makes_ask_for_nothing_is_taken(
+    site: Site, path: str, sent: Any
+) -> None:
+    assert site.post(path, {**BODIES[path], **sent}).status_code == 200
+    for name, rest in ((name, {k: v for k, v in sent.items() if k != name}) for name in sent):
+        if rest.keys() & {"best_of", "tools", "functions"}:
+            error = error_of(site.post(path, {**BODIES[path], **rest}), 400)
+            assert (error["code"], error["param"]) == ("unsupported", next(iter(rest))), name
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("name", ["seed", "max_tokens", "top_k"])
+def test_minus_one_is_no_choice_of_its_own(fake: Fake, path: str, name: str) -> None:
+    generation = labs.Generation(max_new_tokens=9, seed=5, top_k=7)
+    site = Site(fake, configured(generation=generation))
+    assert site.post(path, {**BODIES[path], name: -1}).status_code == 200
+    assert fake.generation == labs.evolve(generation, **({"top_k": 0} if name == "top_k" else {}))
+    error_of(site.post("/generate", {"prompt": "a", name: -1}), 400)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("name", labs_openai.NEUTRAL)
+def test_what_is_not_implemented_is_refused_by_name(site: Site, name: str, path: str) -> None:
     error = error_of(site.post(path, {**BODIES[path], name: ODD.get(name, ["odd"])}), 400)
     assert (error["code"], error["param"]) == ("unsupported", name)
     assert not site.engine.asked
 
 
-@pytest.mark.parametrize("name", sorted(labs_openai.REFUSED))
-def test_a_value_that_asks_for_nothing_is_taken(site: Site, name: str) -> None:
-    path = CHAT if name in labs_openai.ChatRequest.__struct_fields__ else COMPLETIONS
-    for value in (None, *labs_openai.NEUTRAL.get(name, ())):
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("name", labs_openai.NEUTRAL)
+def test_a_value_that_asks_for_nothing_is_taken(site: Site, name: str, path: str) -> None:
+    for value in (None, *labs_openai.NEUTRAL[name]):
         assert site.post(path, {**BODIES[path], name: value}).status_code == 200, value
 
 
@@ -550,6 +646,76 @@ def test_completions_take_texts_and_tokens(site: Site, prompt: Any, expected: li
     assert [choice["index"] for choice in answer["choices"]] == [*range(len(expected))]
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": None},
+        {},
+        {"content": []},
+        {"content": ""},
+        {"content": None, "tool_calls": []},
+        {"content": None, "function_call": None, "refusal": None, "audio": None},
+        {"content": "", "annotations": [{"type": "url_citation"}], "reasoning_content": None},
+        {"content": [{"type": "text", "text": "", "cache_control": {"type": "ephemeral"}}]},
+    ],
+)
+def test_an_assistants_turn_may_be_empty_however_that_is_written(site: Site, turn: Any) -> None:
+    messages = [*HELLO, {"role": "assistant", **turn}, {"role": "user", "content": "ho"}]
+    assert site.post(CHAT, {"messages": messages}).status_code == 200
+    expected = "<bos><|user|>hi<end><|assistant|><end><|user|>ho<end><|assistant|>"
+    assert site.engine.asked[0][0].prompt == expected
+
+
+def test_a_refusal_is_what_the_assistant_said(site: Site) -> None:
+    for turn in (
+        {"content": None, "refusal": "no"},
+        {"content": [{"type": "refusal", "refusal": "no"}]},
+    ):
+        site.post(CHAT, {"messages": [*HELLO, {"role": "assistant", **turn}]})
+        assert "<|assistant|>no<end>" in site.engine.asked.pop()[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tool_calls", [{"id": "1", "type": "function"}]),
+        ("function_call", {"name": "f", "arguments": "{}"}),
+        ("audio", {"id": "1"}),
+        ("reasoning_content", "so"),
+    ],
+)
+def test_what_a_message_needs_and_is_not_done_is_refused_by_name(
+    site: Site, name: str, value: Any
+) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "a", name: value}]
+    error = error_of(site.post(CHAT, {"messages": messages}), 400)
+    assert (error["code"], error["param"]) == ("unsupported", f"messages[1].{name}")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/generate"])
+def test_a_name_goes_to_templates_that_read_it_and_changes_no_other(
+    site: Site, tiny: labs.Model, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {"messages": [{**HELLO[0], "name": "Ada"}, {"role": "assistant", "content": "a"}]}
+    assert site.post(path, named).status_code == 200
+    assert "Ada" not in site.engine.asked.pop()[0].prompt
+    reading = "{% for m in messages %}{{ m.name ~ ': ' if m.name is defined }}{{ m.content }};"
+    reading += "{% endfor %}"
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", reading)
+    assert site.post(path, named).status_code == 200
+    assert site.engine.asked.pop()[0].prompt == "Ada: hi;a;"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/generate"])
+def test_the_context_and_nothing_else_bounds_the_number_of_messages(site: Site, path: str) -> None:
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant")] * 600
+    assert site.post(path, {"messages": turns[:1000]}).status_code == 200
+    parts = [{"type": "text", "text": "a"}] * 700
+    assert site.post(CHAT, {"messages": [{"role": "user", "content": parts}]}).status_code == 200
+    error = error_of(site.post(path, {"messages": turns * 4}), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
 def test_messages_go_through_the_template(site: Site) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
@@ -570,6 +736,52 @@ def test_messages_go_through_the_template(site: Site) -> None:
 def test_generate_can_do_without_the_template(site: Site, toggles: Any, expected: str) -> None:
     site.post("/generate", {"prompt": "hi", **toggles})
     assert site.engine.asked[0][0].prompt == expected
+
+
+CONTEXT = 4096
+
+
+@pytest.mark.parametrize(
+    ("path", "tokens"), [(CHAT, 4096), (CHAT, 8192), (COMPLETIONS, 4095), (COMPLETIONS, 2**20)]
+)
+def test_openais_endpoints_answer_with_what_is_left_of_the_context(
+    site: Site, path: str, tokens: int
+) -> None:
+    assert site.post(path, {**BODIES[path], "max_tokens": tokens}).status_code == 200
+    inputs, generation, _ = site.engine.asked[0]
+    assert generation.max_new_tokens == CONTEXT - len(inputs.input_ids)
+
+
+def test_each_prompt_has_what_it_leaves_itself(site: Site) -> None:
+    site.post(COMPLETIONS, {"prompt": [[97] * 4000, [97] * 10], "max_tokens": 200})
+    assert [generation.max_new_tokens for _, generation, _ in site.engine.asked] == [96, 200]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "a" * 4200}], "max_tokens": 1},
+            "messages",
+        ),
+        (COMPLETIONS, {"prompt": "a" * 4200}, "prompt"),
+        (COMPLETIONS, {"prompt": [97] * 4096}, "prompt"),
+        ("/generate", {"messages": [{"role": "user", "content": "a" * 4200}]}, "messages"),
+        ("/generate", {"prompt": "a" * 4200}, "prompt"),
+        ("/choose", {"prompt": "a" * 4200, "options": ["a", "b"]}, "prompt"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused_in_the_words_that_clients_know(
+    site: Site, path: str, body: Any, param: str
+) -> None:
+    error = error_of(site.post(path, body), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert re.match(
+        r"This model's maximum context length is 4096 tokens\. However, the prompt has 4\d\d\d",
+        error["message"],
+    )
+    assert not site.engine.asked
 
 
 # ---------------------------------------------------------------- answers
@@ -613,7 +825,7 @@ def test_a_chat_tells_log_probabilities(site: Site) -> None:
     first, broken = choice["logprobs"]["content"]
     rival = {"token": "a", "logprob": -0.1, "bytes": [97]}
     assert first == {"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": [rival]}
-    assert broken["bytes"] is None
+    assert (broken["token"], broken["bytes"]) == ("bytes:\\xc3", [0xC3])
 
 
 def test_completions_tell_log_probabilities(site: Site) -> None:
@@ -925,7 +1137,11 @@ def test_openais_client_frees_the_row_when_it_closes_a_stream(
     ("kind", "code", "sent"),
     [
         (openai.BadRequestError, "unsupported", {"tools": [{"type": "function"}]}),
-        (openai.BadRequestError, "context_length_exceeded", {"max_tokens": 4096}),
+        (
+            openai.BadRequestError,
+            "context_length_exceeded",
+            {"messages": [{**HELLO[0], "content": "a" * 5000}]},
+        ),
         (openai.BadRequestError, "invalid_value", {"logit_bias": {"4000": 1}}),
         (openai.NotFoundError, "model_not_found", {"model": "other"}),
     ],
@@ -934,7 +1150,7 @@ def test_openais_client_raises_its_own_errors(
     sdk: openai.OpenAI, kind: Any, code: str, sent: Any
 ) -> None:
     with pytest.raises(kind) as caught:
-        sdk.chat.completions.create(messages=HELLO, **{**SDK, **sent})  # type: ignore[call-overload]
+        sdk.chat.completions.create(**{"messages": HELLO, **SDK, **sent})  # type: ignore[call-overload]
     assert caught.value.code == code
 
 
@@ -1318,7 +1534,7 @@ def test_usage_counts_each_prompt_once_streamed_and_whole(site):
 def test_too_many_prompts_are_refused_before_any_is_tokenised(site, monkeypatch):
     monkeypatch.setattr(labs, "build_inputs", lambda *_, **__: pytest.fail("tokenised"))
     refused = site.post("/v1/completions", {"prompt": ["a"] * 5000})
-    assert (refused.status_code, refused.json["error"]["param"]) == (400, "n")
+    assert (refused.status_code, refused.json["error"]["param"]) == (400, "prompt")
 
 
 def test_more_token_ids_than_the_context_holds_are_refused_before_they_are_decoded(site):

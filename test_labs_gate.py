@@ -17,6 +17,7 @@ import pytest
 import labs
 import labs_engine
 import labs_gate
+import labs_request
 import test_labs
 import test_labs_api
 from test_labs_api import BODIES, CHAT, KEYS, PUBLIC, Fake, Site, configured, error_of, log_lines
@@ -103,6 +104,72 @@ def test_options_ask_for_no_key_and_do_nothing(fake: Fake, path: str) -> None:
     assert response.status_code == 200
     assert "allow" in response.headers
     assert not response.content
+
+
+# ---------------------------------------------------------------- how much one request may be
+
+
+def asking(*prompts: Any, n: int = 1) -> labs_request.Request:
+    found = [
+        labs_request.Prompt(prompt=each) if isinstance(each, str) else each for each in prompts
+    ]
+    return labs_request.Request(prompts=tuple(found), n=n)
+
+
+def said(*texts: str) -> labs_request.Prompt:
+    return labs_request.Prompt(messages=tuple(labs.Message(role="user", content=t) for t in texts))
+
+
+LIMITS = labs.Server(max_choices=4, max_prompts=3, max_prompt_bytes=3)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "param", "words"),
+    [
+        (asking("a", n=5), "invalid_value", "n", "5 choices of a prompt are asked for; at most 4"),
+        (asking(*"abcd"), "invalid_value", "prompt", "4 prompts are asked for; at most 3"),
+        (asking("abcd"), "prompt_too_large", None, "the prompt has 4 bytes; at most 3"),
+        (asking("a", "üü"), "prompt_too_large", None, "has 4 bytes"),
+        (asking(said("ab", "c")), "prompt_too_large", None, "has 4 bytes"),
+    ],
+)
+def test_a_request_over_the_limits_is_refused(
+    request_: labs_request.Request, code: str, param: str | None, words: str
+) -> None:
+    with pytest.raises(labs_request.Refusal, match=words) as caught:
+        labs_gate.check_sizes(LIMITS, request_)
+    assert (caught.value.code, caught.value.param) == (code, param)
+
+
+def test_as_much_as_the_limits_is_taken() -> None:
+    labs_gate.check_sizes(LIMITS, asking("abc", "abc", "abc", n=4))
+
+
+def test_too_large_a_prompt_is_not_looked_at(fake: Fake) -> None:
+    site = Site(fake, configured(guard=labs.Guard(deny=("hi",)), max_prompt_bytes=3))
+    assert error_of(site.post("/generate", {"prompt": "hi hi"}), 400)["code"] == "prompt_too_large"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {**BODIES[CHAT], "n": 3}, "n"),
+        ("/v1/completions", {"prompt": ["a", "b", "c"]}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, "n"),
+    ],
+)
+def test_more_answers_than_there_will_ever_be_room_for_are_no_matter_of_waiting(
+    fake: Fake, path: str, body: Any, param: str
+) -> None:
+    fake.doing = {"max_rows": 1, "max_waiting": 1}
+    site = Site(fake, configured())
+    response = site.post(path, body)
+    error = error_of(response, 400)
+    assert error["param"] == param
+    assert {"max_batch_rows", "max_waiting"} <= {*re.findall(r"\w+", error["message"])}
+    assert "retry-after" not in response.headers
+    fake.doing = {"max_rows": 2, "max_waiting": 2}
+    assert site.post(path, body).status_code == 200
 
 
 HOSTS = [

@@ -165,38 +165,6 @@ def test_messages_may_come_as_dicts_from_any_iterable() -> None:
         assert prompt == Prompt(messages=(user("a"),))
 
 
-LIMITS = labs.Server(max_choices=4, max_prompt_bytes=3)
-
-
-@pytest.mark.parametrize(
-    ("request_", "code", "param", "words"),
-    [
-        (changed(n=5), "invalid_value", "n", "5 choices are asked for; at most 4"),
-        (changed(prompts=(Prompt(prompt="a"),) * 3, n=2), "invalid_value", "n", "6 choices"),
-        (asking(prompt="abcd"), "prompt_too_large", None, "the prompt has 4 bytes; at most 3"),
-        (asking(prompt="üü"), "prompt_too_large", None, "has 4 bytes"),
-        (asking(messages=(user("ab"), user("c"))), "prompt_too_large", None, "has 4 bytes"),
-    ],
-)
-def test_too_much_is_refused_by_whoever_sets_limits(
-    request_: Request, code: str, param: str | None, words: str
-) -> None:
-    error = refusal(configured(), request_, limits=LIMITS)
-    assert (error.code, error.param) == (code, param)
-    assert words in str(error)
-    assert checked(configured(), request_).prompts
-
-
-def test_as_much_as_the_limits_is_taken() -> None:
-    request = changed(asking(prompt="abc"), n=4)
-    assert checked(configured(), request, limits=LIMITS) == request
-
-
-def test_too_large_a_prompt_is_not_looked_at() -> None:
-    error = refusal(guarded(deny=("hi",)), asking(prompt="hi hi"), limits=LIMITS)
-    assert error.code == "prompt_too_large"
-
-
 @pytest.mark.parametrize("name", ["other", "auto", ""])
 def test_an_unknown_model_is_refused_with_those_that_are_there(name: str) -> None:
     config = configured(models={"large": configured(model_id="large")})

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What single tokens are: their bytes, a name for each, and where they begin in a text.
+
+    spelling = labs_tokens.Spelling(model)
+    spelling.bytes_of(token)  # b"\\xf0\\x9f" of a token that holds half a character
+    spelling.name_of(token)  # "bytes:\\\\xf0\\\\x9f", as OpenAI writes it
+
+Needs labs.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+import labs
+
+
+class Spelling:
+    """The tokens of one model. Tokens that a text leaves out, such as its end, have no bytes."""
+
+    def __init__(self, model: labs.Model) -> None:
+        self._model, tokenizer = model, model.tokenizer
+        with model.lock:
+            self._steps = _steps_of(tokenizer)
+            added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+            self._added = {i: str(token) for i, token in added.items()}
+            self._silent = {*tokenizer.all_special_ids, *model.eos_token_ids}
+        self._silent |= {i for i, token in added.items() if getattr(token, "special", False)}
+
+    @property
+    def drops_a_space(self) -> bool:
+        """Whether a text loses the space that its first token begins with."""
+        return bool({"Strip", "Metaspace"} & self._steps)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return what the token adds to a text, which may end inside a character."""
+        if token in self._silent:
+            return b""
+        if token in self._added:
+            return self._added[token].encode(errors="replace")
+        with self._model.lock:
+            written = str(self._model.tokenizer.convert_ids_to_tokens(token))
+            decoded = str(self._model.tokenizer.decode([token]))
+        if "ByteLevel" in self._steps and all(char in BYTES for char in written):
+            return bytes(BYTES[char] for char in written)
+        if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", written):
+            return bytes.fromhex(byte[1])
+        if "\u2581" in written:  # sentencepiece's space, which decoding takes from a first word
+            return written.replace("\u2581", " ").encode(errors="replace")
+        return decoded.encode(errors="replace")
+
+    def name_of(self, token: int, taken: Iterable[str] = ()) -> str:
+        """Return the token's text, or its bytes where they are no text; none of those `taken`."""
+        data = self.bytes_of(token)
+        with self._model.lock:
+            text = str(self._model.tokenizer.decode([token]))
+        shown = data.decode(errors="replace") or text
+        escaped = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data or text.encode())
+        names = (escaped if "\ufffd" in shown else shown, escaped, f"token_id:{token}")
+        return next(name for name in names if name not in taken)
+
+
+class Places:
+    """Where the tokens of one answer begin in its text, in characters; fed in their order."""
+
+    def __init__(self, model: labs.Model) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._model, self._read, self._first = model, 0, True
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        return Spelling(self._model)
+
+    def take(self, token: int) -> tuple[int, bytes]:
+        """Return where the next token begins, and its bytes in this text."""
+        place, data = self._read, self.spelling.bytes_of(token)
+        if self._first and data and self.spelling.drops_a_space:
+            data = data.removeprefix(b" ")
+        self._first &= not data
+        self._read += len(self._decoder.decode(data))
+        return place, data
+
+
+def _steps_of(tokenizer: Any) -> set[str]:
+    """Return the kinds of steps by which a tokenizer makes text of its tokens."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return set()
+    found: dict[str, Any] = msgspec.json.decode(decoder.__getstate__())
+    return {step["type"] for step in found.get("decoders", [found])}
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for, as GPT-2 has it."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = (byte for byte in range(256) if byte not in plain)
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+BYTES = _bytes_of_letters()
