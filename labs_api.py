@@ -14,8 +14,8 @@
 it. A parameter takes effect or is refused by name. The way of a request: words of HTTP -> `read` ->
 labs_request.check -> `lease`, which waits for the model -> `submit` -> events -> words.
 
-Needs labs_engine.py, labs_gate.py, labs_models.py, labs_openai.py, labs_pages.py and
-labs_request.py with what those need; falcon, prometheus-client.
+Needs labs_engine.py, labs_gate.py, labs_meters.py, labs_models.py, labs_openai.py, labs_pages.py,
+labs_request.py and labs_tokens.py with what those need; falcon, prometheus-client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import itertools
 import logging
 import math
 import queue
-import sys
 import threading
 import time
 import weakref
@@ -37,11 +36,11 @@ import falcon
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
 
 import labs
 import labs_engine
 import labs_gate
+import labs_meters
 import labs_models
 import labs_openai
 import labs_pages
@@ -52,6 +51,7 @@ log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
 PING_S = 15.0  # proxies close what is silent for longer
 LOADING_S = 1.0  # how often a stream tells that its model is still being loaded
+PATHS = ("cache_dir", "model_name")  # settings that name files of the server: its operator's matter
 OK = b": ok\n\n"  # lets the headers go while the prompt is read
 S = TypeVar("S", bound=Struct)
 Shown = Callable[[labs.Event], list[labs.Event]]
@@ -151,7 +151,7 @@ class Answers:
         self,
         name: str,
         prepared: labs_request.Prepared,
-        meters: labs_gate.Meters,
+        meters: labs_meters.Meters,
         began: float,
         gone: Callable[[], bool],
     ) -> None:
@@ -267,7 +267,7 @@ class Service:
         registry: CollectorRegistry,
     ) -> None:
         self.config, self.models = config, models
-        self.meters = labs_gate.Meters(registry)
+        self.meters = labs_meters.Meters(registry)
         self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
         held = (self.context.filters, self.context.encoder)  # may hold models of their own
@@ -290,6 +290,9 @@ class Service:
         self.gone(req)
         if (req.content_type or "").partition(";")[0].strip().lower() != "application/json":
             raise labs_gate.Problem(415, "the body must be application/json", "not_json")
+        if (coding := req.get_header("Content-Encoding") or "identity").lower() != "identity":
+            text = f"Content-Encoding: {coding} is not read here: send the body as it is"
+            raise labs_gate.Problem(415, text, "unsupported_encoding", "Content-Encoding")
         if (req.content_length or 0) > (limit := self.config.server.max_body_bytes):
             raise labs_gate.Problem(413, f"the body has more than {limit} bytes", "body_too_large")
         return labs_openai.read(req.bounded_stream.read(), kind)
@@ -560,7 +563,8 @@ class Generate(Resource):
             sources = dict.fromkeys(service.context.configs[lease.name].sources, "server")
             sources |= dict.fromkeys(request.options, "request")
             found = labs_request.explain(prepared.model, inputs, generation, sources)
-        resp.data = labs_gate.dumps(found)
+        shown = {name: each for name, each in found.settings.items() if name not in PATHS}
+        resp.data = labs_gate.dumps(msgspec.structs.replace(found, settings=shown))
 
     def on_post_stream(self, req: falcon.Request, resp: falcon.Response) -> None:
         frames = functools.partial(self._frames, req)
@@ -695,23 +699,8 @@ class Metrics(Resource):
         resp.data = generate_latest(self.service.meters.registry)
 
     def collect(self) -> Iterator[Any]:
-        """Yield what the engines tell of themselves at this moment."""
         engines = self.service.models.loaded()
-        yield from labs_gate.engine_metrics({name: each.status() for name, each in engines.items()})
-        memory = GaugeMetricFamily("labs_gpu_memory_bytes", "Memory of the GPU", labels=["kind"])
-        for kind, size in gpu_memory().items():
-            memory.add_metric([kind], size)
-        yield memory
-
-
-def gpu_memory() -> dict[str, int]:
-    """Return the bytes of CUDA's memory by kind; nothing where there is none."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    return {"allocated": allocated, "reserved": reserved, "free": free, "total": total}
+        return labs_meters.engine_metrics({name: each.status() for name, each in engines.items()})
 
 
 # ---------------------------------------------------------------- the routes, described once
@@ -755,18 +744,17 @@ def create_app(
     """
     quotas = quotas or labs_gate.quotas_of(config)
     service = Service(config, models, quotas.tokens, registry or CollectorRegistry())
-    app = falcon.App(middleware=[labs_gate.Gate(config, quotas.requests)])
-    if config.server.allow_origins:
-        origins = config.server.allow_origins
-        app.add_middleware(falcon.CORSMiddleware("*" if "*" in origins else origins))
+    app = falcon.App(middleware=labs_gate.middleware(config, quotas.requests))
     table = routes(service)
     for route in table:
         suffix = {"suffix": route.suffix} if route.suffix else {}
         app.add_route(route.path, route.resource, **suffix)
     secured, error = bool(config.api_keys), labs_openai.Error
     document = labs_pages.openapi(table, error, labs.__version__, secured=secured)
-    for path, page in labs_pages.pages(document).items():
+    pages = labs_pages.pages(document)
+    for path, page in pages.items():
         app.add_route(path, page)
+    app.add_sink(labs_gate.not_found((*document["paths"], *pages)), "/")
     app.add_error_handler(Exception, answer_error)
     app.add_error_handler(falcon.HTTPError, answer_error)  # else Falcon's own comes first
     return app

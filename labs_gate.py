@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may ask, how much, and what is told of it: hosts, keys, quotas, log lines, meters.
+"""Who may ask, how much, and what the log tells of it: hosts, origins, keys, quotas, limits.
 
 A refusal is a `Problem`: a status, a sentence, a code. Each protocol writes it in its own words;
-nothing here knows one. Needs labs_engine.py and labs_request.py; falcon,
-prometheus-client.
+nothing here knows one. Needs labs_engine.py and labs_request.py; falcon.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import falcon
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 import labs
 import labs_engine
@@ -152,11 +149,15 @@ class Gate:
         req.context.began, req.context.created = time.perf_counter(), int(time.time())
         resp.set_header("X-Request-Id", req.context.id)
         resp.set_header("X-Content-Type-Options", "nosniff")
-        host = re.sub(r":\d+$", "", req.get_header("Host") or "").lower()
-        if self._hosts is not None and host not in self._hosts:
-            raise Problem(
-                421, f"the host {host!r} is not served: see server.allowed_hosts", "wrong_host"
-            )
+        req.path = req.path.rstrip("/") or "/"
+        if req.method == "HEAD":  # the same as GET; what answers leaves the body out
+            req.method, req.context.head = "GET", True
+        host = re.sub(r":\d+$", "", req.get_header("Host") or "").lower().removesuffix(".")
+        # No browser sends HTTP/1.0, so no page of another host can be behind it.
+        old = "HTTP_HOST" not in req.env and req.env.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        if self._hosts is not None and host not in self._hosts and not old:
+            text = f"the host {host!r} is not served: see server.allowed_hosts"
+            raise Problem(421, text, "wrong_host")
 
     def process_resource(
         self, req: falcon.Request, resp: falcon.Response, resource: Any, params: dict[str, Any]
@@ -181,8 +182,43 @@ class Gate:
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool
     ) -> None:
+        if getattr(req.context, "head", False):
+            req.method = "HEAD"
         if resp.stream is None and not getattr(resource, "quiet", False):
             log_request(req, falcon.http_status_to_code(resp.status))
+
+
+class Cors(falcon.CORSMiddleware):
+    """Falcon's, for [server] allow_origins; caches keep answers to several origins apart."""
+
+    def __init__(self, server: labs.Server) -> None:
+        origins = "*" if "*" in server.allow_origins else server.allow_origins
+        super().__init__(origins, expose_headers=("X-Request-Id", "Retry-After"))
+
+    def process_response(
+        self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool
+    ) -> None:
+        super().process_response(req, resp, resource, req_succeeded)
+        if self.allow_origins != "*":
+            resp.append_header("Vary", "Origin")
+
+
+def middleware(config: labs.Config, requests: Quota) -> list[Any]:
+    """Return what each request passes through. requests: of an owner."""
+    server = config.server
+    return [Gate(config, requests), *([Cors(server)] if server.allow_origins else [])]
+
+
+def not_found(paths: Collection[str]) -> Callable[..., None]:
+    """Return a sink that refuses all paths but these, and names them."""
+
+    def refuse(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
+        asked, known = req.path, ", ".join(paths)
+        meant = next((path for path in paths if path.endswith(asked) or asked.endswith(path)), None)
+        hint = f"; did you mean {meant}?" if meant and meant != "/" else ""
+        raise Problem(404, f"there is no path {asked!r} here, only {known}{hint}", "not_found")
+
+    return refuse
 
 
 def log_request(req: falcon.Request, status: int) -> None:
@@ -198,73 +234,6 @@ def log_request(req: falcon.Request, status: int) -> None:
         **(req.context.record or {}),
     }
     log.info("%s", json.dumps(line))
-
-
-# ---------------------------------------------------------------- what is told of requests
-
-
-LABEL = ("model_name",)  # of what is told for each model
-
-
-class Meters:
-    """What /metrics tells of requests, under vLLM's names with labs_ for vllm:."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        waits = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
-        gaps = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
-
-        def seconds(name: str, text: str, buckets: tuple[float, ...] = waits) -> Histogram:
-            return Histogram(
-                f"labs_{name}_seconds", text, LABEL, registry=registry, buckets=buckets
-            )
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"labs_{name}", text, (*LABEL, *labels), registry=registry)
-
-        self.first = seconds("time_to_first_token", "From the request to its first text")
-        self.gap = seconds("inter_token_latency", "From one piece of text to the next", gaps)
-        self.whole = seconds("e2e_request_latency", "From the request to its end")
-        self.queued = seconds("request_queue_time", "From being taken in to a row of its own")
-        self.prompt = counter("prompt_tokens", "Prompt tokens")
-        self.cached = counter("prefix_cache_hits", "Prompt tokens not computed again")
-        self.generated = counter("generation_tokens", "Generated tokens")
-        self.success = counter("request_success", "Answers", "finished_reason")
-        names, text = ("rule", "side"), "Times that a rule of [guard] masked or refused"
-        self.guard = Counter("labs_guard", text, names, registry=registry)
-
-    def acted(self, rule: str, side: str) -> None:
-        self.guard.labels(rule, side).inc()
-
-    def done(self, name: str, event: labs.Done, seconds: float) -> None:
-        self.success.labels(name, event.finish_reason).inc()
-        self.prompt.labels(name).inc(event.usage.prompt_tokens)
-        self.cached.labels(name).inc(event.usage.cached_tokens)
-        self.generated.labels(name).inc(event.usage.completion_tokens)
-        self.queued.labels(name).observe(event.timings.queue_s)
-        self.whole.labels(name).observe(seconds)
-
-
-def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
-    """Yield what engines tell of themselves at this moment, by the names of their models."""
-    for kind, name, text, field in ENGINE_METRICS:
-        family = kind(f"labs_{name}", text, labels=LABEL)
-        for model, status in statuses.items():
-            family.add_metric([model], float(getattr(status, field)))
-        yield family
-
-
-ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (
-    (GaugeMetricFamily, "num_requests_running", "Requests with a row", "running"),
-    (GaugeMetricFamily, "num_requests_waiting", "Requests that wait for a row", "waiting"),
-    (GaugeMetricFamily, "kv_cache_usage_perc", "Share of the slots in use, 0 to 1", "cache_usage"),
-    (GaugeMetricFamily, "batch_rows", "Rows that may run at once", "max_rows"),
-    (GaugeMetricFamily, "engine_alive", "Whether the engine's thread runs", "alive"),
-    (CounterMetricFamily, "response_cache_hits", "Answers not made anew", "response_cache_hits"),
-    (CounterMetricFamily, "steps", "Decode steps", "steps"),
-    (CounterMetricFamily, "out_of_memory", "Steps halved as memory ran out", "halvings"),
-    (CounterMetricFamily, "engine_failures", "Forward passes that failed", "failures"),
-)
 
 
 # ---------------------------------------------------------------- where it listens

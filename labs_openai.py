@@ -27,6 +27,7 @@ import labs_tokens
 from labs_request import Refusal
 
 S = TypeVar("S", bound=Struct)
+TokenIds = tuple[labs.TokenId, ...]
 
 
 # ---------------------------------------------------------------- what comes in
@@ -108,16 +109,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/completions/create, always without template"""
 
-    prompt: (
-        str
-        | Annotated[
-            tuple[
-                str | Annotated[int, Meta(ge=0)] | tuple[Annotated[int, Meta(ge=0)], ...],
-                ...,
-            ],
-            Meta(min_length=1),
-        ]
-    )
+    prompt: str | Annotated[tuple[str | labs.TokenId | TokenIds, ...], Meta(min_length=1)]
     logprobs: labs.TopLogprobs | None = None
 
 
@@ -315,8 +307,7 @@ class Endpoint:
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return the generation settings that the body names; null names none."""
         names = {*labs.Generation.__struct_fields__} - {"stop", "logprobs"}
-        found = {name: getattr(body, name) for name in names & given.keys()}
-        found = {name: value for name, value in found.items() if value is not None}
+        found = {k: v for k in names & given.keys() if (v := getattr(body, k)) is not None}
         if body.max_tokens is not None:
             found["max_new_tokens"] = body.max_tokens
         if body.stop is not None:

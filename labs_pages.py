@@ -27,8 +27,9 @@ class StaticPage:
         self._data, self._type, self._policy = data, content_type, policy
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        if not req.env.get("PATH_INFO"):  # mounted, and asked for without the slash at the end
-            raise falcon.HTTPMovedPermanently(f"{req.root_path}/")  # addresses are relative
+        asked = req.env.get("PATH_INFO", "")  # addresses in a page are relative
+        if not asked or asked.rstrip("/") not in (asked, ""):  # mounted, or with a slash too many
+            raise falcon.HTTPMovedPermanently(f"{req.root_path}{req.path}")
         resp.data, resp.content_type = self._data, self._type
         resp.set_header("Content-Security-Policy", self._policy)
         resp.set_header("Referrer-Policy", "no-referrer")

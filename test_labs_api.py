@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import itertools
 import json
@@ -357,6 +358,40 @@ def test_a_content_type_may_name_a_charset(site: Site) -> None:
     assert site.post("/generate", {"prompt": "a"}, Content_Type=kind).status_code == 200
 
 
+def test_a_byte_order_mark_before_the_json_is_passed_over(site: Site) -> None:
+    for path, body in BODIES.items():
+        data = b"\xef\xbb\xbf" + json.dumps(body).encode()
+        assert site.post(path, data).status_code == 200
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "deflate, gzip", "GZIP"])
+def test_a_packed_body_is_refused_by_the_name_of_its_packing(site: Site, coding: str) -> None:
+    body = gzip.compress(json.dumps({"prompt": "a"}).encode())
+    error = error_of(site.post("/generate", body, Content_Encoding=coding), 415)
+    assert (error["code"], error["param"]) == ("unsupported_encoding", "Content-Encoding")
+    assert f"Content-Encoding: {coding}" in error["message"]
+    assert site.post("/generate", {"prompt": "a"}, Content_Encoding="identity").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/explain", "/generate", CHAT])
+def test_no_path_of_the_server_is_told_to_clients(
+    fake: Fake, tmp_path: Any, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = str(tmp_path / "secret")
+    spec = labs.evolve(fake.model.spec, model_name=secret, cache_dir=secret)
+    fake.model = msgspec.structs.replace(fake.model, spec=spec)
+    sources = dict.fromkeys((*GENERATION, "model_name"), f"{secret}/labs.toml [models.tiny]")
+    site = Site(fake, msgspec.structs.replace(configured(), sources=sources, model=spec))
+    monkeypatch.setattr(fake.model.tokenizer, "chat_template", "{{ raise_exception('odd') }}")
+    assert "odd" in error_of(site.post(path, {"messages": HELLO}), 400)["message"]
+    answers = [
+        site.post(path, BODIES[path] | wrong) for wrong in ({}, {"seed": -7}, {"model": "x"})
+    ]
+    answers += [site.post("/explain", {"prompt": "a", "use_chat_template": False})]
+    assert answers[-1].status_code == 200
+    assert not [answer.text for answer in answers if secret in answer.text]
+
+
 def test_a_body_over_the_limit_is_refused(fake: Fake) -> None:
     site = Site(fake, configured(max_body_bytes=1024))
     body = json.dumps({"prompt": "a"}).encode()
@@ -372,7 +407,7 @@ def test_a_prompt_over_the_limit_is_refused(fake: Fake, path: str) -> None:
     assert error_of(small.post(path, body.encode()), 400)["code"] == "prompt_too_large"
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/generate/", "/v1", "/health/../generate"])
+@pytest.mark.parametrize("path", ["/nothing", "/generate/x", "/v1", "/health/../generate"])
 def test_an_unknown_path_is_not_found(site: Site, path: str) -> None:
     error = error_of(site.get(path), 404)
     assert (error["type"], error["code"]) == ("not_found_error", "not_found")
@@ -1274,7 +1309,9 @@ def test_a_body_in_chunks_is_read(live: Live) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        "GET /health HTTP/1.0\r\n",
+        "GET /health HTTP/1.1\r\nConnection: close\r\n",
+        "GET /health HTTP/1.0\r\nHost: evil.com\r\n",
+        "GET /health HTTP/1.0\r\nHost:\r\n",
         "GET /health HTTP/1.1\r\nConnection: close\r\nHost: evil.com\r\n",
         "GET /health HTTP/1.1\r\nConnection: close\r\nHost: localhost\r\nHost: evil.com\r\n",
         "GET http://evil.com/health HTTP/1.1\r\nConnection: close\r\nHost: evil.com\r\n",
@@ -1282,6 +1319,11 @@ def test_a_body_in_chunks_is_read(live: Live) -> None:
 )
 def test_a_request_without_one_known_host_is_refused(live: Live, head: str) -> None:
     assert live.raw(f"{head}\r\n".encode()).split()[1] == b"421"
+
+
+def test_a_client_older_than_hosts_is_answered(live: Live) -> None:
+    head, _, data = live.raw(b"GET /health HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert (head.split()[1], json.loads(data)) == (b"200", {"status": "ok"})
 
 
 def test_the_server_does_not_tell_what_it_is(live: Live) -> None:

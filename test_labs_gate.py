@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 import labs
@@ -146,7 +147,8 @@ def test_as_much_as_the_limits_is_taken() -> None:
 
 
 def test_too_large_a_prompt_is_not_looked_at(fake: Fake) -> None:
-    site = Site(fake, configured(guard=labs.Guard(deny=("hi",)), max_prompt_bytes=3))
+    config = msgspec.structs.replace(configured(max_prompt_bytes=3), guard=labs.Guard(deny=("hi",)))
+    site = Site(fake, config)
     assert error_of(site.post("/generate", {"prompt": "hi hi"}), 400)["code"] == "prompt_too_large"
 
 
@@ -187,6 +189,11 @@ HOSTS = [
     ("localhost:8000@evil.com", 421),
     ("user@localhost", 421),
     ("labs.example.org", 421),
+    ("localhost.", 200),
+    ("LOCALHOST.:8000", 200),
+    ("localhost..", 421),
+    ("evil.com.", 421),
+    (".", 421),
 ]
 
 
@@ -204,6 +211,7 @@ def test_only_known_hosts_are_served(site: Site, path: str, host: str, status: i
     [
         (("Labs.Example.org",), "labs.example.org:443", 200),
         (("Labs.Example.org",), "localhost", 200),
+        (("Labs.Example.org",), "labs.example.org.", 200),
         (("Labs.Example.org",), "evil.com", 421),
         (("*",), "evil.com", 200),
     ],
@@ -234,6 +242,81 @@ def test_only_allowed_origins_may_read(fake: Fake, origin: str, allowed: bool) -
     assert response.status_code == 200
     assert ("access-control-allow-origin" in response.headers) == allowed
     assert ("authorization" in response.headers.get("access-control-allow-headers", "")) == allowed
+
+
+@pytest.mark.parametrize("origin", [ORIGIN, "https://evil.com", None])
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/nothing"])
+def test_answers_to_one_of_several_origins_are_kept_apart(
+    fake: Fake, path: str, origin: str | None
+) -> None:
+    site = Site(fake, configured(*KEYS, allow_origins=(ORIGIN, "https://b.example")))
+    response = site.get(path, **({} if origin is None else {"Origin": origin}))
+    assert response.headers["vary"] == "Origin"
+    shown = response.headers.get("access-control-expose-headers")
+    assert shown == ("X-Request-Id, Retry-After" if origin == ORIGIN else None)
+
+
+def test_any_origin_needs_no_keeping_apart(fake: Fake) -> None:
+    site = Site(fake, configured(allow_origins=("*",)))
+    assert "vary" not in site.get("/health", Origin=ORIGIN).headers
+
+
+@pytest.mark.parametrize("path", [*PUBLIC, "/v1/models", "/v1/models/tiny", "/metrics"])
+def test_head_answers_as_get_does_without_a_body(
+    site: Site, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    got, found = site.get(path), site.ask("HEAD", path)
+    assert found.status_code == got.status_code == 200
+    assert found.content == b""
+    assert found.headers["content-type"] == got.headers["content-type"]
+    if path != "/metrics":
+        assert found.headers["content-length"] == str(len(got.content))
+    assert {line["method"] for line in log_lines(caplog)} <= {"GET", "HEAD"}
+    assert [line["method"] for line in log_lines(caplog)][1:] in ([], ["HEAD"])
+
+
+def test_head_asks_for_the_same_key_and_for_no_answer(fake: Fake) -> None:
+    site = Site(fake, configured(*KEYS))
+    assert site.ask("HEAD", "/v1/models").status_code == 401
+    assert site.ask("HEAD", "/nothing").status_code == 404
+    assert site.ask("HEAD", "/generate", Authorization=RIGHT).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/health/", "/v1/models/", "/v1/models/tiny/", "/metrics//"])
+def test_a_slash_at_the_end_changes_no_path(site: Site, path: str) -> None:
+    assert site.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_slash_at_the_end_changes_no_endpoint(site: Site, path: str) -> None:
+    assert site.post(f"{path}/", BODIES[path]).status_code == 200
+
+
+def test_a_page_whose_addresses_are_relative_is_sent_for_without_the_slash(site: Site) -> None:
+    response = site.get("/docs/")
+    assert (response.status_code, response.headers["location"]) == (301, "/docs")
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/completions/", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/generate", "/generate"),
+        ("/v1/embeddings", None),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_which_are(
+    site: Site, path: str, meant: str | None
+) -> None:
+    for response in (site.post(path, {}), site.get(path), site.ask("PUT", path)):
+        error = error_of(response, 404)
+        assert (error["type"], error["code"]) == ("not_found_error", "not_found")
+        assert {*BODIES, *PUBLIC} <= {*re.findall(r"[^\s,;?]+", error["message"])}
+        assert (f"did you mean {meant}?" in error["message"]) == (meant is not None)
 
 
 @pytest.mark.parametrize(

@@ -236,9 +236,9 @@ def test_masks_are_put_into_every_prompt_and_nothing_else_changes() -> None:
 
 def test_without_filters_and_documents_a_context_has_none() -> None:
     config = configured(models={"large": configured(model_id="large")})
-    context = labs_request.open_context(config, limits=LIMITS)
+    context = labs_request.open_context(config)
     assert [*context.configs] == ["tiny", "large"]
-    assert (context.limits, context.filters, context.encoder) == (LIMITS, None, None)
+    assert (context.filters, context.encoder) == (None, None)
 
 
 def test_filters_tell_whoever_opens_the_context() -> None:
