@@ -50,6 +50,7 @@ import labs_tokens
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
 PING_S = 15.0  # proxies close what is silent for longer
+DOUBT_S = 0.5  # the same to a client that sends no more: only a write tells whether it has left
 LOADING_S = 1.0  # how often a stream tells that its model is still being loaded
 PATHS = ("cache_dir", "model_name")  # settings that name files of the server: its operator's matter
 OK = b": ok\n\n"  # lets the headers go while the prompt is read
@@ -153,7 +154,7 @@ class Answers:
         prepared: labs_request.Prepared,
         meters: labs_meters.Meters,
         began: float,
-        gone: Callable[[], bool],
+        gone: Callable[[], bool | None],
     ) -> None:
         self.name, self._meters, self._began, self._gone = name, meters, began, gone
         self.model = msgspec.structs.replace(prepared.model, decoder=None)  # holds no weights
@@ -175,9 +176,9 @@ class Answers:
         silent = time.perf_counter()
         while len(self.dones) < len(choices):
             ticket, events = self._next()
-            if self._gone():
+            if gone := self._gone():
                 raise ClientGone
-            if not events and time.perf_counter() - silent > PING_S:
+            if not events and time.perf_counter() - silent > (DOUBT_S if gone is None else PING_S):
                 silent = time.perf_counter()
                 yield None
             for event in events:
@@ -278,9 +279,9 @@ class Service:
 
     # ------------------------------------------------------------ before there is a model
 
-    def gone(self, req: falcon.Request) -> Callable[[], bool]:
-        """Return waitress's probe; raise if the client left while its request waited for us."""
-        gone: Callable[[], bool] = req.env.get("waitress.client_disconnected", lambda: False)
+    def gone(self, req: falcon.Request) -> Callable[[], bool | None]:
+        """Return labs_wire's probe; raise if the client left while its request waited for us."""
+        gone: Callable[[], bool | None] = req.env.get("waitress.client_disconnected", lambda: False)
         if gone():
             raise ClientGone
         return gone
@@ -757,6 +758,18 @@ def create_app(
     app.add_sink(labs_gate.not_found((*document["paths"], *pages)), "/")
     app.add_error_handler(Exception, answer_error)
     app.add_error_handler(falcon.HTTPError, answer_error)  # else Falcon's own comes first
+    return app
+
+
+def refusing_app(config: labs.Config) -> falcon.App[Any, Any]:
+    """Return an app that answers all requests with the Problem in environ["labs.problem"]."""
+
+    def refuse(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
+        raise req.env["labs.problem"]
+
+    app = falcon.App(middleware=labs_gate.middleware(config, labs_gate.Quota(None)))
+    app.add_sink(refuse, "/")
+    app.add_error_handler(Exception, answer_error)
     return app
 
 

@@ -4,7 +4,7 @@
     labs_serve.serve(labs.load_config())                   # until SIGTERM or Ctrl-C
     labs_serve.make_server(app, config).run()              # any WSGI app, labs' own mounted in it
 
-Needs labs_api.py with what that needs, and waitress.
+Needs labs_api.py with what that needs, and labs_wire.py with waitress.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-import weakref
+import wsgiref.util
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +26,7 @@ import labs_gate
 import labs_models
 
 ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
-SENDING_S = 30.0  # what a client may take to send one request
+HEAD_BYTES = 32_768
 
 
 def threads_for(config: labs.Config) -> int:
@@ -42,6 +42,8 @@ def make_server(app: Any, config: labs.Config) -> Any:
     labs.require("waitress")
     from waitress.server import create_server
 
+    import labs_wire
+
     server = config.server
     waiting = create_server(
         app,
@@ -51,16 +53,17 @@ def make_server(app: Any, config: labs.Config) -> Any:
         channel_request_lookahead=1,  # sees who hangs up while its request runs
         asyncore_use_poll=True,  # select() dies at 1,024 descriptors
         connection_limit=server.max_connections,
-        channel_timeout=30,
+        channel_timeout=server.connection_idle_s,
         cleanup_interval=5,
         max_request_body_size=server.max_body_bytes + 2**20,  # above ours, which answers in JSON
-        max_request_header_size=32_768,
+        max_request_header_size=HEAD_BYTES,
         outbuf_high_watermark=2**20,
         clear_untrusted_proxy_headers=True,
         ident=None,
     )
     waiting.adj.socket_options = _socket_options()
-    _cut_slow_senders(waiting)
+    waiting.channel_class = labs_wire.channel_class(_refuser(config))
+    labs_wire.cut_slow_senders(waiting)
     return waiting
 
 
@@ -86,22 +89,27 @@ def _socket_options() -> list[tuple[int, int, int]]:
     ]
 
 
-def _cut_slow_senders(server: Any) -> None:
-    """Close connections that take longer than SENDING_S to send one request.
+def _refuser(config: labs.Config) -> Callable[[Any], Any]:
+    """Return what answers the requests that waitress refuses, in the words of the app."""
+    app = labs_api.refusing_app(config)
 
-    waitress's channel_timeout begins anew with every byte.
-    """
-    begun: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
-    maintenance = server.maintenance
+    def refuse(request: Any) -> tuple[str, list[tuple[str, str]], bytes]:
+        status, text = request.error.code, request.error.body
+        code, told = {
+            400: ("bad_request", f"this is no request of HTTP/1.1: {text}"),
+            413: ("body_too_large", f"the body has more than {config.server.max_body_bytes} bytes"),
+            431: ("head_too_large", f"the headers have more than {HEAD_BYTES} bytes"),
+            501: ("not_implemented", text),
+        }.get(status, ("failed", "The server failed at this request; its log tells more."))
+        environ = {"labs.problem": labs_gate.Problem(status, told, code)}
+        environ |= {"HTTP_ORIGIN": request.headers["ORIGIN"]} if "ORIGIN" in request.headers else {}
+        environ |= {"REQUEST_METHOD": "POST", "PATH_INFO": getattr(request, "path", "/")}
+        wsgiref.util.setup_testing_defaults(environ)
+        begun: list[Any] = []
+        body = b"".join(app(environ, lambda *head: begun.append(head)))
+        return (*begun[0][:2], body)
 
-    def maintain(now: float) -> None:
-        maintenance(now)
-        for channel in list(server.active_channels.values()):
-            part = channel.request
-            if part is not None and not channel.requests:
-                channel.will_close |= now - begun.setdefault(part, now) > SENDING_S
-
-    server.maintenance = maintain
+    return refuse
 
 
 def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
