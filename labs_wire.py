@@ -46,6 +46,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     task_class = Answer
     answer: Any = None  # the latest
+    close_when_flushed: bool = False
     ended_s: float | None = None  # when the client said that it sends no more, by time.monotonic
     refused_s: float | None = None  # when what it sent was refused, by time.time
 
