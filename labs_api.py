@@ -186,7 +186,7 @@ class Answers:
                     raise event.error
                 silent = now = time.perf_counter()
                 if isinstance(event, labs.Done):
-                    self._end(choices[ticket], event)
+                    event = self._end(choices[ticket], event)
                 elif last[ticket]:
                     self._meters.gap.labels(self.name).observe(now - last[ticket])
                 else:
@@ -202,11 +202,15 @@ class Answers:
             return -1, []
         return ticket, self._shown[ticket](event)
 
-    def _end(self, choice: int, done: labs.Done) -> None:
+    def _end(self, choice: int, done: labs.Done) -> labs.Done:
+        if done.fingerprint is not None:  # a folder's name is its operator's matter
+            shown = msgspec.structs.replace(done.fingerprint, model=self.name)
+            done = msgspec.structs.replace(done, fingerprint=shown)
         self.dones.append(done)
         self._meters.done(self.name, done, time.perf_counter() - self._began)
         if done.finish_reason == "content_filter":  # its row may not have ended
             self._answers[choice].close()
+        return done
 
     def record(self) -> dict[str, Any]:
         """Return what the log tells of the answers."""

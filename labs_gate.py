@@ -188,7 +188,7 @@ class Gate:
             log_request(req, falcon.http_status_to_code(resp.status))
 
 
-class Cors(falcon.CORSMiddleware):
+class Cors(falcon.CORSMiddleware[Any, Any]):
     """Falcon's, for [server] allow_origins; caches keep answers to several origins apart."""
 
     def __init__(self, server: labs.Server) -> None:

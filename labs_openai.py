@@ -62,10 +62,9 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def text(self) -> str:
         """What was said: an assistant's turn may be empty, or a refusal."""
-        if isinstance(self.content, str):
-            return self.content
-        parts = [p.text if isinstance(p, TextPart) else p.refusal for p in self.content or ()]
-        return "".join(parts) or self.refusal or ""
+        parts = (TextPart(self.content),) if isinstance(self.content, str) else self.content or ()
+        said = (part.text if isinstance(part, TextPart) else part.refusal for part in parts)
+        return "".join(said) + (self.refusal or "")
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -425,7 +424,9 @@ class Chat(Endpoint):
         content = [
             {
                 **entry(each.token, each.logprob, places.take(each.token)[1]),
-                "top_logprobs": [entry(*top, spelling.bytes_of(top[0])) for top in each.top],
+                "top_logprobs": [
+                    entry(i, logprob, spelling.bytes_of(i)) for i, logprob in each.top
+                ],
             }
             for each in found
         ]
@@ -461,9 +462,9 @@ class Completions(Endpoint):
     def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any]:
         rivals: list[dict[str, float]] = []
         for each in found:
-            rivals.append(named := {})
+            rivals.append({})
             for token, logprob in each.top:
-                named[places.spelling.name_of(token, named)] = logprob
+                rivals[-1][places.spelling.name_of(token, rivals[-1])] = logprob
         return {
             "tokens": [places.spelling.name_of(each.token) for each in found],
             "token_logprobs": [each.logprob for each in found],

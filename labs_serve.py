@@ -101,13 +101,14 @@ def _refuser(config: labs.Config) -> Callable[[Any], Any]:
             431: ("head_too_large", f"the headers have more than {HEAD_BYTES} bytes"),
             501: ("not_implemented", text),
         }.get(status, ("failed", "The server failed at this request; its log tells more."))
-        environ = {"labs.problem": labs_gate.Problem(status, told, code)}
+        environ: dict[str, Any] = {"labs.problem": labs_gate.Problem(status, told, code)}
         environ |= {"HTTP_ORIGIN": request.headers["ORIGIN"]} if "ORIGIN" in request.headers else {}
         environ |= {"REQUEST_METHOD": "POST", "PATH_INFO": getattr(request, "path", "/")}
         wsgiref.util.setup_testing_defaults(environ)
         begun: list[Any] = []
-        body = b"".join(app(environ, lambda *head: begun.append(head)))
-        return (*begun[0][:2], body)
+        start: Any = lambda *head: begun.extend(head)  # noqa: E731
+        body = b"".join(app(environ, start))
+        return begun[0], begun[1], body
 
     return refuse
 

@@ -69,7 +69,7 @@ class PromptTooLong(InputError):
 def too_long(limit: int, tokens: int, new: int = 0) -> PromptTooLong:
     """Return the refusal in OpenAI's words, by which clients know it. new: tokens asked for."""
     told = (
-        f"This model's maximum context length is {limit} tokens. However, the prompt has {tokens}"
+        f"This model's maximum context length is {limit} tokens. However, the prompt has {tokens} "
     )
     if tokens >= limit or not new:
         return PromptTooLong(f"{told}: shorten it")

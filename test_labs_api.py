@@ -40,6 +40,7 @@ import labs_api
 import labs_engine
 import labs_models
 import labs_openai
+import labs_request
 import labs_serve
 import test_labs
 
@@ -614,6 +615,165 @@ def test_generate_takes_every_generation_setting(site: Site, path: str, name: st
     changes = msgspec.convert({name: GENERATION[name]}, labs.Generation, strict=False)
     assert site.engine.generation == changes
     assert changes != labs.Generation()
+
+
+NO_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}
+READING = "{% for m in messages %}{{ m.role ~ (m.name or '') ~ m.content }};{% endfor %}"
+READING += "{{ add_generation_prompt }}"
+BOTH = {
+    **{k: v for k, v in GENERATION.items() if k in labs_openai.OpenAIRequest.__struct_fields__},
+    **{"model": "other", "max_tokens": 3, "n": 2, "stream": True, "stream_options": {}},
+}
+SCHEMA = {"schema": {"type": "object"}}
+FORMAT = {"type": "json_schema", "json_schema": SCHEMA}
+PART = {"type": "text", "text": "hi"}
+TURN = {"role": "assistant", "content": ""}
+
+
+def within(path: str, *keys: Any) -> Callable[[Any], Any]:
+    """Return a function that puts fields where `keys` lead to in a body of `path`."""
+    body = {
+        "format": {"messages": HELLO, "response_format": FORMAT},
+        "options": {"messages": HELLO, "stream": True, "stream_options": {}},
+        "part": {"messages": [{"role": "user", "content": [PART]}]},
+        "refusal": {"messages": [{**TURN, "content": [{"type": "refusal", "refusal": "a"}]}]},
+        "turn": {"messages": [TURN]},
+        "message": {"messages": HELLO},
+    }.get(path, BODIES.get(path))
+
+    def put(fields: dict[str, Any]) -> dict[str, Any]:
+        copied: Any = json.loads(json.dumps(body))
+        place = functools.reduce(lambda inner, key: inner[key], keys, copied)
+        place.update(fields)
+        return dict(copied)
+
+    return put
+
+
+# (struct, endpoint, body, fields with a value that is heard, fields without effect: hints)
+HEARD: list[tuple[Any, str, Any, dict[str, Any], dict[str, Any]]] = [
+    (
+        labs_request.GenerateRequest,
+        "/generate",
+        within("/generate"),
+        {
+            **{**GENERATION, "model": "other", "prompt": "ho", "response_format": NO_SCHEMA},
+            **{"documents": True, "messages": HELLO, "use_chat_template": False},
+            "add_generation_prompt": False,
+        },
+        {},
+    ),
+    (
+        labs_api.ChooseRequest,
+        "/choose",
+        within("/choose"),
+        {
+            **{"model": "other", "prompt": "ho", "options": ["a", "c"], "messages": HELLO},
+            **{"use_chat_template": False, "add_generation_prompt": False},
+        },
+        {},
+    ),
+    (
+        labs_openai.ChatRequest,
+        CHAT,
+        within(CHAT),
+        {
+            **{**BOTH, "messages": [TURN], "documents": True, "max_completion_tokens": 3},
+            **{"logprobs": True, "top_logprobs": 1, "response_format": NO_SCHEMA},
+        },
+        {},
+    ),
+    (
+        labs_openai.CompletionRequest,
+        COMPLETIONS,
+        within(COMPLETIONS),
+        {**BOTH, "prompt": "ho", "logprobs": 1},
+        {},
+    ),
+    (
+        labs_openai.ChatMessage,
+        CHAT,
+        within("turn", "messages", 0),
+        {
+            **{"role": "user", "content": "a", "name": "Ada", "refusal": "no"},
+            **{name: ["odd"] for name in labs_openai.NEUTRAL_OF_MESSAGE},
+        },
+        {"annotations": [{"type": "url_citation"}]},
+    ),
+    (
+        labs_openai.TextPart,
+        CHAT,
+        within("part", "messages", 0, "content", 0),
+        {"text": "ho"},
+        {"prompt_cache_breakpoint": {"mode": "explicit"}, "cache_control": {"type": "ephemeral"}},
+    ),
+    (
+        labs_openai.RefusalPart,
+        CHAT,
+        within("refusal", "messages", 0, "content", 0),
+        {"refusal": "b"},
+        {},
+    ),
+    (
+        labs_openai.StreamOptions,
+        CHAT,
+        within("options", "stream_options"),
+        {"include_usage": True},
+        {"include_obfuscation": True},
+    ),
+    (
+        labs_request.ResponseFormat,
+        CHAT,
+        within("format", "response_format"),
+        {"type": "json_object", "json_schema": NO_SCHEMA["json_schema"]},
+        {},
+    ),
+    (
+        labs_request.JsonSchema,
+        CHAT,
+        within("format", "response_format", "json_schema"),
+        {"schema": {"type": "nothing"}},
+        {"name": "a", "description": "b", "strict": False},
+    ),
+    (
+        labs.Message,
+        "/generate",
+        within("message", "messages", 0),
+        {"role": "system", "content": "ho", "name": "Ada"},
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "put", "heard", "hints"), HEARD, ids=[each[0].__name__ for each in HEARD]
+)
+def test_every_field_of_a_request_is_heard_or_listed_as_a_hint(
+    tiny: labs.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    path: str,
+    put: Any,
+    heard: dict[str, Any],
+    hints: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", READING)
+
+    def outcome(fields: dict[str, Any]) -> Any:
+        site = Site(fake := Fake(tiny), configured())
+        asked = list[Any]()
+        monkeypatch.setattr(fake, "call", lambda ask: asked.append(ask.args[1:]) or {"a": 0.5})
+        answer = site.post(path, put(fields), X_Request_Id="one")
+        text = re.sub(r'"created":\d+|"[a-z_]+_s":[^,}]+', "", answer.text)
+        return answer.status_code, answer.headers["content-type"], text, asked or fake.asked
+
+    assert heard.keys() | hints.keys() == {*kind.__struct_fields__}
+    plain = outcome({})
+    assert plain[0] == 200
+    for name, value in heard.items():
+        assert outcome({name: value}) != plain, name
+    for name, value in hints.items():
+        assert outcome({name: value}) == plain, name
 
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
