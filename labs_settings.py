@@ -68,14 +68,11 @@ class PromptTooLong(InputError):
 
 def too_long(limit: int, tokens: int, new: int = 0) -> PromptTooLong:
     """Return the refusal in OpenAI's words, by which clients know it. new: tokens asked for."""
-    told = (
-        f"This model's maximum context length is {limit} tokens. However, the prompt has {tokens} "
-    )
+    told = f"This model's maximum context length is {limit} tokens. However, the prompt has "
     if tokens >= limit or not new:
-        return PromptTooLong(f"{told}: shorten it")
-    return PromptTooLong(
-        f"{told} and max_new_tokens is {new}: shorten the prompt or ask for fewer tokens"
-    )
+        return PromptTooLong(f"{told}{tokens} tokens: shorten it")
+    rest = f"{tokens} tokens and max_new_tokens is {new}: shorten it or ask for fewer tokens"
+    return PromptTooLong(told + rest)
 
 
 class GenerationError(LabsError):

@@ -552,7 +552,7 @@ def test_a_choice_needs_two_different_texts(tiny, options):
 
 
 def test_a_choice_beyond_the_context_is_refused(tiny):
-    with pytest.raises(labs.PromptTooLong, match="context holds"):
+    with pytest.raises(labs.PromptTooLong, match="maximum context length is"):
         labs_typed.choose(tiny, ask(tiny), ["a", "b" * 5000])
 
 
