@@ -39,7 +39,7 @@ def threads_for(config: labs.Config) -> int:
 
 def make_server(app: Any, config: labs.Config) -> Any:
     """Return waitress, listening."""
-    labs.require("waitress")
+    labs.require("waitress", "labs_wire")
     from waitress.server import create_server
 
     import labs_wire

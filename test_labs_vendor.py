@@ -36,7 +36,7 @@ ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CORE = ["labs.py", "labs_decode.py", "labs_loop.py", "labs_settings.py"]
-API = ["api", "engine", "gate", "models", "openai", "pages", "request"]
+API = ["api", "engine", "gate", "meters", "models", "openai", "pages", "request", "tokens"]
 API = [*CORE, *(f"labs_{room}.py" for room in API)]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
