@@ -8,6 +8,8 @@ import gc
 import itertools
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +90,22 @@ def refused_by(found: labs_guard.Filters, text: str) -> str:
 
 
 # ---------------------------------------------------------------- rules
+
+
+SEARCH_LONG_TEXTS = """
+import labs_guard
+for filling in ("a", "0", "0 ", "a@", "a.", "a@a.", "+1", "(0", "1-", "4111 ", ". ", " "):
+    for text in (filling * 10_000, "a@" + filling * 10_000 + "!"):
+        list(labs_guard.SENTENCE_END.finditer(text))
+        for rule in labs_guard.PII.values():
+            rule(text), rule.final_up_to(text)
+"""
+
+
+def test_our_own_patterns_take_no_longer_than_in_proportion_to_a_text() -> None:
+    command = [sys.executable, "-c", SEARCH_LONG_TEXTS]
+    root = Path(labs_guard.__file__).parent
+    subprocess.run(command, cwd=root, check=True, timeout=60)  # quadratic: many minutes
 
 
 EMAILS = [

@@ -44,6 +44,7 @@ needs_minilm = pytest.mark.skipif(
 RIVERS = (
     "# Rivers\n\n## Seine\n\nThe Seine runs through Paris.\n\n## Elbe\n\nThe Elbe passes Hamburg."
 )
+ROOT = Path(labs_rag.__file__).parent
 QUESTION = "Which river runs through Paris?"
 
 
@@ -163,6 +164,19 @@ def test_a_heading_with_nothing_under_it_is_not_lost(text: str) -> None:
 
 def test_a_line_that_begins_with_a_hash_is_no_heading_in_a_text() -> None:
     assert chunked("# A\ntext", markdown=False) == [("", "# A\ntext")]
+
+
+CUT_LONG_LINES = """
+import labs_rag
+for filling in (" ", "\\t", "#", " #", "# ", "`", "~", "a", "a ", "\\n", "# a "):
+    for text in ("# a{}", "# {}a #", "{}b"):
+        list(labs_rag.chunk(text.format(filling * 50_000)))
+"""
+
+
+def test_cutting_takes_no_longer_than_in_proportion_to_a_line() -> None:
+    command = [sys.executable, "-c", CUT_LONG_LINES]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)  # quadratic: many minutes
 
 
 # ---------------------------------------------------------------- indexing

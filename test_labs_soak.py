@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import re
@@ -22,6 +23,18 @@ import labs
 CLIENTS, NEW = 64, 24
 SECONDS = float(os.environ.get("LABS_SOAK_S", "60"))
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Show each thread's stack only where the run hangs: pytest would after a fixed time."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        terminal = os.fdopen(os.dup(2), "w")
+    with terminal:
+        faulthandler.dump_traceback_later(SECONDS + 600, file=terminal)
+        yield
+        faulthandler.cancel_dump_traceback_later()
 
 
 def body(client: int) -> dict[str, Any]:
