@@ -346,7 +346,7 @@ def _read_toml(path: Path, *, required: bool) -> dict[str, Any]:
     import tomllib
 
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -365,7 +365,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
     from dotenv import dotenv_values
 
     try:
-        values = dotenv_values(path, encoding="utf-8")
+        values = dotenv_values(path, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     foreign = [name for name in values if not name.startswith("LABS_") and name != "HF_TOKEN"]
@@ -376,7 +376,8 @@ def _read_dotenv(path: Path) -> dict[str, str]:
 
 def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines() if file else None
+        path = Path(file).expanduser() if file else None
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"server_api_keys_file = {file}: {reason(error)}") from error
     return labs_settings.api_key_digests(text, lines, file)

@@ -11,14 +11,17 @@ Needs msgspec only; labs.py re-exports what is public here.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import fields, replace
+from msgspec.structs import asdict, fields, replace
 
 # fmt: off
 __all__ = [  # what labs.py re-exports
@@ -27,6 +30,10 @@ __all__ = [  # what labs.py re-exports
     "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization", "ResponseCache",
     "Router", "RouterRule", "Seconds", "Seed", "Server", "Setting", "Stop", "Strict", "Temperature",
     "TokenId", "TopLogprobs", "evolve", "reason", "settings", "too_long",
+]
+GUARDS = [  # whatever is set here to another value than its default lowers a guard
+    "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
+    "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file",
 ]
 # fmt: on
 log = logging.getLogger("labs")
@@ -177,7 +184,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
     def __repr__(self) -> str:
-        shown = {key: value for key, value in _as_dict(self).items() if key != "token"}
+        shown = {key: value for key, value in asdict(self).items() if key != "token"}
         return f"ModelSpec({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
 
@@ -388,6 +395,13 @@ class Setting(Struct, frozen=True):
     environment: str
 
 
+EXAMPLES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+}
+EXAMPLES |= {dict: 'a JSON table as {"5": 1}', RouterRule: 'a JSON table as {"model": "b"}'}
 SECTIONS: dict[str, tuple[type[Struct], ...]] = {
     "generation": (ModelSpec, Generation, Chat),
     "quantization": (Quantization,),
@@ -405,8 +419,8 @@ def settings() -> tuple[Setting, ...]:
     found = []
     for section, parts in SECTIONS.items():
         for field in (field for part in parts for field in fields(part)):
-            description = _description(field.type)
-            if description is None:
+            notes = (note.description for note in getattr(field.type, "__metadata__", ()))
+            if (description := next(filter(None, notes), None)) is None:
                 continue
             own = section in ("generation", "quantization")
             key = field.name if own else f"{section}_{field.name}"
@@ -414,11 +428,6 @@ def settings() -> tuple[Setting, ...]:
             default = None if field.default is msgspec.NODEFAULT else field.default
             found.append(Setting(section, key, field.name, field.type, default, description, name))
     return tuple(found)
-
-
-def _description(kind: object) -> str | None:
-    notes = (note.description for note in getattr(kind, "__metadata__", ()))
-    return next((note for note in notes if note), None)
 
 
 # ---------------------------------------------------------------- checked changes
@@ -436,7 +445,7 @@ def evolve(struct: S, /, **changes: object) -> S:
         return struct
     known = {field.name: field.type for field in fields(struct)}
     checked = {key: _check(key, value, known, "") for key, value in changes.items()}
-    return _build(type(struct), {**_as_dict(struct), **checked})
+    return _build(type(struct), {**asdict(struct), **checked})
 
 
 def _check(key: str, value: object, types: Mapping[str, object], where: str) -> Any:
@@ -446,7 +455,19 @@ def _check(key: str, value: object, types: Mapping[str, object], where: str) -> 
     try:
         return msgspec.convert(value, types[key], str_keys=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}{key} = {_abbreviate(value)}: {error}") from error
+        bad_type = ", got" in str(error) or "Invalid" in str(error)  # else it tells the bound
+        more = f"; write {what_to_write(types[key])}" if bad_type else ""
+        raise ConfigError(f"{where}{key} = {_abbreviate(value)}: {error}{more}") from error
+
+
+def what_to_write(kind: Any) -> str:
+    """Return what a value of this type looks like where a person writes it."""
+    origin, inner = get_origin(kind), [part for part in get_args(kind) if part is not NoneType]
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is tuple:
+        return f"a JSON list in [ ], each {what_to_write(inner[0])}"
+    return EXAMPLES.get(kind) or EXAMPLES.get(origin) or what_to_write(inner[0])
 
 
 def _build(
@@ -456,19 +477,14 @@ def _build(
     try:
         return kind(**values)
     except ValueError as error:
-        places = {
-            place for key, place in (where or {}).items() if key in values and key in str(error)
-        }
-        raise ConfigError(f"{''.join(sorted(places))}{error}") from error
+        told = [key for key in where or {} if key in values and key in str(error)]
+        places = sorted({where[key] for key in told} if where else ())
+        raise ConfigError(f"{''.join(places)}{error}") from error
 
 
 def _abbreviate(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _as_dict(struct: Struct) -> dict[str, Any]:
-    return {field.name: getattr(struct, field.name) for field in fields(struct)}
 
 
 def _instead_of(name: str, known: Iterable[str]) -> str:
@@ -479,6 +495,12 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
         return f": {told}"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _place_of(name: str) -> str:
+    """Return in which section a name belongs that stands in none, or in a wrong one."""
+    found = [s for s in settings() if name in (s.field, s.key, s.environment[5:].lower())]
+    return "".join(f": {s.field} belongs in [{s.section}]" for s in found[:1])
 
 
 # ---------------------------------------------------------------- layers
@@ -504,21 +526,27 @@ def check_sections(tables: Tables, file: str) -> None:
         if section == "default_model" and isinstance(table, str):
             continue
         if section not in (*SECTIONS, "models"):
-            close = _instead_of(section, (*SECTIONS, "models"))
-            raise ConfigError(f"{file}: unknown section [{section}]{close}")
+            close = _instead_of(section, (*SECTIONS, "models")) or _place_of(section)
+            what = f"unknown section [{section}]" if isinstance(table, dict) else section
+            raise ConfigError(f"{file}: {what}{close or ' stands in no section'}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} must be a section, [{section}], not a value")
 
 
 def warn_of_trust(config: Config, found: str | None) -> None:
-    """Warn if trust_remote_code comes from a file that the user did not name.
+    """Warn of each guard that is lowered by a file that the user did not name.
 
     found: the labs.toml that was found in the working directory.
     """
-    trusting = [each for each in (config, *config.models.values()) if each.model.trust_remote_code]
-    for source in dict.fromkeys(each.sources.get("trust_remote_code", "") for each in trusting):
-        if source.endswith(".env") or (found is not None and source.startswith(found)):
-            log.warning("trust_remote_code is on because %s in this folder says so", source)
+    lowered = []
+    for each, s in itertools.product((config, *config.models.values()), settings()):
+        source = each.sources.get(s.key, "")
+        unnamed = source.endswith(".env") or (found is not None and source.startswith(found))
+        value = getattr(each.server if s.section == "server" else each.model, s.field, None)
+        if unnamed and s.key in GUARDS and value not in (s.default, "localhost", "::1"):
+            lowered.append(f"{s.key} = {_abbreviate(value)} because {source}")
+    for line in dict.fromkeys(lowered):
+        log.warning("%s in this folder says so, which lowers a guard", line)
 
 
 def check_routes(config: Config) -> None:
@@ -553,7 +581,8 @@ def _from_text(text: str, kind: Any, source: str) -> object:
             return msgspec.json.decode(text)
         return msgspec.convert(text, kind, strict=False)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        raise ConfigError(f"{source} = {text!r}: {error}") from error
+        why = f"{error}; write {what_to_write(kind)}"
+        raise ConfigError(f"{source} = {_abbreviate(text)}: {why}") from error
 
 
 def _chosen_model(tables: Tables, upper: Layer, file: str) -> str | None:
@@ -605,15 +634,13 @@ def _layer_of(section: str, table: object, label: str) -> Layer:
     keys = {s.field: s.key for s in settings() if s.section == section}
     for key in table:
         if key not in keys:
-            close = _instead_of(key, keys)
+            close = _instead_of(key, keys) or _place_of(key)
             raise ConfigError(f"{label}: unknown key {key!r} in [{section}]{close}")
     return {keys[key]: (value, label) for key, value in table.items()}
 
 
 def api_key_digests(text: str, lines: Iterable[str] | None, file: str | None) -> tuple[str, ...]:
     """Return the sha256 of the keys of LABS_API_KEYS, commas between, and of a file's lines."""
-    import hashlib
-
     keys = [key.strip() for key in text.split(",")]
     if text and not any(keys):
         raise ConfigError("LABS_API_KEYS holds no key")
@@ -647,5 +674,5 @@ def _checked(values: Layer, name: str | None, token: str | None) -> Config:
         guard=build(Guard, "guard"),
         model_id=name or checked.get("model_name", DEFAULT_MODEL),
         sources=sources,
-        **_as_dict(build(Chat, "generation")),
+        **asdict(build(Chat, "generation")),
     )

@@ -602,7 +602,10 @@ WRONG = [
     (TOML, '[quantization]\nquant_method = "int2"', ["labs.toml", "= 'int2'"]),
     (TOML, "[generation]\ndo_sample = true\ntemperature = 0", ["labs.toml", "contradicts"]),
     (TOML, "[generatoin]\ntop_k = 1", ["labs.toml", "[generatoin]", "generation?"]),
-    (TOML, "top_k = 1", ["labs.toml", "top_k"]),
+    (TOML, "top_k = 1", ["labs.toml", "top_k", "belongs in [generation]"]),
+    (TOML, "model = 'a'", ["labs.toml", "model_name belongs in [generation]"]),
+    (TOML, "[server]\nload_in_4bit = true", ["'load_in_4bit'", "belongs in [quantization]"]),
+    (TOML, "[models.a]\nserver_port = 1", ["[models.a]", "port belongs in [server]"]),
     (TOML, "generation = 1", ["labs.toml", "generation", "section"]),
     (TOML, "models = 1", ["labs.toml", "models", "section"]),
     (TOML, 'default_model = "a"\n[generatoin]\ntop_k = 1', ["labs.toml", "[generatoin]"]),
@@ -650,6 +653,65 @@ def test_four_and_eight_bits_from_two_places_are_refused_with_both_named():
     with pytest.raises(labs.ConfigError, match=r"(?=.*labs\.toml)(?=.*LABS_LOAD_IN_8BIT)") as told:
         labs.load_config(env=env)
     assert "BNB" not in str(told.value)  # it is no part of the contradiction
+
+
+SETTINGS = labs.settings()
+each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=[each.key for each in SETTINGS])
+WORDS = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "array": "a JSON list in [ ]",
+    "object": "a JSON table",
+    "string": "a text",
+}
+
+
+@each_setting
+def test_a_setting_of_the_wrong_type_tells_what_to_write(setting):
+    schema = msgspec.json.schema(setting.type)
+    parts = [schema, *schema.get("anyOf", ())]
+    wanted = [WORDS[part["type"]] for part in parts if part.get("type") in WORDS]
+    wanted += [f"one of {part['enum'][0]}" for part in parts if "enum" in part]
+    wanted = [f"; write {word}" for word in wanted] or ["; write one of "]
+
+    def check(**places):
+        with pytest.raises(labs.ConfigError) as caught:
+            labs.load_config(**{"env": {}, **places})
+        assert is_one_sentence(caught.value)
+        assert any(word in str(caught.value) for word in wanted), caught.value
+
+    if wanted != ["; write a text"]:  # which a variable always is
+        check(env={setting.environment: "zebra"})
+        check(overrides={setting.key: "zebra"})
+        write(".env", f"{setting.environment}=zebra\n")
+        check()
+        write(".env", "")
+    write("labs.toml", f"[{setting.section}]\n{setting.field} = 1979-05-27\n")
+    check()
+
+
+@each_setting
+@pytest.mark.parametrize("section", ["", "[response_cache]", "[quantization]", "[router]"])
+def test_a_setting_outside_its_section_is_told_where_it_belongs(setting, section):
+    if section.strip("[]") == setting.section:
+        return
+    write("labs.toml", f"{section}\n{setting.key} = 1\n")
+    with pytest.raises(labs.ConfigError) as caught:
+        labs.load_config(env={})
+    place = f"{setting.field} belongs in [{setting.section}]"
+    assert place in str(caught.value) or "did you mean" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["labs.toml", ".env", "keys"])
+def test_a_byte_order_mark_is_no_part_of_a_file(name):
+    texts = {"labs.toml": "[generation]\ntop_k = 7", ".env": "LABS_TOP_K=7", "keys": "one"}
+    Path(name).write_text(texts[name] + "\n", encoding="utf-8-sig")
+    env = {"LABS_SERVER_API_KEYS_FILE": "keys"} if name == "keys" else {}
+    config = labs.load_config(env=env)
+    digest = hashlib.sha256(b"one").hexdigest()
+    found = config.api_keys if name == "keys" else config.generation.top_k
+    assert found == ((digest,) if name == "keys" else 7)
 
 
 @pytest.mark.parametrize("name", ["labs.toml", ".env"])
@@ -707,6 +769,49 @@ def test_remote_code_allowed_by_a_file_that_nobody_named_warns(files, path, env,
     assert len(warnings) == (named is not None)
     assert all(named in warning for warning in warnings)
     assert config.model.trust_remote_code is (env.get("LABS_TRUST_REMOTE_CODE") != "false")
+
+
+LOWERED = {
+    "server_host": '"0.0.0.0"',
+    "server_insecure": "true",
+    "server_allowed_hosts": '["*"]',
+    "server_allow_origins": '["https://a.example"]',
+    "server_public_metrics": "true",
+    "server_api_keys_file": '"keys"',
+    "use_safetensors": "false",
+    "trust_remote_code": "true",
+}
+
+
+@pytest.mark.parametrize("place", ["labs.toml", ".env", "my.toml", "environment"])
+@pytest.mark.parametrize("key", LOWERED)
+def test_a_guard_lowered_by_a_file_that_nobody_named_is_warned_of(key, place, caplog):
+    write("keys", "one\n")
+    setting = next(each for each in labs.settings() if each.key == key)
+    text, named = LOWERED[key], "my.toml" if place == "my.toml" else None
+    env = {setting.environment: text.strip('"')}
+    if place == ".env":
+        write(".env", f"{setting.environment}={text}\n")
+    elif place != "environment":
+        write(place, f"[{setting.section}]\n{setting.field} = {text}\n")
+    labs.load_config(named, env=env if place == "environment" else {})
+    warnings = [r.getMessage() for r in caplog.records if key in r.getMessage()]
+    assert len(warnings) == (place in ("labs.toml", ".env"))
+    assert all(place in warning and "guard" in warning for warning in warnings)
+
+
+def test_each_model_table_that_lowers_a_guard_is_warned_of(caplog):
+    tables = [f'[models.{n}]\nmodel_name = "m"\nuse_safetensors = false\n' for n in "ab"]
+    write("labs.toml", "".join(tables))
+    labs.load_config(env={})
+    assert len([r for r in caplog.records if "use_safetensors" in r.getMessage()]) == 2
+
+
+def test_what_lowers_no_guard_is_not_warned_of(caplog):
+    keep = "host = 'localhost'\nport = 1\ninsecure = false\nallow_origins = []"
+    write("labs.toml", f"[server]\n{keep}\n[generation]\nuse_safetensors = true\ntop_k = 1\n")
+    labs.load_config(env={})
+    assert caplog.records == []
 
 
 def test_remote_code_allowed_in_a_table_that_is_not_chosen_warns(caplog):
