@@ -395,13 +395,9 @@ class Setting(Struct, frozen=True):
     environment: str
 
 
-EXAMPLES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text in quotes",
-}
-EXAMPLES |= {dict: 'a JSON table as {"5": 1}', RouterRule: 'a JSON table as {"model": "b"}'}
+EXAMPLES = {bool: "true or false", int: "a whole number", float: "a number"}
+EXAMPLES |= {str: "a text in quotes", dict: 'a JSON table as {"5": 1}'}
+EXAMPLES |= {RouterRule: 'a JSON table as {"model": "b"}'}
 SECTIONS: dict[str, tuple[type[Struct], ...]] = {
     "generation": (ModelSpec, Generation, Chat),
     "quantization": (Quantization,),
@@ -527,8 +523,7 @@ def check_sections(tables: Tables, file: str) -> None:
             continue
         if section not in (*SECTIONS, "models"):
             close = _instead_of(section, (*SECTIONS, "models")) or _place_of(section)
-            what = f"unknown section [{section}]" if isinstance(table, dict) else section
-            raise ConfigError(f"{file}: {what}{close or ' stands in no section'}")
+            raise ConfigError(f"{file}: [{section}] is no section{close}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} must be a section, [{section}], not a value")
 
