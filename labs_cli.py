@@ -225,12 +225,15 @@ def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
 
 
 def prepare(session: Session, request: labs_request.Request) -> labs_request.Prepared:
-    """Build the inputs of a checked request and tell which passages of documents are in them."""
+    """Build the inputs of a checked request."""
     context = session.context
-    prepared = labs_request.prepare(context, context.config, session.model, request)
+    return labs_request.prepare(context, context.config, session.model, request)
+
+
+def tell_sources(prepared: labs_request.Prepared) -> None:
+    """Tell which passages of documents are in a prompt."""
     for source in prepared.sources or ():
         tell(f"[{source.n}] {source.path}" + (f"#{source.heading}" if source.heading else ""))
-    return prepared
 
 
 def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[labs.Event]:
@@ -239,6 +242,7 @@ def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[la
     shown = labs_request.shown_events(session.context, inputs, generation)
     only = prepared.constraints()
     events: Any = labs.stream_generate(session.model, inputs, generation, processors=only)
+    tell_sources(prepared)  # of a prompt that fits: a chat asks again with less where it does not
     with contextlib.closing(events):
         for event in itertools.chain.from_iterable(map(shown, events)):
             yield event
@@ -272,6 +276,7 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     config, prepared = session.context.config, prepare(session, request)
     ((inputs, generation),) = prepared.answers()
     constraints = prepared.constraints()
+    tell_sources(prepared)
     completion = labs.generate(session.model, inputs, generation, processors=constraints)
     completion = labs_request.shown(session.context, completion)
     found = msgspec.structs.asdict(completion)
@@ -306,7 +311,9 @@ def choose(
     """Write how likely each of the options is, the likeliest first."""
     import labs_typed
 
-    (inputs,) = prepare(session, request).inputs
+    prepared = prepare(session, request)
+    tell_sources(prepared)
+    (inputs,) = prepared.inputs
     found = labs_typed.choose(session.model, inputs, options)
     ranked = dict(sorted(found.items(), key=lambda each: -each[1]))
     lines = [f"{share:.4f} {option}" for option, share in ranked.items()]
@@ -316,7 +323,9 @@ def choose(
 def explain(session: Session, request: labs_request.Request) -> None:
     """Write the prompt as the model reads it and how it would be answered."""
     sources = session.context.config.sources
-    ((inputs, generation),) = prepare(session, request).answers()
+    prepared = prepare(session, request)
+    tell_sources(prepared)
+    ((inputs, generation),) = prepared.answers()
     told = labs_request.explain(session.model, inputs, generation, sources)
     left = "any number of" if told.context_left is None else told.context_left
     same = "yes" if told.batch_invariant else "not promised for this model on this device"

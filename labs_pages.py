@@ -179,7 +179,8 @@ async function call(path, options) {
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
   panel.open ||= response.status === 401;
-  throw Error((await response.json().catch(() => 0)).error?.message ?? `HTTP ${response.status}`);
+  const { error } = await response.json().catch(() => 0);
+  throw Object.assign(Error(error?.message ?? `HTTP ${response.status}`), { code: error?.code });
 }
 const list = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
   model.replaceChildren(...data.map(({ id }) => new Option(id))); notice.textContent = "";
@@ -191,21 +192,32 @@ async function* events({ body }) {  // the data of each line, however the bytes 
     for (const line of lines.slice(0, -1)) if (line.startsWith("data:")) yield line.slice(5).trim();
   }
 }
+async function fitting(sent, chat, options) {  // without the oldest turns where they do not fit
+  for (const first = sent.messages.length - chat.length; ; sent.messages.splice(first, 2))
+    try { return await call("v1/chat/completions", { ...options, body: JSON.stringify(sent) }); }
+    catch (error) {
+      if (error.code !== "context_length_exceeded" || sent.messages.length < first + 3) throw error;
+    }
+}
 async function ask() {
   const content = text.value, chat = turns, started = performance.now();
   if (request || !content.trim()) return;
   chat.push({ role: "user", content });
   const sent = { stream: true, stream_options: { include_usage: true } };
   if (model.value) sent.model = model.value;  // else the names have not come yet
-  sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : chat;
+  sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : [...chat];
+  const whole = sent.messages.length;
   for (const { valueAsNumber: value, labels } of settings)
     if (isFinite(value)) sent[labels[0].textContent] = value;
   const question = add(log, "article", "user", content), answer = add(log, "article", "model", "");
   let problem = "the connection broke off", notes = [];
   request = new AbortController(); send.textContent = "Stop"; text.value = "";
   try {
-    const options = { method: "POST", body: JSON.stringify(sent), signal: request.signal };
-    for await (const data of events(await call("v1/chat/completions", options))) {
+    const response = await fitting(sent, chat, { method: "POST", signal: request.signal });
+    const dropped = whole - sent.messages.length;
+    if (dropped) notes.push(`the oldest ${dropped} messages did not fit and are left out`);
+    chat.splice(0, dropped);
+    for await (const data of events(response)) {
       if (data === "[DONE]") { problem = ""; break; }
       const { error, choices: [choice] = [], usage } = JSON.parse(data);
       if (error) throw Error(error.message);

@@ -522,7 +522,7 @@ def check_sections(tables: Tables, file: str) -> None:
         if section == "default_model" and isinstance(table, str):
             continue
         if section not in (*SECTIONS, "models"):
-            close = _instead_of(section, (*SECTIONS, "models")) or _place_of(section)
+            close = _place_of(section) or _instead_of(section, (*SECTIONS, "models"))
             raise ConfigError(f"{file}: [{section}] is no section{close}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} must be a section, [{section}], not a value")
