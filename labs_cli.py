@@ -98,30 +98,22 @@ SETTINGS = [setting for setting in labs.settings() if setting.section in SECTION
 ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 ALIASES["documents_database"] = ["--docs"]
 KEYS = [setting.key for setting in SETTINGS]
-# What concerns one prompt only.
-SINGLE = ["prompt", "messages_json", "messages_file", "system", "chat", "stream", "json"]
-SINGLE += ["explain", "schema", "choose"]
-MODES = ("input", "replay", "index", "vendor")  # what is done instead of answering a prompt
+TALK = ["prompt", "messages_json", "messages_file", "system", "config", *KEYS]
+# What is done, and which flags that reads: any other one beside it would have no effect. The first
+# that is given counts; without one a prompt is answered, as text.
+READS = {
+    "vendor": ["rooms", "check"],
+    "show_config": ["config", *KEYS],
+    "input": ["output", "ordered", "batch_rows", *RAY_KEYS, "config", *KEYS],
+    "replay": ["batch_rows", "config", *KEYS],
+    "index": ["config", *KEYS],
+    "explain": TALK,
+    "choose": [*TALK, "json"],
+    "chat": [*TALK[1:], "stream", "verbose", "schema"],
+    "json": [*TALK, "verbose", "schema"],
+}
 # At most one of each row: the others would have no effect.
-RIVALS = (
-    "prompt messages_json messages_file",
-    "chat prompt",
-    "json chat",
-    "json stream",
-    "explain chat",
-    "explain json",
-    "explain stream",
-    "explain schema",
-    "explain verbose",
-    *(f"choose {other}" for other in ("chat", "stream", "explain", "schema", "verbose")),
-    *(f"{mode} {other}" for mode in MODES for other in [*SINGLE, "verbose", "show_config"]),
-    *(f"vendor {other}" for other in ["config", *KEYS]),
-    " ".join(MODES),
-    "rooms check",
-    "replay output",
-    "replay ordered",
-    "ray ordered",
-)
+RIVALS = ("prompt messages_json messages_file", "rooms check", "ray ordered")
 # Each needs one of those after it.
 NEEDS = (
     *("output input", "ordered input", "batch_rows input replay", "ray input", *RAY_NEEDS),
@@ -168,6 +160,16 @@ def read_text(name: str) -> str:
         raise labs.InputError(f"byte {data[exc.start]:#04x} at {where} is not UTF-8") from exc
 
 
+def json_fault(text: str, error: Exception) -> str:
+    """Return what is wrong with JSON, in better words where labs_openai.py is there."""
+    with contextlib.suppress(labs.ConfigError):
+        labs.require("labs_openai")
+        import labs_openai
+
+        return labs_openai.json_fault(text.encode(errors="surrogatepass"), error)
+    return str(error)
+
+
 def read_messages(flags: Values) -> Messages:
     """Return the messages of the flags, that of --system first; the prompt is not among them."""
     text, where = flags["messages_json"], "--messages-json"
@@ -176,7 +178,8 @@ def read_messages(flags: Values) -> Messages:
     try:
         messages = msgspec.json.decode("[]" if text is None else text, type=Messages)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        raise labs.InputError(f"{where}: {exc}; a JSON list of role and content is due") from exc
+        told = json_fault(text or "", exc)
+        raise labs.InputError(f"{where}: {told}; a JSON list of role and content is due") from exc
     if flags["system"] is None:
         return messages
     if any(message.role == "system" for message in messages):
@@ -203,11 +206,16 @@ def read_prompt(flags: Values) -> labs_request.Prompt:
 
 
 def check_flags(flags: Values) -> None:
-    """Refuse two flags of one row of RIVALS, and one without what it belongs to."""
-    for row in RIVALS:
-        names = ["--" + name.replace("_", "-") for name in row.split() if is_given(flags[name])]
+    """Refuse a flag that would have no effect beside another one, or without one."""
+    given = [name for name, value in flags.items() if is_given(value)]
+    done = next((name for name in READS if name in given), None)
+    unread = [name for name in given if done and name not in (done, *READS[done])]
+    rivals = [[name for name in row.split() if name in given] for row in RIVALS]
+    check_needs(flags, () if done else NEEDS)
+    for names in [[done, *unread[:1]], *rivals]:
         if len(names) > 1:
-            raise click.UsageError(f"{' and '.join(names)} exclude each other; give one of them")
+            told = " and ".join(f"--{name.replace('_', '-')}" for name in names if name)
+            raise click.UsageError(f"{told} exclude each other; give one of them")
     check_needs(flags, NEEDS)
 
 
@@ -297,10 +305,12 @@ def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
     """Return what a file with a JSON schema asks for."""
     if name is None:
         return None
+    text = read_text(name)
     try:
-        schema = msgspec.json.decode(read_text(name), type=dict[str, Any])
+        schema = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        raise labs.InputError(f"{name}: {exc}; a JSON schema, as an object, is due") from exc
+        told = json_fault(text, exc)
+        raise labs.InputError(f"{name}: {told}; a JSON schema, as an object, is due") from exc
     wanted = labs_request.JsonSchema(schema=schema)
     return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)
 
@@ -358,7 +368,8 @@ def answer_file(config: labs.Config, flags: Values) -> None:
                 model = load_model(config)
                 return labs_jsonl.answer_lines(model, context, lines, tally, batching)
 
-            labs_jsonl.answer_file(answer, source, target, tally)
+            longest = config.server.max_body_bytes
+            labs_jsonl.answer_file(answer, source, target, tally, longest)
         else:
             labs.require("labs_ray", "ray", "a2wsgi")
             import labs_ray

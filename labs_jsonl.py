@@ -35,6 +35,7 @@ UNFINISHED = {"timeout", "cancelled"}  # the same request may end otherwise in a
 WINDOW = 1024  # lines that are sorted by length together: rows of one length share a batch well
 
 Lines = Iterable[tuple[int | str, bytes]]  # with the number that names a line without an id
+Answer = Callable[[Lines], Iterable[bytes]]
 
 
 class Line(labs_request.GenerateRequest, frozen=True, kw_only=True):
@@ -60,9 +61,8 @@ class Batching(Struct, frozen=True, kw_only=True):
 class Task(Struct, eq=False):
     """One line on its way, with a completion for each row that has ended.
 
-    order: its place among the tasks of a run. repeated: what the answer repeats of the request.
-    endpoint: OpenAI's that the line names. seeds: how many rows have a seed of their own. missing:
-    how many rows have not ended.
+    order: its place in a run. repeated: what the answer repeats of the request. endpoint: OpenAI's.
+    seeds: how many rows have a seed of their own. missing: how many rows have not ended.
     """
 
     id: str | int
@@ -106,29 +106,34 @@ class Task(Struct, eq=False):
 def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
     """Read one line; a wrong one becomes a task with an error.
 
-    A line without an id has its number. One whose id cannot be read is called "line N", because a
-    plain N could be another line's id.
+    Without an id it has its number; if that cannot be read, "line N": N could be another's id.
     """
-    task = Task(f"line {number}")
+    task, most = Task(f"line {number}"), config.server.max_body_bytes
     try:
+        if len(data.rstrip(b"\r\n")) > most:
+            raise labs.InputError(f"the line has more than server_max_body_bytes = {most} bytes")
         given = msgspec.json.decode(data)
         if not isinstance(given, dict):
             raise labs.InputError("the line is no JSON object")
         openai = "custom_id" in given
         identity = given.get("custom_id" if openai else "id")
-        if identity is None:
-            task.id = number
-        elif isinstance(identity, str | int) and not isinstance(identity, bool):
-            task.id = identity
-        if openai:
-            _read_openai(config, data, task)
-        else:
-            _read_line(config, data, given, task)
+        if identity is None or type(identity) in (str, int):  # no bool
+            task.id = number if identity is None else identity
+        _read_openai(config, data, task) if openai else _read_line(config, data, given, task)
     except labs.LabsError as error:
         task.fail(error)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        task.fail(labs.InputError(f"the line cannot be used: {error}"))
+        task.fail(labs.InputError(f"the line cannot be used: {_fault(data, error)}"))
     return task
+
+
+def _fault(data: bytes, error: Exception) -> str:
+    with contextlib.suppress(labs.ConfigError):  # the file is not beside this one
+        labs.require("labs_openai")
+        import labs_openai
+
+        return labs_openai.json_fault(data, error)
+    return str(error)
 
 
 def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Task) -> None:
@@ -184,9 +189,7 @@ def _tasks(
 ) -> Iterator[Task]:
     """Yield the tasks that are not answered yet, prepared."""
     order, seen = itertools.count(), set()
-    for number, data in lines:
-        if not data.strip():
-            continue
+    for number, data in ((number, data) for number, data in lines if data.strip()):
         task = read_task(context.config, data, number)
         if _key(task.id) in seen:
             error = labs.InputError(f"line {number}: the id {task.id!r} was used before")
@@ -205,7 +208,10 @@ def _prepare(model: labs.Model, context: labs_request.Context, task: Task) -> No
     """Check a task and build its inputs, or keep the reason why that cannot be done."""
     if task.error is not None:
         return
+    most = context.config.server.max_prompt_bytes
     try:
+        if any(len(prompt.text.encode(errors="replace")) > most for prompt in task.request.prompts):
+            raise labs.InputError(f"the prompt is over server_max_prompt_bytes = {most} bytes")
         request = labs_request.check(context, task.request)
         task.prepared = labs_request.prepare(context, context.config, model, request)
         task.missing = len(request.prompts) * request.n
@@ -217,9 +223,6 @@ def _key(identity: str | int) -> int:
     """Return 88 bits of the id's hash: a million of them take 80 MB, whatever ids are like."""
     digest = hashlib.blake2b(msgspec.json.encode(identity), digest_size=11).digest()
     return int.from_bytes(digest, "big")
-
-
-# ---------------------------------------------------------------- the batch
 
 
 def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> Iterator[Task]:
@@ -242,10 +245,7 @@ def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> It
 
 
 def _streams(
-    model: labs.Model,
-    tasks: Iterable[Task],
-    under_way: dict[int, tuple[Task, int]],
-    held: dict[int, Task],
+    model: labs.Model, tasks: Iterable[Task], under_way: dict[int, Any], held: dict[int, Task]
 ) -> Iterator[Any]:
     """Open the streams of all tasks; None asks the loop to come again later."""
     tasks, indexes = iter(tasks), itertools.count()
@@ -323,9 +323,6 @@ class Tally(Struct, eq=False):
         return f"{self.done} answered{before}, {self.failed} failed; {speed}"
 
 
-# ---------------------------------------------------------------- lines out
-
-
 def _render(
     model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
 ) -> dict[str, Any]:
@@ -352,8 +349,7 @@ def _render_openai(
 ) -> dict[str, Any]:
     import labs_openai
 
-    name, rest = secrets.token_hex(12), dict[str, Any]()
-    status = 200
+    name, rest, status = secrets.token_hex(12), dict[str, Any](), 200
     if task.error is None:
         names = {"id": name, "model": config.model_id, **_documents(task)}
         body = task.endpoint.answer(model, found, task.request.n, **names)
@@ -362,10 +358,9 @@ def _render_openai(
         if cut := {each.finish_reason for each in found} & UNFINISHED:  # OpenAI has no word for it
             rest["finish_reason"] = min(cut)
     else:
-        status = 400 if _is_askers(task.error) else 500
-        code, param = "failed", None
-        if status == 400:
-            code, param = labs_openai.code_and_param(task.error)
+        askers = _is_askers(task.error)
+        status = 400 if askers else 500
+        code, param = labs_openai.code_and_param(task.error) if askers else ("failed", None)
         body = labs_openai.error_of(status, str(task.error), code, param)
     response = {"status_code": status, "request_id": name, "body": body}
     whole = {"id": f"batch_req_{name}", "custom_id": task.id, "response": response, "error": None}
@@ -419,14 +414,14 @@ def read_answer(data: bytes, where: str) -> OldAnswer:
 
 
 def answer_file(
-    answer: Callable[[Lines], Iterable[bytes]], source: str, target: str, tally: Tally
+    answer: Answer, source: str, target: str, tally: Tally, longest: int | None = None
 ) -> None:
     """Answer the lines of a file and append to another; what is answered there is skipped.
 
-    answer: yields the lines of the answers, as answer_lines does; called once both files are open.
-    source, target: - is standard input and output. Raises LabsError if a file cannot be used.
+    answer: as answer_lines, called once both files are open. source, target: - is standard input
+    and output. longest: see `opened`. Raises LabsError if a file cannot be used.
     """
-    with opened(source) as lines, _appending(source, target, tally) as write:
+    with opened(source, longest) as lines, _appending(source, target, tally) as write:
         answers = answer(enumerate(lines, 1))
         with _progress(source, tally) as show:
             for data in answers:
@@ -435,10 +430,20 @@ def answer_file(
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[Iterator[bytes]]:
-    """Open a file of lines, without a byte order mark; - is standard input."""
+def opened(name: str, longest: int | None = None) -> Iterator[Iterator[bytes]]:
+    """Open a file of lines, without a byte order mark; - is standard input.
+
+    longest: of a line with more bytes only a little more than these are read into memory.
+    """
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-        yield unmarked(file)
+        yield unmarked(file if longest is None else _bounded(file, longest + 16))
+
+
+def _bounded(file: Any, longest: int) -> Iterator[bytes]:
+    while data := file.readline(longest):
+        yield data
+        while len(data) == longest and not data.endswith(b"\n"):
+            data = file.readline(longest)
 
 
 def unmarked(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -473,9 +478,9 @@ def _write_out(data: bytes) -> None:
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:  # the reader has enough, which is no failure
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader has enough, which is no failure
+            raise
         raise labs.LabsError(f"standard output: {error.strerror}") from error
 
 
@@ -506,11 +511,10 @@ def _is_torn(data: bytes) -> bool:
     """Tell whether it is the beginning of an answer's line, without its end."""
     if data.endswith(b"\n") or not b'{"id":'.startswith(data[:6]):
         return False
-    try:
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return True
-    return False
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -588,10 +592,7 @@ def _task_of(number: int | str, data: bytes) -> tuple[OldAnswer, Task]:
 
 
 def _ask_again(task: Task, repeated: dict[str, Any], generation: labs.Generation) -> None:
-    """Ask for what an answer repeats, with all options as they were, but without a time limit.
-
-    Log-probabilities are not asked for: [guard] would refuse them.
-    """
+    """Ask for what an answer repeats, as it was, without a time limit and log-probabilities."""
     if "url" not in repeated:
         task.request = labs_request.request_of(msgspec.convert(repeated, Line), {})
     else:

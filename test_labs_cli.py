@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -13,14 +14,17 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
 
 import labs
+import labs_chat
 import labs_cli
 import labs_request
 
@@ -377,6 +381,52 @@ def test_what_would_have_no_effect_on_files_is_refused(mode: str, rival: str) ->
     assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
 
 
+FLAGS = {flag.partition("/")[0]: kind for _, flag, kind, _ in labs_cli.OPTIONS}
+ASKED = "--prompt --system --config"
+TOGETHER = {  # what is done, and what has an effect on it
+    "--vendor": "--rooms --check",
+    "--show-config": "--config",
+    "--input": "--config --output --batch-rows --ordered --ray",
+    "--replay": "--config --batch-rows",
+    "--index": "--config",
+    "--explain": ASKED + " --messages-json --messages-file",
+    "--choose": ASKED + " --messages-json --messages-file --json",
+    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema",
+    "--chat": "--system --config --messages-json --messages-file --stream --verbose --schema",
+}
+
+
+@pytest.mark.parametrize("done", TOGETHER)
+def test_of_two_flags_both_have_an_effect_or_they_are_refused(done: str, fake: Fake) -> None:
+    for other in FLAGS.keys() - {done}:
+        words = []
+        for flag in (done, other):
+            words += [flag] if FLAGS[flag] is bool else [f"{flag}=1"]
+        params = gen().make_context("labs-gen", words).params
+        if other in TOGETHER[done].split():
+            labs_cli.check_flags(params)
+        else:
+            with pytest.raises(click.UsageError, match=r"exclude|needs"):
+                labs_cli.check_flags(params)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--show-config", "--prompt", "x"],
+        ["--show-config", "--chat"],
+        ["--show-config", "--json"],
+        ["--show-config", "--schema", "x"],
+        ["--show-config", "--system", "x"],
+        ["--vendor", "x", "--no-do-sample"],
+    ],
+)
+def test_a_flag_that_would_be_dropped_is_refused(words: list[str]) -> None:
+    result = invoke(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.search("--[a-z-]+ and --[a-z-]+ exclude each other", result.stderr)
+
+
 def test_verbose_and_choose_exclude_each_other() -> None:
     result = invoke("--prompt", "Hi", "--choose", "a", "--choose", "b", "--verbose")
     assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
@@ -536,6 +586,57 @@ def test_help_in_the_chat_lists_every_command(fake: Fake) -> None:
     assert all(name in stderr for name in ("/system", "/reset", "/save", "/help", "/exit"))
 
 
+class Narrow(Fake):
+    """A model whose context holds so many characters of messages."""
+
+    room = 20
+
+    def stream_generate(self, model: Any, inputs: Any, generation: Any, *, processors: Any) -> Any:
+        found = self.requests[-1]["messages"]
+        if sum(len(message["content"]) for message in found) > self.room:
+            raise labs.PromptTooLong("the context holds 20; shorten the prompt")
+        return super().stream_generate(model, inputs, generation, processors=processors)
+
+
+@pytest.fixture
+def narrow(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Narrow:
+    found = Narrow()
+    for name in ("build_inputs", "stream_generate"):
+        monkeypatch.setattr(labs, name, getattr(found, name))
+    return found
+
+
+def test_a_chat_that_outgrows_the_context_leaves_out_its_oldest_turns(narrow: Narrow) -> None:
+    narrow.pieces = ["answer"]
+    done = invoke("--chat", "--system", "Sys", input="one\ntwo\nthree\nfour\n/save t.json\n")
+    told = re.findall(r"oldest (\d+) messages are left out", done.stderr)
+    assert (done.stdout, told) == ("answer\n" * 4, ["2", "2"])  # once each time
+    last = [message["content"] for message in narrow.requests[-1]["messages"]]
+    assert last == ["Sys", "three", "answer", "four"]
+    saved = [each["content"] for each in json.loads(Path("t.json").read_text())]
+    assert saved == [*last, "answer"]
+
+
+def test_a_question_that_fits_no_context_is_refused_and_forgets_nothing(narrow: Narrow) -> None:
+    narrow.pieces = ["answer"]
+    done = invoke("--chat", "--system", "Sys", input=f"one\n{'long ' * 9}\ntwo\n")
+    assert "Error: the context holds 20" in done.stderr
+    assert "--max-new-tokens" in done.stderr
+    assert "left out" not in done.stderr
+    last = [message["content"] for message in narrow.requests[-1]["messages"]]
+    assert last == ["Sys", "one", "answer", "two"]
+
+
+def test_a_conversation_keeps_each_system_message_and_whole_turns() -> None:
+    roles = ["system", "user", "assistant", "assistant", "system", "user", "assistant", "user"]
+    talk = [labs.Message(role=role, content=str(n)) for n, role in enumerate(roles)]  # type: ignore
+    shorter = labs_chat.without_oldest(talk)
+    assert [each.content for each in shorter or ()] == ["0", "4", "5", "6", "7"]
+    shorter = labs_chat.without_oldest(shorter or [])
+    assert [each.content for each in shorter or ()] == ["0", "4", "7"]
+    assert labs_chat.without_oldest(shorter or []) is None
+
+
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(fake: Fake) -> None:
     fake.error = KeyboardInterrupt()
     result = invoke("--chat", "--stream", input="one\ntwo\n")
@@ -681,6 +782,74 @@ def test_a_chat_on_a_terminal_survives_ctrl_c() -> None:
     finally:
         process.kill()
         os.close(terminal)
+
+
+CHAT_WITHOUT_MODEL = """
+import labs, labs_chat
+def answer(messages):
+    print("GOT", repr([each.content for each in messages]), flush=True)
+    yield "so"
+labs_chat.chat([], answer)
+print("BYE", flush=True)
+"""
+BEFORE = "import sys; sys.modules['readline'] = None\n"
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[[str], int]]:
+    """Return what starts a program on a terminal of its own and returns the other end of it."""
+    pty = pytest.importorskip("pty")
+    started: list[tuple[subprocess.Popen[bytes], int]] = []
+
+    def run(code: str) -> int:
+        ours, child = pty.openpty()
+        words = [sys.executable, "-c", code]
+        env = {**ONE_THREAD, "TERM": "xterm"}
+        begin = functools.partial(os.login_tty, child)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), child)
+        process = subprocess.Popen(words, cwd=ROOT, env=env, preexec_fn=begin, **pipes)
+        os.close(child)
+        started.append((process, ours))
+        return ours  # type: ignore[no-any-return]
+
+    yield run
+    for process, ours in started:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_lines_pasted_at_once_are_one_message(terminal: Callable[[str], int]) -> None:
+    place = terminal(CHAT_WITHOUT_MODEL)
+    read_until(place, "\x1b[?2004h")  # asks the terminal for marks around what is pasted
+    os.write(place, b"\x1b[200~one\r/exit\r\rthree\r\x1b[201~ and more\r")
+    seen = read_until(place, "\x1b[?2004h", read_until(place, "GOT"))
+    assert r"['one\n/exit\n\nthree\n and more']" in seen
+    os.write(place, b"\x1b[200~/etc/a is a file.\rIs it?\x1b[201~\r")
+    seen = read_until(place, "\x1b[?2004h", read_until(place, "GOT"))
+    assert r"'/etc/a is a file.\nIs it?']" in seen
+    os.write(place, b"\x1b[A\r")  # the one before, from the history
+    seen = read_until(place, "\x1b[?2004h", read_until(place, "GOT"))
+    assert seen.count(r"'/etc/a is a file.\nIs it?'") == 2
+
+
+@pytest.mark.parametrize("before", ["", BEFORE])
+def test_ctrl_d_ends_the_line_of_the_prompt(before: str, terminal: Callable[[str], int]) -> None:
+    place = terminal(before + CHAT_WITHOUT_MODEL)
+    read_until(place, "> ")
+    time.sleep(0.2)  # until the terminal's mode has changed: a Ctrl-D that comes before is lost
+    os.write(place, b"\x04")
+    seen = read_until(place, "BYE")
+    assert re.search(r"^[^\n>]*\n\r?BYE", re.sub(r"\x1b\[\?2004.|\r", "", seen))
+
+
+def test_without_readline_the_person_is_told_what_a_paste_is(
+    terminal: Callable[[str], int],
+) -> None:
+    place = terminal(BEFORE + CHAT_WITHOUT_MODEL)
+    assert '"""' in read_until(place, "> ")
+    os.write(place, b'"""one\ntwo"""\n')
+    assert r"['one\ntwo']" in read_until(place, "]", read_until(place, "GOT"))
 
 
 def test_importing_labs_and_the_cli_imports_no_torch() -> None:

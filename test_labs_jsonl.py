@@ -28,6 +28,7 @@ import pytest
 
 import labs
 import labs_jsonl
+import labs_openai
 import labs_request
 import test_labs
 from test_labs_cli import ONE_THREAD, ROOT, invoke, labs_gen, start
@@ -314,6 +315,71 @@ def test_a_bad_line_gets_an_error_row_and_stops_nothing(tiny: labs.Model, ordere
         assert said in message_of(row)
         assert row["error"]["type"] == "invalid_request"
         assert "text" in by_name(found)[f"good {number}"]
+
+
+NOT_TEXT = {
+    b"\\ud83d": r"a lone surrogate, which is half a character: \ud83d",
+    b"a\\udfffb": r"a lone surrogate, which is half a character: \udfff",
+    b"\\udc00\\ud800": r"a lone surrogate, which is half a character: \udc00",
+    b"\xed\xb0\x80": "can't decode byte 0xed in position 11",
+    b"ab\xfe": "can't decode byte 0xfe in position 13",
+    b"a\x00": "Invalid control character at: line 1 column 13",
+    b"\x1b[1m": "Invalid control character at: line 1 column 12",
+}
+
+
+@pytest.mark.parametrize("data", NOT_TEXT)
+def test_what_no_text_can_hold_is_named_with_its_place(tiny: labs.Model, data: bytes) -> None:
+    row = answer(tiny, b'{"prompt":"%s"}\n' % data)
+    assert NOT_TEXT[data] in message_of(row)
+    with pytest.raises(labs_request.Refusal) as caught:
+        labs_openai.read(b'{"prompt":"%s"}' % data, labs_request.GenerateRequest)
+    assert NOT_TEXT[data] in str(caught.value)
+
+
+def test_both_halves_of_a_character_and_an_escaped_backslash_are_text(tiny: labs.Model) -> None:
+    rows = [
+        b'{"prompt":"%s", "max_new_tokens": 1}\n' % data
+        for data in (b"\\ud83d\\ude00", b"\\\\ud800")
+    ]
+    assert ["text" in row for row in answers(tiny, rows)] == [True, True]
+
+
+def small(**server: int) -> labs.Config:
+    return msgspec.structs.replace(CONFIG, server=labs.Server(**server))  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_is_too_long_for_a_request_is_an_error_row(tiny: labs.Model) -> None:
+    rows = [{"id": "long", "prompt": "é" * 51}, {"id": "fits", "prompt": "e" * 100}]
+    rows += [{"id": "talk", "messages": [{"role": "user", "content": "a" * 51}] * 2}]
+    found = by_name(answers(tiny, rows, small(max_prompt_bytes=100)))
+    assert "server_max_prompt_bytes = 100" in message_of(found["long"])
+    assert "server_max_prompt_bytes = 100" in message_of(found["talk"])
+    assert "max_prompt_bytes" not in str(found["fits"])
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_of_a_line_that_is_too_long_little_is_read(tiny: labs.Model, end: bytes) -> None:
+    class Narrow(io.BytesIO):
+        most = 0
+
+        def readline(self, size: int | None = -1, /) -> bytes:
+            data = super().readline(size)
+            self.most = max(self.most, len(data))
+            return data
+
+    long, good = b'{"prompt": "%s"}' % (b"a" * 3_000_000), b'{"id": "good", "prompt": "one"}\n'
+    sources = [Narrow(good + long + b"\n" + good.replace(b"good", b"next")), Narrow(long + end)]
+    for file in sources:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", io.TextIOWrapper(file))
+            with labs_jsonl.opened("-", 2000) as lines:
+                found = answers(tiny, lines, small(max_body_bytes=2000))
+        names = [name_of(row) for row in found]
+        assert {*names} == ({"good", "line 2", "next"} if file is sources[0] else {"line 1"})
+        bad = next(row for row in found if "error" in row)
+        assert "more than server_max_body_bytes = 2000 bytes" in message_of(bad)
+        assert 2000 < file.most < 3000
 
 
 def test_an_id_that_was_used_before_is_an_error_of_its_line(tiny: labs.Model) -> None:
