@@ -443,15 +443,21 @@ def _is_there(name: str) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def _load(spec: ModelSpec) -> Model:
+    import transformers
+
     import labs_decode
 
     began = time.perf_counter()  # what was imported is no part of load_s
     device_map, device, dtype = device_of(spec)
     source, options, origin = locate(spec, dtype)
     config = pretrained("AutoConfig", source, options)
-    if config.is_encoder_decoder:
+    known = hasattr(config, "auto_map") or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder or not known:
+        media = [each for each in ("vision", "audio") if hasattr(config, f"{each}_config")]
+        kind = f"a model of {' and '.join(media)} too" if media else "no causal language model"
+        kind = "an encoder-decoder" if config.is_encoder_decoder else kind
         raise ModelError(
-            f"{spec.model_name}: {config.model_type} is an encoder-decoder; labs runs causal models"
+            f"{spec.model_name}: {config.model_type} is {kind}; labs runs causal models"
         )
     tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}

@@ -138,7 +138,7 @@ def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
         with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
             return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # Rust code below raises bare Exceptions
-        raise SourceError(source) from error
+        raise SourceError(str(gguf)) from error
 
 
 def _check_disk(cache: Path, needed: int) -> None:

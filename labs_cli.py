@@ -207,7 +207,7 @@ def read_prompt(flags: Values) -> labs_request.Prompt:
 
 def check_flags(flags: Values) -> None:
     """Refuse a flag that would have no effect beside another one, or without one."""
-    given = [name for name, value in flags.items() if is_given(value)]
+    given = [n for n, value in flags.items() if is_given(value) or (value is False and n in KEYS)]
     done = next((name for name in READS if name in given), None)
     unread = [name for name in given if done and name not in (done, *READS[done])]
     rivals = [[name for name in row.split() if name in given] for row in RIVALS]

@@ -119,7 +119,8 @@ def reason(error: BaseException) -> str:
             return sentence
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0]}" if first.endswith(":") and more else first.strip()
 
 
 # ---------------------------------------------------------------- settings: the place of defaults
@@ -451,8 +452,7 @@ def _check(key: str, value: object, types: Mapping[str, object], where: str) -> 
     try:
         return msgspec.convert(value, types[key], str_keys=True)
     except msgspec.ValidationError as error:
-        bad_type = ", got" in str(error) or "Invalid" in str(error)  # else it tells the bound
-        more = f"; write {what_to_write(types[key])}" if bad_type else ""
+        more = f"; write {what_to_write(types[key])}" if re.search(", got|Inv", str(error)) else ""
         raise ConfigError(f"{where}{key} = {_abbreviate(value)}: {error}{more}") from error
 
 

@@ -9,7 +9,9 @@ Plain values in, SourceError in one sentence out. Needs labs_cache.py, and huggi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,9 @@ import labs_cache
 from labs_cache import SourceError
 
 log = logging.getLogger("labs")
+LFS_POINTER = b"version https://git-lfs.github.com/"
+FOREIGN = (".h5", ".msgpack", ".onnx", ".ot")  # weights that only other libraries read
+TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "bpe")
 
 
 class Hub(NamedTuple):
@@ -37,19 +42,98 @@ def locate(name: str, hub: Hub, cache: str | None, dtype: str, convert: bool = T
     The origin is a file or a folder. cache: the folder of conversions, ~/.cache/labs by default.
     dtype: bf16, fp16 or fp32, of a GGUF file. convert: make a conversion where there is none yet.
     """
-    if name.endswith(".gguf"):
+    if name.endswith(".gguf") and not Path(name).expanduser().is_dir():
         gguf = gguf_file(name, hub)
+        check_file(name, gguf)
         return str(labs_cache.converted(gguf, cache, dtype, convert)), {}, gguf
     folder = package_file(name) if name.startswith("package:") else Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise SourceError(f"{name}: the folder holds no config.json, so it is no model")
+        check_folder(name, folder)
         return str(folder), {}, folder
-    if name.startswith((".", "/", "~")) or folder.suffix == ".safetensors" or folder.is_file():
+    if folder.is_file():
+        check_file(name, folder)
+        raise SourceError(
+            f"{name}: is a file; a model is its folder, with config.json, or a .gguf file"
+        )
+    if name.startswith((".", "/", "~")) or folder.suffix == ".safetensors":
         raise SourceError(f"{name}: there is no such model folder or .gguf file")
     _, online = _hub_file(name, name, "config.json", hub)
     options = {"revision": hub.revision or "main", "token": hub.token}
     return name, {**options, "local_files_only": not online}, None
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise SourceError for a folder that holds no whole model; no weights are read."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    names = [path.name for path in files]
+    if "config.json" not in names:
+        raise SourceError(f"{name}: {_without_config(folder, names)}")
+    for path in files:
+        check_file(f"{name}: {path.name}", path)
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise SourceError(f"{name}: config.json is not JSON: {error}") from None
+    _check_type(name, config)
+    for index in (path for path in files if path.name.endswith(".index.json")):
+        if absent := sorted(_shards(index) - {*names}):
+            raise SourceError(f"{name}: {index.name} names {absent[0]}, which is not there")
+    if not any(each.endswith((".safetensors", ".bin", ".pt")) for each in names):
+        foreign = [each for each in names if each.endswith(FOREIGN)]
+        held = f"{foreign[0]}, which only other libraries read" if foreign else "no weights"
+        raise SourceError(f"{name}: the folder holds {held}; model.safetensors is missing")
+    if not any(n.startswith(TOKENIZERS) or n.endswith((".model", ".tiktoken")) for n in names):
+        raise SourceError(f"{name}: the folder holds no tokenizer; tokenizer.json is missing")
+
+
+def _check_type(name: str, config: Any) -> None:
+    """Raise SourceError for a config.json that tells of no model which transformers knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    fields = config if isinstance(config, dict) else {}
+    kind = fields.get("model_type")
+    if "auto_map" in fields or (isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES):
+        return
+    told = f"the model_type {kind}, which this version of transformers does not know"
+    raise SourceError(f"{name}: config.json names {told if kind else 'no model_type'}")
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the files that hold the weights; none where transformers will tell what is wrong."""
+    with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError):
+        return {*json.loads(index.read_bytes())["weight_map"].values()}
+    return set()
+
+
+def _without_config(folder: Path, names: list[str]) -> str:
+    """Return what a folder without config.json is."""
+    if not any(folder.iterdir()):
+        return "the folder is empty: it holds no config.json"
+    if "adapter_config.json" in names:
+        return "the folder holds only an adapter (LoRA): merge it into its base model first"
+    if gguf := [each for each in names if each.endswith(".gguf")]:
+        return f"the folder holds GGUF files: name one of them, as {folder / gguf[0]}"
+    return "the folder holds no config.json, so it is no model"
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise SourceError for a pointer in place of a file, or for weights that were cut off."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head.startswith(LFS_POINTER):
+            raise SourceError(f"{name}: is a pointer of git-lfs and not the file: run git lfs pull")
+        if path.suffix != ".safetensors":
+            return
+        length = int.from_bytes(head[:8], "little")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length)) if 8 + length <= size else None
+            ends = [each["data_offsets"][1] for key, each in header.items() if key[:2] != "__"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise SourceError(f"{name}: is no whole file of safetensors: get it again") from None
+    if (due := 8 + length + max(ends, default=0)) > size:
+        raise SourceError(f"{name}: was cut off at {size} of {due} bytes: get it again")
 
 
 def gguf_file(name: str, hub: Hub) -> Path:

@@ -1300,6 +1300,25 @@ def file_of(content: bytes, name: str) -> Callable[[Path], Path]:
     return make
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+
+
+def renamed(name: str, other: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        save_model(folder)
+        (folder / name).rename(folder / other)
+        return folder
+
+    return make
+
+
+def cut_weights(folder: Path) -> Path:
+    save_model(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    return folder
+
+
 def half_a_gguf(folder: Path) -> Path:
     folder.mkdir()
     path = save_gguf(folder / "half.gguf")
@@ -1317,6 +1336,20 @@ def half_a_gguf(folder: Path) -> Path:
         (without("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
         (spoilt("config.json", b"{"), "config.json"),
         (spoilt("config.json", b"{}"), "model_type"),
+        (spoilt("config.json", b"[1]"), "names no model_type"),
+        (spoilt("config.json", b'{"model_type": "zebra"}'), "the model_type zebra, which this"),
+        (spoilt("model.safetensors", LFS), "model.safetensors: is a pointer of git-lfs"),
+        (spoilt("tokenizer.json", LFS), "tokenizer.json: is a pointer of git-lfs"),
+        (cut_weights, "was cut off at"),
+        (spoilt("model.safetensors", b""), "no whole file of safetensors"),
+        (spoilt("model.safetensors.index.json", b'{"weight_map": {"a": "b-2"}}'), "names b-2"),
+        (renamed("model.safetensors", "tf_model.h5"), "tf_model.h5, which only other libraries"),
+        (without("model.safetensors"), "no weights"),
+        (renamed("config.json", "adapter_config.json"), "only an adapter"),
+        (renamed("config.json", "some.gguf"), "name one of them"),
+        (empty, "the folder is empty"),
+        (lambda folder: f"{save_model(folder)}/model.safetensors", "a model is its folder"),
+        (file_of(LFS, "a.gguf"), "is a pointer of git-lfs"),
         (spoilt("model.safetensors", b"rubbish"), "model"),
         (spoilt("tokenizer.json", b"rubbish"), "model"),
         (file_of(b"rubbish, and more of it", "bad.gguf"), "GGUF"),
@@ -1335,6 +1368,35 @@ def test_what_is_no_model_is_refused_in_one_sentence(make, named, folder, fresh)
     with pytest.raises(labs.ModelError) as caught:
         load(name, cache_dir=str(folder / "cache"))
     assert named in str(caught.value)
+    assert is_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["llava", "vit", "wav2vec2", "whisper", "clip", "qwen2_audio"])
+def test_a_model_of_another_task_is_refused_by_its_type(kind, folder, fresh, monkeypatch):
+    save_model(folder / "model")
+    transformers.AutoConfig.for_model(kind).save_pretrained(folder / "model")
+    with pytest.raises(labs.ModelError, match=rf"model: {kind} is (a model of|no|an) ") as caught:
+        load(folder / "model")
+    assert is_one_sentence(caught.value)
+    assert "<class" not in str(caught.value)
+
+
+def test_a_folder_may_be_called_as_a_gguf_file_is(folder, fresh):
+    save_model(folder / "model.gguf")
+    assert load(folder / "model.gguf").decoder.config.model_type
+
+
+def test_an_architecture_that_no_gguf_file_may_have_is_named(folder, fresh):
+    import gguf
+
+    writer = gguf.GGUFWriter(str(folder / "a.gguf"), "zebra")
+    writer.add_tensor("weight", numpy.zeros((32, 32), dtype="float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(labs.ModelError, match=r"a\.gguf: .*zebra") as caught:
+        load(folder / "a.gguf", cache_dir=str(folder / "cache"))
     assert is_one_sentence(caught.value)
 
 
