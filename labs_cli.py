@@ -14,6 +14,7 @@ import gc
 import io
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -635,13 +636,22 @@ def load_model(config: labs.Config) -> labs.Model:
         gc.enable()
 
 
+def silence_libraries() -> None:
+    """Keep from the person what the libraries below tell developers: errors are told in words."""
+    warnings.simplefilter("ignore")
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # their levels are set at import
+        os.environ.setdefault(name, "error")
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def start(name: str, callback: Any, options: Options, epilog: str) -> None:
     """Run a command as a program: UTF-8 in and out, whatever the locale says."""
     if sys.stdout is None:
         sys.exit("Error: standard output is closed")
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  (it was closed)
     if not os.environ.get("LABS_DEBUG"):
-        warnings.simplefilter("ignore")  # of the libraries below: errors are told in words
+        silence_libraries()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")

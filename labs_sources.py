@@ -51,7 +51,6 @@ def locate(name: str, hub: Hub, cache: str | None, dtype: str, convert: bool = T
         check_folder(name, folder)
         return str(folder), {}, folder
     if folder.is_file():
-        check_file(name, folder)
         raise SourceError(
             f"{name}: is a file; a model is its folder, with config.json, or a .gguf file"
         )

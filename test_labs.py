@@ -1312,6 +1312,13 @@ def renamed(name: str, other: str) -> Callable[[Path], Path]:
     return make
 
 
+def with_index(folder: Path) -> Path:
+    save_model(folder)
+    index = {"weight_map": {"a": "model.safetensors", "b": "b-2"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
 def cut_weights(folder: Path) -> Path:
     save_model(folder)
     path = folder / "model.safetensors"
@@ -1342,7 +1349,7 @@ def half_a_gguf(folder: Path) -> Path:
         (spoilt("tokenizer.json", LFS), "tokenizer.json: is a pointer of git-lfs"),
         (cut_weights, "was cut off at"),
         (spoilt("model.safetensors", b""), "no whole file of safetensors"),
-        (spoilt("model.safetensors.index.json", b'{"weight_map": {"a": "b-2"}}'), "names b-2"),
+        (with_index, "model.safetensors.index.json names b-2, which is not there"),
         (renamed("model.safetensors", "tf_model.h5"), "tf_model.h5, which only other libraries"),
         (without("model.safetensors"), "no weights"),
         (renamed("config.json", "adapter_config.json"), "only an adapter"),

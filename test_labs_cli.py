@@ -690,6 +690,14 @@ def test_the_default_model_answers_and_says_nothing_else() -> None:
     assert b"Paris" in done.stdout
 
 
+@pytest.mark.parametrize("flag", ["--load-in-8bit", "--load-in-4bit"])
+def test_weights_in_fewer_bits_answer_and_say_nothing_else(flag: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = labs_gen("--prompt", "Name a river.", flag, "--max-new-tokens", "3")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.strip()
+
+
 def test_a_pipe_into_json_gives_an_object_to_parse() -> None:
     done = labs_gen("--json", "--max-new-tokens", "4", input=b"Count to ten.\n")
     result = json.loads(done.stdout)
