@@ -162,12 +162,12 @@ def read_text(name: str) -> str:
 
 
 def json_fault(text: str, error: Exception) -> str:
-    """Return what is wrong with JSON, in better words where labs_openai.py is there."""
+    """Return what is wrong with JSON, in better words where labs_tokens.py is there."""
     with contextlib.suppress(labs.ConfigError):
-        labs.require("labs_openai")
-        import labs_openai
+        labs.require("labs_tokens")
+        import labs_tokens
 
-        return labs_openai.json_fault(text.encode(errors="surrogatepass"), error)
+        return labs_tokens.json_fault(text.encode(errors="surrogatepass"), error)
     return str(error)
 
 

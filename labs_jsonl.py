@@ -129,10 +129,10 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
 
 def _fault(data: bytes, error: Exception) -> str:
     with contextlib.suppress(labs.ConfigError):  # the file is not beside this one
-        labs.require("labs_openai")
-        import labs_openai
+        labs.require("labs_tokens")
+        import labs_tokens
 
-        return labs_openai.json_fault(data, error)
+        return labs_tokens.json_fault(data, error)
     return str(error)
 
 

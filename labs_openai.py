@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -240,24 +239,8 @@ def param_of(message: str) -> str | None:
     return next((part for part in found.groups() if part), None) if found else None
 
 
-def json_fault(data: bytes, error: Exception) -> str:
-    """Return what is wrong with JSON that msgspec refuses, where its words mislead too."""
-    try:  # Python's own reader is slower, and tells the place
-        json.dumps(json.loads(data.decode()), ensure_ascii=False).encode()
-    except UnicodeEncodeError as wrong:
-        half = ascii(wrong.object[wrong.start]).strip("'")
-        return f"it holds a lone surrogate, which is half a character: {half}"
-    except (ValueError, RecursionError) as wrong:
-        tells = isinstance(wrong, UnicodeDecodeError) or "control character" in str(wrong)
-        return str(wrong if tells else error)
-    return str(error)
-
-
 def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
-    """Return a body as `kind`, and the fields that it names with their values.
-
-    Raises Refusal, with the field where one is to blame.
-    """
+    """Return a body as `kind` and the fields that it names with their values, or raise Refusal."""
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         if issubclass(kind, OpenAIRequest):
@@ -267,7 +250,7 @@ def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
     except msgspec.ValidationError as error:
         raise Refusal(str(error), "invalid_value", param_of(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        told = json_fault(data, error)
+        told = labs_tokens.json_fault(data, error)
         raise Refusal(f"the body is no valid JSON: {told}", "invalid_json") from error
     return body, given
 

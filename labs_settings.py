@@ -280,10 +280,7 @@ class ResponseCache(Strict, frozen=True, kw_only=True):
 
 
 class RouterRule(Strict, frozen=True, kw_only=True):
-    """A request that all of this is true of goes to `model`. pattern: found anywhere in the text.
-
-    over_prompt_tokens: as the default model counts them.
-    """
+    """What a request has to be for `model`; tokens are counted as the default model does."""
 
     model: str
     over_prompt_tokens: Count | None = None
@@ -397,8 +394,7 @@ class Setting(Struct, frozen=True):
 
 
 EXAMPLES = {bool: "true or false", int: "a whole number", float: "a number"}
-EXAMPLES |= {str: "a text in quotes", dict: 'a JSON table as {"5": 1}'}
-EXAMPLES |= {RouterRule: 'a JSON table as {"model": "b"}'}
+EXAMPLES |= {str: "a text in quotes", dict: "a JSON table in { }", RouterRule: "a JSON table"}
 SECTIONS: dict[str, tuple[type[Struct], ...]] = {
     "generation": (ModelSpec, Generation, Chat),
     "quantization": (Quantization,),
@@ -434,10 +430,7 @@ S = TypeVar("S", bound=Struct)
 
 
 def evolve(struct: S, /, **changes: object) -> S:
-    """Copy `struct` with `changes`, checked as if it had been read from a file.
-
-    Raises ConfigError naming an unknown or wrong field.
-    """
+    """Copy `struct` with `changes`, checked as if read from a file; raise ConfigError if wrong."""
     if not changes:
         return struct
     known = {field.name: field.type for field in fields(struct)}
@@ -508,8 +501,7 @@ Layer = dict[str, tuple[object, str]]  # {key: (value, where it comes from)}
 def configure(tables: Tables, upper: Layer, file: str, token: str | None) -> Config:
     """Return the configuration in force, and that of each [models.NAME] table in `models`.
 
-    tables: of labs.toml, called `file`. upper: what overrides it. token: HF_TOKEN, if there is one.
-    Raises ConfigError, which names place, key, value and bound.
+    tables: of labs.toml, called `file`. upper: what overrides it. token: HF_TOKEN, if any.
     """
     config = _resolve(tables, upper, file, token, _chosen_model(tables, upper, file))
     models = {name: _resolve(tables, upper, file, token, name) for name in tables.get("models", {})}
@@ -529,10 +521,7 @@ def check_sections(tables: Tables, file: str) -> None:
 
 
 def warn_of_trust(config: Config, found: str | None) -> None:
-    """Warn of each guard that is lowered by a file that the user did not name.
-
-    found: the labs.toml that was found in the working directory.
-    """
+    """Warn of each guard lowered by .env, or by the labs.toml `found` though nobody named it."""
     lowered = []
     for each, s in itertools.product((config, *config.models.values()), settings()):
         source = each.sources.get(s.key, "")
@@ -599,10 +588,7 @@ def _chosen_model(tables: Tables, upper: Layer, file: str) -> str | None:
 def _resolve(
     tables: Tables, upper: Layer, file: str, token: str | None, name: str | None
 ) -> Config:
-    """Return the configuration with the [models] table of this name in force, or none.
-
-    A [models.NAME] table replaces [generation], its `quantization` the section of that name.
-    """
+    """Return the configuration with [models.NAME], if any, in place of the sections it replaces."""
     sections = {section: (tables.get(section, {}), file) for section in SECTIONS}
     if name is not None:
         table, label = tables["models"][name], f"{file} [models.{name}]"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -104,3 +105,16 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 BYTES = _bytes_of_letters()
+
+
+def json_fault(data: bytes, error: Exception) -> str:
+    """Return what is wrong with JSON that msgspec refuses, where its words mislead too."""
+    try:  # Python's own reader is slower, and tells the place
+        json.dumps(json.loads(data.decode()), ensure_ascii=False).encode()
+    except UnicodeEncodeError as wrong:
+        half = ascii(wrong.object[wrong.start]).strip("'")
+        return f"it holds a lone surrogate, which is half a character: {half}"
+    except (ValueError, RecursionError) as wrong:
+        tells = isinstance(wrong, UnicodeDecodeError) or "control character" in str(wrong)
+        return str(wrong if tells else error)
+    return str(error)

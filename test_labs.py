@@ -3028,7 +3028,7 @@ ROOMS = {
     "labs_api.py": (800, "labs gate meters pages models engine request openai tokens"),
     "labs_serve.py": (260, "labs api gate models request wire"),
     "labs_wire.py": (160, ""),
-    "labs_jsonl.py": (650, "labs openai request"),
+    "labs_jsonl.py": (650, "labs openai request tokens"),
     "labs_cli.py": (800, "*"),
     "labs_chat.py": (300, "labs"),
     "labs_ray.py": (430, "labs api gate jsonl models serve"),
