@@ -4,15 +4,14 @@
     text = labs_schema.check(schema)  # walks it; SchemaError names the place and the bound
     wrong = labs_schema.trial(text)  # compiles it in a process of its own, which may die of it
 
-`check` needs nothing but Python. `trial` runs this file as a program, which needs llguidance; what
-the program does not use is imported where it is used, since each new schema starts one.
+`check` needs nothing but Python. `trial` runs this source as a program, which needs llguidance;
+what the program does not use is imported where it is used, since each new schema starts one.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
 import re
 import sys
@@ -48,9 +47,9 @@ PIECE = re.compile(  # of a pattern; a class in brackets and an escape are one c
 
 # What llguidance may take for one grammar: its own fuel and states, and a trial's time and memory.
 LIMITS = {"initial_lexer_fuel": 300_000, "max_lexer_states": 20_000, "max_grammar_size": 200_000}
-TRIAL_CPU_S, TRIAL_WALL_S, TRIAL_BYTES, TRIAL_STEPS = 2, 20, 2**30, 24
+TRIAL_CPU_S, TRIAL_WALL_S, TRIAL_BYTES, TRIAL_STEPS = 2, 60, 2**30, 24
 TRIAL_STACK = 2**21  # bytes: a quarter of what a thread has here, so that a trial ends before it
-_TRIALS = threading.BoundedSemaphore(4)
+_TRIALS = threading.BoundedSemaphore(2)
 
 
 class SchemaError(ValueError):
@@ -219,12 +218,14 @@ def trial(schema: str) -> str:
     Raises OSError or subprocess.SubprocessError where none could be run, or waited for.
     """
     import importlib.util
+    import inspect
     import signal
     import subprocess
 
     package = importlib.util.find_spec("llguidance")
     folder = next(iter(package.submodule_search_locations or ())) if package else ""
-    command = [sys.executable, "-I", "-S", __file__, folder]
+    source = inspect.getsource(sys.modules[__name__])  # there is no file of it in a zip
+    command = [sys.executable, "-I", "-S", "-c", source, folder]
     with _TRIALS:
         done = subprocess.run(
             command, input=schema.encode(), capture_output=True, timeout=TRIAL_WALL_S, check=False
@@ -260,7 +261,6 @@ def _main(folder: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, TRIAL_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_S, TRIAL_CPU_S + 1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.nice(5)
     except (ImportError, AttributeError, OSError, ValueError):
         pass  # where a system knows no such bounds
     package: Any = types.ModuleType("llguidance")  # its own imports take a tenth of a second

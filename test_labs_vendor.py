@@ -36,6 +36,7 @@ ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CORE = ["labs.py", "labs_decode.py", "labs_loop.py", "labs_settings.py"]
+TYPED = [*CORE, "labs_schema.py", "labs_typed.py"]
 API = ["api", "engine", "gate", "meters", "models", "openai", "pages", "request", "tokens"]
 API = [*CORE, *(f"labs_{room}.py" for room in API)]
 ANSWER = """
@@ -93,7 +94,7 @@ print(*sorted(f"{each} {getattr(sys.modules[each], '__file__', '')}"
     ("rooms", "copied"),
     [
         ([], CORE),
-        (["typed"], [*CORE, "labs_typed.py"]),
+        (["typed"], [*CORE, "labs_schema.py", "labs_typed.py"]),
         (["cli"], [*CORE, "labs_cli.py", "labs_request.py"]),
         (["jsonl"], [*CORE, "labs_jsonl.py", "labs_request.py"]),
         (["decode"], CORE),
@@ -212,7 +213,9 @@ def edit(name: str, place: str = "copy") -> None:
 
 def test_a_new_copy_is_the_same():
     labs_vendor.vendor("copy", ["typed"])
-    assert labs_vendor.check("copy") == dict.fromkeys([*CORE, "labs_typed.py"], "same")
+    assert labs_vendor.check("copy") == dict.fromkeys(
+        [*CORE, "labs_schema.py", "labs_typed.py"], "same"
+    )
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -255,7 +258,7 @@ def test_each_way_to_differ_is_told_and_nothing_is_written(what, name, state):
     spoil(what)
     before = contents(".")
     done = invoke("--vendor", "copy", "--check")
-    expected = dict.fromkeys(sorted([*CORE, "labs_typed.py"]), "same") | {name: state}
+    expected = dict.fromkeys(sorted(TYPED), "same") | {name: state}
     assert done.stdout == "".join(f"{each}: {told}\n" for each, told in expected.items())
     assert done.exit_code == 1
     assert contents(".") == before
@@ -291,7 +294,7 @@ def test_a_newer_labs_brings_the_copies_up_to_date(request):
     assert labs_vendor.vendor("copy") == 6
     assert set(labs_vendor.check("copy").values()) == {"same"}
     assert "import labs_more" in Path("copy/labs_typed.py").read_text()
-    assert names() == sorted([*CORE, "labs_more.py", "labs_typed.py"])
+    assert names() == sorted([*CORE, "labs_more.py", "labs_schema.py", "labs_typed.py"])
 
 
 def test_a_folder_that_became_a_package_is_brought_up_to_date():
