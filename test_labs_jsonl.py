@@ -495,7 +495,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (openai_line("", model="gpt-9"), "'gpt-9'"),
     (openai_line("", messages=[]), "`$.messages`"),
     (openai_line("", max_tokens=3, max_completion_tokens=4), "max_tokens"),
-    (openai_line("", max_tokens=5000), "max_new_tokens is 5000"),
+    (openai_line("", messages=[{**HELLO[0], "content": "x" * 5000}]), "maximum context length"),
     (openai_line("", COMPLETIONS, prompt=["one", ""]), "empty"),
     (openai_line("", COMPLETIONS, prompt=["one", "x" * 5000]), "5001 tokens"),
     (openai_line("", COMPLETIONS, prompt=["one", [300]]), "token 300"),
@@ -521,6 +521,15 @@ def test_openais_lines_are_refused_one_by_one_in_its_format(tiny: labs.Model) ->
         assert error.keys() == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
         assert found[f"good {number}"]["response"]["status_code"] == 200
+
+
+def test_an_openai_line_may_use_what_its_prompt_leaves_of_the_context(tiny: labs.Model) -> None:
+    most, left = tiny.context_length or 0, 3
+    line = openai_line("a", COMPLETIONS, prompt=[97] * (most - left), max_tokens=5000)
+    row = answer(tiny, line)["response"]
+    assert row["status_code"] == 200
+    assert row["body"]["usage"]["completion_tokens"] <= left
+    assert row["body"]["usage"]["total_tokens"] <= most
 
 
 def test_a_refused_field_is_named_as_openai_names_it(tiny: labs.Model) -> None:
