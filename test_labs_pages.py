@@ -40,6 +40,7 @@ class Site:
 
     model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(64, None, None)
     url: str
+    room = 1000  # characters of all messages that fit the context
 
     def __init__(self) -> None:
         self.pieces: list[str | threading.Event | labs.LabsError] = ["Hello", " there"]
@@ -53,6 +54,8 @@ class Site:
         self.asked.append((json.loads(inputs.prompt), generation))
         if self.refusal:
             raise self.refusal
+        if sum(len(message["content"]) for message in self.asked[-1][0]) > self.room:
+            raise labs.PromptTooLong("the prompt is too long")
         threading.Thread(target=self._say, args=(events,), daemon=True).start()
         return labs_engine.Answer(0, events, lambda _: self.gone.set())
 
@@ -263,6 +266,19 @@ def test_an_error_is_shown_and_the_question_comes_back(tab: Tab, site: Site, ear
     expect(tab.answer).to_contain_text("Hi")
     expect(tab.text).to_have_value("")
     assert site.asked[1][0] == [{"role": "user", "content": "Hello?"}]
+
+
+def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
+    tab: Tab, site: Site
+) -> None:
+    site.room, site.pieces = 20, ["answer"]
+    for text in ("one", "two", "three"):
+        tab.ask(text)
+        expect(tab.answer).to_contain_text("answer")
+        expect(tab.send).to_have_text("Send")
+    expect(tab.notes.last).to_contain_text("the oldest 2 messages did not fit and are left out")
+    contents = [message["content"] for message in site.asked[-1][0]]
+    assert contents == ["two", "answer", "three"]
 
 
 def test_a_setting_is_refused_by_name_and_a_lost_server_is_told(tab: Tab, site: Site) -> None:
