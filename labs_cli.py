@@ -213,9 +213,9 @@ def check_flags(flags: Values) -> None:
     unread = [name for name in given if done and name not in (done, *READS[done])]
     rivals = [[name for name in row.split() if name in given] for row in RIVALS]
     check_needs(flags, () if done else NEEDS)
-    for names in [[done, *unread[:1]], *rivals]:
+    for names in [[done or "", *unread[:1]], *rivals]:
         if len(names) > 1:
-            told = " and ".join(f"--{name.replace('_', '-')}" for name in names if name)
+            told = " and ".join(f"--{name.replace('_', '-')}" for name in names)
             raise click.UsageError(f"{told} exclude each other; give one of them")
     check_needs(flags, NEEDS)
 

@@ -10,6 +10,7 @@ Plain values in, SourceError in one sentence out. Needs labs_cache.py, and huggi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -87,11 +88,10 @@ def check_folder(name: str, folder: Path) -> None:
 
 def _check_type(name: str, config: Any) -> None:
     """Raise SourceError for a config.json that tells of no model which transformers knows."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
+    known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
     fields = config if isinstance(config, dict) else {}
     kind = fields.get("model_type")
-    if "auto_map" in fields or (isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES):
+    if "auto_map" in fields or (isinstance(kind, str) and kind in known.CONFIG_MAPPING_NAMES):
         return
     told = f"the model_type {kind}, which this version of transformers does not know"
     raise SourceError(f"{name}: config.json names {told if kind else 'no model_type'}")
@@ -127,7 +127,7 @@ def check_file(name: str, path: Path) -> None:
         length = int.from_bytes(head[:8], "little")
         file.seek(8)
         try:
-            header = json.loads(file.read(length)) if 8 + length <= size else None
+            header: Any = json.loads(file.read(length)) if 8 + length <= size else None
             ends = [each["data_offsets"][1] for key, each in header.items() if key[:2] != "__"]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise SourceError(f"{name}: is no whole file of safetensors: get it again") from None
