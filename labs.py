@@ -488,21 +488,25 @@ def _load(spec: ModelSpec) -> Model:
 
 def _sped_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
     method = spec.quantization.quant_method
+    flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
     if method:
         require("labs_fast")
     if _is_there("labs_forward"):
         import labs_forward
 
         decoder = labs_forward.speed_up(decoder)
-    if not _is_there("labs_fast"):
-        return decoder
-    import labs_fast
-
-    flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
     try:
-        return labs_fast.speed_up(decoder, method, **flags)
+        if _is_there("labs_probe"):
+            import labs_probe
+
+            decoder = labs_probe.tried(decoder, spec.cache_dir)
+        if _is_there("labs_fast"):
+            import labs_fast
+
+            decoder = labs_fast.speed_up(decoder, method, **flags)
     except ValueError as error:
-        raise ModelError(f"{spec.model_name}: quant_method = {error}") from error
+        raise ModelError(f"{spec.model_name}: {error}") from error
+    return labs_probe.steadied(decoder) if _is_there("labs_probe") else decoder
 
 
 def locate(
@@ -694,6 +698,10 @@ def _template(model: Model, messages: list[Message], add_generation_prompt: bool
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
     try:
         with model.lock:
+            if _is_there("labs_probe"):
+                import labs_probe
+
+                plain = labs_probe.as_read(model.tokenizer, plain)
             return list(render(plain, **options)["input_ids"])
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"the model's chat template refuses this: {reason(error)}") from error

@@ -40,7 +40,7 @@ def converted(gguf: Path, cache: str | None, dtype: str, convert: bool = True) -
     cache: the folder of conversions, ~/.cache/labs by default. dtype: bf16, fp16 or fp32. convert:
     else raise SourceError.
     """
-    folder = _conversion(gguf, _folder(cache), dtype)
+    folder = _conversion(gguf, cache_folder(cache), dtype)
     if not _is_complete(folder):
         if not convert:
             raise SourceError(f"{gguf.name}: is not converted yet")
@@ -48,7 +48,8 @@ def converted(gguf: Path, cache: str | None, dtype: str, convert: bool = True) -
     return folder
 
 
-def _folder(cache: str | None) -> Path:
+def cache_folder(cache: str | None) -> Path:
+    """Return the folder of the cache, ~/.cache/labs by default."""
     return Path(cache or "~/.cache/labs").expanduser()
 
 
@@ -159,7 +160,7 @@ def digest(place: Path, cache: str | None = None) -> str:
     files = [place] if place.is_file() else [path for path in inside if path.suffix in DIGESTED]
     states = [(str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
-    memory = _folder(cache) / f".digest-{key[:16]}"
+    memory = cache_folder(cache) / f".digest-{key[:16]}"
     with contextlib.suppress(OSError):
         if len(text := memory.read_text()) == 64:
             return text

@@ -382,22 +382,35 @@ def _blocks(columns: int) -> int:
 
 
 def attention(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks."""
-    if lengths := getattr(mask, "lengths", None):  # prompts in one row: as each would be alone
-        parts = zip(*(torch.split(states, lengths, 2) for states in (q, k, v)), strict=True)
-        return torch.cat(
-            [attention(module, a, b, c, None, **options)[0] for a, b, c in parts], 1
-        ), None
+    """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks.
+
+    The names are those of transformers' own functions: some models call them by name.
+    """
+    states = query, key, value
+    if lengths := getattr(attention_mask, "lengths", None):  # prompts in one row: as each alone
+        parts = zip(*(torch.split(each, lengths, 2) for each in states), strict=True)
+        outputs = [attention(module, a, b, c, None, **options)[0] for a, b, c in parts]
+        return torch.cat(outputs, 1), None
     special = options.get("softcap") is not None or options.get("s_aux") is not None
-    if special or (options.get("position_bias") is None and _too_few_heads_for_sdpa(q, k)):
-        return _eager_attention(q, k, v, mask, options), None
-    return sdpa_attention_forward(module, q, k, v, mask, **options)
+    if special or (options.get("position_bias") is None and _too_few_heads_for_sdpa(query, key)):
+        return _eager_attention(*states, attention_mask, options), None
+    return sdpa_attention_forward(module, *states, attention_mask, **options)
 
 
 def attention_invariant(
-    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Return attention that gives a row the same bits in any company, on CPU.
 
@@ -405,15 +418,15 @@ def attention_invariant(
     an aligned scratch buffer: with a multiple of eight queries, so the heads of a group are padded.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
-    if q.shape[2] > 1:
-        return attention(module, q, k, v, mask, **options)
+    if query.shape[2] > 1 or options.get("position_bias") is not None:
+        return attention(module, query, key, value, attention_mask, **options)
     # The copies that keep a lone row company have no slots: they take the row's output.
-    live = q[: len(k)]
-    if special or q.dtype == torch.float32:
-        output = _eager_attention(live, k, v, mask, options)
+    live = query[: len(key)]
+    if special or query.dtype == torch.float32:
+        output = _eager_attention(live, key, value, attention_mask, options)
     else:
-        output = _padded_sdpa(live, k, v, mask, options.get("scaling"))
-    return output.expand(len(q), -1, -1, -1), None
+        output = _padded_sdpa(live, key, value, attention_mask, options.get("scaling"))
+    return output.expand(len(query), -1, -1, -1), None
 
 
 def _padded_sdpa(
@@ -577,9 +590,10 @@ class Decoder:
     mode: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
     packable: its linear layers may be replaced. prefill_packed: None where each prompt goes alone.
     can_reuse_prefix: a row's columns may be cut anywhere, and begin another. forward_words: what
-    the model's forward takes. invariant: the bits of a row do not depend on its company;
-    duplicates_lone_row: for that, a lone row is computed beside copies of itself, because a product
-    of one row rounds differently.
+    the model's forward takes. invariant: the bits of a row do not depend on its company; for that,
+    steady: so many rows at most share a call, 0 for any number; duplicates_lone_row: a lone row is
+    computed beside copies of itself, because a product of one row rounds differently. came_with:
+    the attention that each configuration inside the model named before.
     """
 
     model: PretrainedModel
@@ -591,6 +605,8 @@ class Decoder:
     weight_bytes: int
     invariant: bool = False
     duplicates_lone_row: bool = False
+    steady: int = 0
+    came_with: tuple[tuple[PretrainedConfig, str], ...] = ()
     graphs: StepGraphs | None = None
     prefill_packed: PrefillPacked | None = None
 
@@ -630,6 +646,8 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     words = frozenset(inspect.signature(model.forward).parameters)
+    configs = [each.config for each in model.modules() if hasattr(each, "config")]
+    names = [(each, getattr(each, "_attn_implementation", None)) for each in configs]
     slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     decoder = Decoder(
         model=model,
@@ -639,6 +657,7 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
         can_reuse_prefix=bool(layers) and slots_only,
         forward_words=words,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        came_with=tuple((config, name) for config, name in names if name),
     )
     exact = all(each.dtype != torch.float32 for each in model.parameters())
     return with_invariance(decoder, batch_invariant and exact)
@@ -665,7 +684,10 @@ def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
         return "alone", f"{kind} has no batch in which rows may differ in length"
     if rope := _whole_call_rope(config):
         return "alone", f"its {rope} positions depend on the longest row of a call"
-    layers = {type(layer) for layer in _cache_layers(config)}
+    try:
+        layers = {type(layer) for layer in _cache_layers(config)}
+    except Exception as error:  # the configuration may be of any kind
+        return "alone", f"its configuration tells no cache ({type(error).__name__}: {error})"
     if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
     slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
@@ -784,7 +806,8 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
     if batch.stepwise is not None:
         row = batch.rows[0]
         return (batch.stepwise.send(row.ids[-1]) if row.generated else next(batch.stepwise)).float()
-    size = batch.at_once or len(batch.rows)
+    most = min(batch.at_once or len(batch.rows), decoder.steady or len(batch.rows))
+    size = math.ceil(len(batch.rows) / math.ceil(len(batch.rows) / most))  # calls of one size
     calls = range(0, len(batch.rows), size)
     return torch.cat([_forward_rows(decoder, batch, first, first + size) for first in calls])
 

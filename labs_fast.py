@@ -52,7 +52,9 @@ def speed_up(
     embedding, rest = model.get_input_embeddings().weight, model.parameters()
     left = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
     if method and left > sum(fused.numel for fused in packed):
-        raise ValueError(f"{method}: needs a model of plain linear layers, all on CPU")
+        raise ValueError(
+            f"quant_method = {method}: needs a model of plain linear layers, all on CPU"
+        )
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
     exact = batch_invariant and (not has_fp32 or torch.float32 in _packed_types())

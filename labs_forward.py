@@ -21,11 +21,12 @@ from labs_decode import Batch, CacheLayer, Decoder, Pair, Slots, Tensor
 
 def speed_up(decoder: Decoder) -> Decoder:
     """Let short prompts share a call if the model keeps keys and values only."""
+    if decoder.mode != "joins":
+        return decoder
     layers = DynamicCache(config=decoder.config).layers
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
     words = {"position_ids", "logits_to_keep"} <= decoder.forward_words
-    packs = decoder.mode == "joins" and plain and words
-    return replace(decoder, prefill_packed=prefill_packed) if packs else decoder
+    return replace(decoder, prefill_packed=prefill_packed) if plain and words else decoder
 
 
 class PackedPrompts(cache_utils.Cache):

@@ -282,6 +282,7 @@ def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice
     """
     [row], choices = batch.rows, list[Choice]()
     guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
+    guess = guess[: decoder.steady - 1] if decoder.steady else guess
     if not guess:
         return step(decoder, batch)
     ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
@@ -366,7 +367,11 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
     together: list[Batch] = []
     for newcomer in newcomers if decoder.prefill_packed else ():
         tokens = sum(each.pending for each in (*together, newcomer))
-        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > decoder.chunk:
+        if (
+            newcomer.rows[0].written
+            or newcomer.pending < 2
+            or tokens > (decoder.steady or decoder.chunk)
+        ):
             break
         together.append(newcomer)
     return together or list(newcomers[:1])
@@ -400,8 +405,7 @@ def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
     if decoder.mode == "alone":
         return 1
     row = TYPICAL_COLUMNS * decoder.column_bytes
-    fitting = labs_decode.slot_budget(decoder.device) // row if row else most
-    return max(1, min(fitting, most))
+    return max(1, min(labs_decode.slot_budget(decoder.device) // row if row else most, most))
 
 
 # ---------------------------------------------------------------- choose

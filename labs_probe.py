@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model can do, tried at load on a few tokens: names and configurations do not tell.
+
+    decoder = labs_probe.tried(labs_decode.prepare(model))  # its rows join, or run alone
+    decoder = labs_probe.steadied(decoder)                  # how many rows keep a product's bits
+    messages = labs_probe.as_read(tokenizer, messages)      # content as its chat template reads it
+
+Needs labs_decode.py and labs_cache.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import random
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+import labs_cache
+import labs_decode
+from labs_decode import Batch, Decoder, Mode, Row, Sampling, Tensor
+
+PROMPTS = (11, 4, 7)  # tokens of the rows; the first is written in two chunks and leaves first
+SAME = 9  # tokens that the first text begins with, and another one
+MORE = 8  # tokens of each text after its prompt
+OFF = 0.01  # of the logits' spread, in float32; measured: right below 2e-5, wrong above 0.05
+OFF_IN_16_BITS = 0.15  # of a row's median; single tokens go up to 0.3 where experts are chosen
+STEADY_ROWS = 32  # beyond these, kernels for matrices (AMX) take over
+
+Logits = Iterator[tuple[int, int, Tensor]]  # text, place in it, logits after that
+Found = dict[str, Any]  # mode and reason of a Decoder; cuts, packs: whether the rest holds too
+
+
+@torch.inference_mode()
+def tried(decoder: Decoder, cache: str | None = None) -> Decoder:
+    """Return a decoder in the fastest mode that has the model's own logits, at most its own.
+
+    cache: the folder where what was found is written down. Raises ValueError in one sentence for a
+    model that looks both ways, or that fails even alone.
+    """
+    file = labs_cache.cache_folder(cache) / f".tried-{_key(decoder)}"
+    found = _recall(file)
+    try:
+        if found is None and (found := _find(decoder)) is None:
+            return decoder
+    except (RuntimeError, MemoryError) as error:
+        if not labs_decode.out_of_memory(error):
+            raise
+        return decoder
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found), encoding="utf-8")
+    return _as_found(decoder, found)
+
+
+def _find(decoder: Decoder) -> Found | None:
+    """Return the first mode in which nothing is wrong; None where nothing can be learnt."""
+    with _own_attention(decoder):
+        own = Own.of(decoder.model)
+    kind, why = decoder.config.model_type, own.fault
+    if any(each.isnan().any() for each in own.logits):
+        return None
+    # Some see all of a prompt and are made for that; by name they run as `generate` does.
+    fills_gaps = decoder.mode != "alone" or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if own.looks_both_ways and fills_gaps:
+        raise ValueError(f"{kind} looks both ways, as models that fill gaps do")
+    modes: dict[Mode, tuple[Mode, ...]]
+    modes = {"joins": ("joins", "whole"), "whole": ("whole",), "alone": ()}
+    for mode in () if own.fault else modes[decoder.mode]:
+        way, same = replace(decoder, mode=mode), mode == decoder.mode
+        if wrong := own.wrong(_together(way, own.texts)):
+            why = why or wrong
+            continue
+        cuts = same and way.can_reuse_prefix and not own.wrong(_guesses(way, own.texts))
+        packs = same and way.prefill_packed is not None and not own.wrong(_packed(way, own.texts))
+        reason = decoder.reason if same else f"tried at load: with its prompt in chunks, {why}"
+        return {"mode": mode, "reason": reason, "cuts": cuts, "packs": packs}
+    reason = decoder.reason if decoder.mode == "alone" else f"tried at load: {why}"
+    with _own_attention(decoder):
+        if fault := _wrong_alone(replace(decoder, mode="alone"), own):
+            raise ValueError(f"{kind} {fault}")
+    return {"mode": "alone", "reason": reason, "cuts": False, "packs": False}
+
+
+def _as_found(decoder: Decoder, found: Found) -> Decoder:
+    decoder = replace(
+        decoder,
+        mode=found["mode"],
+        reason=found["reason"],
+        can_reuse_prefix=decoder.can_reuse_prefix and found["cuts"],
+        prefill_packed=decoder.prefill_packed if found["packs"] else None,
+    )
+    if decoder.mode != "alone":
+        return decoder
+    _choose_attention(decoder.came_with)
+    return replace(decoder, packable=False, invariant=False, duplicates_lone_row=False)
+
+
+@contextlib.contextmanager
+def _own_attention(decoder: Decoder) -> Iterator[None]:
+    """Give the model the attention that it came with, for a while."""
+    chosen = [(config, config._attn_implementation) for config, _ in decoder.came_with]
+    _choose_attention(decoder.came_with)
+    try:
+        yield
+    finally:
+        _choose_attention(chosen)
+
+
+def _choose_attention(names: Iterable[tuple[Any, str]]) -> None:
+    for config, name in names:
+        config._attn_implementation_internal = name  # without transformers' look at what is in it
+
+
+def _key(decoder: Decoder) -> str:
+    """Return a digest of all that decides what is found; weights are no part of it."""
+    model = decoder.model
+    sources = [inspect.getsourcefile(each) for each in (type(model), Decoder, tried)]
+    code = [Path(each).read_bytes().hex() for each in sources if each and Path(each).is_file()]
+    versions = [str(torch.__version__), transformers.__version__, torch.__config__.show()]
+    kind = [str(model.dtype), str(model.device), model.config.to_json_string()]
+    kind += [str(decoder.invariant), str(decoder.prefill_packed is None)]
+    return hashlib.sha256(json.dumps([*kind, *versions, *code]).encode()).hexdigest()[:32]
+
+
+def _recall(file: Path) -> Found | None:
+    kinds = {"mode": str, "reason": str, "cuts": bool, "packs": bool}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found: Found = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: type(value) for name, value in found.items()} == kinds
+        return found if known and found["mode"] in ("joins", "whole", "alone") else None
+    return None
+
+
+# ---------------------------------------------------------------- what is tried
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Three texts with the logits [T, V] of transformers' own forward, without a cache.
+
+    The fourth is the first one with another second half. most: how far others may be off. fault:
+    why there are no logits.
+    """
+
+    texts: list[list[int]]
+    logits: list[Tensor]
+    most: float
+    fault: str
+
+    @classmethod
+    def of(cls, model: Any) -> Own:
+        config, chance = model.config.get_text_config(), random.Random(0)
+        named = {**vars(model.config), **vars(config)}.items()
+        special = {value for name, value in named if "_token" in name and isinstance(value, int)}
+        plain = [each for each in range(min(config.vocab_size, 2**15)) if each not in special]
+        texts = [chance.choices(plain, k=length + MORE) for length in PROMPTS]
+        texts.append(texts[0][:SAME] + chance.choices(plain, k=len(texts[0]) - SAME))
+        try:
+            logits, fault = [_plain_logits(model, text) for text in texts], ""
+        except Exception as error:  # of any model's code
+            if labs_decode.out_of_memory(error):
+                raise
+            logits, fault = [], f"its forward fails on token ids alone ({_line(error)})"
+        return cls(texts, logits, OFF if model.dtype == torch.float32 else OFF_IN_16_BITS, fault)
+
+    @property
+    def looks_both_ways(self) -> bool:
+        """Tell whether what comes later changes the logits before it."""
+        offs = [_off(self.logits[3][i], self.logits[0][i]) for i in range(SAME) if self.logits]
+        return bool(offs) and statistics.median(offs) > self.most / 3
+
+    def wrong(self, found: Logits) -> str:
+        """Return in words what is wrong with the logits found, "" if nothing is."""
+        offs = defaultdict[int, list[float]](list)
+        try:
+            for text, place, logits in found:
+                offs[text].append(_off(logits, self.logits[text][place]))
+        except Exception as error:  # of any model's code
+            if labs_decode.out_of_memory(error):
+                raise
+            return f"rows of different length fail ({_line(error)})"
+        worst = max(statistics.median(each) for each in offs.values())
+        return "" if worst <= self.most else f"rows have other logits than alone ({worst:.0%} off)"
+
+
+def _plain_logits(model: Any, text: list[int]) -> Tensor:
+    words = {"input_ids": torch.tensor([text], device=model.get_input_embeddings().weight.device)}
+    known = inspect.signature(model.forward).parameters
+    flags = {name: False for name in ("use_cache",) if name in known}
+    return model(**words, **flags, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    """Return how far logits are off, as a share of the expected ones' spread."""
+    found, expected = found.flatten().float(), expected.flatten().to(found.device)
+    at = expected.isfinite()  # some models forbid what their vocabulary is padded with
+    spread = (expected[at] - expected[at].mean()).norm().clamp_min(torch.finfo(torch.float32).tiny)
+    off = float((found[at] - expected[at]).norm() / spread)
+    return off if off == off else math.inf
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
+
+
+def _newcomer(decoder: Decoder, texts: list[list[int]], index: int) -> Batch:
+    row = Row(
+        id=index,
+        ids=texts[index][: PROMPTS[index]],
+        max_new_tokens=2 * MORE,
+        sampling=Sampling(),
+    )
+    return labs_decode.new_batch(decoder, row)
+
+
+def _prefilled(decoder: Decoder, texts: list[list[int]], index: int) -> Batch:
+    """Write a prompt; the first one in two chunks, as if its second half were not known yet."""
+    batch = _newcomer(decoder, texts, index)
+    row, rest = batch.rows[0], list[int]()
+    if index == 0 and decoder.mode == "joins":
+        row.ids, rest = row.ids[:5], row.ids[5:]
+        row.prompt_length = len(row.ids)
+        batch = labs_decode.prefill(decoder, batch)
+        row.ids, row.prompt_length = row.ids + rest, PROMPTS[0]
+    while batch.pending:
+        batch = labs_decode.prefill(decoder, batch)
+    return batch
+
+
+def _stepped(decoder: Decoder, batch: Batch, texts: list[list[int]]) -> Logits:
+    logits = labs_decode.forward(decoder, batch) if batch.logits is None else batch.logits
+    for row, line in zip(batch.rows, logits, strict=True):
+        yield row.id, len(row.ids) - 1, line
+        row.take(texts[row.id][len(row.ids)], batch.logits is None)
+
+
+def _together(decoder: Decoder, texts: list[list[int]]) -> Logits:
+    """Let three rows join one after the other, then the first one leave."""
+    batch: Batch | None = None
+    for index in range(len(PROMPTS)):
+        newcomer = _prefilled(decoder, texts, index)
+        yield from _stepped(decoder, newcomer, texts)
+        newcomer = replace(newcomer, logits=None)
+        batch = labs_decode.join(batch, newcomer) if batch else newcomer
+        yield from _stepped(decoder, batch, texts)
+    for _ in range(2):
+        batch = labs_decode.keep(batch, [1, 2]) if batch else None
+        yield from _stepped(decoder, batch, texts) if batch else ()
+
+
+def _guesses(decoder: Decoder, texts: list[list[int]]) -> Logits:
+    """Compute three tokens of one row as rows that read the same slot."""
+    batch, row = (found := _prefilled(decoder, texts, 1)), found.rows[0]
+    ids = torch.tensor(texts[1][row.written : row.written + 3], device=decoder.device)
+    places = [row.written + i for i in range(len(ids))]
+    logits = labs_decode.forward_slots(decoder, batch, ids[:, None], places)
+    yield from zip([1] * len(ids), places, logits, strict=True)
+
+
+def _packed(decoder: Decoder, texts: list[list[int]]) -> Logits:
+    """Write three prompts in one call."""
+    newcomers = [_newcomer(decoder, texts, index) for index in range(len(PROMPTS))]
+    together = decoder.prefill_packed(decoder, newcomers) if decoder.prefill_packed else []
+    for index, batch in enumerate(together):
+        if batch.logits is not None:
+            yield index, PROMPTS[index] - 1, batch.logits
+
+
+def _wrong_alone(decoder: Decoder, own: Own) -> str:
+    """Return in words how a model that runs alone differs from its own `generate`."""
+    batch, found = _newcomer(decoder, own.texts, 0), list[Tensor]()
+    row, prompt = batch.rows[0], torch.tensor([own.texts[0][: PROMPTS[0]]], device=decoder.device)
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "num_beams": 1}
+    options |= {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    try:
+        for _ in range(3):
+            found.append(labs_decode.forward(decoder, batch))
+            row.take(int(found[-1].argmax()))
+    except Exception as error:  # of any model's code
+        if labs_decode.out_of_memory(error):
+            raise
+        return f"gives no text from token ids alone ({_line(error)})"
+    with contextlib.suppress(Exception):  # what generate cannot do, labs may
+        expected = decoder.model.generate(prompt, **options).logits
+        if any(_off(*pair) > own.most for pair in zip(found[:1], expected[:1], strict=True)):
+            return "gives other logits here than in transformers' generate"
+    return ""
+
+
+# ---------------------------------------------------------------- bits of products
+
+
+@torch.inference_mode()
+def steadied(decoder: Decoder) -> Decoder:
+    """Bound the rows that share a call of an invariant decoder by what keeps their products' bits.
+
+    With AMX, products of more than 32 rows in bf16 round otherwise than those of fewer. Where even
+    fewer rows change them, the decoder is not invariant.
+    """
+    if not decoder.invariant:
+        return decoder
+    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
+    layers: dict[Any, Any] = {(): torch.nn.Linear(1024, 1024, dtype=dtype)}  # tiny ones show less
+    for layer in decoder.model.modules():
+        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+            layers[type(layer), layer.in_features, layer.out_features] = layer
+    chance, steady = torch.Generator().manual_seed(0), 0
+    for layer in layers.values():
+        x = torch.randn(8 * STEADY_ROWS, layer.in_features, generator=chance).to(dtype)
+        parts = [layer(part.clone()) for part in x.split(STEADY_ROWS)]
+        fewest = 2 if decoder.duplicates_lone_row else 1
+        if any(not torch.equal(layer(x[:n].clone()), parts[0][:n]) for n in (fewest, 4, 17)):
+            return labs_decode.with_invariance(decoder, False)
+        if not torch.equal(layer(x), torch.cat(parts)):
+            steady = STEADY_ROWS
+    return replace(decoder, steady=steady)
+
+
+# ---------------------------------------------------------------- chat templates
+
+
+MARK = "zebra"  # a word that no template says itself
+TALKS = {
+    "user": (("user",), ("system", "user"), ("user", "assistant", "user")),
+    "system": (("system", "user"), ("system", "user", "assistant", "user")),
+    "assistant": (("user", "assistant", "user"), ("user", "assistant")),
+}
+
+
+def as_read(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose content is text or, where the chat template reads only those, parts.
+
+    Raises ValueError where the template leaves out what a role says in either form.
+    """
+    template = tokenizer.get_chat_template()
+    forms = {each["role"]: content_form(tokenizer, template, each["role"]) for each in messages}
+    if left_out := [role for role, form in forms.items() if form is None]:
+        raise ValueError(f"it leaves out what a message of the {left_out[0]} says")
+    return [{**each, "content": _said(each["content"], forms[each["role"]])} for each in messages]
+
+
+def _said(text: str, form: str | None) -> Any:
+    return [{"type": "text", "text": text}] if form == "parts" else text
+
+
+@functools.lru_cache(maxsize=16)
+def content_form(tokenizer: Any, template: str, role: str) -> Literal["text", "parts"] | None:
+    """Return in which form a chat template reads what a role says, None where it says it in none.
+
+    "text" also where it renders nothing that is tried: the messages themselves will tell.
+    """
+    forms: tuple[Literal["text", "parts"], ...] = ("text", "parts")
+    rendered = False
+    for form, others, talk in itertools.product(forms, forms, TALKS[role]):
+        at = len(talk) - 1 - talk[::-1].index(role)  # the last of that role
+        said = [_said("yes", others)] * at + [_said(MARK, form)]
+        said += [_said("yes", others)] * (len(talk) - len(said))
+        turns = [{"role": r, "content": content} for r, content in zip(talk, said, strict=True)]
+        with contextlib.suppress(Exception):  # templates raise anything
+            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+            rendered = True
+            if MARK in text.lower() and not re.search(rf"text[\"']: *[\"']{MARK}", text):
+                return form
+    return None if rendered else "text"
