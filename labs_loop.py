@@ -367,11 +367,8 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
     together: list[Batch] = []
     for newcomer in newcomers if decoder.prefill_packed else ():
         tokens = sum(each.pending for each in (*together, newcomer))
-        if (
-            newcomer.rows[0].written
-            or newcomer.pending < 2
-            or tokens > (decoder.steady or decoder.chunk)
-        ):
+        begun, most = newcomer.rows[0].written, decoder.steady or decoder.chunk
+        if begun or newcomer.pending < 2 or tokens > most:
             break
         together.append(newcomer)
     return together or list(newcomers[:1])

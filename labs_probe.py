@@ -315,20 +315,28 @@ def steadied(decoder: Decoder) -> Decoder:
     if not decoder.invariant:
         return decoder
     head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
-    layers: dict[Any, Any] = {(): torch.nn.Linear(1024, 1024, dtype=dtype)}  # tiny ones show less
-    for layer in decoder.model.modules():
-        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-            layers[type(layer), layer.in_features, layer.out_features] = layer
-    chance, steady = torch.Generator().manual_seed(0), 0
-    for layer in layers.values():
-        x = torch.randn(8 * STEADY_ROWS, layer.in_features, generator=chance).to(dtype)
-        parts = [layer(part.clone()) for part in x.split(STEADY_ROWS)]
-        fewest = 2 if decoder.duplicates_lone_row else 1
-        if any(not torch.equal(layer(x[:n].clone()), parts[0][:n]) for n in (fewest, 4, 17)):
-            return labs_decode.with_invariance(decoder, False)
-        if not torch.equal(layer(x), torch.cat(parts)):
-            steady = STEADY_ROWS
-    return replace(decoder, steady=steady)
+    layers = {
+        (type(layer), layer.in_features, layer.out_features): layer
+        for layer in decoder.model.modules()
+        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    }
+    fewest = 2 if decoder.duplicates_lone_row else 1
+    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
+        return labs_decode.with_invariance(decoder, False)
+    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # one that is small hardly shows it
+    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
+    changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
+    return replace(decoder, steady=STEADY_ROWS if changes else 0)
+
+
+def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
+    """Tell whether products of so many rows have other bits than those of STEADY_ROWS at a time."""
+    x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
+    x = x.view(-1, layer.in_features).to(dtype)
+    steady = torch.cat(
+        [layer(x[i : i + STEADY_ROWS].clone()) for i in range(0, len(x), STEADY_ROWS)]
+    )
+    return any(not torch.equal(layer(x[:n].clone()), steady[:n]) for n in sizes)
 
 
 # ---------------------------------------------------------------- chat templates
