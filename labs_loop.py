@@ -364,11 +364,10 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
 
     A prompt of one token stays alone: its products have one row, and so other bits.
     """
-    together: list[Batch] = []
+    together, most = list[Batch](), decoder.steady or decoder.chunk
     for newcomer in newcomers if decoder.prefill_packed else ():
         tokens = sum(each.pending for each in (*together, newcomer))
-        begun, most = newcomer.rows[0].written, decoder.steady or decoder.chunk
-        if begun or newcomer.pending < 2 or tokens > most:
+        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > most:
             break
         together.append(newcomer)
     return together or list(newcomers[:1])

@@ -3009,7 +3009,7 @@ ROOMS = {
     "labs_decode.py": (940, ""),
     "labs_forward.py": (400, "decode"),
     "labs_fast.py": (400, "decode"),
-    "labs_probe.py": (340, "decode cache"),
+    "labs_probe.py": (400, "decode cache"),
     "labs_prefixes.py": (300, "decode"),
     "labs_sources.py": (260, "cache"),
     "labs_cache.py": (260, ""),

@@ -254,7 +254,6 @@ def test_a_type_runs_as_the_table_tells_with_transformers_tokens(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Path) -> None:
     found = sweep(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), tmp_path)
     lines = [f"| {kind} | {each['how']} | {each['why']} |" for kind, each in found.items()]
@@ -272,9 +271,9 @@ def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Pat
 MEANING = (
     "A tiny random model of each type that transformers' AutoModelForCausalLM knows, in float32,",
     "against its own `generate`: four prompts, joining and leaving. joins: rows share each step.",
-    "whole: they do, but a prompt is written in one call. alone: one row at a time, by `generate`'s",
-    "own steps. refused: by name, when it is loaded. not built: its configuration could not be made",
-    "small here; what it does is tried when it is loaded.",
+    "whole: they do, but a prompt is written in one call. alone: one row at a time, by the steps of",
+    "`generate`. refused: by name, when it is loaded. not built: no tiny configuration could be made",
+    "of it; how it runs is found out when it is loaded.",
 )
 
 
@@ -315,7 +314,7 @@ def test_a_model_that_fails_on_two_rows_runs_alone_and_the_reason_names_the_erro
 def test_a_model_that_fails_even_alone_is_refused_with_its_error(tmp_path: Path) -> None:
     model = tiny("llama")
     model.lm_head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("pixels")))
-    with pytest.raises(ValueError, match="llama gives no text from token ids alone.*pixels"):
+    with pytest.raises(ValueError, match=r"llama gives no text from token ids alone.*pixels"):
         prepare(model, tmp_path)
 
 
@@ -428,7 +427,7 @@ def test_a_step_of_more_rows_than_keep_their_bits_goes_in_calls_of_fewer(
     calls: list[int] = []
     call = decode.call_model
     monkeypatch.setattr(
-        decode, "call_model", lambda d, ids, *rest: (calls.append(len(ids)), call(d, ids, *rest))[1]
+        decode, "call_model", lambda d, ids, *r: (calls.append(len(ids)), call(d, ids, *r))[1]
     )
     batch = None
     for index in range(9):
@@ -440,7 +439,7 @@ def test_a_step_of_more_rows_than_keep_their_bits_goes_in_calls_of_fewer(
     logits = decode.forward(decoder, batch)
     assert calls == [3, 3, 3]
     whole = decode.forward(decode.replace(decoder, steady=0), batch)
-    torch.testing.assert_close(logits, whole)
+    torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-3)
 
 
 def test_prompts_share_a_call_up_to_the_rows_that_keep_their_bits() -> None:
@@ -504,7 +503,10 @@ def test_with_amx_texts_are_the_same_in_the_company_of_forty() -> None:
 
 # ---------------------------------------------------------------- chat templates
 
-LOOP = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+LOOP = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+)
 BODY = "{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}?{% endif %}\n"
 TEMPLATES = {
     "loops over parts": ("parts", LOOP),
