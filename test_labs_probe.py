@@ -271,9 +271,9 @@ def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Pat
 MEANING = (
     "A tiny random model of each type that transformers' AutoModelForCausalLM knows, in float32,",
     "against its own `generate`: four prompts, joining and leaving. joins: rows share each step.",
-    "whole: they do, but a prompt is written in one call. alone: one row at a time, by the steps of",
-    "`generate`. refused: by name, when it is loaded. not built: no tiny configuration could be made",
-    "of it; how it runs is found out when it is loaded.",
+    "whole: they do, but a prompt is written in one call. alone: one row at a time, by the steps",
+    "of `generate`. refused: by name, when it is loaded. not built: no tiny configuration could",
+    "be made of it; how it runs is found out when it is loaded.",
 )
 
 
