@@ -9,7 +9,7 @@
     print(labs.generate(model, inputs, config.generation).text)
 
 Frozen structs in, frozen structs out; the only effects are reading in `load_config` and loading in
-`load_model`. It trains nothing, serves nothing and knows no images.
+`load_model`.
 
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
@@ -30,7 +30,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -43,9 +43,9 @@ from labs_settings import *
 
 if TYPE_CHECKING:
     import labs_decode
+    import labs_defaults
     import labs_loop
-
-    Processor = Callable[[list[int], labs_decode.Tensor], labs_decode.Tensor]
+    from labs_decode import Processor
 __version__ = "0.1.0"
 log = logging.getLogger("labs")
 Tokenizer = Any  # transformers' have other attributes for each model
@@ -91,7 +91,7 @@ class Model(Struct, frozen=True, eq=False):
 
     fingerprint: of the answers, without what one request adds. prefixes: what prompts begin with in
     common, as the turns of a chat do, is computed once by all calls with this model; see
-    `new_prefixes`.
+    `new_prefixes`. generation_defaults: settings that its own files recommend; defaults: the rest.
     """
 
     decoder: labs_decode.Decoder
@@ -101,11 +101,12 @@ class Model(Struct, frozen=True, eq=False):
     dtype: str
     context_length: int | None
     eos_token_ids: frozenset[int]
-    generation_defaults: dict[str, float]
+    generation_defaults: dict[str, object]
     load_s: float
     lock: threading.Lock
     fingerprint: Fingerprint | None = None
     prefixes: labs_decode.PrefixStore | None = None
+    defaults: labs_defaults.Defaults | None = None
 
     @property
     def model(self) -> labs_decode.PretrainedModel:
@@ -272,7 +273,7 @@ def build_inputs(
     if turns is None and templated:
         turns = [Message(role="user", content=prompt or "")]
     if turns is None:
-        with model.lock:
+        with _refusing(model, "tokenizer"):
             ids = list(model.tokenizer(prompt)["input_ids"])
     elif templated:
         ids = _template(model, turns, add_generation_prompt)
@@ -282,6 +283,20 @@ def build_inputs(
     if not ids:
         raise InputError("the prompt has no tokens")
     return Inputs(tuple(ids), model.tokenizer.decode(ids))
+
+
+@contextlib.contextmanager
+def _refusing(model: Model, what: str) -> Iterator[None]:
+    """Hold the tokenizer; whatever it or its template raises at a text is an InputError."""
+    try:
+        with model.lock:
+            yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Rust's panics are no Exceptions
+        told, own = str(error).strip().partition("\n")[0], "jinja2" in type(error).__module__
+        told = told if told and own else f"{type(error).__name__}: {told}".removesuffix(": ")
+        raise InputError(f"the model's {what} refuses this: {told}") from error
 
 
 def generate(
@@ -470,7 +485,8 @@ def _load(spec: ModelSpec) -> Model:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{model.name_or_path}: the weights lack {missing[0]}{more}")
     decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
-    decoder = _sped_up(decoder, spec)
+    decoder, eos = _sped_up(decoder, spec), labs_decode.eos_token_ids_of(model, tokenizer)
+    settings, defaults = _recommended(model, tokenizer, eos, spec.use_generation_config)
     return Model(
         decoder=decoder,
         tokenizer=tokenizer,
@@ -478,8 +494,9 @@ def _load(spec: ModelSpec) -> Model:
         device=device,
         dtype=dtype,
         context_length=labs_decode.context_length_of(config, tokenizer),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
-        generation_defaults=_generation_defaults(model),
+        eos_token_ids=eos,
+        generation_defaults=settings,
+        defaults=defaults,
         load_s=time.perf_counter() - began,
         lock=threading.Lock(),
         fingerprint=_fingerprint_of(decoder, spec, dtype, origin),
@@ -623,17 +640,21 @@ def _quantization(wanted: Quantization, dtype: str) -> object:
     return transformers.BitsAndBytesConfig(**options)
 
 
-def _eos_token_ids(model: labs_decode.PretrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    stated = getattr(model.generation_config, "eos_token_id", None)
-    ids = stated if isinstance(stated, list) else [stated]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+def _recommended(
+    model: labs_decode.PretrainedModel, tokenizer: Tokenizer, eos: frozenset[int], obeyed: bool
+) -> tuple[dict[str, object], labs_defaults.Defaults | None]:
+    """Return the settings that the model's own generation_config.json recommends, and the rest."""
+    stated = vars(model.generation_config) if obeyed else {}
+    values = {name: value for name, value in stated.items() if value is not None and name[0] != "_"}
+    if _is_there("labs_defaults"):
+        import labs_defaults
 
-
-def _generation_defaults(model: labs_decode.PretrainedModel) -> dict[str, float]:
-    """Return what the model's own generation_config.json says of sampling."""
+        return labs_defaults.read(model, tokenizer, eos, values)
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    values = {name: getattr(model.generation_config, name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    found, wrong = labs_settings.recommended({key: values[key] for key in names if key in values})
+    if left := [key for key in values if key not in found and not key.endswith("token_id")]:
+        log.warning("without labs_defaults.py %s have no effect; %s", left, wrong)
+    return found, None
 
 
 # ---------------------------------------------------------------- inputs
@@ -641,12 +662,11 @@ def _generation_defaults(model: labs_decode.PretrainedModel) -> dict[str, float]
 
 def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
     """Take token ids as they are. Raises InputError for one that the vocabulary lacks."""
-    ids = tuple(ids)
-    vocabulary, limit = model.decoder.config.vocab_size, model.context_length
+    ids, limit = tuple(ids), model.context_length
     if limit is not None and len(ids) >= limit:
         raise too_long(limit, len(ids))
-    if wrong := [i for i in ids if not 0 <= i < vocabulary]:
-        raise InputError(f"prompt names token {wrong[0]}: the vocabulary has {vocabulary}")
+    if wrong := model.decoder.wrong_prompt(ids):
+        raise InputError(wrong)
     with model.lock:
         return Inputs(ids, model.tokenizer.decode(ids))
 
@@ -691,20 +711,15 @@ def _check_text(text: str, what: str) -> None:
 
 def _template(model: Model, messages: list[Message], add_generation_prompt: bool) -> list[int]:
     """Tokenise inside the template, so that BOS is not doubled and no text can forge a turn."""
-    from jinja2 import TemplateError
-
     options = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": True}
     options |= {"tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
-    try:
-        with model.lock:
-            if _is_there("labs_probe"):
-                import labs_probe
+    with _refusing(model, "chat template"):
+        if _is_there("labs_probe"):
+            import labs_probe
 
-                plain = labs_probe.as_read(model.tokenizer, plain)
-            return list(render(plain, **options)["input_ids"])
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"the model's chat template refuses this: {reason(error)}") from error
+            plain = labs_probe.as_read(model.tokenizer, plain)
+        return list(render(plain, **options)["input_ids"])
 
 
 # ---------------------------------------------------------------- text
@@ -729,8 +744,14 @@ def decode_next(
     text.ids += [] if token is None else [token]
     before = tokenizer.decode(text.ids[text.prefix : text.read], skip_special_tokens=True)
     after = tokenizer.decode(text.ids[text.prefix :], skip_special_tokens=True)
+    broken = after.endswith("\ufffd")
+    if token is not None and (broken or after == before):
+        alone = [tokenizer.decode([token], skip_special_tokens=skip) for skip in (False, True)]
+        if alone[0] != alone[1] or tokenizer.convert_ids_to_tokens(token) is None:
+            text.ids.pop()  # it joins nothing, parts nothing and gives no context
+            return decode_next(tokenizer, text, None, last=True) if last else ""
     # A character has four bytes at most: what is still broken then is what the model means.
-    if after.endswith("\ufffd") and len(text.ids) - text.read < 4 and not last:
+    if broken and len(text.ids) - text.read < 4 and not last:
         return ""
     text.prefix, text.read = text.read, len(text.ids)
     return cast("str", after[len(before) :])
@@ -772,6 +793,9 @@ class InFlight(Struct, eq=False):
     inputs: Inputs
     generation: Generation
     began: float
+    sampling: labs_decode.Sampling  # without the model's rules, which its row has too
+    stops: dict[str, str]  # what is looked for, and the stop text that it stands for
+    marks: dict[int, str]  # what stands there for special tokens
     text: PartialText = msgspec.field(default_factory=PartialText)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
@@ -794,66 +818,56 @@ def open_request(
     """
     import labs_decode
 
-    prompt, limit = len(inputs.input_ids), model.context_length
+    if wrong := model.decoder.wrong_prompt(inputs.input_ids):
+        raise InputError(wrong)
+    generation, ids = evolve(generation), list(inputs.input_ids)
+    prompt, limit = len(ids), model.context_length
     if limit is not None and prompt + generation.max_new_tokens > limit:
         raise too_long(limit, prompt, generation.max_new_tokens)
     if generation.prompt_lookup_num_tokens and not model.decoder.can_reuse_prefix:
         kind = model.decoder.config.model_type
         raise InputError(f"prompt_lookup_num_tokens: {kind} cannot take back what it has read")
-    began = time.perf_counter()
+    began, sampling = time.perf_counter(), _sampling(model, generation, processors)
+    own = cast("tuple[str, ...]", model.generation_defaults.get("stop", ()))
+    stops, marks = {stop: stop for stop in (*generation.stop, *own)}, dict[int, str]()
+    ruled = sampling
+    if model.defaults is not None:
+        ruled = model.defaults.apply(sampling, ids, generation.max_new_tokens)
+        stops, marks = model.defaults.mark(tuple(stops))
     row = labs_decode.Row(
         id=index,
-        ids=list(inputs.input_ids),
+        ids=ids,
         max_new_tokens=generation.max_new_tokens,
-        sampling=_sampling(model, generation, processors),
+        sampling=ruled,
         lookahead=generation.prompt_lookup_num_tokens or 0,
         deadline=began + (generation.timeout_s or float("inf")),
         exact_prefix=model.decoder.invariant or generation.seed is not None,
     )
-    return InFlight(row, inputs, generation, began)
+    return InFlight(row, inputs, generation, began, sampling, stops, marks)
 
 
 def _sampling(
     model: Model, options: Generation, processors: tuple[Processor, ...]
 ) -> labs_decode.Sampling:
-    """Fill what the request leaves open: the model's recommendation, else the neutral value."""
     import secrets
 
-    import labs_decode
-
-    def pick(name: str, neutral: float) -> Any:
-        given = getattr(options, name)
-        return model.generation_defaults.get(name, neutral) if given is None else given
+    import labs_loop
 
     vocabulary = model.decoder.config.vocab_size
     if beyond := [token for token in options.logit_bias if token >= vocabulary]:
         raise InputError(f"logit_bias names token {beyond[0]}: the vocabulary has {vocabulary}")
-    implied = any((options.top_k, options.top_p, options.min_p))
-    samples = options.do_sample  # as said; else as other options imply; else as the model says
-    if samples is None and options.temperature is not None:
-        samples = options.temperature > 0
-    elif samples is None:
-        samples = implied or bool(model.generation_defaults.get("do_sample"))
-    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    return labs_decode.Sampling(
-        **{name: pick(name, value) for name, value in neutral.items()},
-        temperature=(pick("temperature", 1.0) or 1.0) if samples else 0.0,
-        frequency_penalty=options.frequency_penalty,
-        presence_penalty=options.presence_penalty,
-        logit_bias=tuple(options.logit_bias.items()),
-        logprobs=options.logprobs,
-        seed=secrets.randbits(32) if options.seed is None else options.seed,
-        processors=processors,
-    )
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    return labs_loop.sampling_of(options, model.generation_defaults, seed, processors)
 
 
 def resolved(request: InFlight) -> Generation:
     """Return the options that were used; asked with them, any model of the kind does the same."""
-    sampling, given = request.row.sampling, request.generation
+    sampling, given = request.sampling, request.generation
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     used = {name: getattr(sampling, name) for name in names}
     seed = sampling.seed if sampling.temperature > 0 else given.seed
-    return replace(given, do_sample=None, seed=seed, **used)
+    stop = tuple(dict.fromkeys(request.stops.values()))
+    return replace(given, do_sample=None, seed=seed, stop=stop, **used)
 
 
 def new_prefixes(max_bytes: int | None = None) -> labs_decode.PrefixStore | None:
@@ -941,16 +955,19 @@ def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Itera
     why = "length" if request.tokens >= request.generation.max_new_tokens else why
     why = "stop" if choice.token in model.eos_token_ids else why
     token = None if choice.token in model.eos_token_ids else choice.token
-    piece = decode_next(model.tokenizer, request.text, token, last=why is not None)
-    shown, stop = match_stop(request.text, piece, request.generation.stop)
+    mark = request.marks.get(choice.token, "")
+    ends = why is not None or mark in request.stops
+    piece = decode_next(model.tokenizer, request.text, token, last=ends) + mark
+    shown, stop = match_stop(request.text, piece, tuple(request.stops))
     why = "stop" if stop else why
     if why:
         shown += request.text.held
+    shown = shown.translate(dict.fromkeys(map(ord, request.marks.values())))
     if shown or (why and request.logprobs):
         logprobs, request.logprobs = tuple(request.logprobs), []
         yield Delta(shown, logprobs)
     if why:
-        yield _finish(model, request, why, stop)
+        yield _finish(model, request, why, request.stops.get(stop or ""))
 
 
 def _finish(model: Model, request: InFlight, why: FinishReason, stop: str | None = None) -> Done:

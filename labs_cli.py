@@ -348,6 +348,8 @@ same text in any company: {same}
 memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes / 1e6:.1f} MB
 ---
 """)
+    for name, rule in told.generation_config.items():
+        write(f"# generation_config.json: {name} = {rule}\n")
     for key, each in told.settings.items():
         value = "unset" if each.value is None else json.dumps(each.value, ensure_ascii=False)
         write(f"{key} = {value}  # {each.source}\n")

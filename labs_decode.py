@@ -49,9 +49,11 @@ UNKNOWN_BUDGET = 2**30  # bytes, assumed where the system does not report its fr
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
+Processor = Callable[[list[int], Tensor], Tensor]  # (ids so far, float32 logits [V]) to logits
 Mode = Literal["joins", "whole", "alone"]
 PretrainedModel = Any  # transformers leaves these untyped: their attributes differ by family
 PretrainedConfig = Any
+Tokenizer = Any
 CacheLayer = Any
 
 
@@ -75,7 +77,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     seed: int = 0
-    processors: tuple[Callable[[list[int], Tensor], Tensor], ...] = ()
+    processors: tuple[Processor, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +87,8 @@ class Row:
     lookahead: tokens that a step may guess. owner: only prefixes of the same owner are reused,
     exact_prefix: and only columns with the bits of a prefill. cancelled: set by any thread. over:
     set by whoever reads its tokens. exact_columns: prefilled in whole chunks from the first on.
-    cached: prompt tokens taken from a prefix. deadline, entered (the loop): by perf_counter.
+    cached: prompt tokens taken from a prefix. deadline, entered (the loop): by perf_counter. seen:
+    all of ids, once. bias: ids and values of logit_bias, where the logits lie, once they are there.
     """
 
     id: int
@@ -104,9 +107,11 @@ class Row:
     cached: int = 0
     entered: float = 0.0
     generated: Counter[int] = field(default_factory=Counter)
+    seen: set[int] = field(default_factory=set)
+    bias: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.prompt_length = len(self.ids)
+        self.prompt_length, self.seen = len(self.ids), {*self.ids}
 
     @property
     def columns(self) -> int:
@@ -120,6 +125,7 @@ class Row:
         self.written += written
         self.ids.append(token)
         self.generated[token] += 1
+        self.seen.add(token)
 
 
 @dataclass(slots=True)
@@ -593,7 +599,8 @@ class Decoder:
     the model's forward takes. invariant: the bits of a row do not depend on its company; for that,
     steady: so many rows at most share a call, 0 for any number; duplicates_lone_row: a lone row is
     computed beside copies of itself, because a product of one row rounds differently. came_with:
-    the attention that each configuration inside the model named before.
+    the attention that each configuration inside the model named before. step_alone: of a lone row,
+    may make several choices; halves: what goes on after a step ran out of memory.
     """
 
     model: PretrainedModel
@@ -609,10 +616,26 @@ class Decoder:
     came_with: tuple[tuple[PretrainedConfig, str], ...] = ()
     graphs: StepGraphs | None = None
     prefill_packed: PrefillPacked | None = None
+    step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
+    halves: Callable[[Decoder, Batch], list[Batch]] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
         return self.model.config.get_text_config()
+
+    @property
+    def embedded(self) -> int:
+        """How many tokens the input embedding holds; vocab_size may say something else."""
+        return len(self.model.get_input_embeddings().weight)
+
+    def wrong_prompt(self, ids: Sequence[object]) -> str | None:
+        """Return what is wrong with ids as a prompt, in words."""
+        held, kinds = self.embedded, [i for i in ids if not hasattr(i, "__index__")]
+        if kinds:
+            return f"the prompt has {kinds[0]!r} where a token id has to be"
+        wrong = [i for i in cast("Sequence[int]", ids) if not 0 <= i < held]
+        told = f"prompt names token {wrong[0]}: the model holds {held}" if wrong else None
+        return told if ids else "the prompt has no tokens"
 
     @property
     def device(self) -> torch.device:
@@ -707,7 +730,7 @@ def _whole_call_rope(config: PretrainedConfig) -> str | None:
     return next((kind for kind in ("longrope", "dynamic") if kind in kinds), None)
 
 
-def context_length_of(config: PretrainedConfig, tokenizer: Any = None) -> int | None:
+def context_length_of(config: PretrainedConfig, tokenizer: Tokenizer = None) -> int | None:
     """Return how many tokens a model reads at most, as its configuration or tokenizer says."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -716,6 +739,13 @@ def context_length_of(config: PretrainedConfig, tokenizer: Any = None) -> int | 
     if not limits and isinstance(stated, int) and stated < 10**9:  # tokenizers say 1e30 for "none"
         limits = [stated]
     return limits[0] if limits else None
+
+
+def eos_token_ids_of(model: PretrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that end an answer."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def has_bf16(device: str) -> bool:

@@ -392,8 +392,8 @@ class Cached:
     def _key(self, stream: labs.InFlight) -> Any:
         """Return what identical requests have in common, or None for one that is never shared."""
         options = stream.generation
-        repeats = options.seed is not None or stream.row.sampling.temperature == 0
-        if not (repeats and self._response_cache.maxsize) or stream.row.sampling.processors:
+        repeats = options.seed is not None or stream.sampling.temperature == 0
+        if not (repeats and self._response_cache.maxsize) or stream.sampling.processors:
             return None
         return stream.row.owner, stream.inputs.input_ids, msgspec.json.encode(options)
 

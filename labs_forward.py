@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ids → logits, faster: short prompts that share one forward call.
+"""Forward calls of other shapes: short prompts in one, guessed tokens in one, halves of one.
 
     decoder = labs_forward.speed_up(labs_decode.prepare(model))
 
-Needs labs_decode.py, torch and transformers.
+Needs labs_decode.py, labs_loop.py, torch and transformers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
 import labs_decode
-from labs_decode import Batch, CacheLayer, Decoder, Pair, Slots, Tensor
+import labs_loop
+from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
+
+NGRAMS = (3, 2)  # tokens that have to be the same before a guess
 
 
 def speed_up(decoder: Decoder) -> Decoder:
-    """Let short prompts share a call if the model keeps keys and values only."""
+    """Add guesses and halves; let short prompts share a call if the model keeps no other states."""
+    decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom)
     if decoder.mode != "joins":
         return decoder
     layers = DynamicCache(config=decoder.config).layers
@@ -90,3 +94,71 @@ def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
     for row in rows:
         row.written = row.prompt_length
     return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
+
+
+# ---------------------------------------------------------------- guesses
+
+
+@torch.inference_mode()
+def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_loop.Choice]]:
+    """Do as `step` for one row, but take several tokens at once where the next ones are guessed.
+
+    Returns one choice or more, all of the one row: those that further steps would have given, since
+    each guess is computed as a row of its own that reads the same slot.
+    """
+    [row], choices = batch.rows, list[labs_loop.Choice]()
+    guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
+    guess = guess[: decoder.steady - 1] if decoder.steady else guess
+    if not guess:
+        return labs_loop.step(decoder, batch)
+    ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
+    places = [row.written + i for i in range(len(ids))]
+    logits = labs_decode.forward_slots(decoder, batch, ids, places)
+    for line, token in zip(logits, (*guess, None), strict=True):
+        choices += labs_loop.choose(line[None], batch.rows)
+        row.take(choices[-1].token)
+        if choices[-1].token != token:
+            break
+    return batch, choices
+
+
+def prompt_lookup(row: Row) -> list[int]:
+    """Return what followed the last tokens where they last stood before, as a guess."""
+    most = min(row.lookahead, row.columns - len(row.ids) - 1)
+    for size in NGRAMS if most > 0 else ():
+        tail = row.ids[-size:]
+        for start in range(len(row.ids) - size - 1, -1, -1):
+            if row.ids[start : start + size] == tail:
+                return row.ids[start + size : start + size + most]
+    return []
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
+    """Return what takes half the memory in a step that ran out of it; [] if that is one row.
+
+    Slots stay as they are and are read by more calls. A failed step leaves recurrent states halfway
+    in place: those rows are written anew from their ids, into two batches.
+    """
+    size = batch.at_once or len(batch.rows)
+    if size == 1:
+        return []
+    half = (size + 1) // 2
+    if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
+        return [replace(batch, at_once=half)]
+    batch.cache.layers.clear()
+    return [_rewrite(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
+
+
+def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
+    batches: list[Batch] = []
+    for row in rows:
+        row.written = 0
+        newcomer = labs_decode.new_batch(decoder, row)
+        while newcomer.pending:
+            newcomer = labs_decode.prefill(decoder, newcomer)
+        newcomer = replace(newcomer, logits=None)  # its token is known
+        batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
+    return batches[0]

@@ -5,7 +5,7 @@
         ...  # a Choice for each token, or Ended; whoever has read enough sets row.over
 
 A step is `labs_decode.forward`, which needs the model, and then `choose`, which needs its logits
-only. Rows join and leave at any step. Needs labs_decode.py; knows no text and no settings.
+only. Rows join and leave at any step. Needs labs_decode.py; knows no text.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 import labs_decode
-from labs_decode import Batch, Decoder, PrefixStore, Row, Sampling, Tensor, upload
+from labs_decode import Batch, Decoder, PrefixStore, Processor, Row, Sampling, Tensor, upload
 
-NGRAMS = (3, 2)  # tokens that have to be the same before a guess
+COLDEST = 1e-30  # below it logits over temperature leave float32: greedy
 LOW_32 = 0xFFFFFFFF  # bits
+LARGEST = torch.finfo(torch.float32).max  # a logit over a temperature may be this at most
 CANDIDATES = (128, 1024)  # likeliest tokens that a draw looks at before it takes all of them
 MOST_ROWS = 64  # of a batch, by default
 TYPICAL_COLUMNS = 1024  # of a row, to estimate how many rows the memory holds
@@ -215,18 +216,23 @@ def _store_prefix(decoder: Decoder, loop: Loop, batch: Batch, index: int) -> Non
 def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None, list[Batch]]:
     """Step a batch and report its choices; return it without the rows that are over."""
     try:
-        batch, choices = (step_speculative if len(loop.rows) == 1 else step)(decoder, batch)
+        alone = decoder.step_alone if len(loop.rows) == 1 else None
+        batch, choices = (alone or step)(decoder, batch)
     except (RuntimeError, MemoryError) as error:
         if not labs_decode.out_of_memory(error):
             raise
         return (yield from _split_or_fail(decoder, loop, batch, error))
     loop.last_step_at, loop.steps = time.perf_counter(), loop.steps + 1
     rows = batch.rows * len(choices) if len(batch.rows) == 1 else batch.rows
+    embedded = decoder.embedded
     for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         if row.over:
             break  # before the last of its guesses
         row.over = choice.error is not None
         yield row.id, choice
+        if not row.over and choice.token >= embedded:
+            row.over, told = True, f"token {choice.token} is beyond the model's input embedding"
+            yield row.id, Choice(error=IndexError(told))
         if row.over:
             del loop.rows[row.id]
             if not decoder.invariant:
@@ -244,7 +250,7 @@ def _split_or_fail(
     loop.oom_splits += 1
     _release(decoder, loop)
     try:
-        halves = split_after_oom(decoder, batch)
+        halves = decoder.halves(decoder, batch) if decoder.halves else []
     except (RuntimeError, MemoryError) as again:
         if not labs_decode.out_of_memory(again):
             raise
@@ -271,68 +277,6 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
     for row, choice in zip(batch.rows, choices, strict=True):
         row.take(choice.token, batch.logits is None)
     return replace(batch, logits=None), choices
-
-
-@torch.inference_mode()
-def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Do as `step` for one row, but take several tokens at once where the next ones are guessed.
-
-    Returns one choice or more, all of the one row: those that further steps would have given, since
-    each guess is computed as a row of its own that reads the same slot.
-    """
-    [row], choices = batch.rows, list[Choice]()
-    guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
-    guess = guess[: decoder.steady - 1] if decoder.steady else guess
-    if not guess:
-        return step(decoder, batch)
-    ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
-    places = [row.written + i for i in range(len(ids))]
-    logits = labs_decode.forward_slots(decoder, batch, ids, places)
-    for line, token in zip(logits, (*guess, None), strict=True):
-        choices += choose(line[None], batch.rows)
-        row.take(choices[-1].token)
-        if choices[-1].token != token:
-            break
-    return batch, choices
-
-
-def prompt_lookup(row: Row) -> list[int]:
-    """Return what followed the last tokens where they last stood before, as a guess."""
-    most = min(row.lookahead, row.columns - len(row.ids) - 1)
-    for size in NGRAMS if most > 0 else ():
-        tail = row.ids[-size:]
-        for start in range(len(row.ids) - size - 1, -1, -1):
-            if row.ids[start : start + size] == tail:
-                return row.ids[start + size : start + size + most]
-    return []
-
-
-def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
-    """Return what takes half the memory in a step that ran out of it; [] if that is one row.
-
-    Slots stay as they are and are read by more calls. A failed step leaves recurrent states halfway
-    in place: those rows are written anew from their ids, into two batches.
-    """
-    size = batch.at_once or len(batch.rows)
-    if size == 1:
-        return []
-    half = (size + 1) // 2
-    if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
-        return [replace(batch, at_once=half)]
-    batch.cache.layers.clear()
-    return [_rewrite(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
-
-
-def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
-    batches: list[Batch] = []
-    for row in rows:
-        row.written = 0
-        newcomer = labs_decode.new_batch(decoder, row)
-        while newcomer.pending:
-            newcomer = labs_decode.prefill(decoder, newcomer)
-        newcomer = replace(newcomer, logits=None)  # its token is known
-        batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
-    return batches[0]
 
 
 def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
@@ -407,6 +351,39 @@ def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
 # ---------------------------------------------------------------- choose
 
 
+def sampling_of(
+    options: Any, recommended: Mapping[str, object], seed: int, processors: tuple[Processor, ...]
+) -> Sampling:
+    """Fill what a request's options leave open: what its model recommends, else the neutral value.
+
+    options: a labs_settings.Generation.
+    """
+
+    def pick(name: str, neutral: float) -> Any:
+        given = getattr(options, name)
+        return recommended.get(name, neutral) if given is None else given
+
+    implied = any((options.top_k, options.top_p, options.min_p))
+    samples = options.do_sample  # as said; else as other options imply; else as the model says
+    if samples is None and options.temperature is not None:
+        samples = options.temperature > 0
+    elif samples is None:
+        warm = recommended.get("temperature") != 0
+        samples = implied or (warm and bool(recommended.get("do_sample")))
+    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    temperature = (pick("temperature", 1.0) or 1.0) if samples else 0.0
+    return Sampling(
+        **{name: pick(name, value) for name, value in neutral.items()},
+        temperature=temperature if temperature >= COLDEST else 0.0,
+        frequency_penalty=options.frequency_penalty,
+        presence_penalty=options.presence_penalty,
+        logit_bias=tuple(options.logit_bias.items()),
+        logprobs=options.logprobs,
+        seed=seed,
+        processors=processors,
+    )
+
+
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """Choose one token per row from float32 logits [B, V], each by its row's own options.
 
@@ -422,8 +399,8 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     tokens = dict(zip(drawn, draw(scores, rows, drawn), strict=True))
     tokens |= {} if best is None else dict(zip(greedy, best.tolist(), strict=True))
     for index, value in enumerate(highest.tolist()):
-        if not math.isfinite(value):
-            errors.setdefault(index, ArithmeticError("the model gave logits that are not finite"))
+        if not abs(value) <= LARGEST * (rows[index].sampling.temperature or 1):
+            errors.setdefault(index, ArithmeticError("the logits are not finite"))
     return [
         Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
         for i, row in enumerate(rows)
@@ -440,7 +417,7 @@ def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
     errors: dict[int, Exception] = {}
     _penalise(scores, rows)
     for index, row in enumerate(rows):
-        if any(token >= scores.shape[-1] for token, _ in row.sampling.logit_bias):
+        if row.bias is not None and len(row.bias[0]) < len(row.sampling.logit_bias):
             errors[index] = IndexError(f"logit_bias: the model has {scores.shape[-1]} tokens")
         try:
             for processor in row.sampling.processors:
@@ -459,7 +436,7 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     options = [(i, row, row.sampling) for i, row in enumerate(rows)]
     every = range(scores.shape[-1])  # some models cut off what their vocabulary is padded with
     if seen := [
-        ({token for token in row.ids if token in every}, i, s.repetition_penalty)
+        ([token for token in row.seen if token in every], i, s.repetition_penalty)
         for i, row, s in options
         if s.repetition_penalty != 1
     ]:
@@ -474,14 +451,17 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
         ids, lines, frequency, presence = _flatten(used, scores)
         counts = [count for generated, *_ in used for count in generated.values()]
         scores[lines, ids] -= tensor_like(counts, scores) * frequency + presence
-    if biased := [
-        ({token: bias for token, bias in s.logit_bias if token in every}, i)
-        for i, _, s in options
-        if s.logit_bias
-    ]:
-        ids, lines = _flatten(biased, scores)
-        biases = [bias for each, _ in biased for bias in each.values()]
-        scores[lines, ids] += tensor_like(biases, scores)
+    for i, row in ((i, row) for i, row, s in options if s.logit_bias):
+        scores[i].index_add_(0, *_bias(row, scores[i]))
+
+
+def _bias(row: Row, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ids and values of a row's logit_bias, which may be many and are uploaded once."""
+    if row.bias is None:
+        biases = {token: bias for token, bias in row.sampling.logit_bias if token < len(scores)}
+        ids = upload([*biases], scores.device, torch.long)
+        row.bias = ids, tensor_like([*biases.values()], scores)
+    return row.bias
 
 
 def _flatten(
@@ -506,7 +486,7 @@ def _choice(logits: Tensor, row: Row, token: int) -> Choice:
     if row.sampling.logprobs is None:
         return Choice(token)
     logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(row.sampling.logprobs)
+    values, ids = logprobs.topk(min(row.sampling.logprobs, len(logprobs)))
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return Choice(token, float(logprobs[token]), top)
 
@@ -524,23 +504,21 @@ def draw(
     if not places:
         return []
     chosen, device = [rows[i] for i in places], scores.device
-    temperatures = tensor_like([row.sampling.temperature for row in chosen], scores)
+    options = [row.sampling for row in chosen]
+    temperatures = tensor_like([s.temperature for s in options], scores)
     scaled = scores[upload(places, device)] / temperatures[:, None]
     size = min(*sizes[:1], scaled.shape[-1]) if sizes else scaled.shape[-1]
     top = scaled.topk(size)  # [N, K], descending
-    kept = kept_candidates(
-        top.values, scaled.logsumexp(-1, keepdim=True), [row.sampling for row in chosen]
-    )
+    kept = kept_candidates(top.values, scaled.logsumexp(-1, keepdim=True), options)
     noisy = (top.values + gumbel(chosen, top.indices)).masked_fill(~kept, -torch.inf)
     best = noisy.max(-1)
     tokens: list[int] = top.indices.gather(-1, best.indices[:, None])[:, 0].tolist()
     whole = size == scaled.shape[-1]
     open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
-    cut = [n for n in open_ended if _cuts(chosen[n].sampling, size)]
+    may_cut = {n for n in open_ended if (s := options[n]).top_p < 1 or s.min_p or s.top_k > size}
     # What top_p is a share of, top_k decides: all that top_k keeps must be seen.
-    options = [] if whole else [row.sampling for row in chosen]
-    deep = [n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1]
-    cut = sorted({*cut, *deep})
+    deep = (n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1)
+    cut = sorted(may_cut if whole else {*may_cut, *deep})
     for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
         tokens[n] = token
     lumps = [n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut]
@@ -551,11 +529,6 @@ def draw(
         for place, token in won.items():
             tokens[lumps[place]] = token
     return tokens
-
-
-def _cuts(s: Sampling, size: int) -> bool:
-    """Tell whether some option may cut the vocabulary off below its first `size` tokens."""
-    return s.top_p < 1 or s.min_p > 0 or s.top_k > size
 
 
 def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> Tensor:

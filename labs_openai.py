@@ -83,7 +83,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     top_p: labs.Probability | None = None
     top_k: labs.Count | None = None
     min_p: labs.Probability | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    repetition_penalty: labs.RepetitionPenalty | None = None
     frequency_penalty: labs.Penalty | None = None
     presence_penalty: labs.Penalty | None = None
     logit_bias: dict[labs.TokenId, labs.Bias] | None = None

@@ -334,6 +334,7 @@ class Explanation(Struct, frozen=True):
     weight_bytes: int
     cache_bytes: int
     settings: dict[str, SettingValue]
+    generation_config: dict[str, str] = {}  # the model's own rules, and why some have no effect
 
 
 def explain(
@@ -357,13 +358,12 @@ def explain(
         weight_bytes=decoder.weight_bytes,
         cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
         settings=_sourced(model, stream, sources or {}),
+        generation_config=model.defaults.told() if model.defaults else {},
     )
 
 
-def _sourced(
-    model: labs.Model, stream: labs.InFlight, sources: Mapping[str, str]
-) -> dict[str, SettingValue]:
-    found, samples = {}, stream.row.sampling.temperature > 0
+def _sourced(model: labs.Model, stream: labs.InFlight, sources: Any) -> dict[str, SettingValue]:
+    found, samples = {}, stream.sampling.temperature > 0
     holders = (model.spec, model.spec.quantization, labs.resolved(stream))
     for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
         key, name = setting.key, setting.field

@@ -10,6 +10,7 @@ Needs msgspec only; labs.py re-exports what is public here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -27,9 +28,10 @@ from msgspec.structs import asdict, fields, replace
 __all__ = [  # what labs.py re-exports
     "DEFAULT_MODEL", "REASONS", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents",
     "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "ModelError",
-    "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization", "ResponseCache",
-    "Router", "RouterRule", "Seconds", "Seed", "Server", "Setting", "Stop", "Strict", "Temperature",
-    "TokenId", "TopLogprobs", "evolve", "reason", "settings", "too_long",
+    "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
+    "RepetitionPenalty", "ResponseCache", "Router", "RouterRule", "Seconds", "Seed", "Server",
+    "Setting", "Stop", "Strict", "Temperature", "TokenId", "TopLogprobs", "evolve", "reason",
+    "settings", "too_long",
 ]
 GUARDS = [  # whatever is set here to another value than its default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
@@ -135,6 +137,7 @@ Temperature = Annotated[float, Meta(ge=0, le=100)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
@@ -181,6 +184,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     cache_dir: Annotated[str | None, doc("Converted GGUF files [default: ~/.cache/labs].")] = None
     batch_invariant: Annotated[bool, doc("Same text in any company, where it can be.")] = True
     cuda_graphs: Annotated[bool, doc("Run steps on one GPU as CUDA graphs, where it works.")] = True
+    use_generation_config: Annotated[bool, doc("Do as generation_config.json recommends.")] = True
     quantization: Quantization = Quantization()
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
@@ -199,8 +203,7 @@ class Generation(Strict, frozen=True, kw_only=True):
     min_p: Annotated[Probability | None, doc("Keep tokens this likely beside the best.")] = None
     do_sample: Annotated[bool | None, doc("Sample, or take the likeliest token.")] = None
     repetition_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=100)] | None,
-        doc("Above 1: repeat less of prompt and answer."),
+        RepetitionPenalty | None, doc("Above 1: repeat less of prompt and answer.")
     ] = None
     frequency_penalty: Annotated[Penalty, doc("OpenAI's: per earlier use in the answer.")] = 0.0
     presence_penalty: Annotated[Penalty, doc("OpenAI's: once for any use in the answer.")] = 0.0
@@ -430,12 +433,24 @@ S = TypeVar("S", bound=Struct)
 
 
 def evolve(struct: S, /, **changes: object) -> S:
-    """Copy `struct` with `changes`, checked as if read from a file; raise ConfigError if wrong."""
-    if not changes:
-        return struct
-    known = {field.name: field.type for field in fields(struct)}
-    checked = {key: _check(key, value, known, "") for key, value in changes.items()}
-    return _build(type(struct), {**asdict(struct), **checked})
+    """Copy `struct` with `changes`, all checked as in a file. Raises ConfigError with the field."""
+    values = {**asdict(struct), **changes}
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(values, type(struct), str_keys=True)
+    known = {field.name: field.type for field in fields(struct)}  # one by one is slow, and names it
+    return _build(type(struct), {key: _check(key, values[key], known, "") for key in values})
+
+
+def recommended(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
+    """Return what a model recommends as settings, and why what cannot be read has no effect."""
+    found, wrong = dict[str, object](), dict[str, str]()
+    for key, value in values.items():
+        try:
+            plain = 0 if (key, value) == ("top_k", -1) else value  # as many write "all"
+            found[key] = getattr(msgspec.convert({key: plain}, Generation, strict=False), key)
+        except (msgspec.ValidationError, TypeError) as error:
+            wrong[key] = f"{_abbreviate(value)} is not used: {error}"
+    return found, wrong
 
 
 def _check(key: str, value: object, types: Mapping[str, object], where: str) -> Any:

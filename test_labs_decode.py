@@ -474,10 +474,10 @@ def test_a_halved_batch_of_slots_has_the_logits_that_it_had(reference: Any) -> N
     batch = joined(decoder, [2, 3, 4, 5, 6])
     expected = decode.forward(decoder, batch)
     for size in (3, 2, 1):
-        (batch,) = loop.split_after_oom(decoder, batch)
+        (batch,) = forward_room.split_after_oom(decoder, batch)
         assert batch.at_once == size
         assert torch.equal(decode.forward(decoder, batch), expected)
-    assert loop.split_after_oom(decoder, batch) == []
+    assert forward_room.split_after_oom(decoder, batch) == []
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "falcon_h1"])
@@ -495,14 +495,14 @@ def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
         loop.step(decoder, batch)
     handle.remove()
     monkeypatch.setattr(decode, "CHUNK", 7)
-    halves = loop.split_after_oom(decoder, batch)
+    halves = forward_room.split_after_oom(decoder, batch)
     assert [len(half.rows) for half in halves] == [3, 2]
     assert answers_of(decoder, halves) == dict(enumerate(expected[:5]))
 
 
 def test_one_row_with_states_cannot_be_halved(reference: Any) -> None:
     decoder = prepare(reference["mamba2"][0])
-    assert loop.split_after_oom(decoder, newcomer(decoder, PROMPTS[3])) == []
+    assert forward_room.split_after_oom(decoder, newcomer(decoder, PROMPTS[3])) == []
 
 
 @pytest.mark.parametrize("columns", [64, 128])
@@ -1284,7 +1284,7 @@ def test_a_processor_is_given_the_rows_ids_so_far() -> None:
 
 def test_what_ended_a_row_is_told_in_words() -> None:
     [choice] = loop.choose(torch.full((1, 30), math.nan), rows_of([{}]))
-    assert str(choice.error) == "the model gave logits that are not finite"
+    assert str(choice.error) == "the logits are not finite"
 
 
 def test_a_processor_changes_its_own_row_only() -> None:
@@ -1469,7 +1469,7 @@ def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling
     while batch.pending:
         batch = decode.prefill(decoder, batch)
     while len(row.ids) < len(prompt) + NEW:
-        batch, choices = loop.step_speculative(decoder, batch)
+        batch, choices = forward_room.step_speculative(decoder, batch)
         assert choices[-1].error is None
         calls += 1
     return row.ids[len(prompt) :], calls
@@ -1485,7 +1485,7 @@ def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatc
         tokens, _ = ahead(decoder, prompt, 4, **sampling)
         assert tokens == expected
         guesses = iter([expected[1:4], [8, *expected[5:8]], [expected[5], 8], expected[7:13]])
-        monkeypatch.setattr(loop, "prompt_lookup", lambda row, g=guesses: next(g, []))
+        monkeypatch.setattr(forward_room, "prompt_lookup", lambda row, g=guesses: next(g, []))
         tokens, calls = ahead(decoder, prompt, 4, **sampling)
         assert tokens == expected
         # 1, then 4, 1 and 2 of the first three, 7 of the last: five calls for 15 tokens.
@@ -1518,7 +1518,7 @@ def test_a_guess_is_what_followed_the_last_tokens_before(
 ) -> None:
     row = row_of(ids)
     row.lookahead = most
-    assert loop.prompt_lookup(row) == expected
+    assert forward_room.prompt_lookup(row) == expected
 
 
 def test_no_more_is_guessed_than_may_be_generated() -> None:
@@ -1526,9 +1526,9 @@ def test_no_more_is_guessed_than_may_be_generated() -> None:
         id=0, ids=[1, 2, 3, 4, 5, 1, 2, 3], max_new_tokens=3, sampling=decode.Sampling()
     )
     row.lookahead = 9
-    assert loop.prompt_lookup(row) == [4, 5]
+    assert forward_room.prompt_lookup(row) == [4, 5]
     row.max_new_tokens = 1
-    assert loop.prompt_lookup(row) == []
+    assert forward_room.prompt_lookup(row) == []
 
 
 # ---------------------------------------------------------------- fewer kernels, for a GPU

@@ -27,6 +27,7 @@ import torch
 import labs
 import labs_decode
 import labs_engine
+import labs_forward
 import labs_loop
 from test_labs import byte_tokenizer, imports, tree
 from test_labs_decode import prepare, tiny
@@ -951,7 +952,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch, tokens: list[int], begin: int) -> N
         done = len(row.ids) - begin
         return tokens[done : done + 4]
 
-    monkeypatch.setattr(labs_loop, "prompt_lookup", look_up)
+    monkeypatch.setattr(labs_forward, "prompt_lookup", look_up)
 
 
 def tokens_alone(model: labs.Model, inputs: labs.Inputs) -> list[int]:

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's own files ask for: generation_config.json, and tokens that no text shows.
+
+    settings, defaults = labs_defaults.read(model, tokenizer, eos_token_ids, values)
+    sampling = defaults.apply(sampling, prompt_ids, max_new_tokens)
+
+Each field of transformers' GenerationConfig stands in one of the tables below. Rules are computed
+by transformers' own processors, made for one row and in transformers' order, so that greedy tokens
+are those of `model.generate`. Needs labs_settings.py, labs_decode.py, torch and transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import transformers
+
+import labs_settings
+from labs_decode import PretrainedModel, Processor, Sampling, Tensor, Tokenizer, upload
+
+log = logging.getLogger("labs")
+
+# fmt: off
+# What a person may set too, by the same bounds.
+SETTINGS = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_strings",
+}
+# What transformers does to logits before repetition_penalty, after it, and where it samples.
+EARLY = {"sequence_bias", "encoder_repetition_penalty"}
+RULES = EARLY | {
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_length",
+    "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
+}
+WARPERS = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config"}
+# What changes no text: speed, memory, what is returned, what is read elsewhere, and the details of
+# what is not done.
+NEUTRAL = {
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
+    "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "use_mtp",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "early_stopping", "length_penalty", "num_beam_groups",
+    "diversity_penalty", "output_attentions", "output_hidden_states", "output_scores",
+    "output_logits", "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id",
+    "decoder_start_token_id", "renormalize_logits", "transformers_version",
+}
+# fmt: on
+# How long an answer is and how many there are, labs' own settings say: told, without a warning.
+LENGTHS = {
+    **dict.fromkeys(("max_length", "max_new_tokens"), "max_new_tokens of labs decides"),
+    **{"max_time": "timeout_s of labs decides", "num_return_sequences": "a request says how many"},
+}
+NOT_DONE = {
+    "num_beams": "labs has no beam search",
+    "guidance_scale": "labs does not compute a second, unconditional answer",
+    "token_healing": "labs leaves the end of a prompt as it is",
+    "penalty_alpha": "labs has no contrastive search",
+    "dola_layers": "labs does not contrast layers",
+    **dict.fromkeys(("constraints", "force_words_ids"), "labs has no constrained beams"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Defaults:
+    """What a model's files ask for beyond settings.
+
+    rules: what applies to each row, by transformers' names. ignored: what does not, and why.
+    special_tokens: what no text shows, the longest first.
+    """
+
+    model: PretrainedModel
+    eos_token_ids: frozenset[int]
+    rules: Mapping[str, Any]
+    ignored: Mapping[str, str]
+    special_tokens: Mapping[int, str]
+
+    def apply(self, sampling: Sampling, prompt: list[int], max_new_tokens: int) -> Sampling:
+        """Return how a row of this prompt is sampled: by its own options and the model's rules."""
+        if not self.rules:
+            return sampling
+        first = {name: value for name, value in self.rules.items() if name in RULES}
+        last = {name: value for name, value in self.rules.items() if name in WARPERS}
+        taken: dict[str, Any] = {}
+        if EARLY & first.keys():
+            first["repetition_penalty"] = sampling.repetition_penalty
+            taken["repetition_penalty"] = 1.0
+        if last and sampling.temperature:
+            options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+            last |= {**options, "min_p": sampling.min_p or None, "do_sample": True}
+            taken |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        made = [self._processors(values, prompt, max_new_tokens) for values in (first, last)]
+        row = _RowRules(made[0], sampling.processors, made[1])
+        return replace(sampling, processors=(row,), **taken)
+
+    def _processors(self, values: Mapping[str, Any], prompt: list[int], new: int) -> Any:
+        device, config = self.model.device, transformers.GenerationConfig()  # type: ignore[no-untyped-call]
+        for name, value in values.items():
+            setattr(config, name, value)
+        config.max_length = len(prompt) + new
+        eos = torch.tensor(sorted(self.eos_token_ids), device=device)
+        config._eos_token_tensor = eos if len(eos) else None
+        ids = torch.tensor([prompt], device=device)
+        options = {"input_ids_seq_length": len(prompt), "encoder_input_ids": ids, "device": device}
+        return self.model._get_logits_processor(config, **options)
+
+    def told(self) -> dict[str, str]:
+        """Return each rule and what has no effect, in words."""
+        return {name: repr(value)[:200] for name, value in self.rules.items()} | {**self.ignored}
+
+    def mark(self, stops: tuple[str, ...]) -> tuple[dict[str, str], dict[int, str]]:
+        """Let stops find special tokens: a character that no text has stands for each.
+
+        Returns {what is looked for: the stop that it means} and {token: its character}.
+        """
+        coded, marks = {stop: stop for stop in stops}, dict[int, str]()
+        for token, text in self.special_tokens.items() if stops else ():
+            if any(text in stop for stop in stops):
+                marks[token] = chr(sys.maxunicode - len(marks))
+                coded = {each.replace(text, marks[token]): stop for each, stop in coded.items()}
+        return {stop: stop for stop in stops} | coded, marks
+
+
+@dataclass(frozen=True, slots=True)
+class _RowRules:
+    """The model's rules, then what the request brought, then what cuts off, as transformers does.
+
+    What a request brought, a grammar, goes first where nothing satisfies both.
+    """
+
+    first: Any
+    asked: tuple[Processor, ...]
+    last: Any
+
+    def __call__(self, ids: list[int], logits: Tensor) -> Tensor:
+        known = upload([ids], logits.device)
+        for scores in (self.first(known, logits[None].clone())[0], logits):
+            for processor in self.asked:
+                scores = processor(ids, scores)
+            if not self.asked or scores.isfinite().any():
+                break
+        return cast("Tensor", self.last(known, scores[None])[0])
+
+
+def read(
+    model: PretrainedModel, tokenizer: Tokenizer, eos: frozenset[int], values: dict[str, Any]
+) -> tuple[dict[str, object], Defaults]:
+    """Return what the values of a GenerationConfig mean as settings, and the rest of them.
+
+    Raises ModelError for beams: all of the text would differ.
+    """
+    plain = {name: value for name, value in values.items() if name in SETTINGS}
+    if texts := plain.pop("stop_strings", None):
+        plain["stop"] = [texts] if isinstance(texts, str) else texts
+    settings, ignored = labs_settings.recommended(plain)
+    rules, known = dict[str, Any](), vars(transformers.GenerationConfig())  # type: ignore[no-untyped-call]
+    for name in values.keys() & known.keys() - SETTINGS - NEUTRAL:
+        value = values[name]
+        if name in RULES | WARPERS:
+            works, why = _try(Defaults(model, eos, {name: value}, {}, {}))
+            rules |= {name: value} if works else {}
+        else:
+            asks = value is True or (value and value != 1)
+            why = (LENGTHS | NOT_DONE).get(name, "labs does not know it") if asks else ""
+        ignored |= {name: f"{repr(value)[:60]} is not used: {why}"} if why else {}
+    if "num_beams" in ignored:
+        text = f"the model recommends {values['num_beams']} beams, and labs has no beam search"
+        remedy = "use_generation_config = false goes without what it recommends"
+        raise labs_settings.ModelError(f"{model.name_or_path}: {text}: {remedy}")
+    for name in sorted(ignored.keys() - LENGTHS.keys()):
+        log.warning("%s: generation_config.json: %s = %s", model.name_or_path, name, ignored[name])
+    return settings, Defaults(model, eos, rules, ignored, _special_tokens(tokenizer, eos))
+
+
+def _special_tokens(tokenizer: Tokenizer, eos: frozenset[int]) -> dict[int, str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = {*eos, *tokenizer.all_special_ids, *(i for i in added if added[i].special)}
+    texts = {i: str(added[i] if i in added else tokenizer.decode([i])) for i in ids}
+    return {i: texts[i] for i in sorted(ids, key=lambda i: -len(texts[i])) if texts[i]}
+
+
+def _try(rules: Defaults) -> tuple[bool, str]:
+    """Return whether a rule does anything and what is wrong with it, by a row's first steps."""
+    width, device = rules.model.config.get_text_config().vocab_size, rules.model.device
+    try:
+        row: Any = rules.apply(Sampling(temperature=1.0), [0], 2).processors[0]
+        for length in (1, 2, 3):
+            row([0] * length, torch.zeros(width, device=device))
+    except Exception as error:  # whatever transformers makes of whatever stands there
+        return False, (str(error).strip() or type(error).__name__).splitlines()[0]
+    return bool(row.first or row.last), ""
