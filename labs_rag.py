@@ -386,9 +386,13 @@ def _plain(text: str) -> str:
 
 
 def encoder_of(config: labs.Config) -> Encoder | None:
-    """Return the configured embedding model, to be loaded as the model is but not quantised."""
+    """Return the configured embedding model, loaded as the model is but not quantised.
+
+    What the model is trusted with is its own: this one runs no code and holds no pickles.
+    """
     name = config.documents.embedding_model
     options = {"model_name": name, "revision": None, "quantization": labs.Quantization()}
+    options |= {"trust_remote_code": False, "use_safetensors": True}
     return Encoder(msgspec.structs.replace(config.model, **options)) if name else None
 
 
