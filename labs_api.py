@@ -44,6 +44,7 @@ import labs_meters
 import labs_models
 import labs_openai
 import labs_pages
+import labs_patterns
 import labs_request
 import labs_tokens
 
@@ -113,6 +114,9 @@ def as_problem(error: BaseException, request_id: str) -> labs_gate.Problem:
         return error
     if isinstance(error, labs_engine.Busy):
         return labs_gate.Problem(503, str(error), "overloaded", retry_after_s=1)
+    if isinstance(error, labs_models.NotLoaded):
+        wait_s = labs_models.RETRY_S
+        return labs_gate.Problem(503, str(error), "model_not_loaded", retry_after_s=wait_s)
     if isinstance(error, labs.InputError | labs.ConfigError):  # what a request says, both
         status = getattr(error, "status", 400)
         return labs_gate.Problem(status, str(error), *labs_openai.code_and_param(error))
@@ -275,6 +279,7 @@ class Service:
         self.meters = labs_meters.Meters(registry)
         self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
+        labs_patterns.check(config.router)
         held = (self.context.filters, self.context.encoder)  # may hold models of their own
         models.account(lambda: sum(getattr(each, "nbytes", 0) for each in held))
         self._tokens = quota
@@ -533,13 +538,14 @@ class Ready(Resource):
         resp.data = labs_gate.dumps(health)
 
     def _state(self) -> Any:
+        found = [engine.status() for engine in self.service.models.loaded().values()]
         try:
             self.service.models.check()
         except labs_engine.Busy:
             return "loading"
         except labs.LabsError:
-            return "dead"
-        found = [engine.status() for engine in self.service.models.loaded().values()]
+            if not found:  # else another model answers
+                return "dead"
         if any(status.closing for status in found):
             return "draining"
         if not all(status.alive for status in found):

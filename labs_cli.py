@@ -649,9 +649,13 @@ def silence_libraries() -> None:
 
 def start(name: str, callback: Any, options: Options, epilog: str) -> None:
     """Run a command as a program: UTF-8 in and out, whatever the locale says."""
-    if sys.stdout is None:
+    opened = [
+        _open_if_closed(descriptor) for descriptor in range(3)
+    ]  # else a socket takes its place
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    if opened[1] and name != "labs-api":  # whose answers go elsewhere
         sys.exit("Error: standard output is closed")
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  (it was closed)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
     if not os.environ.get("LABS_DEBUG"):
         silence_libraries()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
@@ -661,10 +665,24 @@ def start(name: str, callback: Any, options: Options, epilog: str) -> None:
     make_command(name, callback, options, epilog)(arguments, prog_name=name)
 
 
-def main() -> None:
-    """Run labs-gen, and end at once: to take apart what was loaded takes a fifth of the time."""
+def _open_if_closed(descriptor: int) -> bool:
+    """Let a standard descriptor that is closed lead nowhere; tell whether it was."""
     try:
-        start("labs-gen", run, OPTIONS, EPILOG)
+        os.fstat(descriptor)
+    except OSError:
+        return os.open(os.devnull, os.O_RDWR) == descriptor  # the lowest that is free
+    return False
+
+
+def main() -> None:
+    """Run labs-gen."""
+    ending_at_once("labs-gen", run, OPTIONS, EPILOG)
+
+
+def ending_at_once(name: str, callback: Any, options: Options, epilog: str) -> None:
+    """Run a program and end at once: to take apart what was loaded takes a fifth of the time."""
+    try:
+        start(name, callback, options, epilog)
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
@@ -712,7 +730,7 @@ def serve_command(**flags: Any) -> None:
 def main_api() -> None:
     """Run labs-api as a program."""
     options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
-    start("labs-api", serve_command, (*options, *RAY, *STICKY), API_EPILOG)
+    ending_at_once("labs-api", serve_command, (*options, *RAY, *STICKY), API_EPILOG)
 
 
 if __name__ == "__main__":

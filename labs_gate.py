@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import ipaddress
 import json
 import logging
 import math
+import os
+import queue
 import re
 import threading
 import time
@@ -28,6 +31,7 @@ import labs_engine
 import labs_request
 
 log = logging.getLogger("labs.api")
+LOG_LINES = 4096  # that may wait for who reads standard error
 
 
 def dumps(value: Any) -> bytes:
@@ -219,6 +223,45 @@ def not_found(paths: Collection[str]) -> Callable[..., None]:
         raise Problem(404, f"there is no path {asked!r} here, only {known}{hint}", "not_found")
 
     return refuse
+
+
+class Unhurried(io.TextIOBase):
+    """What standard error becomes: a thread writes it, so nobody waits for who reads it or not.
+
+    descriptor: None for nowhere. dropped: texts that found no room, or could not be written.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self.dropped, self._descriptor = 0, descriptor
+        self._texts: queue.Queue[str] = queue.Queue(LOG_LINES)
+        threading.Thread(target=self._write, name="labs-log", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        try:
+            if text:
+                self._texts.put_nowait(text)
+        except queue.Full:
+            self.dropped += 1
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self._descriptor is not None and os.isatty(self._descriptor)
+
+    def wait(self, timeout_s: float) -> None:
+        """Let what was told be written, if that does not take too long."""
+        end = time.monotonic() + timeout_s
+        while self._texts.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def _write(self) -> None:
+        while True:
+            data = self._texts.get().encode("utf-8", "backslashreplace")
+            try:
+                while data and self._descriptor is not None:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:  # a full disk, a pipe that was closed
+                self.dropped += 1
+            self._texts.task_done()
 
 
 def log_request(req: falcon.Request, status: int) -> None:

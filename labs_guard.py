@@ -6,7 +6,8 @@
     events = labs.stream_generate(model, inputs, config.generation)
     for event in labs_guard.Filter(filters, inputs, config.generation).all(events): ...
 
-The end of an answer is held back while more text may make a match of it. Needs labs.py.
+The end of an answer is held back while more text may make a match of it. Needs labs.py and
+labs_patterns.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 import labs
+import labs_patterns
 
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s|[\n。！？]")  # noqa: RUF001
 
@@ -48,7 +50,7 @@ class Pattern(Struct, frozen=True, eq=False):
     """Returns the first verdict from `start` on, or None."""
 
     name: str
-    regex: re.Pattern[str]
+    regex: re.Pattern[str] | labs_patterns.Bounded
     lookbehind: int  # a match is decided within this many characters
     safe_prefix: Any = re.compile("")  # matches the part of them in which no match can begin
     accepted_length: Callable[[str], int] = lambda found: len(found) or 1  # 0: it is no match
@@ -68,28 +70,13 @@ class Pattern(Struct, frozen=True, eq=False):
         return int(self.safe_prefix.match(text, max(0, len(text) - self.lookbehind)).end())
 
 
-def _card(found: str) -> int:
-    """Return the length of the most digit groups that end in a card's check digit, or 0."""
-    for end in reversed([group.end() for group in re.finditer(r"\d+", found)]):
-        digits = [int(each) for each in found[:end] if each.isdecimal()]
-        doubled = [2 * each - 9 * (each > 4) for each in digits[-2::-2]]
-        if len(digits) > 12 and (sum(doubled) + sum(digits[-1::-2])) % 10 == 0:
-            return end
-    return 0
-
-
-EMAIL = re.compile(r"[\w.%+-]{1,64}+@(?:[\w-]{1,63}\.){1,8}[^\W\d_][\w-]{1,62}")
-PHONE = re.compile(  # not right after a digit and a mark, as parts of dates and versions are
-    r"(?<!\w)(?<!\d[./-])(?:\+\d(?:[ ./()-]{0,2}\d){6,14}"  # +49 30 1234567
-    r"|\(?(?=0(?:[ /()-]{0,2}\d){8})(?!\d\d?[/-]\d\d?[/-]\d\d)"  # (030) 123-4567, but no date
-    r"0\d{1,4}\)?(?:[ /-]{0,2}\d{2,9}+){1,4}"
-    r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4})(?![./-]?\d)"  # 555-123-4567
-)
-CARD = re.compile(r"(?<!\d)(?<!\d\.)[2-6](?:[ -]?\d){12,18}(?!\d)")
+CARD_FREE = re.compile(r"(?s)(?:.*[^\d -])?[^2-6]*")
 PII = {
-    "email": Pattern("email", EMAIL, 640, re.compile(r"(?s)(?:.*[^\w.%+@-])?")),
-    "phone": Pattern("phone", PHONE, 64, re.compile(r"(?s)(?:.*[^\d ./()+-])?[^\d(+]*")),
-    "card": Pattern("card", CARD, 38, re.compile(r"(?s)(?:.*[^\d -])?[^2-6]*"), _card),
+    "email": Pattern("email", labs_patterns.EMAIL, 640, re.compile(r"(?s)(?:.*[^\w.%+@-])?")),
+    "phone": Pattern(
+        "phone", labs_patterns.PHONE, 64, re.compile(r"(?s)(?:.*[^\d ./()+-])?[^\d(+]*")
+    ),
+    "card": Pattern("card", labs_patterns.CARD, 38, CARD_FREE, labs_patterns.card_length),
 }
 
 
@@ -144,7 +131,17 @@ class Filters(Struct, frozen=True, eq=False):
         return replace(found, usage=completion.usage, timings=completion.timings)
 
     def apply(self, side: str, text: str, start: int, end: int) -> tuple[str, int, str | None]:
-        """Return what text[start:end] becomes, up to where that goes, and what rule refuses it."""
+        """Return what text[start:end] becomes, up to where that goes, and what rule refuses it.
+
+        A rule that cannot be searched for in time refuses it, as it may be there.
+        """
+        try:
+            return self._apply(side, text, start, end)
+        except labs_patterns.TooSlow as error:
+            self.tell(error.name, side)
+            return "", start, error.name
+
+    def _apply(self, side: str, text: str, start: int, end: int) -> tuple[str, int, str | None]:
         found, parts = [each(text, start) for each in self.patterns], list[str]()
         while ahead := [each for each in found if each and each.start < end]:
             first = min(ahead, key=lambda each: each.start)
@@ -167,7 +164,8 @@ def load(guard: labs.Guard, spec: labs.ModelSpec = labs.ModelSpec()) -> Filters:
         regex = re.compile("|".join(parts), re.IGNORECASE)
         found.append(Pattern("deny", regex, max(map(len, deny)) - 1, names=names))
     for number, text in enumerate(guard.deny_patterns):
-        found.append(Pattern(f"deny_patterns[{number}]", re.compile(text), guard.hold_back_chars))
+        operators = labs_patterns.Bounded(name := f"deny_patterns[{number}]", text)
+        found.append(Pattern(name, operators, guard.hold_back_chars))
     found += [replace(PII[kind], mask=f"[{kind}]") for kind in guard.mask]
     return Filters(guard, found, *_classifier(guard, spec) if guard.classifier else ())
 

@@ -62,7 +62,7 @@ class Meters:
 
 
 def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
-    """Yield what engines tell of themselves at this moment, by the names of their models."""
+    """Yield what engines, by their models' names, and the log tell of themselves at this moment."""
     for kind, name, text, field in ENGINE_METRICS:
         family = kind(f"labs_{name}", text, labels=LABEL)
         for model, status in statuses.items():
@@ -72,6 +72,10 @@ def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
     for kind, size in gpu_memory().items():
         memory.add_metric([kind], size)
     yield memory
+    text = "Writes to standard error that were given up"
+    yield CounterMetricFamily(
+        "labs_log_lines_dropped", text, value=getattr(sys.stderr, "dropped", 0)
+    )
 
 
 ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (

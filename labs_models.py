@@ -3,7 +3,6 @@
 
     models = labs_models.Models(config)          # begins to load the configured one
     engine = models("small")                     # raises Loading until it is there
-    ...                                          # engine.submit(...)
     models.release("small")                      # it may be unloaded once nothing is under way
 
 One thread loads and unloads; who waits for a model holds up nobody else. `One` is a given engine.
@@ -14,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import threading
 import time
 from collections import deque
@@ -27,6 +25,7 @@ from msgspec.structs import replace
 import labs
 import labs_engine
 from labs_engine import AnyEngine
+from labs_patterns import route as route
 
 log = logging.getLogger("labs.models")
 POLL_S = 0.05  # how often the one who needs room looks whether a model has become idle
@@ -43,12 +42,15 @@ class Loading(labs_engine.Busy):
         self.wait = wait
 
 
+class NotLoaded(labs.ModelError):
+    """A model could not be loaded when last tried; why may name what is no client's business."""
+
+
 class Entry(Struct, eq=False):
     """A configured model. holders: how many were given the engine and have not released it.
 
     last_used: when it was last given or busy; failed: when a load failed; reserved_until: it stays
-    so long for who waited for it (all monotonic). draining: it takes no more requests.
-    reader: the model without its weights, once it was loaded.
+    so long for who waited for it (all monotonic). draining: it takes no more. reader: no weights.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Models:
     def __call__(self, name: str) -> AnyEngine:
         """Return the engine of a configured model; it is the caller's until released.
 
-        Raises Loading for a model that is not there yet, ModelError for one that cannot be loaded.
+        Raises Loading for a model that is not there yet, NotLoaded for one that cannot be loaded.
         """
         with self._change:
             entry = self._entries[name]
@@ -102,8 +104,7 @@ class Models:
                 entry.last_used, entry.reserved_until = entry.last_given, 0.0
                 return entry.engine
             if entry.failure is not None and time.monotonic() < entry.failed + RETRY_S:
-                # The reason may name what is nobody's business.
-                raise labs.ModelError(f"{name} could not be loaded; the log tells why")
+                raise NotLoaded(f"{name} could not be loaded; the log tells why")
             if entry not in self._wanted:
                 self._wanted.append(entry)
                 self._change.notify_all()
@@ -180,16 +181,21 @@ class Models:
 
     def _serve(self) -> None:
         while not self._closed:
-            with self._change:
-                if not self._wanted and not self._closed:
-                    self._change.wait(1.0 if self._server.keep_alive_s else None)
-                wanted = self._wanted[0] if self._wanted else None
-                late = self._expired()
-            for entry in late:
-                self._unload(entry)
-            if wanted is not None:
-                self._load(wanted)
-                self._learn_context_lengths()
+            try:
+                with self._change:
+                    if not self._wanted and not self._closed:
+                        self._change.wait(1.0 if self._server.keep_alive_s else None)
+                    wanted = self._wanted[0] if self._wanted else None
+                    late = self._expired()
+                for entry in late:
+                    self._unload(entry)
+                if wanted is not None:
+                    self._load(wanted)
+                    self._learn_context_lengths()
+            except BaseException:  # who waits is told; who asks later may have better luck
+                log.exception("labs-api: no model could be loaded or let go")
+                for entry in [*self._wanted]:
+                    self._settle(entry, None, labs.ModelError(f"{entry.name}: the log tells why"))
 
     def _expired(self) -> list[Entry]:
         """Return the models that nobody has used for keep_alive_s. The lock is held."""
@@ -210,20 +216,23 @@ class Models:
         except labs.LabsError as error:
             log.error("labs-api: cannot load %s", error)
             failure = error
-        except Exception as error:
+        except BaseException as error:  # a model's own code may even want to exit
             log.exception("labs-api: cannot load %s", entry.name)
             failure = labs.ModelError(str(error))
         if failure is not None:  # the frames it went through hold what was loaded so far
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             labs.release_memory()
+        self._settle(entry, engine, failure)
+        if engine is not None and self._closed:
+            engine.close()
+
+    def _settle(self, entry: Entry, engine: AnyEngine | None, failure: Any) -> None:
         with self._change:
             entry.failure, entry.failed = failure, (now := time.monotonic())
             entry.engine, entry.last_used, entry.draining = engine or entry.engine, now, False
             entry.reserved_until = min(entry.reserved_until, now + EVICT_BUSY_AFTER_S)
             self._wanted.remove(entry)
             self._change.notify_all()
-        if engine is not None and self._closed:
-            engine.close()
 
     def _start(self, entry: Entry) -> AnyEngine:
         if (cache := entry.config.response_cache).max_entries:
@@ -311,15 +320,6 @@ class One:
 
     def context_length(self, name: str) -> int | None:
         return self._engine.model.context_length if name == self._name else None
-
-
-def route(router: labs.Router, text: str, count: Callable[[], int]) -> str | None:
-    """Return the model of the first rule that a text, of `count()` tokens, fits; or None."""
-    for rule in router.rules:
-        found = rule.pattern is None or re.search(rule.pattern, text)
-        if found and (rule.over_prompt_tokens is None or count() > rule.over_prompt_tokens):
-            return rule.model
-    return None
 
 
 def weight_bytes(spec: labs.ModelSpec) -> int:

@@ -391,7 +391,8 @@ def encoder_of(config: labs.Config) -> Encoder | None:
     What the model is trusted with is its own: this one runs no code and holds no pickles.
     """
     name = config.documents.embedding_model
-    options = {"model_name": name, "revision": None, "quantization": labs.Quantization()}
+    options: dict[str, Any] = {"model_name": name, "revision": None}
+    options |= {"quantization": labs.Quantization()}
     options |= {"trust_remote_code": False, "use_safetensors": True}
     return Encoder(msgspec.structs.replace(config.model, **options)) if name else None
 

@@ -5,8 +5,7 @@
     serve run labs_ray:app num_gpus=1             the same, by Ray's own command
     labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
 
-Ray schedules, restarts and scales; nothing here does. Needs the extra `ray`, and labs_serve.py and
-labs_jsonl.py with theirs.
+Ray schedules, restarts and scales. Needs the extra `ray`; labs_serve.py, labs_jsonl.py with theirs.
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ import labs_jsonl
 import labs_models
 import labs_serve
 
+log = logging.getLogger("labs.ray")
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
 MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
 EXTRA_REQUESTS = 8  # requests of a replica that wait for a row, or need none
@@ -98,11 +98,12 @@ def connected(address: str) -> Iterator[None]:
     for name in ("ray", "ray.data", "ray.serve"):  # what matters is raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        wordy = os.environ.get("LABS_DEBUG") == "1"
-        ray.init(address, logging_level=logging.CRITICAL, log_to_driver=wordy, **options)
+        options["log_to_driver"] = os.environ.get("LABS_DEBUG") == "1"
+        with labs_serve.sigterm_withheld():  # a group's reaches Ray too, which has to outlive us
+            ray.init(address, logging_level=logging.CRITICAL, **options)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's writes a core's trace
     except (OSError, RuntimeError, ValueError) as error:
         raise labs.LabsError(f"cannot reach Ray at {address}: {error}") from error
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own writes a core's trace
     try:
         yield
     except ray.exceptions.RayError as error:  # it ends in what made it, after many frames
@@ -277,18 +278,18 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
     labs_gate.check_exposure(config)
     host, count = config.server.host, cluster.replicas
-    with contextlib.suppress(KeyboardInterrupt), connected(address):
+    with contextlib.suppress(KeyboardInterrupt), labs_serve.unhurried_log(), connected(address):
+        labs_serve.interrupt_on_signals()
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
-        loading = f"{labs_gate.url_of(host, port)} (loading {config.model_id})"
-        print(f"labs-api: {loading}", file=sys.stderr)
+        log.info("labs-api: %s (loading %s)", labs_gate.url_of(host, port), config.model_id)
         try:
             _run(config, cluster)
-            logs = "/tmp/ray/session_latest/logs of their machines"
-            replicas = "replica" if count == 1 else "replicas"
-            print(f"labs-api: ready, {count} {replicas}; logs: {logs}", file=sys.stderr)
+            text = "labs-api: ready, %d replica%s; logs: /tmp/ray/session_latest/logs"
+            log.info(text, count, "s" * (count > 1))
             threading.Event().wait()
         finally:
+            labs_serve.end_unless_served(ray.get_runtime_context().gcs_address)
             serve.delete(APP)
 
 

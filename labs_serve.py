@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
 import time
 import wsgiref.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import labs
@@ -27,6 +28,8 @@ import labs_models
 
 ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
 HEAD_BYTES = 32_768
+log = logging.getLogger("labs.serve")
+LAST_WORDS_S = 1.0  # what is told at the end may take so long to be written
 
 
 def threads_for(config: labs.Config) -> int:
@@ -121,64 +124,133 @@ def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
         server.del_channel()
         server.socket.close()
 
-    server.trigger.pull_trigger(stop_accepting)
-    models.close(deadline_s)
-    end = time.monotonic() + 2
-    while time.monotonic() < end and any(
-        channel.requests or channel.total_outbufs_len for channel in server.active_channels.values()
-    ):
-        time.sleep(0.02)
-    # Without channels waitress's loop ends; it would swallow an exception raised in a thunk.
-    server.trigger.pull_trigger(server._map.clear)
+    try:
+        server.trigger.pull_trigger(stop_accepting)
+        models.close(deadline_s)
+        end, channels = time.monotonic() + 2, server.active_channels
+        while time.monotonic() < end and any(
+            channel.requests or channel.total_outbufs_len for channel in [*channels.values()]
+        ):
+            time.sleep(0.02)
+    finally:
+        # Without channels waitress's loop ends; it would swallow an exception raised in a thunk.
+        server.trigger.pull_trigger(server._map.clear)
+
+
+@contextlib.contextmanager
+def unhurried_log() -> Iterator[None]:
+    """Let a thread write to standard error: no request waits for who reads it, or does not."""
+    before, descriptor = sys.stderr, None
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed, or a test's
+        descriptor = before.fileno()
+    sys.stderr = log = labs_gate.Unhurried(descriptor)
+    logging.basicConfig(format="%(message)s", stream=log, level=logging.INFO)
+    try:
+        yield
+    finally:
+        log.wait(LAST_WORDS_S)
+        sys.stderr = before
 
 
 def serve(config: labs.Config) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
+    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over.
+
+    A second signal ends the process at once.
+    """
     labs_gate.check_exposure(config)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
-    logging.getLogger("waitress").setLevel(logging.ERROR)
-    models = labs_models.Models(config, start=False)
-    app = labs_api.create_app(config, models)
-    try:
-        server = make_server(app, config)
-    except OSError as error:
-        raise labs_gate.cannot_listen(config.server, error) from error
+    with unhurried_log():
+        logging.getLogger("waitress").setLevel(logging.ERROR)
+        models = labs_models.Models(config, start=False)
+        app = labs_api.create_app(config, models)
+        try:
+            server = make_server(app, config)
+        except OSError as error:
+            raise labs_gate.cannot_listen(config.server, error) from error
+        try:
+            _run(server, models, config)
+        finally:
+            models.close()  # no thread may be in torch while the interpreter ends
+    if models.failed:  # the log has told why
+        sys.exit(1)
+
+
+def _run(server: Any, models: labs_models.Models, config: labs.Config) -> None:
     arguments = (server, models, config.server.drain_s)
     stopping = threading.Thread(target=drain, args=arguments, daemon=True)
 
     def stop(*_: Any) -> None:
         if stopping.ident:  # somebody does not want to wait
-            raise KeyboardInterrupt
+            end_at_once()
         stopping.start()
 
+    def announce() -> None:
+        if not _announce(models) and not stopping.ident:
+            stopping.start()
+
+    on_signals(stop)
     url = labs_gate.url_of(server.effective_host, server.effective_port)
-    announcing = threading.Thread(target=_announce, args=(models, stop), daemon=True)
+    log.info("labs-api: %s (loading %s)", url, config.model_id)
+    models.start()
+    threading.Thread(target=announce, daemon=True).start()
+    server.run()
+
+
+def on_signals(stop: Callable[..., Any]) -> None:
+    """Call `stop` where the process is asked to end; `nohup` lets it outlive its terminal."""
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows lacks some
+        if number is not None and (
+            name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
+        ):
+            signal.signal(number, stop)
+
+
+def interrupt_on_signals() -> None:
+    """Let the first signal raise KeyboardInterrupt, as Ctrl-C does, and the second end it all."""
+
+    def stop(*_: Any) -> None:
+        on_signals(lambda *_: end_at_once())
+        raise KeyboardInterrupt
+
+    on_signals(stop)
+
+
+@contextlib.contextmanager
+def sigterm_withheld() -> Iterator[None]:
+    """Keep SIGTERM from this thread, and from the processes that it begins meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        with contextlib.suppress(KeyboardInterrupt):  # it may come before waitress takes it
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, stop)
-            print(f"labs-api: {url} (loading {config.model_id})", file=sys.stderr)
-            models.start()
-            announcing.start()
-            server.run()
+        yield
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # what follows takes a moment only
-        models.close()  # no thread may be in torch while the interpreter ends
-    if models.failed:  # the log has told why
-        sys.exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _announce(models: labs_models.Models, stop: Callable[[], None]) -> None:
+def end_unless_served(address: str) -> None:
+    """End the process at once where nobody takes connections at HOST:PORT any more."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        end_at_once()
+
+
+def end_at_once() -> None:
+    """End the process whatever its threads are doing."""
+    if isinstance(sys.stderr, labs_gate.Unhurried):
+        sys.stderr.wait(LAST_WORDS_S / 5)
+    os._exit(0)
+
+
+def _announce(models: labs_models.Models) -> bool:
+    """Tell when the configured model is there; return False if it could not be loaded."""
     try:
         engine = models.wait()
     except labs.LabsError:
-        if models.failed:  # else it is shutting down
-            stop()
-        return
+        return not models.failed  # else it is shutting down
     model = engine.model
-    print(
-        f"labs-api: ready after {model.load_s:.1f} s ({model.device}, {model.dtype}, "
-        f"{engine.max_rows} rows)",
-        file=sys.stderr,
-    )
+    where = f"{model.device}, {model.dtype}, {engine.max_rows} rows"
+    log.info("labs-api: ready after %.1f s (%s)", model.load_s, where)
+    return True

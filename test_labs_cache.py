@@ -38,7 +38,8 @@ def made(packed: labs.ModelSpec) -> tuple[labs.ModelSpec, Path, str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("model.safetensors", 0.25), ("model.safetensors", 1), ("tokenizer.json", 1)]
+    ("name", "share"),
+    [("model.safetensors", 0.25), ("model.safetensors", 1), ("tokenizer.json", 1)],
 )
 def test_a_conversion_with_zeros_in_it_is_made_again(made: Any, name: str, share: float) -> None:
     spec, place, text = made

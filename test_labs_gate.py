@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -21,7 +23,19 @@ import labs_gate
 import labs_request
 import test_labs
 import test_labs_api
-from test_labs_api import BODIES, CHAT, KEYS, PUBLIC, Fake, Site, configured, error_of, log_lines
+from test_labs_api import (
+    BODIES,
+    CHAT,
+    KEYS,
+    PUBLIC,
+    WAIT_S,
+    Fake,
+    Site,
+    configured,
+    error_of,
+    log_lines,
+    until,
+)
 
 folder, one_thread = test_labs.folder, test_labs.one_thread
 tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
@@ -464,3 +478,55 @@ def test_any_origin_or_some_may_be_allowed(fake, origins):
     site = Site(fake, labs.Config(server=server))
     answer = site.get("/health", Origin="https://a.example")
     assert answer.headers["access-control-allow-origin"] in ("*", "https://a.example")
+
+
+# ---------------------------------------------------------------- standard error
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[labs_gate.Unhurried, int]]:
+    """Make a log of three lines whose pipe is full."""
+    monkeypatch.setattr(labs_gate, "LOG_LINES", 3)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"." * 1024):
+            pass
+    os.set_blocking(writer, True)
+    yield labs_gate.Unhurried(writer), reader
+    os.close(reader)
+
+
+def test_what_finds_no_room_in_the_log_is_dropped_and_counted(
+    unread: Any, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, reader = unread
+    log.write("held by its thread\n")
+    until(lambda: log._texts.empty())
+    for number in range(5):
+        print(number, file=log, end="")
+    monkeypatch.setattr(sys, "stderr", log)
+    assert "labs_log_lines_dropped_total 2.0" in site.get("/metrics").text
+    told = b""
+    while b"012" not in told:
+        told += os.read(reader, 65536)
+    assert told.lstrip(b".") == b"held by its thread\n012"
+    log.wait(WAIT_S)
+    assert log._texts.unfinished_tasks == 0
+
+
+def test_a_log_that_cannot_be_written_is_counted_and_goes_on() -> None:
+    with open("/dev/full", "wb") as full:
+        log = labs_gate.Unhurried(full.fileno())
+        handler = logging.StreamHandler(log)
+        for each in ("one", "two"):
+            handler.emit(logging.makeLogRecord({"msg": each}))
+        log.wait(WAIT_S)
+        assert (log.dropped, log.isatty()) == (2, False)
+
+
+def test_a_log_that_leads_nowhere_counts_nothing() -> None:
+    log = labs_gate.Unhurried(None)
+    print("to whom?", file=log)
+    log.wait(WAIT_S)
+    assert (log.dropped, log._texts.unfinished_tasks) == (0, 0)

@@ -776,6 +776,22 @@ def test_a_classifier_is_held_by_its_filters_and_used_by_many(classifier: str) -
     assert [each is not None for each in told] == [True, False] * 50
 
 
+def test_what_the_model_is_trusted_with_a_classifier_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[dict[str, Any]]()
+
+    def refuse(kind: str, name: str, options: dict[str, Any]) -> None:
+        asked.append(options)
+        raise labs.ModelError("none")
+
+    monkeypatch.setattr(labs, "pretrained", refuse)
+    spec = labs.ModelSpec(trust_remote_code=True, use_safetensors=False)
+    with pytest.raises(labs.ModelError):
+        labs_guard.load(labs.Guard(classifier="org/other", classifier_labels=("bad",)), spec)
+    assert (asked[0]["trust_remote_code"], asked[0]["use_safetensors"]) == (False, True)
+
+
 def test_a_classifier_that_cannot_be_used_is_an_error_in_one_sentence(classifier: str) -> None:
     options = {"classifier_labels": ("toxic",)}
     spec = labs.ModelSpec(local_files_only=True)

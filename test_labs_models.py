@@ -1121,7 +1121,7 @@ def test_a_model_that_fails_to_load_fails_who_waits_for_it(live, loader, waits):
         whole = site.later(pool, "/generate", ASKED["/generate"]).result(WAIT_S)
     ((kind, data),) = events_of(rest.encode() + b"\n")
     assert (kind, json.loads(data)["error"]["type"]) == ("error", "server_error")
-    assert error_of(whole, 500)["type"] == "server_error"
+    assert error_of(whole, 503)["type"] == "server_error"
     assert "secret" not in rest + whole.text
     assert site.post(COMPLETIONS, said("llama")).status_code == 200
     assert site.get("/readyz").json == {"status": "ok"}
@@ -1366,8 +1366,65 @@ def test_a_default_model_that_cannot_be_loaded_leaves_others_to_answer(many, loa
     loader.failures["llama"] = labs.ModelError("gone")
     site = many("llama", "qwen2")
     assert site.post("/generate", ASKED["/generate"]).json["text"] == "aaa"
+    assert site.get("/readyz").json == {"status": "ok"}
+    answer = site.post("/generate", SHORT)
+    assert error_of(answer, 503)["code"] == "model_not_loaded"
+    assert int(answer.headers["Retry-After"]) == labs_models.RETRY_S
+
+
+def test_a_model_whose_files_have_gone_is_503_and_nothing_else_is_dead(many, loader):
+    site = many("llama", "qwen2", keep_alive_s=0.2, max_loaded_models=2)
+    assert site.post("/generate", SHORT).status_code == 200
+    until(lambda: not site.engine.loaded())
+    loader.failures["llama"] = OSError("/srv/secret is gone")
+    error = error_of(site.post("/generate", SHORT), 503)
+    assert error["message"] == "llama could not be loaded; the log tells why"
     assert site.get("/readyz").json == {"status": "dead"}
-    assert error_of(site.post("/generate", SHORT), 500)["code"] == "failed"
+    with kept(site.engine, "qwen2"):
+        assert site.get("/readyz").json == {"status": "ok"}
+        assert site.post("/generate", {**SHORT, "model": "qwen2"}).status_code == 200
+        assert error_of(site.post("/generate", SHORT), 503)["code"] == "model_not_loaded"
+
+
+@contextlib.contextmanager
+def kept(models: labs_models.Models, name: str) -> Iterator[None]:
+    """Hold a model for as long as this lasts."""
+    come(models, name)
+    yield
+    models.release(name)
+
+
+class Exits(BaseException):
+    """What nobody catches by accident."""
+
+
+@pytest.mark.parametrize("place", ["_expired", "_learn_context_lengths", "_make_room", "_settle"])
+@pytest.mark.parametrize("error", [ZeroDivisionError("oh"), Exits("oh"), SystemExit(3)])
+def test_an_exception_in_the_loading_thread_is_told_to_who_waits(
+    place, error, many, loader, monkeypatch
+):
+    use((site := many("llama", "qwen2", max_loaded_models=2)).engine, "llama")
+    honest, raised = getattr(labs_models.Models, place), list[str]()
+
+    def once(*arguments: Any) -> Any:
+        if not raised and site.engine._wanted:
+            raised.append(place)
+            raise error
+        return honest(*arguments)
+
+    monkeypatch.setattr(labs_models.Models, place, once)
+    answer = site.post("/generate", {**SHORT, "model": "qwen2"})
+    assert answer.status_code in ((200, 503) if place == "_learn_context_lengths" else (503,))
+    assert site.get("/readyz").json == {"status": "ok"}
+    monkeypatch.setattr(labs_models, "RETRY_S", 0.0)
+    assert site.post("/generate", {**SHORT, "model": "qwen2"}).status_code == 200
+
+
+def test_a_default_model_that_an_exception_keeps_away_is_told_as_dead(many, loader, monkeypatch):
+    monkeypatch.setattr(labs_models.Models, "_expired", lambda _: 1 / 0)
+    site = many("llama")
+    until(lambda: site.get("/readyz").json == {"status": "dead"})
+    assert error_of(site.post("/generate", SHORT), 503)["code"] == "model_not_loaded"
 
 
 def test_who_waits_is_told_when_the_server_shuts_down(live, loader, waits):

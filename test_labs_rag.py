@@ -950,3 +950,13 @@ def test_a_missing_database_is_one_line_and_exit_code_1(ask: Callable[..., Any])
 def test_importing_the_room_imports_no_torch(folder: Path) -> None:
     code = "import sys, labs_rag; print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
     assert test_labs.python(code, folder).stdout == "set()\n"
+
+
+def test_what_the_model_is_trusted_with_the_embedding_model_is_not() -> None:
+    spec = labs.ModelSpec(trust_remote_code=True, use_safetensors=False, local_files_only=True)
+    documents = labs.Documents(database="docs.db", embedding_model="org/other")
+    encoder = labs_rag.encoder_of(labs.Config(model_id="m", model=spec, documents=documents))
+    assert encoder is not None
+    found = encoder.spec
+    assert (found.trust_remote_code, found.use_safetensors) == (False, True)
+    assert (found.model_name, found.local_files_only) == ("org/other", True)

@@ -82,7 +82,7 @@ def test_a_cluster_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Any]:
-    """Run labs-api with two replicas; it has to end well on SIGTERM."""
+    """Run labs-api with two replicas; it has to end well on a SIGTERM that Ray gets as well."""
     settings = {
         "MODEL": str(folder),
         "TORCH_DTYPE": "fp32",
@@ -99,7 +99,7 @@ def server(folder: Path) -> Iterator[Any]:
         assert b"ready, 2 replicas" in process.stderr.readline()
         with httpx.Client(base_url=url[0].decode(), headers=HEADERS, timeout=WAIT_S) as client:
             yield client
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         code, said = end_of(process)
     assert code == 0, said
     assert not processes("ServeReplica")

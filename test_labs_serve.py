@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
     environment |= {f"LABS_{name}": value for name, value in settings.items()}
     command = [sys.executable, *(code or ["-c", API]), *arguments]
     environment |= {"PYTHONPATH": str(test_labs.ROOT)}
-    with subprocess.Popen(command, env=environment, cwd=os.sep, stderr=-1, stdout=-1) as process:
+    options: dict[str, Any] = {"env": environment, "cwd": os.sep, "start_new_session": True}
+    with subprocess.Popen(command, stderr=-1, stdout=-1, **options) as process:
         try:
             yield process
         finally:
@@ -67,7 +70,9 @@ def end_of(process: Any) -> tuple[int, str]:
     return process.returncode, (out + err).decode()
 
 
-def read_stream(url: str, process: Any, tokens: int, signals: int = 1) -> bytes:
+def read_stream(
+    url: str, process: Any, tokens: int, signals: int = 1, number: int = signal.SIGTERM
+) -> bytes:
     """Ask for a stream, signal the server once its text comes, and read what there is."""
     body = {"prompt": "hi", "max_new_tokens": tokens, **A}
     found = b""
@@ -77,7 +82,7 @@ def read_stream(url: str, process: Any, tokens: int, signals: int = 1) -> bytes:
     ):
         for data in response.iter_raw():
             if signals and b"data: a" in data:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
                 signals -= 1
                 until(lambda: not accepts(url))
             found += data
@@ -99,7 +104,7 @@ def programs(long_folder: Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         started = {
             drain_s: program(MODEL=str(long_folder), SERVER_DRAIN_S=drain_s)
-            for drain_s in ("30", "0.2", "600")
+            for drain_s in ("30", "0.2", "600", "601", "31")
         }
         yield {drain_s: stack.enter_context(each) for drain_s, each in started.items()}
 
@@ -127,6 +132,80 @@ def test_a_second_sigterm_ends_without_waiting(programs: dict[str, Any]) -> None
     assert read_stream(url, process, tokens=150_000, signals=2).count(b"data: a") < 150_000
     code, said = end_of(process)
     assert code == 0, said
+    assert "finish_reason" not in said  # nothing was waited for
+
+
+def test_a_second_ctrl_c_ends_without_waiting(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["601"])
+    assert b"done" not in read_stream(url, process, 150_000, signals=2, number=signal.SIGINT)
+    code, said = end_of(process)
+    assert (code, "finish_reason" in said) == (0, False), said
+
+
+def test_a_terminal_that_is_closed_lets_a_stream_end(programs: dict[str, Any]) -> None:
+    url = serving(process := programs["31"])
+    events = events_of(read_stream(url, process, tokens=300, number=signal.SIGHUP))
+    assert (len(events), events[-1][0]) == (301, "done")
+    assert end_of(process)[0] == 0
+
+
+def test_a_server_that_is_told_to_outlive_its_terminal_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = dict[int, Any]()
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    monkeypatch.setattr(signal, "signal", taken.__setitem__)
+    labs_serve.on_signals(print)
+    assert taken == {signal.SIGTERM: print, signal.SIGINT: print}
+
+
+def test_sigterm_ends_a_server_whose_model_never_comes(tiny_folder: Path) -> None:
+    slow = """if 1:
+        import time, labs, labs_cli
+        labs.load_model = lambda *_, **__: time.sleep(3600)
+        labs_cli.main_api()
+        """
+    with program(MODEL=str(tiny_folder), code=["-c", slow]) as process:
+        assert b"loading" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        code, said = end_of(process)
+    assert code == 0, said
+
+
+def test_a_log_that_nobody_reads_holds_up_no_request(tiny_folder: Path) -> None:
+    with program(MODEL=str(tiny_folder), SERVER_DRAIN_S="1") as process:
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        with httpx.Client(base_url=serving(process), timeout=WAIT_S) as client:
+            for number in range(80):  # of 120 bytes and more
+                assert client.get(f"/nowhere/{number}").status_code == 404
+            body = {"prompt": "hi", "max_new_tokens": 2, **A}
+            assert client.post("/generate", json=body).status_code == 200
+            assert "labs_log_lines_dropped_total 0.0" in client.get("/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+
+
+@pytest.mark.parametrize("where", ["<&- >&- 2>&-", "2>/dev/full", ">/dev/full 2>&-"])
+def test_a_server_needs_no_standard_streams(tiny_folder: Path, where: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shell = f'exec "{sys.executable}" -c "{API}" {where}'
+    code = ["-c", f"import os; os.execvp('sh', ['sh', '-c', {shell!r}])"]
+    with program(MODEL=str(tiny_folder), SERVER_PORT=port, code=code) as process:
+        while process.poll() is None and not answers(f"http://127.0.0.1:{port}/readyz"):
+            time.sleep(0.05)
+        url = f"http://127.0.0.1:{port}/generate"
+        body = {"prompt": "hi", "max_new_tokens": 2, **A}
+        assert [httpx.post(url, json=body).status_code for _ in range(3)] == [200] * 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=WAIT_S).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_sigterm_ends_the_server_though_its_thread_is_slow(tiny_folder: Path) -> None:
