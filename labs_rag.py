@@ -386,14 +386,10 @@ def _plain(text: str) -> str:
 
 
 def encoder_of(config: labs.Config) -> Encoder | None:
-    """Return the configured embedding model, loaded as the model is but not quantised.
-
-    What the model is trusted with is its own: this one runs no code and holds no pickles.
-    """
+    """Return the configured embedding model; the trust in the model, and its bits, are its own."""
     name = config.documents.embedding_model
-    options: dict[str, Any] = {"model_name": name, "revision": None}
-    options |= {"quantization": labs.Quantization()}
-    options |= {"trust_remote_code": False, "use_safetensors": True}
+    options: dict[str, Any] = {"model_name": name, "revision": None, "trust_remote_code": False}
+    options |= {"use_safetensors": True, "quantization": labs.Quantization()}
     return Encoder(msgspec.structs.replace(config.model, **options)) if name else None
 
 
