@@ -37,8 +37,8 @@ ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CORE = ["labs.py", "labs_decode.py", "labs_loop.py", "labs_settings.py"]
 TYPED = [*CORE, "labs_schema.py", "labs_typed.py"]
-API = ["api", "engine", "gate", "meters", "models", "openai", "pages", "request", "tokens"]
-API = [*CORE, *(f"labs_{room}.py" for room in API)]
+API = ["api", "engine", "gate", "meters", "models", "openai", "pages", "patterns", "request"]
+API = [*CORE, *(f"labs_{room}.py" for room in (*API, "tokens"))]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
 model = labs.load_model(config)
@@ -98,7 +98,7 @@ print(*sorted(f"{each} {getattr(sys.modules[each], '__file__', '')}"
         (["cli"], [*CORE, "labs_cli.py", "labs_request.py"]),
         (["jsonl"], [*CORE, "labs_jsonl.py", "labs_request.py"]),
         (["decode"], CORE),
-        (["models"], [*CORE, "labs_engine.py", "labs_models.py"]),
+        (["models"], [*CORE, "labs_engine.py", "labs_models.py", "labs_patterns.py"]),
         (["api"], API),
         (["api", "cli", "guard"], [*API, "labs_cli.py", "labs_guard.py"]),
     ],
