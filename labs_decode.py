@@ -511,7 +511,7 @@ def attention_mask(
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
     if q_offset.ndim == 2:
-        return _packed_prompts_mask(*q_offset, **options)
+        return _packed_prompts_mask(kv_length - q_length, *q_offset, **options)
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
     queries = q_offset.view(-1, 1, 1, 1)
@@ -520,16 +520,19 @@ def attention_mask(
     return _additive(seen, options["dtype"])
 
 
-def _packed_prompts_mask(prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
-    """Return a mask [1, 1, T, T] in which each prompt of the row sees itself only.
+def _packed_prompts_mask(before: int, prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    """Return a mask [1, 1, T, before + T]: each prompt of the row sees itself and what is before.
 
     `lengths` on it tells `attention` that there is no other pattern, so that prompts can go apart.
     """
     none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
-    queries, columns = positions.view(1, 1, -1, 1), positions.view(1, 1, 1, -1)
+    columns = torch.cat([torch.arange(before, device=prompts.device), positions])
+    shared = torch.nn.functional.pad(prompts, (before, 0), value=-1)
+    queries, columns = positions.view(1, 1, -1, 1), columns.view(1, 1, 1, -1)
     seen = options["mask_function"](none, none, queries, columns)
-    mask = _additive(seen & (prompts[:, None] == prompts), options["dtype"])
-    if options["mask_function"] is causal_mask_function:
+    own = (prompts[:, None] == shared) | (shared < 0)
+    mask = _additive(seen & own, options["dtype"])
+    if options["mask_function"] is causal_mask_function and not before:
         mask.lengths = prompts.bincount().tolist()  # type: ignore[attr-defined]
     return mask
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward calls of other shapes: short prompts in one, guessed tokens in one, halves of one.
+"""Forward calls of other shapes: short prompts, texts behind one prompt, guesses, halves.
 
     decoder = labs_forward.speed_up(labs_decode.prepare(model))
 
@@ -41,12 +41,28 @@ class PackedPrompts(cache_utils.Cache):
     ) -> None:
         layers = zip(*(slots.layers for slots in newcomers), strict=True)
         super().__init__(layers=[PackedPromptsLayer(group, lengths) for group in layers])
-        prompts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
-        positions = [torch.arange(n, device=device) for n in lengths]
-        self.places = torch.stack([torch.cat(prompts), torch.cat(positions)])  # [2, T]
+        self.places = places_of(lengths, 0, device)
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
         return self.places
+
+
+class Branches(cache_utils.Cache):
+    """The slot of one row as texts see it that lie one behind the other after its columns."""
+
+    def __init__(self, slots: Slots, places: Tensor) -> None:
+        super().__init__(layers=slots.layers)
+        self.places = places
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
+        return self.places
+
+
+def places_of(lengths: list[int], first: int, device: torch.device) -> Tensor:
+    """Return [2, T]: of each token the number of its text, and its position from `first` on."""
+    texts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
+    positions = [torch.arange(first, first + n, device=device) for n in lengths]
+    return torch.stack([torch.cat(texts), torch.cat(positions)])
 
 
 class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -94,6 +110,24 @@ def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
     for row in rows:
         row.written = row.prompt_length
     return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
+
+
+@torch.inference_mode()
+def forward_behind(
+    decoder: Decoder, batch: Batch, texts: Sequence[Sequence[int]], start: int = 0
+) -> Tensor:
+    """Return logits [T, V] after each token of texts that go on from the columns of the only row.
+
+    Each sees these and itself, and is overwritten by the next call. start: how many tokens of a
+    text are there already, where there is one only, as for all that cannot be packed.
+    """
+    at, first, lengths = batch.cache.cursor, batch.rows[0].written + start, [*map(len, texts)]
+    at.write_from, at.read_to = first, first + sum(lengths)
+    at.positions, at.speculative = None, False
+    ids = torch.tensor([[token for text in texts for token in text]], device=decoder.device)
+    places = places_of(lengths, first, ids.device)
+    cache = batch.cache if len(texts) == 1 else Branches(batch.cache, places)
+    return labs_decode.call_model(decoder, ids, places[1:], cache, len(places[0]))[0]
 
 
 # ---------------------------------------------------------------- guesses

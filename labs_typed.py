@@ -9,12 +9,12 @@
 The grammar is llguidance's (pip install llguidance): before each token it tells which ones may
 follow, and the row chooses among those. A schema that it cannot express is refused, and the error
 names the keyword. Schemas are a stranger's and its code is native, so each is measured first
-and compiled in a process of its own before it is compiled here. Needs labs.py, labs_schema.py.
+and compiled in a process of its own before it is compiled here. Needs labs.py, labs_schema.py; for
+choices labs_choose.py.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -31,7 +31,7 @@ import labs
 import labs_schema
 
 if TYPE_CHECKING:
-    import labs_decode
+    import labs_choose
 
 T = TypeVar("T")
 GRAMMAR_BYTES = 2**24  # what one may hold within labs_schema.LIMITS
@@ -240,46 +240,23 @@ def _bytes_of(made: Future[Any]) -> int:
     return len(made.result()) if refused else GRAMMAR_BYTES
 
 
+def read_options(
+    model: labs.Model, inputs: labs.Inputs, options: Sequence[str]
+) -> labs_choose.Options:
+    """Return answers to choose among as the model reads them, for an engine."""
+    labs.require("labs_choose")
+    import labs_choose
+
+    return labs_choose.Options(model, inputs, options)
+
+
 def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> dict[str, float]:
-    """Return the probability of each option as the whole answer, in one forward call.
+    """Return the probability of each option as the whole answer, with an end after it.
 
-    That is the probability of its tokens and an end after them, scaled so that all sum to 1.
-    Raises InputError for fewer than two options, equal or empty ones, PromptTooLong.
+    They are scaled so that all sum to 1. Raises what labs_choose.Options refuses.
     """
-    if len(options) < 2 or len({*options}) < len(options) or not all(options):
-        raise labs.InputError("options: give two or more different texts")
-    with model.lock:
-        encode = functools.partial(model.tokenizer, add_special_tokens=False)
-        ids = [list(encode(option)["input_ids"]) for option in options]
-    longest, limit = len(inputs.input_ids) + max(map(len, ids)), model.context_length
-    if limit is not None and longest > limit:
-        raise labs.too_long(limit, longest)
-    prompt, ends = list(inputs.input_ids), list(model.eos_token_ids)
-    probabilities = option_probabilities(model.decoder, prompt, ids, ends)
-    return dict(zip(options, probabilities, strict=True))
-
-
-def option_probabilities(
-    decoder: labs_decode.Decoder, prompt: list[int], options: list[list[int]], ends: list[int]
-) -> list[float]:
-    """Return the probability of each option, with one of `ends` after it, among all options.
-
-    prompt, options and ends are token ids. One forward call: the rows are padded on the right,
-    where nothing before can see.
-    """
-    import torch
-
-    longest = max(map(len, options))
-    rows = [[*prompt, *each, *[0] * (longest - len(each))] for each in options]
-    words = {"use_cache": False, "logits_to_keep": longest + 1}
-    known = {name: value for name, value in words.items() if name in decoder.forward_words}
-    with torch.inference_mode():
-        inputs = torch.tensor(rows, device=decoder.device)
-        logits = decoder.model(input_ids=inputs, return_dict=True, **known).logits
-        logprobs = logits[:, -longest - 1 :].float().log_softmax(-1)
-        totals = [
-            sum(row[place, token] for place, token in enumerate(each))
-            + (row[len(each), ends].logsumexp(-1) if ends else 0.0)
-            for row, each in zip(logprobs, options, strict=True)
-        ]
-        return list(torch.stack(totals).cpu().double().softmax(-1).tolist())
+    asked = read_options(model, inputs, options)
+    row = labs.open_request(model, 0, inputs, asked.generation()).row
+    for _ in asked.parts(row, model.prefixes):
+        pass
+    return dict(zip(options, asked.shares, strict=True))
