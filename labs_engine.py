@@ -19,28 +19,23 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 import labs
+import labs_turns
+from labs_turns import Busy as Busy
+from labs_turns import Job, Put, Work
 
 if TYPE_CHECKING:
     import labs_loop
 
 log = logging.getLogger("labs.engine")
-R = TypeVar("R")
-Put = Callable[[tuple[int, labs.Event]], Any]  # takes an event with the ticket of its answer
 CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were left
-
-
-class Busy(labs.LabsError):
-    """The engine is full, closing or dead; who asked may come again later."""
 
 
 class Status(Struct, frozen=True):
@@ -93,16 +88,30 @@ class Answer:
     __del__ = close
 
 
-class Job(Struct, eq=False):
-    """A request under way. put: is called with (ticket, event), while somebody listens."""
+def _submit(
+    self: Any,
+    inputs: labs.Inputs,
+    generation: labs.Generation,
+    *,
+    owner: str = "",
+    processors: tuple[Any, ...] = (),
+    events: Any = None,
+) -> Answer:
+    """Take a request in, or raise InputError, or Busy where there is no room.
 
-    stream: labs.InFlight
-    put: Put
-    heard: bool = True
+    owner: rows are given to the owners in turn; answers, and what prompts begin with, are shared
+    within one owner only. processors: as in labs_decode.Sampling.
+    events: a queue of (ticket, event) for several answers, if each is not to have its own.
+    """
+    stream = self.open(inputs, generation, owner, processors)
+    answer: Answer = self.take_in(stream, queue.SimpleQueue() if events is None else events)
+    return answer
 
 
 class Engine:
     """A model and the thread that runs it. All methods may be called from any thread."""
+
+    submit = _submit
 
     def __init__(self, model: labs.Model, server: labs.Server = labs.Server()) -> None:  # noqa: B008
         self.model, self.max_waiting = model, server.max_waiting
@@ -113,9 +122,9 @@ class Engine:
         self.before_step: list[Callable[[], None]] = []  # called by the thread, without a lock
         self._tickets = itertools.count()
         self._lock = threading.Condition()
-        self._waiting: deque[Job] = deque()
+        self._waiting = labs_turns.Waiting(server.max_waiting)
+        self._working = labs_turns.Working()
         self._jobs: dict[int, Job] = {}  # by ticket, which is the stream's index
-        self._between_steps: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.leave = self._abandoned.put  # cancels by ticket; takes no lock, holds no model
         self._most = server.prefix_cache_bytes
@@ -123,26 +132,6 @@ class Engine:
         self._failures, self._closing, self._stopped = 0, False, False
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
         self._thread.start()
-
-    def submit(
-        self,
-        inputs: labs.Inputs,
-        generation: labs.Generation,
-        *,
-        owner: str = "",
-        processors: tuple[Any, ...] = (),
-        events: Any = None,
-    ) -> Answer:
-        """Take a request in, or raise InputError, or Busy where there is no room.
-
-        owner: answers, and what prompts begin with, are shared within one owner only.
-        processors: as in labs_decode.Sampling.
-        events: a queue of (ticket, event) for several answers, if each is not to have its own.
-        """
-        stream = self.open(inputs, generation, owner, processors)
-        events = queue.SimpleQueue() if events is None else events
-        self.begin(stream, events.put)
-        return Answer(stream.row.id, events, self.leave)
 
     def open(
         self, inputs: labs.Inputs, generation: labs.Generation, owner: str, processors: Any
@@ -153,23 +142,24 @@ class Engine:
         stream.row.owner = owner
         return stream
 
-    def begin(self, stream: labs.InFlight, put: Put) -> None:
+    def take_in(self, stream: labs.InFlight, events: Any, work: Work | None = None) -> Answer:
+        """Begin what `open` has checked, the other half of `submit`.
+
+        work: computes what is no text, instead of a text; the answer is Done at its end. It does a
+        part, about as long as a step, whenever it is resumed, and rows get as much time. One work
+        is under way at a time, others wait as for a row.
+        """
+        self.begin(stream, events.put, work)
+        return Answer(stream.row.id, events, self.leave)
+
+    def begin(self, stream: labs.InFlight, put: Put, work: Work | None = None) -> None:
         """Take in what was checked, or raise Busy; the engine's thread calls `put`."""
         with self._lock:
             self._cancel_unheard()
-            self._check_room()
-            self._jobs[stream.row.id] = job = Job(stream, put)
-            self._waiting.append(job)
+            self._check_room(stream.row.owner)
+            self._jobs[stream.row.id] = job = Job(stream, put, work)
+            self._waiting.add(job)
             self._lock.notify_all()
-
-    def call(self, function: Callable[[], R]) -> R:
-        """Return what a function of the model does, called between two steps of the batch."""
-        future: Future[R] = Future()
-        with self._lock:
-            self._check_room()
-            self._between_steps.append((function, future))
-            self._lock.notify_all()
-        return future.result()
 
     @property
     def busy(self) -> bool:
@@ -212,12 +202,13 @@ class Engine:
         self._thread.join(timeout=10)
         return ended
 
-    def _check_room(self) -> None:
+    def _check_room(self, owner: str) -> None:
         if self._closing:
             raise Busy("the server is shutting down")
         if self._stopped:
             raise Busy("the engine has stopped; see its log")
-        if len(self._jobs) >= self.max_rows + self.max_waiting:
+        full = len(self._jobs) >= self.max_rows + self.max_waiting
+        if full and not self._waiting.has_place(owner):
             raise Busy(f"{len(self._jobs)} requests are under way or waiting; come again")
 
     def _cancel_unheard(self) -> None:
@@ -253,43 +244,40 @@ class Engine:
         finally:
             with self._lock:  # nobody is taken in any more
                 self._stopped = True
-                self._waiting.clear()
-            for _, future in self._between_steps:
-                future.set_exception(labs.GenerationError("the engine stopped"))
+                self._waiting = labs_turns.Waiting(0)
             self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
 
     def _wait(self) -> bool:
         """Wait for requests; return False when there will be none."""
         with self._lock:
-            self._lock.wait_for(lambda: self._jobs or self._between_steps or self._closing)
+            self._lock.wait_for(lambda: self._jobs or self._closing)
             self._loop.last_step_at = time.perf_counter()
-            return bool(self._jobs or self._between_steps)
+            return bool(self._jobs)
 
     def _take(self) -> Iterator[labs.InFlight | None]:
         """Yield what waits, or None for now; the loop of labs asks whenever it has a free row."""
         while True:
             with self._lock:
                 self._cancel_unheard()
-                job = self._waiting.popleft() if self._waiting else None
+                job = self._waiting.begin(self._jobs.values(), works=False)
             yield job.stream if job else None
 
     def _poll(self) -> None:
         """Do what must not wait for a free row; the loop of labs calls it before each step."""
-        while self._between_steps:
-            function, future = self._between_steps.popleft()
-            try:
-                future.set_result(function())
-            except Exception as error:  # of one request, told to who made it
-                future.set_exception(error)
         for function in self.before_step:
             function()
         with self._lock:
             self._cancel_unheard()
-            late = [job for job in self._waiting if job.stream.row.late or job.stream.row.cancelled]
-            for job in late:
-                self._waiting.remove(job)
+            late, now = self._waiting.take_ended(), self._working
+            now.job = now.job or self._waiting.begin(self._jobs.values(), works=True)
         for job in late:
-            self._tell(job.stream.row.id, _never_begun(job.stream, self.model.load_s))
+            self._tell(job.stream.row.id, labs_turns.done(job.stream, job.end, self.model.load_s))
+        if (begun := now.job) is None or now.waits(beside_rows=bool(self._loop.rows)):
+            return
+        event = now.advance(self._loop.prefixes, self.model.load_s)
+        self._loop.last_step_at = time.perf_counter()
+        if event is not None:
+            self._tell(begun.stream.row.id, event)
 
     def _tell(self, index: int, event: labs.Event) -> None:
         """Put an event where it is waited for; the last one once the request counts no more."""
@@ -315,12 +303,6 @@ class Engine:
         labs.release_memory()
 
 
-def _never_begun(stream: labs.InFlight, load_s: float) -> labs.Done:
-    timings = labs.Timings(load_s, 0.0, 0.0, 0.0, time.perf_counter() - stream.began)
-    reason: Any = "cancelled" if stream.row.cancelled else "timeout"
-    return labs.Done(reason, labs.Usage(len(stream.inputs.input_ids), 0), timings)
-
-
 # ---------------------------------------------------------------- answers that are kept
 
 
@@ -341,13 +323,15 @@ class Cached:
     request with a deadline of its own is not joined while it is under way.
     """
 
+    submit = _submit
+
     def __init__(self, engine: Engine, response_cache: labs.ResponseCache) -> None:
         labs.require("cachetools")
         from cachetools import TTLCache
 
         self._response_cache: Any = TTLCache(response_cache.max_entries, response_cache.ttl_s)
         self.engine, self.model, self.max_rows = engine, engine.model, engine.max_rows
-        self.call, self.close = engine.call, engine.close
+        self.open, self.close = engine.open, engine.close
         self._shared: dict[Any, Shared] = {}  # by key: under way, may be joined
         self._tickets: dict[int, Shared] = {}  # by the ticket of each listener
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -362,23 +346,12 @@ class Cached:
     def status(self) -> Status:
         return replace(self.engine.status(), response_cache_hits=self._hits)
 
-    def submit(
-        self,
-        inputs: labs.Inputs,
-        generation: labs.Generation,
-        *,
-        owner: str = "",
-        processors: tuple[Any, ...] = (),
-        events: Any = None,
-    ) -> Answer:
-        """Do as Engine.submit does; for an answer that is there already no room is needed."""
-        stream = self.engine.open(inputs, generation, owner, processors)
-        events = queue.SimpleQueue() if events is None else events
-        key, ticket = self._key(stream), stream.row.id
+    def take_in(self, stream: labs.InFlight, events: Any, work: Work | None = None) -> Answer:
+        """Do as Engine.take_in does; for an answer that is there already no room is needed."""
+        key, ticket = None if work else self._key(stream), stream.row.id
         self._leave_unheard()
         if key is None:
-            self.engine.begin(stream, events.put)
-            return Answer(ticket, events, self.engine.leave)
+            return self.engine.take_in(stream, events, work)
         with self._lock:
             shared = self._response_cache.get(key) or self._shared.get(key)
             self._hits += shared is not None

@@ -25,10 +25,13 @@ import pytest
 import torch
 
 import labs
+import labs_choose
 import labs_decode
 import labs_engine
 import labs_forward
 import labs_loop
+import labs_turns
+import labs_typed
 from test_labs import byte_tokenizer, imports, tree
 from test_labs_decode import prepare, tiny
 
@@ -670,25 +673,242 @@ def test_memory_that_runs_out_in_a_prompt_ends_no_row_that_is_decoded(start):
 # ---------------------------------------------------------------- calls
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
-def test_a_call_comes_between_the_steps_of_others_and_disturbs_none(kind, start):
-    engine, _ = start(kind)
-    answer = engine.submit(prompt(0), options())
-    text = engine.call(lambda: labs.generate(model_of(kind), prompt(1), asked()).text)
-    assert text == alone(kind, 1)
-    assert read(answer)[0] == alone(kind, 0)
+def work(
+    engine: labs_engine.AnyEngine,
+    parts: Callable[..., Iterator[None]],
+    owner: str = "",
+    **more: Any,
+) -> labs_engine.Answer:
+    """Ask for what is no text."""
+    stream = engine.open(prompt(9), options(**more), owner, ())
+    return engine.take_in(stream, queue.SimpleQueue(), parts)
 
 
-def test_a_call_that_fails_or_comes_too_late_is_told_to_who_made_it(start):
-    def refuse() -> None:
-        raise labs.InputError("no")
+def chosen(kind: str, number: int, *, taken: Any = None) -> labs_choose.Options:
+    return labs_choose.Options(model_of(kind), prompt(number, 40), ["a", "bc", "d" * 9, "efg"])
+
+
+def choose(engine: labs_engine.AnyEngine, choice: labs_choose.Options, n: int) -> Any:
+    stream = engine.open(prompt(n, 40), options(max_new_tokens=choice.columns), "", ())
+    return engine.take_in(stream, queue.SimpleQueue(), choice.parts)
+
+
+@functools.cache
+def shares(kind: str, number: int) -> tuple[float, ...]:
+    found = labs_typed.choose(model_of(kind), prompt(number, 40), ["a", "bc", "d" * 9, "efg"])
+    return tuple(found.values())
+
+
+@pytest.mark.parametrize("cache", [None, KEPT])
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "bamba", "rwkv"])
+def test_a_choice_comes_between_the_steps_of_others_and_neither_changes(kind, cache, start):
+    engine, _ = start(kind, cache)
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    choices = [chosen(kind, n) for n in range(3)]
+    waiting = [choose(engine, each, n) for n, each in enumerate(choices)]
+    assert [read(each)[1].finish_reason for each in waiting] == ["stop"] * 3
+    assert [tuple(each.shares) for each in choices] == [shares(kind, n) for n in range(3)]
+    assert [read(answer)[0] for answer in answers] == [alone(kind, n) for n in range(3)]
+
+
+def test_rows_are_stepped_between_the_parts_of_a_work(start):
+    engine, gate = start()
+    steps: list[int] = []
+
+    def parts(row: Any, prefixes: Any) -> Iterator[None]:
+        for _ in range(4):
+            steps.append(len(gate.calls))
+            time.sleep(0.02)
+            yield
+
+    answer = engine.submit(prompt(0), options(max_new_tokens=400))
+    gate.until(3)
+    assert read(work(engine, parts))[1].finish_reason == "stop"
+    assert all(later > earlier for earlier, later in itertools.pairwise(steps))
+    answer.close()
+
+
+def test_works_are_counted_and_bounded_like_rows(start):
+    engine, _ = start(max_batch_rows=1, max_waiting=2)
+    leave = threading.Event()
+
+    def parts(row: Any, prefixes: Any) -> Iterator[None]:
+        assert leave.wait(WAIT_S)
+        yield
+
+    answers = [work(engine, parts) for _ in range(3)]
+    while engine.status().running == 0:
+        time.sleep(0.002)
+    assert (engine.status().running, engine.status().waiting) == (1, 2)
+    for ask in (lambda: work(engine, parts), lambda: engine.submit(prompt(0), options())):
+        with pytest.raises(labs_engine.Busy, match="3 requests"):
+            ask()
+    leave.set()
+    assert [read(answer)[1].finish_reason for answer in answers] == ["stop"] * 3
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_work_that_was_left_or_is_late_does_no_further_part(begun, start):
+    engine, _ = start()
+    went, leave, done = threading.Event(), threading.Event(), []
+
+    def first(row: Any, prefixes: Any) -> Iterator[None]:
+        went.set()
+        assert leave.wait(WAIT_S)
+        yield
+
+    def parts(row: Any, prefixes: Any) -> Iterator[None]:
+        done.append("begun")
+        yield from first(row, prefixes)
+        done.append("went on")
+
+    held_up = None if begun else work(engine, first)
+    answers = [work(engine, parts)]
+    assert went.wait(WAIT_S)
+    answers += [work(engine, parts), work(engine, parts, timeout_s=0.001)]
+    answers[0].close()
+    answers[1].close()
+    time.sleep(0.01)  # the third is late now
+    leave.set()
+    assert read(answers[2])[1].finish_reason == "timeout"
+    assert held_up is None or read(held_up)[1].finish_reason == "stop"
+    assert quiet(engine)
+    assert done == ["begun"] * begun
+
+
+def test_a_closing_engine_lets_a_work_end_or_cancels_it(start):
+    engine, _ = start()
+    went = threading.Event()
+
+    def parts(row: Any, prefixes: Any) -> Iterator[None]:
+        while True:
+            went.set()
+            yield
+
+    answer = work(engine, parts)
+    assert went.wait(WAIT_S)
+    assert not engine.close(0.05)
+    assert read(answer)[1].finish_reason == "cancelled"
+    with pytest.raises(labs_engine.Busy):
+        work(engine, parts)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(labs.InputError("no"), labs.InputError), (OOM, labs.GenerationError)]
+)
+def test_a_work_that_fails_is_told_and_harms_no_row(error, kind, start):
+    def parts(row: Any, prefixes: Any) -> Iterator[None]:
+        yield
+        raise error
 
     engine, _ = start()
-    with pytest.raises(labs.InputError):
-        engine.call(refuse)
-    engine.close()
+    answer = engine.submit(prompt(0), asked())
+    event = read(work(engine, parts))[1]
+    assert isinstance(event, labs.Failed)
+    assert isinstance(event.error, kind)
+    assert read(answer)[0] == alone("llama", 0)
+    assert engine.status().failures == 0
+
+
+# ---------------------------------------------------------------- owners
+
+
+def ends(events: queue.SimpleQueue[Any], count: int) -> list[int]:
+    """Return the tickets of so many answers in the order of their ends."""
+    ended: list[int] = []
+    while len(ended) < count:
+        ticket, event = events.get(timeout=WAIT_S)
+        ended += [ticket] if isinstance(event, labs.Done) else []
+    return ended
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_an_owner_with_one_request_waits_for_one_row_of_another_at_most(kind, start):
+    engine, gate = start(kind, max_batch_rows=1, max_waiting=40)
+    gate.let(0)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    many = [
+        engine.submit(prompt(n), options(max_new_tokens=3), owner="many", events=events)
+        for n in range(20)
+    ]
+    gate.until(1)
+    one = engine.submit(prompt(30), options(max_new_tokens=3), owner="one", events=events)
+    gate.let(math.inf)
+    assert ends(events, 21).index(one.ticket) == 1
+    assert len(many) == 20
+
+
+def test_owners_that_wait_have_as_many_rows_as_each_other(start):
+    engine, gate = start(max_batch_rows=4, max_waiting=40)
+    gate.let(0)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    few = options(max_new_tokens=2)
+    first = [engine.submit(prompt(n), few, owner="a", events=events) for n in range(12)]
+    gate.until(1)
+    other = [engine.submit(prompt(n), few, owner="b", events=events) for n in range(12)]
+    gate.let(math.inf)
+    order = ends(events, 24)
+    assert sum(ticket in {answer.ticket for answer in other} for ticket in order[4:18]) >= 7
+    assert {answer.ticket for answer in (*first, *other)} == {*order}
+
+
+def test_works_are_begun_in_turn_by_owner(start):
+    engine, _ = start()
+    go, order = threading.Event(), []
+
+    def parts(name: str) -> Callable[..., Iterator[None]]:
+        def run(row: Any, prefixes: Any) -> Iterator[None]:
+            assert go.wait(WAIT_S)
+            order.append(name)
+            yield
+
+        return run
+
+    answers = [work(engine, parts("a"), "a") for _ in range(4)]
+    answers += [work(engine, parts("b"), "b")]
+    go.set()
+    assert [read(answer)[1].finish_reason for answer in answers] == ["stop"] * 5
+    assert order.index("b") <= 1
+
+
+def test_a_full_room_has_a_place_for_an_owner_below_its_share(start):
+    engine, gate = start(max_batch_rows=1, max_waiting=4)
+    gate.let(0)
+    answers = [engine.submit(prompt(n), options(), owner="a") for n in range(5)]
+    gate.until(1)
+    answers += [engine.submit(prompt(n), options(), owner="b") for n in range(2)]
+    for owner in ("a", "b"):
+        with pytest.raises(labs_engine.Busy):
+            engine.submit(prompt(0), options(), owner=owner)
+    answers += [engine.submit(prompt(0), options(), owner="c")]
     with pytest.raises(labs_engine.Busy):
-        engine.call(refuse)
+        engine.submit(prompt(0), options(), owner="c")
+    gate.let(math.inf)
+    assert [read(answer)[1].finish_reason for answer in answers] == ["length"] * 8
+
+
+@pytest.mark.parametrize(("places", "keys"), [(1, 9), (2, 2), (7, 3), (64, 10), (5, 40)])
+def test_a_room_holds_no_more_than_its_places_and_the_shares_of_latecomers(places, keys):
+    waiting = labs_turns.Waiting(places)
+
+    def job(owner: int) -> Any:
+        row = labs_decode.Row(0, [1], 1, labs_decode.Sampling(), owner=str(owner))
+        return labs_turns.Job(labs.InFlight(row, prompt(0), options(), 0.0), print)
+
+    for owner in range(keys):
+        while len(waiting) < places or waiting.has_place(str(owner)):
+            waiting.add(job(owner))
+    assert len(waiting) <= places + labs_turns.places_beyond(places, keys)
+
+
+def test_without_keys_all_wait_in_one_line(start):
+    engine, gate = start(max_batch_rows=1, max_waiting=2)
+    gate.let(0)
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    with pytest.raises(labs_engine.Busy):
+        engine.submit(prompt(0), options())
+    gate.let(math.inf)
+    assert [read(answer)[1].finish_reason for answer in answers] == ["length"] * 3
 
 
 # ---------------------------------------------------------------- a dead thread
@@ -1335,12 +1555,18 @@ def test_events_are_put_while_the_engine_has_no_lock(start):
 
 def test_the_engine_uses_labs_and_its_loop_and_nothing_below_them():
     names = imports(ast.walk(tree("labs_engine.py")))
-    assert names - {*sys.stdlib_module_names} == {"labs", "labs_loop", "msgspec", "cachetools"}
+    assert names - {*sys.stdlib_module_names} == {
+        "labs",
+        "labs_loop",
+        "labs_turns",
+        "msgspec",
+        "cachetools",
+    }
 
 
 def test_cachetools_is_imported_only_where_answers_are_kept():
     names = imports(tree("labs_engine.py").body)
-    assert names - {*sys.stdlib_module_names} == {"labs", "msgspec"}
+    assert names - {*sys.stdlib_module_names} == {"labs", "labs_turns", "msgspec"}
 
 
 def test_a_function_of_the_engine_has_forty_lines_at_most():
