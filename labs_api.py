@@ -47,6 +47,7 @@ import labs_pages
 import labs_patterns
 import labs_request
 import labs_tokens
+import labs_turns
 
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # how often a request that waits looks whether its client is still there
@@ -66,6 +67,7 @@ class ChooseRequest(labs.Strict, frozen=True, kw_only=True):
     """A prompt or messages, and the answers to choose among."""
 
     options: Annotated[tuple[labs.Stop, ...], Meta(min_length=2, max_length=64)]
+    timeout_s: labs.Seconds | None = None
     model: str | None = None
     prompt: str | None = None
     messages: tuple[labs.Message, ...] | None = None
@@ -163,6 +165,7 @@ class Answers:
         self.name, self._meters, self._began, self._gone = name, meters, began, gone
         self.model = msgspec.structs.replace(prepared.model, decoder=None)  # holds no weights
         self.documents = UNSET if prepared.sources is None else prepared.sources
+        self.shares = prepared.choice and prepared.choice.shares
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: list[labs_engine.Answer] = []
         self._shown: dict[int, Shown] = {}
@@ -387,8 +390,9 @@ class Service:
         """Take what n answers may use from the owner's quota, or refuse; an error gives it back."""
         rows = [(each, prepared.generation_of(each, 0)) for each in prepared.inputs]
         cost = n * sum(len(each.input_ids) + asked.max_new_tokens for each, asked in rows)
+        cost = cost if prepared.choice is None else prepared.choice.tokens
         if cost > (most := self._tokens.per_minute or cost):
-            text = f"{cost} tokens exceed the quota of {most} a minute; lower max_new_tokens or n"
+            text = f"{cost} tokens exceed the quota of {most} a minute; ask for less at once"
             raise labs_gate.Problem(400, text, "quota")
         if wait := self._tokens.take(owner, cost):
             text = f"{cost} tokens exceed what is left of {most} a minute"
@@ -413,7 +417,12 @@ class Service:
                     for each in prepared.answers():
                         shown = labs_request.shown_events(self.context, *each)
                         rest["processors"] = prepared.constraints()
-                        answers.add(lease.engine.submit(*each, **rest), shown)
+                        if prepared.choice is None:
+                            answers.add(lease.engine.submit(*each, **rest), shown)
+                            continue
+                        stream = lease.engine.open(*each, owner, ())
+                        work = prepared.choice.parts
+                        answers.add(lease.engine.take_in(stream, answers.events, work), shown)
             except BaseException:
                 answers.close()
                 raise
@@ -454,6 +463,7 @@ class Service:
             with contextlib.suppress(ValueError):  # at exit its thread may still be in it
                 frames.close()
             labs_gate.log_request(req, 200)
+            req.context.leave()
 
         resp.content_type = "text/event-stream; charset=utf-8"
         resp.set_header("Cache-Control", "no-cache")
@@ -608,21 +618,20 @@ class Choose(Resource):
     """POST /choose: how likely each of some answers is."""
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        body, _ = self.service.read(req, ChooseRequest)
+        body, given = self.service.read(req, ChooseRequest)
+        named = {"timeout_s": body.timeout_s} if "timeout_s" in given else {}
         request = labs_request.Request(
             prompts=(labs_request.prompt_of(body),),
-            options={"max_new_tokens": 1, "logprobs": None},
+            options={"max_new_tokens": 1, "logprobs": None, **named},
             model=body.model,
             documents=False,
+            choices=body.options,
         )
-        request = self.service.check(request)
-        lease = self.service.leased(req, request)
-        with self.service.prepared(request, lease) as prepared:
-            (inputs,), model = prepared.inputs, prepared.model
-            ask = functools.partial(labs_request.choose, model, inputs, body.options)
-            with self.service.charged(req.context.owner, len(body.options), prepared):
-                options = lease.engine.call(ask)
-        answer = ChooseAnswer(id=req.context.id, model=lease.name, options=options)
+        answers, (made,) = self.service.collect(req, self.service.check(request))
+        if made.finish_reason != "stop":
+            raise labs_engine.Busy(f"no choice was made in time ({made.finish_reason})")
+        options = dict(zip(body.options, answers.shares or (), strict=True))
+        answer = ChooseAnswer(id=req.context.id, model=answers.name, options=options)
         resp.data = labs_gate.dumps(answer)
 
 
@@ -756,6 +765,7 @@ def create_app(
     quotas = quotas or labs_gate.quotas_of(config)
     service = Service(config, models, quotas.tokens, registry or CollectorRegistry())
     app = falcon.App(middleware=labs_gate.middleware(config, quotas.requests))
+    app.add_middleware(labs_turns.Open(config))
     table = routes(service)
     for route in table:
         suffix = {"suffix": route.suffix} if route.suffix else {}

@@ -116,9 +116,10 @@ def check_sizes(server: labs.Server, request: labs_request.Request) -> None:
             what = {"n": "choices of a prompt are", "prompt": "prompts are"}[name]
             text = f"{count} {what} asked for; at most {most}"
             raise labs_request.Refusal(text, "invalid_value", name)
-    for prompt in request.prompts:
-        if (size := len(prompt.text.encode(errors="replace"))) > server.max_prompt_bytes:
-            text = f"the prompt has {size} bytes; at most {server.max_prompt_bytes}"
+    texts = [("the prompt has", prompt.text) for prompt in request.prompts]
+    for what, text in (*texts, ("the options have", "".join(request.choices or ()))):
+        if (size := len(text.encode(errors="replace"))) > server.max_prompt_bytes:
+            text = f"{what} {size} bytes; at most {server.max_prompt_bytes}"
             raise labs_request.Refusal(text, "prompt_too_large")
 
 

@@ -86,7 +86,7 @@ class Request(Struct, frozen=True, kw_only=True):
     """A request in labs' own words, whatever way it came.
 
     options: the generation settings that it names. n: answers to each prompt. model: the name it
-    asks for, None for the configured one. documents: whether passages are used, None as configured.
+    asks for; documents: whether passages are used; None is as configured. choices: see Options.
     within_context: whether an answer has to do with what the prompt leaves of the context.
     """
 
@@ -97,6 +97,7 @@ class Request(Struct, frozen=True, kw_only=True):
     response_format: ResponseFormat | None = None
     documents: bool | None = None
     within_context: bool = False
+    choices: tuple[str, ...] | None = None
 
 
 class Refusal(labs.InputError):
@@ -200,6 +201,7 @@ class Prepared(Struct, frozen=True, eq=False):
     generation: labs.Generation
     inputs: tuple[labs.Inputs, ...]
     sources: tuple[labs.Source, ...] | None = None
+    choice: Any = None  # a labs_choose.Options, where one is wanted
 
     def answers(self) -> Iterator[tuple[labs.Inputs, labs.Generation]]:
         """Yield what each answer is computed from, `n` of them for each prompt."""
@@ -227,10 +229,16 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
     generation = labs.evolve(config.generation, **request.options)
     grounds = config.documents.apply(request.documents)
     constraints(model, request.response_format)  # refuses now what cannot be expressed
-    found = [_build(context, config, model, each, grounds) for each in request.prompts]
-    sources = tuple(source for _, some in found for source in some)
-    inputs = tuple(inputs for inputs, _ in found)
-    return Prepared(model, request, generation, inputs, sources if grounds else None)
+    found = (_build(context, config, model, each, grounds) for each in request.prompts)
+    (inputs, passages), choice = zip(*found, strict=True), None
+    sources = tuple(itertools.chain(*passages))
+    if request.choices is not None:
+        labs.require("labs_typed")
+        import labs_typed
+
+        choice = labs_typed.read_options(model, inputs[0], request.choices)
+        generation = choice.generation(generation.timeout_s)
+    return Prepared(model, request, generation, inputs, sources if grounds else None, choice)
 
 
 def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
@@ -281,14 +289,6 @@ def constraints(
 
     schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
     return (labs_typed.Constraint(model, schema),)
-
-
-def choose(model: labs.Model, inputs: labs.Inputs, options: tuple[str, ...]) -> dict[str, float]:
-    """Return how likely each option is as the answer; they sum to 1."""
-    labs.require("labs_typed")
-    import labs_typed
-
-    return labs_typed.choose(model, inputs, options)
 
 
 def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:

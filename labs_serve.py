@@ -25,8 +25,8 @@ import labs
 import labs_api
 import labs_gate
 import labs_models
+import labs_turns
 
-ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
 HEAD_BYTES = 32_768
 log = logging.getLogger("labs.serve")
 LAST_WORDS_S = 1.0  # what is told at the end may take so long to be written
@@ -34,10 +34,7 @@ LAST_WORDS_S = 1.0  # what is told at the end may take so long to be written
 
 def threads_for(config: labs.Config) -> int:
     """Return how many threads are enough, as each open request holds one."""
-    server, models = config.server, len({config.model_id, *config.models})
-    rows = (server.max_batch_rows or ROWS) + server.max_waiting
-    waiting = server.max_waiting if models > 1 else 0  # for a model
-    return min(server.max_loaded_models, models) * rows + waiting + 8
+    return labs_turns.most_open(config) + labs_turns.most_beyond(config) + 8
 
 
 def make_server(app: Any, config: labs.Config) -> Any:

@@ -106,8 +106,15 @@ class Fake:
         self.asked.append((inputs, generation, owner))
         return labs_engine.Answer(ticket, events, self.left.append)
 
-    def call(self, function: Callable[[], Any]) -> Any:
-        return function()
+    def open(self, inputs: labs.Inputs, generation: labs.Generation, *rest: Any) -> Any:
+        return labs.open_request(self.model, next(self.tickets), inputs, generation)
+
+    def take_in(self, stream: Any, events: Any, work: Any) -> labs_engine.Answer:
+        for _ in work(stream.row, None):
+            pass
+        done = labs.Done("stop", labs.Usage(1, 0), labs.Timings(0.0, 0.0, 0.0, 0.0))
+        events.put((stream.row.id, done))
+        return labs_engine.Answer(stream.row.id, events, self.left.append)
 
     def status(self) -> labs_engine.Status:
         numbers = dict.fromkeys(("running", "waiting", "steps", "halvings", "failures"), 0)
@@ -1661,11 +1668,10 @@ def test_a_lease_is_given_back_whatever_becomes_of_the_request(
         raise labs_engine.Busy("full")
 
     models, live = slow(seconds=0.0)
-    monkeypatch.setattr(live.engine, "call", lambda ask: {"a": 0.5, "b": 0.5})
     ask = functools.partial(httpx.post, live.url + path, json=BODIES[path], timeout=WAIT_S)
     assert ask().status_code == 200
     monkeypatch.setattr(live.engine, "submit", raises)
-    monkeypatch.setattr(live.engine, "call", raises)
+    monkeypatch.setattr(live.engine, "take_in", raises)
     assert ask().status_code == (200 if path == "/explain" else 503)
     monkeypatch.setattr(labs, "build_inputs", raises)  # it fails before it comes to the engine
     assert ask().status_code == 503
