@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# With AMX, products of more than 32 rows in bf16 round otherwise than those of fewer: a row's bits
-# then depend on its company, and exact texts are those of a CPU without it. Read once, at import.
+# With AMX, products of more than 32 rows in bf16 round otherwise, also a long prompt's: the exact
+# texts that tests compare with are those of a CPU without it. Read once, at import.
 CPU_INFO = Path("/proc/cpuinfo")
 if CPU_INFO.exists() and "amx_bf16" in CPU_INFO.read_text(encoding="utf-8"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

@@ -283,14 +283,14 @@ def _packed(decoder: Decoder, texts: list[list[int]]) -> Logits:
 
 def _wrong_alone(decoder: Decoder, own: Own) -> str:
     """Return in words how a model that runs alone differs from its own `generate`."""
-    batch, found = _newcomer(decoder, own.texts, 0), list[Tensor]()
-    row, prompt = batch.rows[0], torch.tensor([own.texts[0][: PROMPTS[0]]], device=decoder.device)
+    prompt = torch.tensor([own.texts[0][: PROMPTS[0]]], device=decoder.device)
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "num_beams": 1}
     options |= {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
     try:
+        batch, found = _newcomer(decoder, own.texts, 0), list[Tensor]()
         for _ in range(3):
             found.append(labs_decode.forward(decoder, batch))
-            row.take(int(found[-1].argmax()))
+            batch.rows[0].take(int(found[-1].argmax()))
     except Exception as error:  # of any model's code
         if labs_decode.out_of_memory(error):
             raise
