@@ -405,12 +405,7 @@ TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _LOADING = threading.RLock()  # transformers patches its classes while it loads: one at a time
 
 
-def _cache_clear() -> None:
-    _load.cache_clear()
-    release_memory()
-
-
-load_model.cache_clear = _cache_clear  # type: ignore[attr-defined]
+load_model.cache_clear = lambda: (_load.cache_clear(), release_memory())  # type: ignore[attr-defined]
 
 
 def release_memory() -> None:
@@ -458,22 +453,17 @@ def _is_there(name: str) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def _load(spec: ModelSpec) -> Model:
-    import transformers
-
     import labs_decode
 
     began = time.perf_counter()  # what was imported is no part of load_s
     device_map, device, dtype = device_of(spec)
     source, options, origin = locate(spec, dtype)
     config = pretrained("AutoConfig", source, options)
-    known = hasattr(config, "auto_map") or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if config.is_encoder_decoder or not known:
-        media = [each for each in ("vision", "audio") if hasattr(config, f"{each}_config")]
-        kind = f"a model of {' and '.join(media)} too" if media else "no causal language model"
-        kind = "an encoder-decoder" if config.is_encoder_decoder else kind
-        raise ModelError(
-            f"{spec.model_name}: {config.model_type} is {kind}; labs runs causal models"
-        )
+    if _is_there("labs_sources"):
+        import labs_sources
+
+        if other := labs_sources.other_task(config):
+            raise ModelError(f"{spec.model_name}: {other}; labs runs causal models")
     tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
     weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map}
@@ -523,7 +513,7 @@ def _sped_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decod
             decoder = labs_fast.speed_up(decoder, method, **flags)
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: {error}") from error
-    return labs_probe.steadied(decoder) if _is_there("labs_probe") else decoder
+    return labs_forward.steadied(decoder) if _is_there("labs_forward") else decoder
 
 
 def locate(
@@ -565,32 +555,25 @@ def pretrained(kind: str, source: str, options: Mapping[str, object]) -> Any:
 
 def _fingerprint_of(
     decoder: labs_decode.Decoder, spec: ModelSpec, dtype: str, origin: Path | None
-) -> Fingerprint:
-    import torch
+) -> Fingerprint | None:
+    if not _is_there("labs_cache"):
+        return None
+    import labs_cache
 
-    device, wanted = decoder.device, spec.quantization
-    commit = getattr(decoder.model.config, "_commit_hash", None)
-    revision = str(commit or spec.revision or "unknown") if origin is None else "unknown"
-    if origin is not None and _is_there("labs_cache"):
-        import labs_cache
-
-        revision = f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
-    hardware = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = str(torch.cuda.get_device_name(device))
-    uses_bitsandbytes = wanted.load_in_4bit or wanted.load_in_8bit
-    packages = ["torch", "transformers", *(["bitsandbytes"] if uses_bitsandbytes else [])]
-    versions = {name: str(importlib.import_module(name).__version__) for name in packages}
+    wanted, packages = spec.quantization, ["torch", "transformers"]
+    packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
+    commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
+    digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
     settings = [(field, getattr(wanted, field.name)) for field in fields(wanted)]
     return Fingerprint(
         model=spec.model_name,
-        revision=revision,
+        revision=digest or str(commit),
         dtype=dtype,
         device=device_of(spec)[1],
-        hardware=hardware,
+        hardware=labs_cache.hardware(decoder.device),
         quantization={field.name: value for field, value in settings if value != field.default},
         batch_invariant=decoder.invariant,
-        versions={"labs": __version__, **versions},
+        versions={"labs": __version__, **labs_cache.versions(packages)},
     )
 
 
@@ -715,10 +698,10 @@ def _template(model: Model, messages: list[Message], add_generation_prompt: bool
     options |= {"tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
     with _refusing(model, "chat template"):
-        if _is_there("labs_probe"):
-            import labs_probe
+        if _is_there("labs_template"):
+            import labs_template
 
-            plain = labs_probe.as_read(model.tokenizer, plain)
+            plain = labs_template.as_read(model.tokenizer, plain)
         return list(render(plain, **options)["input_ids"])
 
 

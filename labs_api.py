@@ -184,7 +184,7 @@ class Answers:
         while len(self.dones) < len(choices):
             ticket, events = self._next()
             if gone := self._gone():
-                raise ClientGone
+                raise labs_turns.ClientGone
             if not events and time.perf_counter() - silent > (DOUBT_S if gone is None else PING_S):
                 silent = time.perf_counter()
                 yield None
@@ -235,10 +235,6 @@ class Answers:
     def close(self) -> None:
         for answer in self._answers:
             answer.close()
-
-
-class ClientGone(Exception):
-    """Nobody reads the answer any more."""
 
 
 class Frames:
@@ -295,7 +291,7 @@ class Service:
         """Return labs_wire's probe; raise if the client left while its request waited for us."""
         gone: Callable[[], bool | None] = req.env.get("waitress.client_disconnected", lambda: False)
         if gone():
-            raise ClientGone
+            raise labs_turns.ClientGone
         return gone
 
     def read(self, req: falcon.Request, kind: type[S]) -> tuple[S, dict[str, Any]]:
@@ -335,7 +331,7 @@ class Service:
                         raise
                     loading.wait(POLL_S)
                 if gone():
-                    raise ClientGone
+                    raise labs_turns.ClientGone
                 yield None
         finally:
             if waits:
@@ -408,7 +404,7 @@ class Service:
         owner, began = req.context.owner, req.context.began
         with self.prepared(request, lease) as prepared:
             labs_gate.check_room(lease.engine.status(), request)
-            generation = _in_time_left(prepared.generation, began)
+            generation = labs_turns.in_time_left(prepared.generation, began)
             prepared = msgspec.structs.replace(prepared, generation=generation)
             answers = Answers(lease.name, prepared, self.meters, began, self.gone(req))
             rest = {"owner": owner, "events": answers.events}
@@ -499,18 +495,10 @@ class Service:
             req.context.record = answers.record()
 
 
-def _in_time_left(generation: labs.Generation, began: float) -> labs.Generation:
-    """Let the time that a model took to load count, where it was long enough to matter."""
-    waited = time.perf_counter() - began
-    if generation.timeout_s is None or waited < LOADING_S:
-        return generation
-    return labs.evolve(generation, timeout_s=max(0.001, generation.timeout_s - waited))
-
-
 def _ending_in_error(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
     try:
         yield from frames
-    except ClientGone:
+    except labs_turns.ClientGone:
         return
     except Exception as error:
         yield error_event(as_problem(error, request_id))
@@ -795,7 +783,7 @@ def refusing_app(config: labs.Config) -> falcon.App[Any, Any]:
 
 def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, _: Any) -> None:
     """Answer with the error, in one shape everywhere."""
-    if isinstance(error, ClientGone):
+    if isinstance(error, labs_turns.ClientGone):
         resp.status = "499 Client Closed Request"
         return
     problem = as_problem(error, req.context.id)

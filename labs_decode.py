@@ -12,8 +12,7 @@ the cache; each consumes the batch that it is given and returns the next one:
 
 The model makes its own masks: importing this file registers `attention` and `attention_mask` with
 transformers; the mask asks the cache where the query of each row stands. Needs torch and
-transformers, no other file of labs: what makes it faster is handed in (StepGraphs, PrefixStore,
-PrefillPacked).
+transformers, no other file of labs: what makes it faster is handed in, see the Protocols.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 LONE_ROW_COPIES = 4  # a lone row is computed 4 times over: oneDNN is faster with 4 than with 2
 CHUNK = 256  # prompt tokens per prefill call: the longest that others wait for a newcomer
@@ -463,7 +462,7 @@ def _eager_attention(
     if (cap := options.get("softcap")) is not None:
         scores = cap * torch.tanh(scores / cap)
     if mask.dtype == torch.bool:
-        mask = _additive(mask, scores.dtype)
+        mask = additive(mask, scores.dtype)
     scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
     if (sinks := options.get("s_aux")) is not None:  # a sink takes its share and gives nothing
         sinks = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(queries, 2)
@@ -500,7 +499,8 @@ def _multiprocessor_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to add to scores; sdpa would make it of a bool mask again in every layer."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
@@ -510,31 +510,13 @@ def attention_mask(
     """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own mask_function."""
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
-    if q_offset.ndim == 2:
-        return _packed_prompts_mask(kv_length - q_length, *q_offset, **options)
+    if (own := getattr(q_offset, "mask", None)) is not None:  # of prompts in one row
+        return cast("Tensor", own(q_offset, kv_length - q_length, **options))
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
     queries = q_offset.view(-1, 1, 1, 1)
     seen = options["mask_function"](rows, torch.zeros_like(rows), queries, columns)
-    # Additive, because sdpa would turn a bool mask into this again in every layer.
-    return _additive(seen, options["dtype"])
-
-
-def _packed_prompts_mask(before: int, prompts: Tensor, positions: Tensor, **options: Any) -> Tensor:
-    """Return a mask [1, 1, T, before + T]: each prompt of the row sees itself and what is before.
-
-    `lengths` on it tells `attention` that there is no other pattern, so that prompts can go apart.
-    """
-    none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
-    columns = torch.cat([torch.arange(before, device=prompts.device), positions])
-    shared = torch.nn.functional.pad(prompts, (before, 0), value=-1)
-    queries, columns = positions.view(1, 1, -1, 1), columns.view(1, 1, 1, -1)
-    seen = options["mask_function"](none, none, queries, columns)
-    own = (prompts[:, None] == shared) | (shared < 0)
-    mask = _additive(seen & own, options["dtype"])
-    if options["mask_function"] is causal_mask_function and not before:
-        mask.lengths = prompts.bincount().tolist()  # type: ignore[attr-defined]
-    return mask
+    return additive(seen, options["dtype"])
 
 
 for _name, _function in (("labs", attention), ("labs_invariant", attention_invariant)):
@@ -633,8 +615,8 @@ class Decoder:
 
     def wrong_prompt(self, ids: Sequence[object]) -> str | None:
         """Return what is wrong with ids as a prompt, in words."""
-        held, kinds = self.embedded, [i for i in ids if not hasattr(i, "__index__")]
-        if kinds:
+        held = self.embedded
+        if kinds := [i for i in ids if not hasattr(i, "__index__")]:
             return f"the prompt has {kinds[0]!r} where a token id has to be"
         wrong = [i for i in cast("Sequence[int]", ids) if not 0 <= i < held]
         told = f"prompt names token {wrong[0]}: the model holds {held}" if wrong else None
@@ -672,8 +654,8 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     words = frozenset(inspect.signature(model.forward).parameters)
-    configs = [each.config for each in model.modules() if hasattr(each, "config")]
-    names = [(each, getattr(each, "_attn_implementation", None)) for each in configs]
+    parts = [getattr(each, "config", None) for each in model.modules()]
+    parts = [each for each in parts if hasattr(each, "_attn_implementation")]
     slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     decoder = Decoder(
         model=model,
@@ -683,7 +665,7 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
         can_reuse_prefix=bool(layers) and slots_only,
         forward_words=words,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        came_with=tuple((config, name) for config, name in names if name),
+        came_with=tuple((each, each._attn_implementation) for each in parts),
     )
     exact = all(each.dtype != torch.float32 for each in model.parameters())
     return with_invariance(decoder, batch_invariant and exact)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import causal_mask_function
 
 import labs_decode
 import labs_loop
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
+STEADY_ROWS = 32  # beyond these, kernels for matrices (AMX) take over
 NGRAMS = (3, 2)  # tokens that have to be the same before a guess
 
 
@@ -59,10 +62,33 @@ class Branches(cache_utils.Cache):
 
 
 def places_of(lengths: list[int], first: int, device: torch.device) -> Tensor:
-    """Return [2, T]: of each token the number of its text, and its position from `first` on."""
+    """Return [2, T]: of each token the number of its text, and its position from `first` on.
+
+    `mask` on it tells labs_decode.attention_mask what the tokens see.
+    """
     texts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
     positions = [torch.arange(first, first + n, device=device) for n in lengths]
-    return torch.stack([torch.cat(texts), torch.cat(positions)])
+    places = torch.stack([torch.cat(texts), torch.cat(positions)])
+    places.mask = packed_mask  # type: ignore[attr-defined]
+    return places
+
+
+def packed_mask(places: Tensor, before: int, **options: Any) -> Tensor:
+    """Return a mask [1, 1, T, before + T]: each prompt of the row sees itself and what is before.
+
+    `lengths` on it tells `attention` that there is no other pattern, so that prompts can go apart.
+    """
+    prompts, positions = places
+    none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
+    columns = torch.cat([torch.arange(before, device=prompts.device), positions])
+    shared = torch.nn.functional.pad(prompts, (before, 0), value=-1)
+    queries, columns = positions.view(1, 1, -1, 1), columns.view(1, 1, 1, -1)
+    seen = options["mask_function"](none, none, queries, columns)
+    own = (prompts[:, None] == shared) | (shared < 0)
+    mask = labs_decode.additive(seen & own, options["dtype"])
+    if options["mask_function"] is causal_mask_function and not before:
+        mask.lengths = prompts.bincount().tolist()  # type: ignore[attr-defined]
+    return mask
 
 
 class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -196,3 +222,40 @@ def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
         newcomer = replace(newcomer, logits=None)  # its token is known
         batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
     return batches[0]
+
+
+# ---------------------------------------------------------------- bits of products
+
+
+@torch.inference_mode()
+def steadied(decoder: Decoder) -> Decoder:
+    """Bound the rows that share a call of an invariant decoder by what keeps their products' bits.
+
+    With AMX, products of more than 32 rows in bf16 round otherwise than those of fewer. Where even
+    fewer rows change them, the decoder is not invariant.
+    """
+    if not decoder.invariant:
+        return decoder
+    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
+    layers = {
+        (type(layer), layer.in_features, layer.out_features): layer
+        for layer in decoder.model.modules()
+        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    }
+    fewest = 2 if decoder.duplicates_lone_row else 1
+    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
+        return labs_decode.with_invariance(decoder, False)
+    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # one that is small hardly shows it
+    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
+    changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
+    return replace(decoder, steady=STEADY_ROWS if changes else 0)
+
+
+def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
+    """Tell whether products of so many rows have other bits than those of STEADY_ROWS at a time."""
+    x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
+    x = x.view(-1, layer.in_features).to(dtype)
+    steady = torch.cat(
+        [layer(x[i : i + STEADY_ROWS].clone()) for i in range(0, len(x), STEADY_ROWS)]
+    )
+    return any(not torch.equal(layer(x[:n].clone()), steady[:n]) for n in sizes)

@@ -2,8 +2,6 @@
 """What a model can do, tried at load on a few tokens: names and configurations do not tell.
 
     decoder = labs_probe.tried(labs_decode.prepare(model))  # its rows join, or run alone
-    decoder = labs_probe.steadied(decoder)                  # how many rows keep a product's bits
-    messages = labs_probe.as_read(tokenizer, messages)      # content as its chat template reads it
 
 Needs labs_decode.py and labs_cache.py.
 """
@@ -11,20 +9,17 @@ Needs labs_decode.py and labs_cache.py.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import random
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -39,7 +34,6 @@ SAME = 9  # tokens that the first text begins with, and another one
 MORE = 8  # tokens of each text after its prompt
 OFF = 0.01  # of the logits' spread, in float32; measured: right below 2e-5, wrong above 0.05
 OFF_IN_16_BITS = 0.15  # of a row's median; single tokens go up to 0.3 where experts are chosen
-STEADY_ROWS = 32  # beyond these, kernels for matrices (AMX) take over
 
 Logits = Iterator[tuple[int, int, Tensor]]  # text, place in it, logits after that
 Found = dict[str, Any]  # mode and reason of a Decoder; cuts, packs: whether the rest holds too
@@ -300,88 +294,3 @@ def _wrong_alone(decoder: Decoder, own: Own) -> str:
         if any(_off(*pair) > own.most for pair in zip(found[:1], expected[:1], strict=True)):
             return "gives other logits here than in transformers' generate"
     return ""
-
-
-# ---------------------------------------------------------------- bits of products
-
-
-@torch.inference_mode()
-def steadied(decoder: Decoder) -> Decoder:
-    """Bound the rows that share a call of an invariant decoder by what keeps their products' bits.
-
-    With AMX, products of more than 32 rows in bf16 round otherwise than those of fewer. Where even
-    fewer rows change them, the decoder is not invariant.
-    """
-    if not decoder.invariant:
-        return decoder
-    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
-    layers = {
-        (type(layer), layer.in_features, layer.out_features): layer
-        for layer in decoder.model.modules()
-        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
-    }
-    fewest = 2 if decoder.duplicates_lone_row else 1
-    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
-        return labs_decode.with_invariance(decoder, False)
-    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # one that is small hardly shows it
-    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
-    changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
-    return replace(decoder, steady=STEADY_ROWS if changes else 0)
-
-
-def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    """Tell whether products of so many rows have other bits than those of STEADY_ROWS at a time."""
-    x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
-    x = x.view(-1, layer.in_features).to(dtype)
-    steady = torch.cat(
-        [layer(x[i : i + STEADY_ROWS].clone()) for i in range(0, len(x), STEADY_ROWS)]
-    )
-    return any(not torch.equal(layer(x[:n].clone()), steady[:n]) for n in sizes)
-
-
-# ---------------------------------------------------------------- chat templates
-
-
-MARK = "zebra"  # a word that no template says itself
-TALKS = {
-    "user": (("user",), ("system", "user"), ("user", "assistant", "user")),
-    "system": (("system", "user"), ("system", "user", "assistant", "user")),
-    "assistant": (("user", "assistant", "user"), ("user", "assistant")),
-}
-
-
-def as_read(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose content is text or, where the chat template reads only those, parts.
-
-    Raises ValueError where the template leaves out what a role says in either form.
-    """
-    template = tokenizer.get_chat_template()
-    forms = {each["role"]: content_form(tokenizer, template, each["role"]) for each in messages}
-    if left_out := [role for role, form in forms.items() if form is None]:
-        raise ValueError(f"it leaves out what a message of the {left_out[0]} says")
-    return [{**each, "content": _said(each["content"], forms[each["role"]])} for each in messages]
-
-
-def _said(text: str, form: str | None) -> Any:
-    return [{"type": "text", "text": text}] if form == "parts" else text
-
-
-@functools.lru_cache(maxsize=16)
-def content_form(tokenizer: Any, template: str, role: str) -> Literal["text", "parts"] | None:
-    """Return in which form a chat template reads what a role says, None where it says it in none.
-
-    "text" also where it renders nothing that is tried: the messages themselves will tell.
-    """
-    forms: tuple[Literal["text", "parts"], ...] = ("text", "parts")
-    rendered = False
-    for form, others, talk in itertools.product(forms, forms, TALKS[role]):
-        at = len(talk) - 1 - talk[::-1].index(role)  # the last of that role
-        said = [_said("yes", others)] * at + [_said(MARK, form)]
-        said += [_said("yes", others)] * (len(talk) - len(said))
-        turns = [{"role": r, "content": content} for r, content in zip(talk, said, strict=True)]
-        with contextlib.suppress(Exception):  # templates raise anything
-            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-            rendered = True
-            if MARK in text.lower() and not re.search(rf"text[\"']: *[\"']{MARK}", text):
-                return form
-    return None if rendered else "text"

@@ -44,10 +44,6 @@ MODEL_NAME_HELP = (
     "A hub id, a folder, a .gguf file, repo-id:file.gguf, package:NAME/FILE.gguf, "
     "or a [models.NAME] table."
 )
-# What settings of earlier versions were replaced by.
-DROPPED = {
-    "tp_plan": "it is gone: use device_map to spread a model over GPUs, or --ray for replicas",
-}
 
 
 # ---------------------------------------------------------------- errors
@@ -78,10 +74,10 @@ class PromptTooLong(InputError):
 def too_long(limit: int, tokens: int, new: int = 0) -> PromptTooLong:
     """Return the refusal in OpenAI's words, by which clients know it. new: tokens asked for."""
     told = f"This model's maximum context length is {limit} tokens. However, the prompt has "
-    if tokens >= limit or not new:
-        return PromptTooLong(f"{told}{tokens} tokens: shorten it")
-    rest = f"{tokens} tokens and max_new_tokens is {new}: shorten it or ask for fewer tokens"
-    return PromptTooLong(told + rest)
+    more = f" and max_new_tokens is {new}: shorten it or ask for fewer tokens"
+    return PromptTooLong(
+        f"{told}{tokens} tokens{more if tokens < limit and new else ': shorten it'}"
+    )
 
 
 class GenerationError(LabsError):
@@ -93,9 +89,7 @@ _NO_FOLDER = "is no folder here and no"
 _TOO_LARGE = "does not fit the memory; use a smaller model or load_in_4bit"
 REASONS = {
     "trust_remote_code": "needs code of its own: read it, then set trust_remote_code = true",
-    "no file named model.safetensors": (
-        "has no safetensors weights; use_safetensors = false allows pickle files"
-    ),
+    "no file named model.safetensors": "has no safetensors; use_safetensors = false reads pickles",
     "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
     "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (or it is private: set HF_TOKEN)",
     "RevisionNotFound": "has no such revision on the hub",
@@ -250,9 +244,7 @@ class Server(Strict, frozen=True, kw_only=True):
         doc("Memory for prompts' beginnings; 0: none [default: an eighth of what is free]."),
     ] = None
     max_waiting: Annotated[int, doc("Requests that may wait for a row.", ge=0, le=100_000)] = 64
-    max_body_bytes: Annotated[int, doc("Bytes of a request's body at most.", ge=1024, le=2**30)] = (
-        4 * 2**20
-    )
+    max_body_bytes: Annotated[int, doc("Bytes of a body at most.", ge=1024, le=2**30)] = 4 * 2**20
     max_prompt_bytes: Annotated[int, doc("Bytes of a prompt at most.", ge=1, le=2**30)] = 2**20
     max_choices: Annotated[int, doc("Choices (n) of a prompt at most.", ge=1, le=128)] = 8
     max_connections: Annotated[int, doc("Open connections at most.", ge=16, le=100_000)] = 1000
@@ -292,18 +284,12 @@ class RouterRule(Strict, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.over_prompt_tokens is None and self.pattern is None:
             raise ValueError("a rule needs over_prompt_tokens or pattern")
-        try:
-            re.compile(self.pattern or "")
-        except re.error as error:
-            raise ValueError(f"pattern = {self.pattern!r}: {error}") from error
 
 
 class Router(Strict, frozen=True, kw_only=True):
     """Which model answers a request for the model `auto`: the first rule's that fits."""
 
-    rules: Annotated[
-        tuple[RouterRule, ...], doc("Rules for the model `auto`, in their order.")
-    ] = ()
+    rules: Annotated[tuple[RouterRule, ...], doc("Rules for the model `auto`, in order.")] = ()
 
 
 class Documents(Strict, frozen=True, kw_only=True):
@@ -495,8 +481,6 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
     """Return what to say of an unknown name: what has replaced it, or which one may be meant."""
     import difflib
 
-    if told := DROPPED.get(name.removeprefix("LABS_").lower()):
-        return f": {told}"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""
 

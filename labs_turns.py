@@ -23,9 +23,14 @@ from msgspec import Struct
 
 import labs
 
+WORTH_COUNTING_S = 1.0  # of waiting for a model
 ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
 Put = Callable[[tuple[int, labs.Event]], Any]  # takes an event with the ticket of its answer
 Work = Callable[[Any, Any], Iterator[None]]  # of a labs_decode.Row and PrefixStore; pauses
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
 
 
 class Busy(labs.LabsError):
@@ -206,3 +211,11 @@ class Open:
     def _leave(self, owner: str) -> None:
         with self._lock:
             self._open[owner] -= 1
+
+
+def in_time_left(generation: labs.Generation, began: float) -> labs.Generation:
+    """Let the time that a model took to load count, where it was long enough to matter."""
+    waited = time.perf_counter() - began
+    if generation.timeout_s is None or waited < WORTH_COUNTING_S:
+        return generation
+    return labs.evolve(generation, timeout_s=max(0.001, generation.timeout_s - waited))

@@ -1152,11 +1152,11 @@ def test_the_time_that_a_model_may_take_is_a_setting_of_it(loader, many):
 def test_the_time_that_was_waited_is_no_more_left():
     wanted = labs.Generation(timeout_s=30.0)
     now = time.perf_counter()
-    assert labs_api._in_time_left(wanted, now) == wanted
-    assert 0 < labs_api._in_time_left(wanted, now - 20).timeout_s <= 10
-    assert 0 < labs_api._in_time_left(wanted, now - 40).timeout_s < 0.1
+    assert labs_turns.in_time_left(wanted, now) == wanted
+    assert 0 < labs_turns.in_time_left(wanted, now - 20).timeout_s <= 10
+    assert 0 < labs_turns.in_time_left(wanted, now - 40).timeout_s < 0.1
     without = labs.Generation()
-    assert labs_api._in_time_left(without, now - 40) == without
+    assert labs_turns.in_time_left(without, now - 40) == without
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])

@@ -410,13 +410,13 @@ def bordered(border: int) -> decode.Decoder:
 
 
 def test_products_that_change_beyond_a_border_bound_the_rows_of_a_call() -> None:
-    decoder = probe.steadied(bordered(40))
+    decoder = forward_room.steadied(bordered(40))
     assert (decoder.invariant, decoder.steady) == (True, 32)
 
 
 @pytest.mark.parametrize("border", [2, 3, 16])
 def test_a_decoder_whose_products_change_with_few_rows_is_not_invariant(border: int) -> None:
-    decoder = probe.steadied(bordered(border))
+    decoder = forward_room.steadied(bordered(border))
     assert (decoder.invariant, decoder.duplicates_lone_row, decoder.steady) == (False, False, 0)
 
 
@@ -540,7 +540,7 @@ def model() -> Any:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_form_in_which_a_template_reads_the_user_is_found(name: str, model: Any) -> None:
     form, template = TEMPLATES[name]
-    assert probe.content_form(model.tokenizer, template, "user") == form
+    assert labs_template.content_form(model.tokenizer, template, "user") == form
 
 
 @pytest.mark.parametrize("name", ["loops over parts", "first part", "by type", "plain", "both"])
