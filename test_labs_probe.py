@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +257,7 @@ def test_a_type_runs_as_the_table_tells_with_transformers_tokens(
 @pytest.mark.slow
 def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Path) -> None:
     found = sweep(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), tmp_path)
-    lines = [f"| {kind} | {each['how']} | {each['why']} |" for kind, each in found.items()]
-    head = "# Which types of models run, and how\n\n" + " ".join(MEANING) + "\n\n"
-    text = head + "\n".join(["| type | how | why |", "|---|---|---|", *lines]) + "\n"
+    text = as_table(found)
     if os.environ.get("LABS_MODELS"):
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(text, encoding="utf-8")
@@ -266,6 +265,17 @@ def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Pat
     assert sum(each["how"] in ("joins", "whole", "alone") for each in found.values()) >= 100
     columns = [line.split(" | ")[:2] for line in TABLE.read_text(encoding="utf-8").splitlines()]
     assert [line.split(" | ")[:2] for line in text.splitlines()] == columns
+
+
+def as_table(found: dict[str, dict[str, str]]) -> str:
+    counts = Counter(each["how"] for each in found.values())
+    numbers = ", ".join(f"{how}: {count}" for how, count in counts.most_common())
+    lines = [
+        f"| {kind} | {each['how']} | {each['why'].replace('|', '/').strip()} |"
+        for kind, each in sorted(found.items())
+    ]
+    head = [f"# Which types of models run, and how\n\n{' '.join(MEANING)}\n\n{numbers}.\n"]
+    return "\n".join([*head, "| type | how | why |", "|---|---|---|", *lines]) + "\n"
 
 
 MEANING = (
