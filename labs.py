@@ -14,8 +14,7 @@ Frozen structs in, frozen structs out; the only effects are reading in `load_con
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
 Copied alone, labs.py, labs_settings.py, labs_loop.py and labs_decode.py need torch, transformers
-and msgspec. labs_sources.py adds `package:` and .gguf files, labs_fast.py and
-labs_prefixes.py add speed.
+and msgspec. labs_sources.py adds `package:` and .gguf files; each other file one thing, see README.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ if TYPE_CHECKING:
     import labs_decode
     import labs_defaults
     import labs_loop
-    from labs_decode import Processor
+    from labs_decode import Processor, Tokenizer
 __version__ = "0.1.0"
 log = logging.getLogger("labs")
-Tokenizer = Any  # transformers' have other attributes for each model
 
 
 # ---------------------------------------------------------------- values
@@ -405,7 +403,12 @@ TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _LOADING = threading.RLock()  # transformers patches its classes while it loads: one at a time
 
 
-load_model.cache_clear = lambda: (_load.cache_clear(), release_memory())  # type: ignore[attr-defined]
+def _cache_clear() -> None:
+    _load.cache_clear()
+    release_memory()
+
+
+load_model.cache_clear = _cache_clear  # type: ignore[attr-defined]
 
 
 def release_memory() -> None:
@@ -466,8 +469,7 @@ def _load(spec: ModelSpec) -> Model:
             raise ModelError(f"{spec.model_name}: {other}; labs runs causal models")
     tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
-    weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map}
-    weights["output_loading_info"] = True
+    weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map, "output_loading_info": True}
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
     model, info = pretrained("AutoModelForCausalLM", source, weights)

@@ -654,7 +654,7 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
     recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     words = frozenset(inspect.signature(model.forward).parameters)
-    parts = [getattr(each, "config", None) for each in model.modules()]
+    parts: list[Any] = [getattr(each, "config", None) for each in model.modules()]
     parts = [each for each in parts if hasattr(each, "_attn_implementation")]
     slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     decoder = Decoder(

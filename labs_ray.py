@@ -43,11 +43,12 @@ import labs_gate
 import labs_jsonl
 import labs_models
 import labs_serve
+import labs_turns
 
 log = logging.getLogger("labs.ray")
 APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
 MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
-EXTRA_REQUESTS = 8  # requests of a replica that wait for a row, or need none
+EXTRA_REQUESTS = 8  # of a replica, that wait for a row or need none; more wait with Ray, for any
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app writes its own
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -243,11 +244,10 @@ def middlewares() -> list[Middleware]:
 
 def deployment(config: labs.Config, cluster: Cluster) -> Any:
     """Return the application for Ray Serve."""
-    rows = config.server.max_batch_rows or labs_serve.ROWS
     options: dict[str, Any] = {
         "name": REPLICAS,
         "ray_actor_options": cluster.resources(config),
-        "max_ongoing_requests": rows + EXTRA_REQUESTS,  # more wait with Ray, for any replica
+        "max_ongoing_requests": (config.server.max_batch_rows or labs_turns.ROWS) + EXTRA_REQUESTS,
         "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,

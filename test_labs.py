@@ -3043,7 +3043,7 @@ ROOMS = {
     "labs_jsonl.py": (650, "labs openai request tokens"),
     "labs_cli.py": (800, "*"),
     "labs_chat.py": (300, "labs"),
-    "labs_ray.py": (430, "labs api gate jsonl models serve"),
+    "labs_ray.py": (430, "labs api gate jsonl models serve turns"),
     "labs_vendor.py": (140, "labs"),
 }
 UNTYPED_SIGNATURES = {"attention", "attention_invariant"}  # transformers' own

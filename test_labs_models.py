@@ -42,6 +42,7 @@ import labs_gate
 import labs_models
 import labs_request
 import labs_serve
+import labs_turns
 import test_labs
 from test_labs import is_one_sentence, python, save_model, write
 from test_labs_api import (

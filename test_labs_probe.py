@@ -29,6 +29,7 @@ import labs_decode as decode
 import labs_forward as forward_room
 import labs_loop as loop
 import labs_probe as probe
+import labs_template
 
 ROOT = Path(__file__).parent
 TABLE = ROOT / "docs" / "models.md"
