@@ -292,8 +292,9 @@ def _refusing(model: Model, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Rust's panics are no Exceptions
-        told, own = str(error).strip().partition("\n")[0], "jinja2" in type(error).__module__
-        told = told if told and own else f"{type(error).__name__}: {told}".removesuffix(": ")
+        told, kind = str(error).strip().partition("\n")[0], type(error)
+        plain = told and (kind is ValueError or kind.__module__.startswith("jinja2"))
+        told = told if plain else f"{kind.__name__}: {told}".removesuffix(": ")
         raise InputError(f"the model's {what} refuses this: {told}") from error
 
 

@@ -112,13 +112,16 @@ def test_a_temperature_near_zero_takes_the_likeliest_tokens(temperature, tiny):
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        ("{{ 3 % (messages|length - 1) }}", "ZeroDivisionError"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ 3 % (loop.length - 1) }}{% endfor %}",
+            "ZeroDivision",
+        ),
         ("{{ messages[0]['content'] + 4 }}", "TypeError"),
         ("{% for i in range(10 ** 8) %}x{% endfor %}", "OverflowError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ messages[3].content }}", "has no element 3"),
         ("{{ raise_exception('not today') }}", "refuses this: not today"),
-        ({"one": "x", "two": "y"}, "ValueError"),
+        ({"one": "x", "two": "y"}, "refuses this: This model has multiple chat templates"),
     ],
 )
 def test_whatever_a_template_raises_is_a_refusal_by_name(template, told, tiny):
