@@ -244,10 +244,11 @@ def middlewares() -> list[Middleware]:
 
 def deployment(config: labs.Config, cluster: Cluster) -> Any:
     """Return the application for Ray Serve."""
+    rows = config.server.max_batch_rows or labs_turns.ROWS
     options: dict[str, Any] = {
         "name": REPLICAS,
         "ray_actor_options": cluster.resources(config),
-        "max_ongoing_requests": (config.server.max_batch_rows or labs_turns.ROWS) + EXTRA_REQUESTS,
+        "max_ongoing_requests": rows + EXTRA_REQUESTS,
         "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
@@ -285,8 +286,7 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
         log.info("labs-api: %s (loading %s)", labs_gate.url_of(host, port), config.model_id)
         try:
             _run(config, cluster)
-            text = "labs-api: ready, %d replica%s; logs: /tmp/ray/session_latest/logs"
-            log.info(text, count, "s" * (count > 1))
+            log.info("labs-api: ready, replicas: %d; logs: /tmp/ray/session_latest/logs", count)
             threading.Event().wait()
         finally:
             labs_serve.end_unless_served(ray.get_runtime_context().gcs_address)
