@@ -96,7 +96,7 @@ def server(folder: Path) -> Iterator[Any]:
         first = process.stderr.readline()
         url = re.search(rb"http://[^ ]+", first)
         assert url, first
-        assert b"ready, 2 replicas" in process.stderr.readline()
+        assert b"ready, replicas: 2" in process.stderr.readline()
         with httpx.Client(base_url=url[0].decode(), headers=HEADERS, timeout=WAIT_S) as client:
             yield client
         os.killpg(process.pid, signal.SIGTERM)
