@@ -255,7 +255,7 @@ def test_a_type_runs_as_the_table_tells_with_transformers_tokens(
     assert f"| {kind} | {found['how']} |" in TABLE.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Path) -> None:
     found = sweep(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), tmp_path)
     text = as_table(found)
