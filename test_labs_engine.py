@@ -892,8 +892,9 @@ def test_a_room_holds_no_more_than_its_places_and_the_shares_of_latecomers(place
     waiting = labs_turns.Waiting(places)
 
     def job(owner: int) -> Any:
-        row = labs_decode.Row(0, [1], 1, labs_decode.Sampling(), owner=str(owner))
-        return labs_turns.Job(labs.InFlight(row, prompt(0), options(), 0.0), print)
+        stream = labs.open_request(model_of("llama"), 0, prompt(0), options())
+        stream.row.owner = str(owner)
+        return labs_turns.Job(stream, print)
 
     for owner in range(keys):
         while len(waiting) < places or waiting.has_place(str(owner)):
