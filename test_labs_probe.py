@@ -483,7 +483,7 @@ def test_guesses_stay_within_the_rows_that_keep_their_bits(
         "forward_slots",
         lambda d, b, ids, *r: (sizes.append(len(ids)), slots(d, b, ids, *r))[1],
     )
-    loop.step_speculative(decoder, batch)
+    forward_room.step_speculative(decoder, batch)
     assert sizes == [4]
 
 
