@@ -54,14 +54,13 @@ class Options:
             encode = functools.partial(model.tokenizer, add_special_tokens=False)
             self.ids = [list(encode(option)["input_ids"]) for option in options]
         prompt, limit = len(inputs.input_ids), model.context_length
-        vocabulary = model.decoder.config.vocab_size
+        vocabulary = min(model.decoder.config.vocab_size, model.decoder.embedded)
         if beyond := [token for ids in self.ids for token in ids if token >= vocabulary]:
             text = f"options name token {beyond[0]}: the vocabulary has {vocabulary}"
             raise labs.InputError(text)
         longest, together = max(map(len, self.ids)), sum(map(len, self.ids))
         if limit is not None and prompt + longest > limit:
-            text = f"prompt and option have {prompt + longest} tokens: the context holds {limit}"
-            raise labs.PromptTooLong(text)
+            raise labs.too_long(limit, prompt, longest)
         if together > (most := max(limit or 0, OPTION_TOKENS)):
             text = f"options: they have {together} tokens together, at most {most}"
             raise labs.InputError(f"{text}; give fewer or shorter ones")

@@ -24,9 +24,7 @@ from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 
 SENDING_S = 30.0  # what a client may take to send one request
-PROBE_S = (
-    0.2  # an answer that comes by then begins with no probe; each next one waits as long again
-)
+PROBE_S = 0.2  # an answer that comes by then begins with no probe; each next one waits twice as long
 Refuse = Callable[[Any], tuple[str, list[tuple[str, str]], bytes]]  # of waitress's request
 
 
