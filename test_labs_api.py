@@ -42,6 +42,7 @@ import labs_models
 import labs_openai
 import labs_request
 import labs_serve
+import labs_turns
 import test_labs
 
 folder, one_thread = test_labs.folder, test_labs.one_thread
@@ -112,6 +113,7 @@ class Fake:
     def take_in(self, stream: Any, events: Any, work: Any) -> labs_engine.Answer:
         for _ in work(stream.row, None):
             pass
+        self.asked.append((stream.inputs, stream.generation, stream.row.owner))
         done = labs.Done("stop", labs.Usage(1, 0), labs.Timings(0.0, 0.0, 0.0, 0.0))
         events.put((stream.row.id, done))
         return labs_engine.Answer(stream.row.id, events, self.left.append)
@@ -676,7 +678,7 @@ HEARD: list[tuple[Any, str, Any, dict[str, Any], dict[str, Any]]] = [
         within("/choose"),
         {
             **{"model": "other", "prompt": "ho", "options": ["a", "c"], "messages": HELLO},
-            **{"use_chat_template": False, "add_generation_prompt": False},
+            **{"use_chat_template": False, "add_generation_prompt": False, "timeout_s": 60.0},
         },
         {},
     ),
@@ -768,11 +770,9 @@ def test_every_field_of_a_request_is_heard_or_listed_as_a_hint(
 
     def outcome(fields: dict[str, Any]) -> Any:
         site = Site(fake := Fake(tiny), configured())
-        asked = list[Any]()
-        monkeypatch.setattr(fake, "call", lambda ask: asked.append(ask.args[1:]) or {"a": 0.5})
         answer = site.post(path, put(fields), X_Request_Id="one")
         text = re.sub(r'"created":\d+|"[a-z_]+_s":[^,}]+', "", answer.text)
-        return answer.status_code, answer.headers["content-type"], text, asked or fake.asked
+        return answer.status_code, answer.headers["content-type"], text, fake.asked
 
     assert heard.keys() | hints.keys() == {*kind.__struct_fields__}
     plain = outcome({})
@@ -1187,7 +1187,7 @@ def test_the_time_until_a_model_is_there_counts_but_is_no_setting(
         time.sleep(0.2)
         return fake
 
-    monkeypatch.setattr(labs_api, "LOADING_S", 0.1)
+    monkeypatch.setattr(labs_turns, "WORTH_COUNTING_S", 0.1)
     site = Site(fake, configured(generation=labs.Generation(timeout_s=60)))
     app = labs_api.create_app(site.config, Later(engine_of))
     site.client = falcon.testing.TestClient(app)
