@@ -293,8 +293,8 @@ def _refusing(model: Model, what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Rust's panics are no Exceptions
         told, kind = str(error).strip().partition("\n")[0], type(error)
-        plain = told and (kind is ValueError or kind.__module__.startswith("jinja2"))
-        told = told if plain else f"{kind.__name__}: {told}".removesuffix(": ")
+        if not (told and (kind is ValueError or kind.__module__.startswith("jinja2"))):
+            told = f"{kind.__name__}: {told}".removesuffix(": ")
         raise InputError(f"the model's {what} refuses this: {told}") from error
 
 
@@ -499,8 +499,7 @@ def _load(spec: ModelSpec) -> Model:
 def _sped_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
     method = spec.quantization.quant_method
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
-    if method:
-        require("labs_fast")
+    require(*(["labs_fast"] if method else []))
     if _is_there("labs_forward"):
         import labs_forward
 

@@ -24,7 +24,9 @@ from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 
 SENDING_S = 30.0  # what a client may take to send one request
-PROBE_S = 0.2  # an answer that comes by then begins with no probe; each next one waits twice as long
+PROBE_S = (
+    0.2  # an answer that comes by then begins with no probe; each next one waits twice as long
+)
 Refuse = Callable[[Any], tuple[str, list[tuple[str, str]], bytes]]  # of waitress's request
 
 

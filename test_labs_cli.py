@@ -53,7 +53,7 @@ class Fake:
 
     def build_inputs(self, model: Any, **request: Any) -> Any:
         if request.get("messages"):
-            request["messages"] = [msgspec.structs.asdict(item) for item in request["messages"]]
+            request["messages"] = [msgspec.to_builtins(item) for item in request["messages"]]
         self.requests.append(request)
         return labs.Inputs(input_ids=(1, 2, 3), prompt="templated")
 

@@ -599,3 +599,11 @@ def test_attention_takes_the_mask_by_position_and_by_name(function: Any, queries
 
 if __name__ == "__main__":
     main(sys.argv[2:], sys.argv[1])
+
+
+@pytest.mark.parametrize("wanted", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_whose_products_a_call_rounds_joins_as_before(dtype: str, wanted: Any) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantisation is an extra")
+    spec = labs.ModelSpec(torch_dtype=dtype, quantization=labs.Quantization(**wanted))
+    assert labs.load_model(spec, cached=False).decoder.mode == "joins"

@@ -38,7 +38,8 @@ PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CORE = ["labs.py", "labs_decode.py", "labs_loop.py", "labs_settings.py"]
 TYPED = [*CORE, "labs_schema.py", "labs_typed.py"]
 API = ["api", "engine", "gate", "meters", "models", "openai", "pages", "patterns", "request"]
-API = [*CORE, *(f"labs_{room}.py" for room in (*API, "tokens"))]
+API = [*CORE, *(f"labs_{room}.py" for room in (*API, "tokens", "turns"))]
+MODELS = [*CORE, *(f"labs_{room}.py" for room in ("engine", "models", "patterns", "turns"))]
 ANSWER = """
 config = labs.load_config(env={"LABS_MODEL": MODEL, "LABS_TORCH_DTYPE": "fp32"})
 model = labs.load_model(config)
@@ -98,7 +99,7 @@ print(*sorted(f"{each} {getattr(sys.modules[each], '__file__', '')}"
         (["cli"], [*CORE, "labs_cli.py", "labs_request.py"]),
         (["jsonl"], [*CORE, "labs_jsonl.py", "labs_request.py"]),
         (["decode"], CORE),
-        (["models"], [*CORE, "labs_engine.py", "labs_models.py", "labs_patterns.py"]),
+        (["models"], MODELS),
         (["api"], API),
         (["api", "cli", "guard"], [*API, "labs_cli.py", "labs_guard.py"]),
     ],
@@ -280,7 +281,7 @@ def test_a_folder_that_is_not_there_lacks_everything_and_is_not_made():
 
 def test_the_same_again_writes_nothing():
     done = invoke("--vendor", "copy", "--rooms", "typed, guard")
-    assert (done.stderr, done.exit_code) == ("[7 files written]\n", 0)
+    assert (done.stderr, done.exit_code) == ("[8 files written]\n", 0)
     before = contents()
     done = invoke("--vendor", "copy", "--rooms", "typed")
     assert (done.stderr, done.exit_code) == ("[0 files written]\n", 0)
