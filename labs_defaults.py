@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -175,7 +176,8 @@ def read(
         raise labs_settings.ModelError(f"{model.name_or_path}: {text}: {remedy}")
     for name in sorted(ignored.keys() - LENGTHS.keys()):
         log.warning("%s: generation_config.json: %s = %s", model.name_or_path, name, ignored[name])
-    return settings, Defaults(model, eos, rules, ignored, _special_tokens(tokenizer, eos))
+    seen = weakref.proxy(model)  # who builds inputs without the model must not keep its weights
+    return settings, Defaults(seen, eos, rules, ignored, _special_tokens(tokenizer, eos))
 
 
 def _special_tokens(tokenizer: Tokenizer, eos: frozenset[int]) -> dict[int, str]:

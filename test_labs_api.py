@@ -111,6 +111,8 @@ class Fake:
         return labs.open_request(self.model, next(self.tickets), inputs, generation)
 
     def take_in(self, stream: Any, events: Any, work: Any) -> labs_engine.Answer:
+        if self.refusal is not None:
+            raise self.refusal
         for _ in work(stream.row, None):
             pass
         self.asked.append((stream.inputs, stream.generation, stream.row.owner))
