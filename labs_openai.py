@@ -414,16 +414,15 @@ class Chat(Endpoint):
         return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
 
     def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any] | None:
-        spelling = places.spelling
-
         def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-            return {"token": spelling.name_of(token), "logprob": logprob, "bytes": [*data]}
+            name = places.spelling.name_of(token)
+            return {"token": name, "logprob": logprob, "bytes": [*data]}
 
         content = [
             {
                 **entry(each.token, each.logprob, places.take(each.token)[1]),
                 "top_logprobs": [
-                    entry(i, logprob, spelling.bytes_of(i)) for i, logprob in each.top
+                    entry(i, logprob, places.spelling.bytes_of(i)) for i, logprob in each.top
                 ],
             }
             for each in found

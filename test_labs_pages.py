@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -38,7 +39,7 @@ class Site:
     cuts: the answer comes byte by byte, with carriage returns.
     """
 
-    model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(64, None, None)
+    model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(4096, None, None)
     url: str
     room = 1000  # characters of all messages that fit the context
 
@@ -58,6 +59,9 @@ class Site:
             raise labs.PromptTooLong("the prompt is too long")
         threading.Thread(target=self._say, args=(events,), daemon=True).start()
         return labs_engine.Answer(0, events, lambda _: self.gone.set())
+
+    def status(self) -> Any:
+        return SimpleNamespace(max_rows=4, max_waiting=4)
 
     def _say(self, events: Any) -> None:
         for piece in self.pieces:
@@ -282,7 +286,7 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
 
 
 def test_a_setting_is_refused_by_name_and_a_lost_server_is_told(tab: Tab, site: Site) -> None:
-    tab.set(max_tokens="-1")
+    tab.set(max_tokens="-2")
     tab.ask("Hello?")
     expect(tab.notes.last).to_contain_text("max_tokens")
     tab.page.context.set_offline(True)
