@@ -102,6 +102,8 @@ def accepts(url: str) -> bool:
 def programs(long_folder: Path) -> Iterator[dict[str, Any]]:
     """Start programs by their drain_s, all at once: most of the time is imports."""
     with contextlib.ExitStack() as stack:
+        hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would be inherited
+        stack.callback(signal.signal, signal.SIGHUP, hangup)
         started = {
             drain_s: program(MODEL=str(long_folder), SERVER_DRAIN_S=drain_s)
             for drain_s in ("30", "0.2", "600", "601", "31")
