@@ -39,7 +39,7 @@ class Site:
     cuts: the answer comes byte by byte, with carriage returns.
     """
 
-    model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(4096, None, None)
+    model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(999, None, None)
     url: str
     room = 1000  # characters of all messages that fit the context
 
