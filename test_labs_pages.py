@@ -39,7 +39,8 @@ class Site:
     cuts: the answer comes byte by byte, with carriage returns.
     """
 
-    model = msgspec.defstruct("Model", ["context_length", "decoder", "fingerprint"])(999, None, None)
+    names = ("context_length", "decoder", "fingerprint")
+    model = msgspec.defstruct("Model", names)(4096, None, None)
     url: str
     room = 1000  # characters of all messages that fit the context
 
