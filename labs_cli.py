@@ -649,9 +649,8 @@ def silence_libraries() -> None:
 
 def start(name: str, callback: Any, options: Options, epilog: str) -> None:
     """Run a command as a program: UTF-8 in and out, whatever the locale says."""
-    opened = [
-        _open_if_closed(descriptor) for descriptor in range(3)
-    ]  # else a socket takes its place
+    # Else a socket would take the place of one that is closed.
+    opened = [_open_if_closed(descriptor) for descriptor in range(3)]
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115
     if opened[1] and name != "labs-api":  # whose answers go elsewhere
         sys.exit("Error: standard output is closed")

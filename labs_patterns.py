@@ -10,6 +10,7 @@ Python's re reads, lets other threads run meanwhile, and stops when it is told t
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -59,17 +60,21 @@ class Bounded:
                 timeout *= 2  # its clock counts what other threads use, too
 
 
+@functools.lru_cache(maxsize=1024)
+def _of_rule(number: int, pattern: str) -> Bounded:
+    return Bounded(f"router_rules[{number}]", pattern)
+
+
 def check(router: labs.Router) -> None:
     """Raise ConfigError for a pattern of a rule that cannot be searched."""
     for number, rule in enumerate(router.rules):
-        Bounded(f"router_rules[{number}]", rule.pattern or "")
+        _of_rule(number, rule.pattern or "")
 
 
 def route(router: labs.Router, text: str, count: Callable[[], int]) -> str | None:
     """Return the model of the first rule that a text, of `count()` tokens, fits; or None."""
     for number, rule in enumerate(router.rules):
-        pattern = Bounded(f"router_rules[{number}]", rule.pattern or "")
-        if pattern.search(text) and (
+        if _of_rule(number, rule.pattern or "").search(text) and (
             rule.over_prompt_tokens is None or count() > rule.over_prompt_tokens
         ):
             return rule.model
