@@ -9,11 +9,15 @@ Needs no other file of labs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import re
+import weakref
 from typing import Any, Literal
 
+Form = Literal["text", "parts"]
+# By (template, role); weak, because a tokenizer goes with its model.
+_FOUND: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], Form | None]]
+_FOUND = weakref.WeakKeyDictionary()
 MARK = "zebra"  # a word that no template says itself
 TALKS = {
     "user": (("user",), ("system", "user"), ("user", "assistant", "user")),
@@ -38,13 +42,19 @@ def _said(text: str, form: str | None) -> Any:
     return [{"type": "text", "text": text}] if form == "parts" else text
 
 
-@functools.lru_cache(maxsize=16)
-def content_form(tokenizer: Any, template: str, role: str) -> Literal["text", "parts"] | None:
+def content_form(tokenizer: Any, template: str, role: str) -> Form | None:
     """Return in which form a chat template reads what a role says, None where it says it in none.
 
     "text" also where it renders nothing that is tried: the messages themselves will tell.
     """
-    forms: tuple[Literal["text", "parts"], ...] = ("text", "parts")
+    found = _FOUND.setdefault(tokenizer, {})
+    if (template, role) not in found:
+        found[template, role] = _form_of(tokenizer, template, role)
+    return found[template, role]
+
+
+def _form_of(tokenizer: Any, template: str, role: str) -> Form | None:
+    forms: tuple[Form, ...] = ("text", "parts")
     rendered = False
     for form, others, talk in itertools.product(forms, forms, TALKS[role]):
         at = len(talk) - 1 - talk[::-1].index(role)  # the last of that role
