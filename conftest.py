@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests run on the CPU, where they are exact; what only a GPU shows is asked for, see README.md."""
+"""The fixtures that tests share. Tests run on the CPU, where they are exact."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,146 @@ CPU_INFO = Path("/proc/cpuinfo")
 if CPU_INFO.exists() and "amx_bf16" in CPU_INFO.read_text(encoding="utf-8"):
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX512")
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from kit import (
+    END,
+    MODEL,
+    ROWS,
+    WAITING,
+    Brake,
+    FakeEngine,
+    FakeLabs,
+    Live,
+    Site,
+    configured,
+    hooked,
+    load,
+    save_gguf,
+    save_model,
+    until,
+)
+
+import labs
+import labs_engine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: for models this small a second one only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder, so that no labs.toml or .env is found by chance."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Begin and end with no model remembered."""
+    labs.load_model.cache_clear()
+    yield
+    labs.load_model.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny") / "model", eos_token_id=[END])
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> labs.Model:
+    return load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def default(tmp_path_factory: pytest.TempPathFactory) -> labs.Model:
+    """Load the default model, as a user without any configuration does."""
+    with contextlib.chdir(tmp_path_factory.mktemp("empty")):
+        return labs.load_model(labs.load_config(env={}))
+
+
+@pytest.fixture
+def missing(monkeypatch) -> Callable[[str], None]:
+    """Return a function that lets a package seem not to be installed."""
+    import importlib.util
+
+    inner = importlib.util.find_spec
+    hidden: set[str] = set()
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name in hidden else inner(name, *args),
+    )
+    return hidden.add
+
+
+@pytest.fixture
+def packed(folder, fresh) -> labs.ModelSpec:
+    """Make a GGUF file and say where its conversion goes."""
+    path = save_gguf(folder / "tiny.gguf")
+    return labs.ModelSpec(model_name=str(path), torch_dtype="fp32", cache_dir=str(folder / "cache"))
+
+
+@pytest.fixture
+def fake(tiny: labs.Model) -> FakeEngine:
+    return FakeEngine(tiny)
+
+
+@pytest.fixture
+def site(fake: FakeEngine) -> Site:
+    return Site(fake, configured())
+
+
+@pytest.fixture(scope="module")
+def served(tiny: labs.Model) -> Iterator[Live]:
+    server = {"port": 0, "max_batch_rows": ROWS, "max_waiting": WAITING}
+    config = configured(generation=labs.Generation(max_new_tokens=5), **server)
+    live = Live(labs_engine.Engine(tiny, config.server), config)
+    yield live
+    live.close()
+    live.engine.close()
+
+
+@pytest.fixture
+def brake(tiny: labs.Model) -> Iterator[Brake]:
+    brake = Brake()
+    with hooked(tiny, brake):
+        yield brake
+        brake.pause_s, brake.held = 0.0, False
+
+
+@pytest.fixture
+def live(served: Live, brake: Brake) -> Iterator[Live]:
+    """Serve; begin and end with nothing under way."""
+    until(lambda: served.doing() == (0, 0))
+    yield served
+    brake.pause_s, brake.held = 0.0, False
+    until(lambda: served.doing() == (0, 0))
+
+
+@pytest.fixture
+def fake_labs(monkeypatch: pytest.MonkeyPatch) -> FakeLabs:
+    fake_labs = FakeLabs()
+    for name in ("load_config", "build_inputs", "stream_generate", "generate"):
+        monkeypatch.setattr(labs, name, getattr(fake_labs, name))
+    monkeypatch.setattr(labs, "load_model", lambda config: MODEL)
+    return fake_labs

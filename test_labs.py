@@ -19,7 +19,6 @@ import select
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import termios
@@ -41,8 +40,42 @@ import transformers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from kit import (
+    ASSISTANT,
+    BOS,
+    END,
+    EOS,
+    LAYERS_OF_TWO,
+    NO_SYSTEM,
+    ROOT,
+    SHORT,
+    SIZES,
+    SPECIAL,
+    SYSTEM,
+    USER,
+    answer,
+    byte_tokenizer,
+    conversions,
+    counted,
+    encoded,
+    fold,
+    hooked,
+    imports,
+    is_one_sentence,
+    llama,
+    load,
+    python,
+    raising,
+    save_gguf,
+    save_model,
+    saying,
+    tokens_of,
+    tree,
+    with_template,
+    write,
+)
 from msgspec.structs import fields
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 
 import labs
@@ -53,256 +86,7 @@ import labs_fast
 import labs_request
 import labs_sources
 
-ROOT = Path(__file__).parent
-SPECIAL = ("<bos>", "<eos>", "<end>", "<|system|>", "<|user|>", "<|assistant|>")
-BOS, EOS, END, SYSTEM, USER, ASSISTANT = range(256, 262)
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-) + TEMPLATE
-LETTERS = (*range(33, 127), *range(161, 173), *range(174, 256))
-OTHERS = [byte for byte in range(256) if byte not in LETTERS]
-ALPHABET = [chr(b) if b in LETTERS else chr(256 + OTHERS.index(b)) for b in range(256)]
-SHORT = labs.Inputs(input_ids=(104, 101, 121), prompt="hey")
-
-
 # ---------------------------------------------------------------- helpers
-
-
-def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
-    """Make a tokenizer with one token a byte, which puts <bos> before all that it encodes."""
-    vocabulary = {token: i for i, token in enumerate((*ALPHABET, *SPECIAL))}
-    inner = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=list(SPECIAL[2:]),
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def llama(**options: Any) -> Any:
-    return transformers.LlamaConfig(
-        **SIZES, intermediate_size=128, num_key_value_heads=2, **LAYERS_OF_TWO, **options
-    )
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 262,
-    "hidden_size": 64,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
-LAYERS_OF_TWO = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 4096,
-}
-
-
-def save_model(
-    folder: Path, config: Any = None, *, template: str | None = TEMPLATE, **recommended: Any
-) -> Path:
-    """Save a tiny model with random weights, and what its generation_config.json recommends."""
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = transformers.AutoModelForCausalLM.from_config(config or llama())
-    for key, value in recommended.items():
-        setattr(model.generation_config, key, value)
-    model.save_pretrained(folder)
-    byte_tokenizer(template).save_pretrained(folder)
-    return folder
-
-
-def load(folder: Path | str, **options: Any) -> labs.Model:
-    return labs.load_model(
-        labs.ModelSpec(model_name=str(folder), **{"torch_dtype": "fp32"} | options)
-    )
-
-
-def save_gguf(path: Path, seed: int = 0) -> Path:
-    """Write a tiny llama with random weights as GGUF."""
-    import gguf
-
-    tokens, width = [*ALPHABET, "th", "<s>", "</s>"], 32
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(256)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3, 3])
-    writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
-    shapes = {
-        "token_embd": (len(tokens), width),
-        "output": (len(tokens), width),
-        "output_norm": (width,),
-        "blk.0.attn_norm": (width,),
-        "blk.0.ffn_norm": (width,),
-        "blk.0.attn_q": (width, width),
-        "blk.0.attn_k": (16, width),
-        "blk.0.attn_v": (16, width),
-        "blk.0.attn_output": (width, width),
-        "blk.0.ffn_gate": (64, width),
-        "blk.0.ffn_up": (64, width),
-        "blk.0.ffn_down": (width, 64),
-    }
-    numbers = numpy.random.default_rng(seed)
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", numbers.normal(0, 0.3, shape).astype(numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-Hook = Callable[[dict[str, Any], Any], Any]
-
-
-@contextlib.contextmanager
-def hooked(model: labs.Model, hook: Hook) -> Iterator[list[int]]:
-    """Call `hook` with each forward call's keywords and output; yield the calls' query lengths."""
-    calls: list[int] = []
-
-    def after(module: Any, args: Any, words: dict[str, Any], output: Any) -> Any:
-        calls.append(words["input_ids"].shape[1])
-        hook(words, output)
-        return output
-
-    handle = model.model.register_forward_hook(after, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def counted(model: labs.Model) -> Any:
-    return hooked(model, lambda words, output: None)
-
-
-def saying(model: labs.Model, ids: list[int], inputs: labs.Inputs = SHORT) -> Any:
-    """Let the model answer `inputs` with these ids."""
-    script = {len(inputs.input_ids) - 1 + place: token for place, token in enumerate(ids)}
-
-    def hook(words: dict[str, Any], output: Any) -> None:
-        for row, position in enumerate(words["position_ids"][:, -1].tolist()):
-            output.logits[row] = -10.0
-            output.logits[row, -1, script.get(position, EOS)] = 10.0
-
-    return hooked(model, hook)
-
-
-def raising(error: BaseException) -> Hook:
-    def hook(words: dict[str, Any], output: Any) -> None:
-        raise error
-
-    return hook
-
-
-def encoded(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def fold(events: Iterator[tuple[int, labs.Event]]) -> dict[int, tuple[str, Any]]:
-    """Return {index: (text, the event that ended it)}."""
-    texts: dict[int, str] = {}
-    ends: dict[int, Any] = {}
-    for index, event in events:
-        assert index not in ends, "an event after the end"
-        texts.setdefault(index, "")
-        if isinstance(event, labs.Delta):
-            texts[index] += event.text
-        else:
-            ends[index] = event
-    return {index: (texts[index], ends[index]) for index in texts}
-
-
-def tokens_of(completion: labs.Completion) -> list[int]:
-    return [item.token for item in completion.logprobs]
-
-
-def is_one_sentence(error: BaseException) -> bool:
-    text = str(error)
-    return 10 < len(text) < 400 and "\n" not in text and "Traceback" not in text
-
-
-def python(code: str, folder: Path, path: Path = ROOT, **streams: Any) -> Any:
-    """Run Python code in another process and return what it did."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120} | streams
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
-    environment["PYTHONPATH"] = str(path)
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, text=True, **streams
-    )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: for models this small a second one only waits for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in an empty folder, so that no labs.toml or .env is found by chance."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """Begin and end with no model remembered."""
-    labs.load_model.cache_clear()
-    yield
-    labs.load_model.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("tiny") / "model", eos_token_id=[END])
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_folder: Path) -> labs.Model:
-    return load(tiny_folder)
-
-
-@pytest.fixture(scope="session")
-def reference(tiny_folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="session")
-def default(tmp_path_factory: pytest.TempPathFactory) -> labs.Model:
-    """Load the default model, as a user without any configuration does."""
-    with contextlib.chdir(tmp_path_factory.mktemp("empty")):
-        return labs.load_model(labs.load_config(env={}))
 
 
 # ---------------------------------------------------------------- settings
@@ -341,10 +125,6 @@ def as_text(value: Any) -> str:
 def value_of(config: labs.Config, key: str) -> Any:
     holders = (config.model, config.generation, config, config.model.quantization)
     return next(getattr(holder, key) for holder in holders if hasattr(holder, key))
-
-
-def write(name: str, text: str) -> None:
-    Path(name).write_text(text, encoding="utf-8")
 
 
 def line_of(key: str, config: labs.Config) -> str:
@@ -1522,21 +1302,6 @@ def test_what_the_hub_refuses_is_told_in_one_sentence(error, named, monkeypatch,
     assert is_one_sentence(caught.value)
 
 
-@pytest.fixture
-def missing(monkeypatch) -> Callable[[str], None]:
-    """Return a function that lets a package seem not to be installed."""
-    import importlib.util
-
-    inner = importlib.util.find_spec
-    hidden: set[str] = set()
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *args: None if name in hidden else inner(name, *args),
-    )
-    return hidden.add
-
-
 @pytest.mark.parametrize(
     ("package", "options"),
     [
@@ -1576,22 +1341,6 @@ def test_a_dotenv_file_without_python_dotenv_tells_how_to_install_it(missing):
 
 
 # ---------------------------------------------------------------- conversion of GGUF files
-
-
-@pytest.fixture
-def packed(folder, fresh) -> labs.ModelSpec:
-    """Make a GGUF file and say where its conversion goes."""
-    path = save_gguf(folder / "tiny.gguf")
-    return labs.ModelSpec(model_name=str(path), torch_dtype="fp32", cache_dir=str(folder / "cache"))
-
-
-def conversions(spec: labs.ModelSpec) -> list[Path]:
-    return sorted(path for path in Path(str(spec.cache_dir)).iterdir() if path.is_dir())
-
-
-def answer(spec: labs.ModelSpec) -> str:
-    labs.load_model.cache_clear()
-    return labs.generate(labs.load_model(spec), SHORT, max_new_tokens=8, temperature=0).text
 
 
 def test_a_gguf_file_is_converted_once(packed, monkeypatch):
@@ -1863,10 +1612,6 @@ def test_what_cannot_be_used_as_input_is_refused(request_, named, tiny):
     with pytest.raises(labs.InputError, match=named) as caught:
         labs.build_inputs(tiny, **request_)
     assert is_one_sentence(caught.value)
-
-
-def with_template(model: labs.Model, template: str | None) -> labs.Model:
-    return msgspec.structs.replace(model, tokenizer=byte_tokenizer(template))
 
 
 def test_a_template_that_refuses_a_system_role_says_so(tiny):
@@ -2984,20 +2729,6 @@ def test_products_of_plain_float32_are_not_called_invariant(tiny_folder, fresh, 
     monkeypatch.setitem(sys.modules, "labs_fast", None)
     monkeypatch.setattr(labs, "_is_there", lambda name: name != "labs_fast")
     assert not load(tiny_folder).decoder.invariant
-
-
-def imports(nodes: Any) -> set[str]:
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(str(node.module).split(".")[0])
-    return names
-
-
-def tree(name: str) -> ast.Module:
-    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
 
 
 # Lines at most, and the rooms that one may use, also inside functions and for types only. The

@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import kit
 import pytest
 from werkzeug.test import Client
 
 import labs
 import labs_engine
-import test_labs
-import test_labs_cli
 
-folder, one_thread, tiny_folder = test_labs.folder, test_labs.one_thread, test_labs.tiny_folder
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 CAPITAL = "What is the capital of France?"
 SAYS_A = {"LABS_LOGIT_BIAS": '{"65": 100}', "LABS_TEMPERATURE": "0", "LABS_MAX_NEW_TOKENS": "3"}
@@ -72,11 +70,11 @@ def test_the_chat_on_a_terminal_streams_and_ends_at_ctrl_d(tiny_folder: Path) ->
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), child)
     with subprocess.Popen(**example("chat_loop.py", **many), **streams) as process:
         os.close(child)
-        test_labs_cli.read_until(terminal, "> ")
+        kit.read_until(terminal, "> ")
         os.write(terminal, b"Hi\n")
-        seen = test_labs_cli.read_until(terminal, "AAA")
+        seen = kit.read_until(terminal, "AAA")
         assert seen.count("A") < 3000
-        assert "Traceback" not in test_labs_cli.read_until(terminal, "> ", seen)
+        assert "Traceback" not in kit.read_until(terminal, "> ", seen)
         os.write(terminal, b"\x04")
         assert process.wait(timeout=60) == 0
     os.close(terminal)
@@ -211,7 +209,7 @@ def test_the_flask_example_serves_streams_and_ends_at_ctrl_c(tiny_folder: Path) 
         host, port = free.getsockname()
     settings = SAYS_A | {"LABS_MODEL": str(tiny_folder), "LABS_SERVER_PORT": str(port)}
     command = example("flask_mount.py", **settings)
-    heeding = {"preexec_fn": test_labs_cli.heed_sigint, "stderr": subprocess.PIPE}
+    heeding = {"preexec_fn": kit.heed_sigint, "stderr": subprocess.PIPE}
     with subprocess.Popen(**command, **heeding) as process:
         try:
             while process.poll() is None and not listens(host, port):
@@ -296,8 +294,8 @@ def mypy(code: str, installed: Path) -> list[str]:
     """Check a program as its author does, with what the README says to set; return the lines."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (setting,) = re.findall(r"```toml\n(\[\[tool.mypy.*?)```", readme, re.DOTALL)
-    test_labs.write("pyproject.toml", setting)
-    test_labs.write("program.py", code)
+    kit.write("pyproject.toml", setting)
+    kit.write("program.py", code)
     options = ["--strict", "--python-executable", installed / "bin" / "python"]
     command = [sys.executable, "-m", "mypy", *options, "--cache-dir", installed / "cache"]
     done = subprocess.run([*command, "program.py"], capture_output=True, text=True)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from kit import byte_tokenizer, load, save_model
 
 import labs
 import labs_defaults
 import labs_request
-from test_labs import byte_tokenizer, load, save_model
 
 IDS = tuple(b"what a prompt holds, holds")
 TABLES = (

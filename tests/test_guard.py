@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import falcon.testing
+import kit
 import msgspec
 import openai
 import pytest
@@ -26,6 +27,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from kit import ANSWERED, BODIES, CHAT, COMPLETIONS, A, FakeEngine, Site, error_of, until
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
@@ -36,14 +38,8 @@ import labs_engine
 import labs_guard
 import labs_jsonl
 import labs_request
-import test_labs
-import test_labs_api
-import test_labs_cli
 from labs_request import Prompt
-from test_labs_api import ANSWERED, BODIES, CHAT, COMPLETIONS, A, Fake, Site, error_of, until
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
 TOLD = labs.Done("length", labs.Usage(7, 9), labs.Timings(0.0, 0.1, 0.2, 5.0), "stop", 3)
 CARD = "4111 1111 1111 1111"
 
@@ -85,7 +81,7 @@ def cuts(text: str, parts: int) -> Iterator[list[str]]:
 def refused_by(found: labs_guard.Filters, text: str) -> str:
     with pytest.raises(labs_guard.Filtered) as caught:
         found.check_text(text)
-    assert test_labs.is_one_sentence(caught.value)
+    assert kit.is_one_sentence(caught.value)
     return caught.value.rule
 
 
@@ -798,7 +794,7 @@ def test_a_classifier_that_cannot_be_used_is_an_error_in_one_sentence(classifier
     for name in ("no/such-model", str(Path.cwd()), "../.."):
         with pytest.raises(labs.ModelError, match="guard_classifier = ") as caught:
             labs_guard.load(labs.Guard(classifier=name, **options), spec)  # type: ignore[arg-type]
-        assert test_labs.is_one_sentence(caught.value)
+        assert kit.is_one_sentence(caught.value)
     wrong = labs.Guard(classifier=classifier, classifier_labels=("rude", "toxic"))
     with pytest.raises(labs.ConfigError, match="= rude: the model has fine, toxic"):
         labs_guard.load(wrong)
@@ -808,25 +804,25 @@ def test_a_classifier_that_cannot_be_used_is_an_error_in_one_sentence(classifier
 
 
 def site_of(engine: Any, generation: Any = None, **guard: Any) -> Site:
-    config = test_labs_api.configured(generation=generation)
+    config = kit.configured(generation=generation)
     return Site(engine, msgspec.structs.replace(config, guard=labs.Guard(**guard)))
 
 
 @pytest.fixture
-def fake(tiny: labs.Model) -> Fake:
-    return Fake(tiny)
+def fake(tiny: labs.Model) -> FakeEngine:
+    return FakeEngine(tiny)
 
 
 def answers_of(response: Any, path: str) -> list[tuple[str, str]]:
     """Return (text, finish_reason) of each choice, streamed or not."""
     assert response.status_code == 200, response.text
     if path == "/generate/stream":
-        *texts, (_, done) = test_labs_api.events_of(response.content)
+        *texts, (_, done) = kit.events_of(response.content)
         return [("".join(text for _, text in texts), json.loads(done)["finish_reason"])]
     if path == "/generate":
         return [(response.json["text"], response.json["finish_reason"])]
     streamed = response.headers["content-type"].startswith("text/event-stream")
-    chunks = test_labs_api.chunks_of(response) if streamed else [response.json]
+    chunks = kit.chunks_of(response) if streamed else [response.json]
     found: dict[int, tuple[str, str]] = {}
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         text, reason = found.get(choice["index"], ("", ""))
@@ -844,7 +840,7 @@ WAYS += [(path, {**more, "stream": stream}) for path, more in OFTEN for stream i
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_that_is_refused_is_400_with_the_rules_name(
-    fake: Fake, path: str, stream: bool
+    fake: FakeEngine, path: str, stream: bool
 ) -> None:
     site = site_of(fake, deny=("other", "HI"))
     body = {**BODIES[path], **({"stream": True} if stream and path.startswith("/v1") else {})}
@@ -857,21 +853,21 @@ def test_a_prompt_that_is_refused_is_400_with_the_rules_name(
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_too_long_a_prompt_is_400_with_the_rules_name(fake: Fake, path: str) -> None:
+def test_too_long_a_prompt_is_400_with_the_rules_name(fake: FakeEngine, path: str) -> None:
     error = error_of(site_of(fake, max_prompt_tokens=2).post(path, BODIES[path]), 400)
     assert (error["code"], "max_prompt_tokens" in error["message"]) == ("content_filtered", True)
     assert site_of(fake, max_prompt_tokens=20).post(path, BODIES[path]).status_code == 200
 
 
 @pytest.mark.parametrize("path", ANSWERED)
-def test_what_is_masked_does_not_reach_the_model(fake: Fake, path: str) -> None:
+def test_what_is_masked_does_not_reach_the_model(fake: FakeEngine, path: str) -> None:
     body = json.loads(json.dumps(BODIES[path]).replace("hi", "to a@b.co"))
     answers_of(site_of(fake, mask=("email",)).post(path, body), path)
     assert "to [email]" in fake.asked[0][0].prompt
     assert "a@b.co" not in fake.asked[0][0].prompt
 
 
-def test_a_prompt_of_token_ids_is_filtered_too(fake: Fake) -> None:
+def test_a_prompt_of_token_ids_is_filtered_too(fake: FakeEngine) -> None:
     site = site_of(fake, deny=("hi",), mask=("email",))
     assert site.post(COMPLETIONS, {"prompt": [104]}).status_code == 200
     for text, rule in (("hi", "deny[0]"), ("a@b.co", "mask")):
@@ -879,15 +875,15 @@ def test_a_prompt_of_token_ids_is_filtered_too(fake: Fake) -> None:
         assert rule in error["message"]
 
 
-def test_a_prompt_of_too_many_bytes_is_not_looked_at(fake: Fake) -> None:
-    config = test_labs_api.configured(max_prompt_bytes=3)
+def test_a_prompt_of_too_many_bytes_is_not_looked_at(fake: FakeEngine) -> None:
+    config = kit.configured(max_prompt_bytes=3)
     site = Site(fake, msgspec.structs.replace(config, guard=labs.Guard(deny=("hi",))))
     error = error_of(site.post("/generate", {"prompt": "hi hi"}), 400)
     assert error["code"] == "prompt_too_large"
 
 
 @pytest.mark.parametrize(("path", "more"), WAYS)
-def test_every_choice_is_cut_where_it_is_refused(fake: Fake, path: str, more: Any) -> None:
+def test_every_choice_is_cut_where_it_is_refused(fake: FakeEngine, path: str, more: Any) -> None:
     fake.pieces = ["so ", "it ", "is b", "ad an", "d more"]
     choices = {"/generate": 1, "/generate/stream": 1, CHAT: 3, COMPLETIONS: 2}[path]
     response = site_of(fake, deny=("bad",)).post(path, {**BODIES[path], **more})
@@ -897,7 +893,7 @@ def test_every_choice_is_cut_where_it_is_refused(fake: Fake, path: str, more: An
 
 
 @pytest.mark.parametrize(("path", "more"), WAYS)
-def test_every_choice_is_masked(fake: Fake, path: str, more: Any) -> None:
+def test_every_choice_is_masked(fake: FakeEngine, path: str, more: Any) -> None:
     fake.pieces = ["to a", "@", "b.", "co", ", now"]
     response = site_of(fake, mask=("email",)).post(path, {**BODIES[path], **more})
     assert {*answers_of(response, path)} == {("to [email], now", "stop")}
@@ -905,7 +901,7 @@ def test_every_choice_is_masked(fake: Fake, path: str, more: Any) -> None:
 
 
 @pytest.mark.parametrize(("path", "more"), WAYS)
-def test_what_nothing_refuses_passes_whole(fake: Fake, path: str, more: Any) -> None:
+def test_what_nothing_refuses_passes_whole(fake: FakeEngine, path: str, more: Any) -> None:
     fake.pieces = ["he", "llo\r\n th", "ere @ 4", "1"]
     site = site_of(fake, mask=("email", "card"), deny=("bad",), deny_patterns=("x+",))
     found = answers_of(site.post(path, {**BODIES[path], **more}), path)
@@ -913,18 +909,18 @@ def test_what_nothing_refuses_passes_whole(fake: Fake, path: str, more: Any) -> 
     assert {*found} == {(text, "stop")}
 
 
-def test_the_end_of_a_refused_answer_is_told_as_a_cut_is(fake: Fake) -> None:
+def test_the_end_of_a_refused_answer_is_told_as_a_cut_is(fake: FakeEngine) -> None:
     site = site_of(fake, deny_patterns=("bad$",))
     fake.pieces = ["so ", "bad"]
     answer = site.post("/generate", {"prompt": "hi"}).json
     assert (answer["text"], answer["finish_reason"]) == ("so ", "content_filter")
     assert answer["usage"]["completion_tokens"] == 2
     usage = {"stream": True, "stream_options": {"include_usage": True}}
-    *_, last = test_labs_api.chunks_of(site.post(CHAT, {**BODIES[CHAT], **usage}))
+    *_, last = kit.chunks_of(site.post(CHAT, {**BODIES[CHAT], **usage}))
     assert last["usage"]["completion_tokens"] == 2
 
 
-def test_an_answer_that_fails_after_it_was_cut_does_not_matter(fake: Fake) -> None:
+def test_an_answer_that_fails_after_it_was_cut_does_not_matter(fake: FakeEngine) -> None:
     fake.pieces, fake.error = ["bad"], labs.GenerationError("broken")
     answer = site_of(fake, deny=("bad",)).post("/generate", {"prompt": "hi"})
     assert answer.json["finish_reason"] == "content_filter"
@@ -934,7 +930,7 @@ def test_an_answer_that_fails_after_it_was_cut_does_not_matter(fake: Fake) -> No
 
 @pytest.mark.parametrize(("path", "field"), [("/generate", 2), (CHAT, True), (COMPLETIONS, 1)])
 def test_a_client_that_asks_for_log_probabilities_is_refused(
-    fake: Fake, path: str, field: Any
+    fake: FakeEngine, path: str, field: Any
 ) -> None:
     body = {**BODIES[path], "logprobs": field}
     error = error_of(site_of(fake, deny=("bad",)).post(path, body), 400)
@@ -943,7 +939,7 @@ def test_a_client_that_asks_for_log_probabilities_is_refused(
     assert site_of(fake, deny=("bad",), side="input").post(path, body).status_code == 200
 
 
-def test_a_client_can_learn_that_log_probabilities_would_be_refused(fake: Fake) -> None:
+def test_a_client_can_learn_that_log_probabilities_would_be_refused(fake: FakeEngine) -> None:
     site = site_of(fake, deny=("bad",))
     assert site.post("/explain", {"prompt": "hello"}).status_code == 200
     assert (
@@ -951,7 +947,7 @@ def test_a_client_can_learn_that_log_probabilities_would_be_refused(fake: Fake) 
     )
 
 
-def test_openais_client_sees_what_it_knows(fake: Fake) -> None:
+def test_openais_client_sees_what_it_knows(fake: FakeEngine) -> None:
     site = site_of(fake, deny=("bad",))
     fake.pieces = ["so ", "bad"]
     with site.sdk() as sdk:
@@ -965,11 +961,11 @@ def test_openais_client_sees_what_it_knows(fake: Fake) -> None:
     assert caught.value.code == "content_filtered"
 
 
-def test_metrics_count_what_each_rule_does(fake: Fake) -> None:
+def test_metrics_count_what_each_rule_does(fake: FakeEngine) -> None:
     site = site_of(fake, deny=("bad", "worse"), mask=("email",), max_prompt_tokens=30)
     fake.pieces = ["a@b.co ", "worse"]
     site.post("/generate", {"prompt": "a@b.co c@d.co"})
-    site.post(CHAT, {"messages": test_labs_api.HELLO, "n": 2})
+    site.post(CHAT, {"messages": kit.HELLO, "n": 2})
     site.post("/generate", {"prompt": "bad"})
     site.post("/generate", {"prompt": "a" * 50})
     lines = (line.rpartition(" ") for line in site.get("/metrics").text.splitlines())
@@ -990,16 +986,16 @@ def test_a_prompt_is_refused_before_its_model_is_there() -> None:
         raise labs_engine.Busy(f"{name} is being loaded")
 
     guard = labs.Guard(deny=("bad",))
-    config = msgspec.structs.replace(test_labs_api.configured(), guard=guard)
-    app = labs_api.create_app(config, test_labs_api.Later(loading))
-    headers = {"Host": "localhost", **test_labs_api.JSON}
+    config = msgspec.structs.replace(kit.configured(), guard=guard)
+    app = labs_api.create_app(config, kit.Later(loading))
+    headers = {"Host": "localhost", **kit.JSON}
     client = falcon.testing.TestClient(app, headers=headers)
     for text, status in (("bad", 400), ("good", 503)):
         body = json.dumps({"prompt": text}).encode()
         assert client.simulate_post("/generate/stream", body=body).status_code == status
 
 
-def test_a_classifier_judges_requests_and_answers(fake: Fake, classifier: str) -> None:
+def test_a_classifier_judges_requests_and_answers(fake: FakeEngine, classifier: str) -> None:
     site = site_of(fake, classifier=classifier, classifier_labels=("toxic",))
     error = error_of(site.post(CHAT, {"messages": [{"role": "user", "content": "so bad"}]}), 400)
     assert "classifier[toxic]" in error["message"]
@@ -1010,7 +1006,9 @@ def test_a_classifier_judges_requests_and_answers(fake: Fake, classifier: str) -
         site_of(fake, classifier="./nowhere", classifier_labels=("toxic",))
 
 
-def test_a_held_back_stream_sends_comments(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_back_stream_sends_comments(
+    fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(labs_api, "PING_S", 0.0)
     fake.pieces = ["a", "b", "c"]
     site = site_of(fake, deny=("bad",), deny_patterns=("z",))
@@ -1060,7 +1058,7 @@ def test_in_python_a_cut_answer_stops_computing(tiny: labs.Model) -> None:
     inputs = found.check_inputs(labs.build_inputs(tiny, prompt=prompt))
     assert "with [card]" in inputs.prompt
     options = labs.Generation(max_new_tokens=4000, temperature=0, logit_bias={97: 100.0})
-    with test_labs.counted(tiny) as calls:
+    with kit.counted(tiny) as calls:
         events = labs.stream_generate(tiny, inputs, options)
         *deltas, done = labs_guard.Filter(found, inputs, options).all(events)
     assert "".join(each.text for each in deltas if isinstance(each, labs.Delta)) == "aaa"
@@ -1074,12 +1072,12 @@ def test_in_python_a_cut_answer_stops_computing(tiny: labs.Model) -> None:
 
 
 @pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch) -> test_labs_cli.Fake:
+def shell(monkeypatch: pytest.MonkeyPatch) -> kit.FakeLabs:
     """Let labs-gen answer with set pieces, and with the settings of ./labs.toml."""
-    found = test_labs_cli.Fake()
+    found = kit.FakeLabs()
     for name in ("load_config", "build_inputs", "stream_generate", "generate"):
         monkeypatch.setattr(labs, name, getattr(found, name))
-    monkeypatch.setattr(labs, "load_model", lambda config: test_labs_cli.MODEL)
+    monkeypatch.setattr(labs, "load_model", lambda config: kit.MODEL)
     monkeypatch.setattr(gc, "freeze", lambda: None)
     return found
 
@@ -1090,22 +1088,22 @@ def configure(**guard: Any) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
-def test_labs_gen_filters_what_it_writes(shell: test_labs_cli.Fake, flag: str) -> None:
+def test_labs_gen_filters_what_it_writes(shell: kit.FakeLabs, flag: str) -> None:
     configure(deny=["bad"], mask=["email"])
     shell.pieces = ["to a@", "b.co, ", "so b", "ad", " more"]
-    result = test_labs_cli.invoke("--prompt", "Hi", flag)
+    result = kit.invoke("--prompt", "Hi", flag)
     assert (result.exit_code, result.stdout) == (0, "to [email], so \n")
     assert result.stderr == "[a rule of [guard] cut the answer]\n"
     assert shell.closed == 1
     shell.pieces = ["fine"]
-    result = test_labs_cli.invoke("--prompt", "Hi", flag)
+    result = kit.invoke("--prompt", "Hi", flag)
     assert (result.stdout, result.stderr) == ("fine\n", "")
 
 
 @pytest.mark.parametrize("how", [[], ["--json"], ["--explain"], ["--stream"]])
-def test_labs_gen_refuses_a_prompt_by_the_rules_name(shell: test_labs_cli.Fake, how: Any) -> None:
+def test_labs_gen_refuses_a_prompt_by_the_rules_name(shell: kit.FakeLabs, how: Any) -> None:
     configure(deny=["bad"])
-    result = test_labs_cli.invoke("--prompt", "a bad one", *how)
+    result = kit.invoke("--prompt", "a bad one", *how)
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(
         r"Error: the prompt is filtered by \[guard\] deny\[0\]: .+\n", result.stderr
@@ -1113,35 +1111,35 @@ def test_labs_gen_refuses_a_prompt_by_the_rules_name(shell: test_labs_cli.Fake, 
     assert not shell.requests
 
 
-def test_labs_gen_masks_prompts_and_messages(shell: test_labs_cli.Fake) -> None:
+def test_labs_gen_masks_prompts_and_messages(shell: kit.FakeLabs) -> None:
     configure(mask=["email"])
-    test_labs_cli.invoke("--prompt", "to a@b.co")
+    kit.invoke("--prompt", "to a@b.co")
     assert shell.requests[0]["prompt"] == "to [email]"
-    test_labs_cli.invoke("--prompt", "hi", "--system", "to a@b.co")
+    kit.invoke("--prompt", "hi", "--system", "to a@b.co")
     assert shell.requests[1]["messages"][0]["content"] == "to [email]"
 
 
-def test_labs_gen_counts_a_prompts_tokens(shell: test_labs_cli.Fake) -> None:
+def test_labs_gen_counts_a_prompts_tokens(shell: kit.FakeLabs) -> None:
     configure(max_prompt_tokens=2)
-    result = test_labs_cli.invoke("--prompt", "hi")
+    result = kit.invoke("--prompt", "hi")
     assert (result.exit_code, "max_prompt_tokens" in result.stderr) == (1, True)
 
 
-def test_labs_gen_writes_filtered_json(shell: test_labs_cli.Fake) -> None:
+def test_labs_gen_writes_filtered_json(shell: kit.FakeLabs) -> None:
     configure(deny=["bad"])
     shell.pieces = ["so ", "bad"]
-    found = json.loads(test_labs_cli.invoke("--prompt", "hi", "--json").stdout)
+    found = json.loads(kit.invoke("--prompt", "hi", "--json").stdout)
     assert (found["text"], found["finish_reason"]) == ("so ", "content_filter")
-    assert found["usage"]["completion_tokens"] == test_labs_cli.USAGE.completion_tokens
-    result = test_labs_cli.invoke("--prompt", "hi", "--json", "--logprobs", "1")
+    assert found["usage"]["completion_tokens"] == kit.USAGE.completion_tokens
+    result = kit.invoke("--prompt", "hi", "--json", "--logprobs", "1")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "Error: logprobs: " in result.stderr
 
 
-def test_a_chat_goes_on_after_what_is_filtered(shell: test_labs_cli.Fake) -> None:
+def test_a_chat_goes_on_after_what_is_filtered(shell: kit.FakeLabs) -> None:
     configure(deny=["bad"])
     shell.pieces = ["so bad"]
-    result = test_labs_cli.invoke("--chat", input="bad\nhello\n/exit\n")
+    result = kit.invoke("--chat", input="bad\nhello\n/exit\n")
     assert result.exit_code == 0
     assert result.stdout == "so \n"
     assert "Error: the prompt is filtered by [guard] deny[0]" in result.stderr
@@ -1235,7 +1233,7 @@ def test_a_wrong_setting_is_refused_by_name(text: str, words: list[str]) -> None
     Path("labs.toml").write_text(f"[guard]\n{text}\n", encoding="utf-8")
     with pytest.raises(labs.ConfigError) as caught:
         labs.load_config(env={})
-    assert test_labs.is_one_sentence(caught.value)
+    assert kit.is_one_sentence(caught.value)
     assert [word for word in words if word not in str(caught.value)] == []
 
 

@@ -24,12 +24,44 @@ from typing import Any
 import click
 import falcon.testing
 import httpx
+import kit
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from kit import (
+    CHAT,
+    COMPLETIONS,
+    HELLO,
+    NEW,
+    ROWS,
+    WAIT_S,
+    A,
+    Gate,
+    Live,
+    Site,
+    alone,
+    asked,
+    end_of,
+    error_of,
+    events_of,
+    is_one_sentence,
+    log_lines,
+    model_of,
+    program,
+    prompt,
+    python,
+    quiet,
+    random_model,
+    read,
+    request,
+    save_model,
+    serving,
+    until,
+    write,
+)
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
@@ -43,27 +75,7 @@ import labs_models
 import labs_request
 import labs_serve
 import labs_turns
-import test_labs
-from test_labs import is_one_sentence, python, save_model, write
-from test_labs_api import (
-    CHAT,
-    COMPLETIONS,
-    HELLO,
-    ROWS,
-    A,
-    Live,
-    Site,
-    error_of,
-    events_of,
-    log_lines,
-    request,
-    until,
-)
-from test_labs_decode import tiny
-from test_labs_engine import NEW, WAIT_S, Gate, alone, asked, model_of, prompt, quiet, read
-from test_labs_serve import end_of, program, serving
 
-folder, one_thread, tiny_folder = test_labs.folder, test_labs.one_thread, test_labs.tiny_folder
 KINDS = ("llama", "qwen2", "gpt2")
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -352,7 +364,7 @@ def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader
     models, made, held = use(begin("llama", "qwen2"), "llama"), [], []
 
     def half(*_: Any, **__: Any) -> Any:
-        decoder = labs_decode.prepare(tiny("qwen2"))
+        decoder = labs_decode.prepare(random_model("qwen2"))
         made.append(weakref.ref(decoder.model))
         if failing == "load":
             raise torch.OutOfMemoryError(OOM)
@@ -530,7 +542,7 @@ def test_two_models_asked_by_many_in_turn_where_one_has_room_answer_all(begin, l
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a tiny model that is smaller than that of tiny_folder, with a context of its own."""
-    config = test_labs.llama()
+    config = kit.llama()
     config.num_hidden_layers, config.max_position_embeddings = 1, 512
     return save_model(tmp_path_factory.mktemp("other") / "model", config)
 

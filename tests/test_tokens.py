@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import kit
 import pytest
 import transformers
 from hypothesis import given
@@ -18,7 +19,6 @@ from tokenizers import models as tokenizer_models
 import labs
 import labs_openai
 import labs_tokens
-import test_labs
 
 EMOJI = "😀 héllo 漢字 \U0001f469\u200d\U0001f680!"
 SPECIAL = ["<s>", "</s>", "<|turn|>"]
@@ -26,7 +26,7 @@ SPECIAL = ["<s>", "</s>", "<|turn|>"]
 
 def byte_level() -> Any:
     """Make a byte-level tokenizer with some merged tokens, as GPT-2's and those after it."""
-    tokenizer = test_labs.byte_tokenizer()
+    tokenizer = kit.byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<tag>", special=False), AddedToken("né w", special=False)])
     return tokenizer
 

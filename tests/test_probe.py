@@ -31,7 +31,7 @@ import labs_loop as loop
 import labs_probe as probe
 import labs_template
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "models.md"
 NEW = 8
 CHANCE = random.Random(0)

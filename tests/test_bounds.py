@@ -13,12 +13,12 @@ import transformers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from kit import SHORT, byte_tokenizer, load, save_model, with_template
 from msgspec.structs import fields
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 
 import labs
-from test_labs import SHORT, byte_tokenizer, load, save_model, with_template
 
 
 @pytest.fixture(scope="module")

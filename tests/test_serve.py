@@ -6,11 +6,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,56 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import kit
 import pytest
+from kit import API, WAIT_S, A, end_of, events_of, program, serving, until
 
 import labs_serve
-import test_labs
-from test_labs_api import WAIT_S, A, events_of, until
-
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder = test_labs.tiny_folder
 
 
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a tiny model whose context lets an answer take minutes."""
-    config = test_labs.llama()
+    config = kit.llama()
     config.max_position_embeddings = 200_000
-    return test_labs.save_model(tmp_path_factory.mktemp("long") / "model", config)
-
-
-API = "import labs_cli; labs_cli.main_api()"
-
-
-@contextlib.contextmanager
-def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
-    """Run labs-api, or other code, with LABS_ variables; end it if a test has not."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
-    environment |= {"OMP_NUM_THREADS": "1", "LABS_SERVER_PORT": "0"}
-    environment |= {f"LABS_{name}": value for name, value in settings.items()}
-    command = [sys.executable, *(code or ["-c", API]), *arguments]
-    environment |= {"PYTHONPATH": str(test_labs.ROOT)}
-    options: dict[str, Any] = {"env": environment, "cwd": os.sep, "start_new_session": True}
-    with subprocess.Popen(command, stderr=-1, stdout=-1, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def serving(process: Any) -> str:
-    """Wait until the program is ready, as it tells, and return its address."""
-    url = re.search(rb"http://[^ ]+", process.stderr.readline())
-    assert url
-    assert b"ready" in process.stderr.readline()
-    return url[0].decode()
-
-
-def end_of(process: Any) -> tuple[int, str]:
-    """Return the exit code and what was written, in which nothing is a traceback."""
-    out, err = process.communicate(timeout=WAIT_S)
-    assert b"Traceback" not in err + out, err.decode()
-    return process.returncode, (out + err).decode()
+    return kit.save_model(tmp_path_factory.mktemp("long") / "model", config)
 
 
 def read_stream(

@@ -23,6 +23,25 @@ import cachetools
 import msgspec
 import pytest
 import torch
+from kit import (
+    NEW,
+    WAIT_S,
+    Gate,
+    alone,
+    asked,
+    held,
+    imports,
+    inner,
+    leftovers,
+    model_of,
+    options,
+    prepare,
+    prompt,
+    quiet,
+    random_model,
+    read,
+    tree,
+)
 
 import labs
 import labs_choose
@@ -32,112 +51,13 @@ import labs_forward
 import labs_loop
 import labs_turns
 import labs_typed
-from test_labs import byte_tokenizer, imports, tree
-from test_labs_decode import prepare, tiny
 
-WAIT_S = 60  # for what should take milliseconds
-NEW = 12
 KINDS = ("llama", "mamba2", "bamba", "rwkv")
 KEPT = labs.ResponseCache(max_entries=4)
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 # ---------------------------------------------------------------- helpers
-
-
-@functools.cache
-def model_of(kind: str) -> labs.Model:
-    """Make a tiny model whose answers end at max_new_tokens only."""
-    return model_around(prepare(tiny(kind, vocab_size=262)), kind)
-
-
-def model_around(decoder: labs_decode.Decoder, name: str, context_length: int = 512) -> labs.Model:
-    return labs.Model(
-        decoder=decoder,
-        tokenizer=byte_tokenizer(),
-        spec=labs.ModelSpec(model_name=name),
-        device=decoder.device.type,
-        dtype="fp32",
-        context_length=context_length,
-        eos_token_ids=frozenset(),
-        generation_defaults={},
-        load_s=0.0,
-        lock=threading.Lock(),
-    )
-
-
-def prompt(number: int, length: int = 6) -> labs.Inputs:
-    chance = random.Random(number)
-    ids = tuple(chance.randrange(33, 127) for _ in range(length))
-    return labs.Inputs(ids, bytes(ids).decode())
-
-
-def options(**changes: Any) -> labs.Generation:
-    return labs.Generation(**{"max_new_tokens": NEW} | changes)
-
-
-@functools.cache
-def alone(kind: str, number: int, length: int = 6, new: int = NEW, seed: int | None = None) -> str:
-    """Return the text that labs.generate gives, greedy or by this seed."""
-    return labs.generate(model_of(kind), prompt(number, length), asked(seed, new)).text
-
-
-def asked(seed: int | None = None, new: int = NEW) -> labs.Generation:
-    return options(max_new_tokens=new, seed=seed, temperature=0.0 if seed is None else 1.0)
-
-
-class Gate:
-    """The forward calls of an engine: the ids of each, and a hand on the door.
-
-    before: is called with a call's words before it, after: with its words and output.
-    """
-
-    def __init__(self, model: labs.Model) -> None:
-        self.calls: list[list[list[int]]] = []
-        self.allowed: float = math.inf
-        self.before: Callable[[Any], Any] = lambda words: None
-        self.after: Callable[[Any, Any], Any] = lambda words, output: None
-        self.turn = threading.Condition()
-        self.handles = [
-            model.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.model.register_forward_hook(self._leave, with_kwargs=True),
-        ]
-
-    def _enter(self, module: Any, args: Any, words: dict[str, Any]) -> None:
-        if threading.current_thread().name != "labs-engine":
-            return  # a text that a test computes alone
-        with self.turn:
-            self.calls.append(words["input_ids"].tolist())
-            self.turn.notify_all()
-            assert self.turn.wait_for(lambda: len(self.calls) <= self.allowed, WAIT_S)
-        self.before(words)
-
-    def _leave(self, module: Any, args: Any, words: dict[str, Any], output: Any) -> None:
-        if threading.current_thread().name == "labs-engine":
-            self.after(words, output)
-
-    def let(self, count: float) -> None:
-        """Let `count` more calls through: the next one is held at its beginning."""
-        with self.turn:
-            self.allowed = len(self.calls) + count - (len(self.calls) > self.allowed)
-            self.turn.notify_all()
-
-    def until(self, count: int) -> None:
-        """Wait until so many calls have begun."""
-        with self.turn:
-            assert self.turn.wait_for(lambda: len(self.calls) >= count, WAIT_S)
-
-    def has_seen(self, inputs: labs.Inputs) -> bool:
-        ids, length = list(inputs.input_ids), len(inputs.input_ids)
-        rows = [row for call in self.calls for row in call]
-        return any(row[i : i + length] == ids for row in rows for i in range(len(row)))
-
-    @property
-    def steps(self) -> list[int]:
-        """How many rows each step had; a lone row of llama has copies beside it."""
-        steps = [[token for (token,) in call] for call in self.calls if len(call[0]) == 1]
-        copies = labs_decode.LONE_ROW_COPIES
-        return [1 if len(row) == copies == row.count(row[0]) else len(row) for row in steps]
 
 
 Start = Callable[..., tuple[labs_engine.AnyEngine, Gate]]
@@ -170,41 +90,6 @@ def end(engine: labs_engine.AnyEngine, gate: Gate) -> None:
     assert leftovers(engine) == {}
 
 
-def inner(engine: labs_engine.AnyEngine) -> labs_engine.Engine:
-    return engine.engine if isinstance(engine, labs_engine.Cached) else engine
-
-
-def leftovers(engine: labs_engine.AnyEngine) -> dict[str, Any]:
-    held = {name: getattr(inner(engine), name) for name in ("_jobs", "_waiting")}
-    if isinstance(engine, labs_engine.Cached):
-        held |= {"_tickets": engine._tickets, "_shared": engine._shared}
-    if inner(engine)._thread.is_alive():
-        loop = inner(engine)._loop
-        held |= {"rows": loop.rows, "prefilling": loop.prefilling}
-    return {name: table for name, table in held.items() if table}
-
-
-def read(answer: labs_engine.Answer, wait_s: float = WAIT_S) -> tuple[str, Any]:
-    """Return an answer's text and the event that ended it."""
-    text = ""
-    while True:
-        event = answer.get(wait_s)
-        assert event is not None, "nothing comes any more"
-        if not isinstance(event, labs.Delta):
-            return text, event
-        text += event.text
-
-
-def held(
-    engine: labs_engine.AnyEngine, gate: Gate, calls: int, wanted: labs.Generation | None = None
-) -> labs_engine.Answer:
-    """Ask, and return when the answer has had so many calls and the next one is held."""
-    gate.let(calls)
-    answer = engine.submit(prompt(0), wanted or options())
-    gate.until(calls + 1)
-    return answer
-
-
 def together(
     engine: labs_engine.AnyEngine, gate: Gate, count: int, wanted: labs.Generation | None = None
 ) -> list[labs_engine.Answer]:
@@ -213,15 +98,6 @@ def together(
     answers = [engine.submit(prompt(n), wanted or asked()) for n in range(count)]
     gate.let(math.inf)
     return answers
-
-
-def quiet(engine: labs_engine.AnyEngine) -> bool:
-    """Wait until nothing is under way."""
-    deadline = time.monotonic() + WAIT_S
-    while (status := engine.status()).running or status.waiting or leftovers(engine):
-        assert time.monotonic() < deadline, (status, leftovers(engine))
-        time.sleep(0.002)
-    return True
 
 
 def age(engine: labs_engine.AnyEngine) -> None:
@@ -1096,7 +972,7 @@ def test_none_are_kept_where_none_are_wanted(start, chunks_of_eight):
 
 
 def test_what_decoding_wrote_serves_requests_whose_bits_need_not_match(chunks_of_eight):
-    decoder = prepare(tiny("llama", vocab_size=262), batch_invariant=False)
+    decoder = prepare(random_model("llama", vocab_size=262), batch_invariant=False)
     model = msgspec.structs.replace(model_of("llama"), decoder=decoder)
     engine = labs_engine.Cached(labs_engine.Engine(model), KEPT)
     try:

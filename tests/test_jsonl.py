@@ -21,20 +21,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kit
 import msgspec
 import openai.types
 import openai.types.chat
 import pytest
+from kit import ONE_THREAD, ROOT, invoke, labs_gen, start
 
 import labs
 import labs_jsonl
 import labs_openai
 import labs_request
-import test_labs
-from test_labs_cli import ONE_THREAD, ROOT, invoke, labs_gen, start
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
 WAIT_S = 60  # for what should take a second
 CONFIG = labs.Config(model_id="tiny", generation=labs.Generation(max_new_tokens=6))
 CONTEXT = labs_request.open_context(CONFIG)
@@ -136,7 +134,7 @@ def texts(row: dict[str, Any]) -> list[str]:
 
 def message_of(row: dict[str, Any]) -> str:
     error = row["error"] or row["response"]["body"]["error"]
-    assert test_labs.is_one_sentence(Exception(error["message"]))
+    assert kit.is_one_sentence(Exception(error["message"]))
     return str(error["message"])
 
 
@@ -200,7 +198,7 @@ def test_each_line_is_answered_as_generate_answers_it_alone(
         same = ("text", "finish_reason", "seed", "matched_stop")
         assert all(found[number][name] == getattr(expected, name) for name in same), row
         tokens = [each["token"] for each in found[number]["logprobs"]]
-        assert tokens == test_labs.tokens_of(expected)
+        assert tokens == kit.tokens_of(expected)
         assert found[number]["usage"]["completion_tokens"] == expected.usage.completion_tokens
 
 
@@ -627,7 +625,7 @@ def test_a_file_that_holds_no_answers_is_left_as_it_is(tiny: labs.Model, data: b
     Path("out").write_bytes(data)
     with pytest.raises(labs.LabsError, match="out: line 1 is no answer of labs-gen") as caught:
         run(tiny, "in", "out")
-    assert test_labs.is_one_sentence(caught.value)
+    assert kit.is_one_sentence(caught.value)
     assert Path("out").read_bytes() == data
 
 
@@ -1152,7 +1150,7 @@ def test_a_text_that_was_longer_or_shorter_differs_where_it_ends(tiny: labs.Mode
 def test_an_end_that_comes_earlier_is_the_token_that_differs(tiny: labs.Model) -> None:
     asked = {"id": "a", "prompt": "one", "temperature": 0}
     inputs = labs.build_inputs(tiny, prompt="one")
-    with test_labs.saying(tiny, [97, 98, test_labs.END], inputs):
+    with kit.saying(tiny, [97, 98, kit.END], inputs):
         row = answer(tiny, asked)
         assert (row["text"], row["finish_reason"]) == ("ab", "stop")
         assert verdict(tiny, row).verdict == "same"
@@ -1161,7 +1159,7 @@ def test_an_end_that_comes_earlier_is_the_token_that_differs(tiny: labs.Model) -
 
 def test_a_character_of_many_tokens_differs_at_its_last(tiny: labs.Model) -> None:
     inputs = labs.build_inputs(tiny, prompt="one")
-    with test_labs.saying(tiny, [*"aé🌍".encode(), test_labs.END], inputs):
+    with kit.saying(tiny, [*"aé🌍".encode(), kit.END], inputs):
         row = answer(tiny, {"id": "a", "prompt": "one", "temperature": 0, "max_new_tokens": 9})
         assert row["text"] == "aé🌍"
         assert verdict(tiny, {**row, "text": "aè🌍"}).token == 3
@@ -1214,7 +1212,7 @@ def test_another_model_is_told_by_its_name(tiny: labs.Model) -> None:
 
 
 def test_a_model_whose_text_depends_on_company_is_not_compared(tiny_folder: Path) -> None:
-    model = test_labs.load(tiny_folder, torch_dtype="bf16", batch_invariant=False)
+    model = kit.load(tiny_folder, torch_dtype="bf16", batch_invariant=False)
     row = answer(model, {"id": "a", "prompt": "one", **ONLY_A})
     assert verdict(model, row).verdict == "same"
     found = verdict(model, {**row, "text": "aab"})
@@ -1268,7 +1266,7 @@ def test_a_line_that_cannot_be_run_again_says_why_and_stops_nothing(tiny: labs.M
     for (row, said), got, same in zip(cases, found[::2], found[1::2], strict=True):
         assert got.verdict == "not comparable", row
         assert said in str(got.why), row
-        assert test_labs.is_one_sentence(Exception(got.why))
+        assert kit.is_one_sentence(Exception(got.why))
         assert same == labs_jsonl.Verdict("a", "same")
 
 

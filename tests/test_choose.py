@@ -12,6 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from kit import (
+    ARCHITECTURES,
+    DULL,
+    Live,
+    Site,
+    configured,
+    error_of,
+    log_lines,
+    model_around,
+    prepare,
+    random_model,
+    request,
+    until,
+)
 from msgspec.structs import replace
 
 import labs
@@ -20,12 +34,7 @@ import labs_decode
 import labs_engine
 import labs_prefixes
 import labs_typed
-import test_labs
-from test_labs_api import Live, Site, configured, error_of, log_lines, request, until
-from test_labs_decode import DULL, KINDS, prepare, tiny
-from test_labs_engine import model_around
 
-one_thread = test_labs.one_thread
 TEXTS = ["a", "bcd", "a much longer option than all of the others", "yes", "bce", "no, not at all"]
 ENDS = frozenset({7, 250})
 PROMPT = "Which of them? " * 6
@@ -33,7 +42,9 @@ PROMPT = "Which of them? " * 6
 
 @functools.cache
 def model_of(kind: str) -> labs.Model:
-    return replace(model_around(prepare(tiny(kind, vocab_size=262)), kind), eos_token_ids=ENDS)
+    return replace(
+        model_around(prepare(random_model(kind, vocab_size=262)), kind), eos_token_ids=ENDS
+    )
 
 
 def ask(text: str = PROMPT) -> labs.Inputs:
@@ -63,12 +74,12 @@ def passes(choice: labs_choose.Options, inputs: labs.Inputs, prefixes: Any = Non
 # ---------------------------------------------------------------- what comes out
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *DULL])
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *DULL])
 @pytest.mark.parametrize("size", [2**24, 9 * 262])
 def test_a_choice_is_what_transformers_gives_for_each_option(kind, size, monkeypatch):
     monkeypatch.setattr(labs_choose, "LOGITS", size)
     monkeypatch.setattr(labs_decode, "CHUNK", 32)
-    expected = exact(tiny(kind, vocab_size=262), ask().input_ids, TEXTS)
+    expected = exact(random_model(kind, vocab_size=262), ask().input_ids, TEXTS)
     found = labs_typed.choose(model_of(kind), ask(), TEXTS)
     assert [*found] == TEXTS
     assert [*found.values()] == pytest.approx(expected, rel=1e-3, abs=1e-6)

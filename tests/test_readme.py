@@ -32,7 +32,7 @@ from click.testing import CliRunner
 import labs
 import labs_cli
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 REWRITE = os.environ.get("LABS_README") == "1"
 BIN = Path(sys.executable).parent

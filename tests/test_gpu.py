@@ -13,6 +13,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from kit import (
+    PROMPTS,
+    asked,
+    by_transformers,
+    model_around,
+    newcomer,
+    prepare,
+    prompt,
+    random_model,
+    read,
+    save_model,
+)
 
 import labs
 import labs_decode as decode
@@ -20,12 +32,7 @@ import labs_engine
 import labs_fast as fast
 import labs_loop as loop
 import labs_models
-import test_labs
-from test_labs import save_model
-from test_labs_decode import PROMPTS, by_transformers, newcomer, prepare, tiny
-from test_labs_engine import asked, model_around, prompt, read
 
-folder = test_labs.folder
 HIDDEN = not torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(HIDDEN, reason="needs a GPU, and CUDA_VISIBLE_DEVICES=0")
 KINDS = ("llama", "qwen3", "mistral", "mixtral", "phi3", "gpt2", "cohere2", "gemma2", "gemma3_text")
@@ -36,7 +43,7 @@ LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embe
 
 
 def on_gpu(kind: str, **extra: Any) -> decode.Decoder:
-    return prepare(tiny(kind, **extra).cuda())
+    return prepare(random_model(kind, **extra).cuda())
 
 
 def captured(batch: decode.Batch) -> list[Any]:
@@ -51,7 +58,7 @@ def memory() -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_join_and_leave_on_a_gpu_keep_transformers_tokens(kind: str, caplog: Any) -> None:
-    model = tiny(kind).cuda()
+    model = random_model(kind).cuda()
     prompts = PROMPTS[1:5]
     expected = [by_transformers(model, each) for each in prompts]
     decoder, chance, found = prepare(model), random.Random(2), {}
@@ -84,7 +91,7 @@ def test_models_of_keys_and_values_have_graphs_and_recurrent_ones_have_none() ->
 
 
 def test_layers_that_read_the_same_input_are_one_product_on_a_gpu() -> None:
-    model = tiny("llama").to(torch.bfloat16).cuda()
+    model = random_model("llama").to(torch.bfloat16).cuda()
     ids = torch.tensor([PROMPTS[4]], device="cuda")
     with torch.inference_mode():
         expected = model(ids).logits.float()

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -19,73 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import pytest
-from click.testing import CliRunner
+from kit import MODEL, ONE_THREAD, FakeLabs, gen, heed_sigint, invoke, labs_gen, read_until, start
 
 import labs
 import labs_chat
 import labs_cli
 import labs_request
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 STORY = "Write a long story about a king and his two sons."
-# Threads that wait for a busy processor slow a small model down a hundredfold.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-USAGE = labs.Usage(prompt_tokens=3, completion_tokens=4)
-TIMINGS = labs.Timings(load_s=1.0, prefill_s=0.25, decode_s=0.5, tokens_per_s=8.0)
-
-
-class Fake:
-    """Stands for labs: remembers what it was asked and answers with set pieces."""
-
-    def __init__(self) -> None:
-        self.pieces = ["Hello", " there"]
-        self.finish_reason = "stop"
-        self.requests: list[dict[str, Any]] = []
-        self.overrides: dict[str, Any] = {}
-        self.closed = 0
-        self.error: BaseException | None = None
-
-    def load_config(self, path: Any = None, *, env: Any = None, overrides: Any = None) -> Any:
-        self.overrides = overrides
-        return labs_load_config(path, env={}, overrides=overrides)
-
-    def build_inputs(self, model: Any, **request: Any) -> Any:
-        if request.get("messages"):
-            request["messages"] = [msgspec.to_builtins(item) for item in request["messages"]]
-        self.requests.append(request)
-        return labs.Inputs(input_ids=(1, 2, 3), prompt="templated")
-
-    def stream_generate(self, model: Any, inputs: Any, generation: Any, *, processors: Any) -> Any:
-        try:
-            for piece in self.pieces:
-                yield labs.Delta(text=piece)
-            if self.error:
-                error, self.error = self.error, None
-                raise error
-            yield labs.Done(finish_reason=self.finish_reason, usage=USAGE, timings=TIMINGS)
-        finally:
-            self.closed += 1
-
-    def generate(self, model: Any, inputs: Any, generation: Any, processors: Any) -> Any:
-        return labs.Completion(
-            text="".join(self.pieces), finish_reason="stop", usage=USAGE, timings=TIMINGS
-        )
 
 
 labs_load_config = labs.load_config
-NOTHING = dict.fromkeys(labs.Model.__struct_fields__, None)
-MODEL = labs.Model(**NOTHING | {"load_s": 1.0})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
-    fake = Fake()
-    for name in ("load_config", "build_inputs", "stream_generate", "generate"):
-        monkeypatch.setattr(labs, name, getattr(fake, name))
-    monkeypatch.setattr(labs, "load_model", lambda config: MODEL)
-    return fake
 
 
 @pytest.fixture(autouse=True)
@@ -97,73 +42,64 @@ def bare_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def gen() -> Any:
-    return labs_cli.make_command("labs-gen", labs_cli.run, labs_cli.OPTIONS, labs_cli.EPILOG)
-
-
-def invoke(*arguments: str, input: str | bytes | None = None) -> Any:
-    try:
-        return CliRunner().invoke(gen(), arguments, input=input)
-    finally:
-        gc.unfreeze()  # what the command froze for a process that ends with it
-
-
 # What is asked
 
 
-def test_a_prompt_alone_is_passed_as_a_prompt(fake: Fake) -> None:
+def test_a_prompt_alone_is_passed_as_a_prompt(fake_labs: FakeLabs) -> None:
     assert invoke("--prompt", "Hi").exit_code == 0
-    assert fake.requests[0]["prompt"] == "Hi"
+    assert fake_labs.requests[0]["prompt"] == "Hi"
 
 
-def test_a_pipe_is_the_prompt_when_there_is_no_flag(fake: Fake) -> None:
+def test_a_pipe_is_the_prompt_when_there_is_no_flag(fake_labs: FakeLabs) -> None:
     invoke(input="from a pipe\n")
-    assert fake.requests[0]["prompt"] == "from a pipe"
+    assert fake_labs.requests[0]["prompt"] == "from a pipe"
 
 
-def test_a_dash_reads_the_prompt_from_standard_input(fake: Fake) -> None:
+def test_a_dash_reads_the_prompt_from_standard_input(fake_labs: FakeLabs) -> None:
     invoke("--prompt", "-", input="two\nlines\r\n")
-    assert fake.requests[0]["prompt"] == "two\nlines"
+    assert fake_labs.requests[0]["prompt"] == "two\nlines"
 
 
-def test_a_byte_order_mark_is_not_part_of_the_prompt(fake: Fake) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_prompt(fake_labs: FakeLabs) -> None:
     invoke(input=b"\xef\xbb\xbfHi")
-    assert fake.requests[0]["prompt"] == "Hi"
+    assert fake_labs.requests[0]["prompt"] == "Hi"
 
 
-def test_a_system_message_comes_before_the_prompt(fake: Fake) -> None:
+def test_a_system_message_comes_before_the_prompt(fake_labs: FakeLabs) -> None:
     invoke("--prompt", "Hi", "--system", "Be brief.")
-    assert fake.requests[0]["messages"] == [
+    assert fake_labs.requests[0]["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
     ]
 
 
-def test_messages_come_from_json(fake: Fake) -> None:
+def test_messages_come_from_json(fake_labs: FakeLabs) -> None:
     invoke("--messages-json", '[{"role": "user", "content": "Hi"}]')
-    assert fake.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert fake_labs.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_messages_come_from_a_file(fake: Fake, tmp_path: Path) -> None:
+def test_messages_come_from_a_file(fake_labs: FakeLabs, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text('[{"role": "user", "content": "Grüße"}]', encoding="utf-8")
     invoke("--messages-file", "m.json", "--system", "Be brief.")
-    assert [message["content"] for message in fake.requests[0]["messages"]] == [
+    assert [message["content"] for message in fake_labs.requests[0]["messages"]] == [
         "Be brief.",
         "Grüße",
     ]
 
 
-def test_messages_come_from_standard_input(fake: Fake) -> None:
+def test_messages_come_from_standard_input(fake_labs: FakeLabs) -> None:
     invoke("--messages-file", "-", input='[{"role": "user", "content": "Hi"}]')
-    assert fake.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert fake_labs.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_the_chat_toggles_of_the_configuration_reach_build_inputs(fake: Fake, given: bool) -> None:
+def test_the_chat_toggles_of_the_configuration_reach_build_inputs(
+    fake_labs: FakeLabs, given: bool
+) -> None:
     no = "" if given else "no-"
     invoke("--prompt", "Hi", f"--{no}use-chat-template", f"--{no}add-generation-prompt")
-    assert fake.requests[0]["use_chat_template"] is given
-    assert fake.requests[0]["add_generation_prompt"] is given
+    assert fake_labs.requests[0]["use_chat_template"] is given
+    assert fake_labs.requests[0]["add_generation_prompt"] is given
 
 
 # Flags and settings
@@ -174,9 +110,9 @@ def test_every_setting_is_a_flag() -> None:
     assert {"--" + setting.key.replace("_", "-") for setting in labs_cli.SETTINGS} <= flags
 
 
-def test_only_given_flags_override(fake: Fake) -> None:
+def test_only_given_flags_override(fake_labs: FakeLabs) -> None:
     invoke("--prompt", "Hi")
-    assert fake.overrides == {}
+    assert fake_labs.overrides == {}
 
 
 @pytest.mark.parametrize(
@@ -194,14 +130,16 @@ def test_only_given_flags_override(fake: Fake) -> None:
         (["--logit-bias", '{"5": -1.5}'], {"logit_bias": {"5": -1.5}}),
     ],
 )
-def test_a_flag_becomes_an_override(fake: Fake, arguments: list[str], overrides: Any) -> None:
+def test_a_flag_becomes_an_override(
+    fake_labs: FakeLabs, arguments: list[str], overrides: Any
+) -> None:
     result = invoke("--prompt", "Hi", *arguments)
-    assert (fake.overrides, result.exit_code) == (overrides, 0), result.stderr
+    assert (fake_labs.overrides, result.exit_code) == (overrides, 0), result.stderr
 
 
-def test_show_config_needs_no_prompt_and_no_model(fake: Fake) -> None:
+def test_show_config_needs_no_prompt_and_no_model(fake_labs: FakeLabs) -> None:
     result = invoke("--show-config", "--temperature", "0.25")
-    assert (result.exit_code, fake.requests) == (0, [])
+    assert (result.exit_code, fake_labs.requests) == (0, [])
     assert "temperature = 0.25" in result.stdout
 
 
@@ -266,16 +204,16 @@ def test_the_version_is_that_of_labs() -> None:
         ["an argument"],
     ],
 )
-def test_wrong_usage_is_exit_code_2(fake: Fake, arguments: list[str]) -> None:
+def test_wrong_usage_is_exit_code_2(fake_labs: FakeLabs, arguments: list[str]) -> None:
     result = invoke(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Error: " in result.stderr
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \n"])
-def test_an_empty_pipe_is_exit_code_2(fake: Fake, text: str) -> None:
+def test_an_empty_pipe_is_exit_code_2(fake_labs: FakeLabs, text: str) -> None:
     result = invoke(input=text)
-    assert (result.exit_code, fake.requests) == (2, [])
+    assert (result.exit_code, fake_labs.requests) == (2, [])
     assert "no prompt" in result.stderr
 
 
@@ -290,13 +228,15 @@ def test_an_empty_pipe_is_exit_code_2(fake: Fake, text: str) -> None:
         ["--messages-file", "."],
     ],
 )
-def test_messages_that_cannot_be_read_are_exit_code_1(fake: Fake, arguments: list[str]) -> None:
+def test_messages_that_cannot_be_read_are_exit_code_1(
+    fake_labs: FakeLabs, arguments: list[str]
+) -> None:
     result = invoke(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(r"Error: .+\n", result.stderr)
 
 
-def test_bytes_that_are_not_utf8_are_named(fake: Fake) -> None:
+def test_bytes_that_are_not_utf8_are_named(fake_labs: FakeLabs) -> None:
     result = invoke(input=b"ab\xff")
     assert result.exit_code == 1
     assert "byte 0xff at position 2 of standard input" in result.stderr
@@ -305,29 +245,29 @@ def test_bytes_that_are_not_utf8_are_named(fake: Fake) -> None:
 # What is written
 
 
-def test_the_answer_alone_is_on_standard_output(fake: Fake) -> None:
+def test_the_answer_alone_is_on_standard_output(fake_labs: FakeLabs) -> None:
     result = invoke("--prompt", "Hi", "--verbose")
     assert result.stdout == "Hello there\n"
 
 
 @pytest.mark.parametrize("flag", ["--stream", "--no-stream"])
-def test_streamed_or_not_the_bytes_are_the_same(fake: Fake, flag: str) -> None:
+def test_streamed_or_not_the_bytes_are_the_same(fake_labs: FakeLabs, flag: str) -> None:
     assert invoke("--prompt", "Hi", flag).stdout == "Hello there\n"
 
 
-def test_a_stream_writes_what_came_before_an_error(fake: Fake) -> None:
-    fake.error = labs.GenerationError("the logits are not finite")
+def test_a_stream_writes_what_came_before_an_error(fake_labs: FakeLabs) -> None:
+    fake_labs.error = labs.GenerationError("the logits are not finite")
     result = invoke("--prompt", "Hi", "--stream")
     assert (result.exit_code, result.stdout) == (1, "Hello there")
     assert result.stderr == "Error: the logits are not finite\n"
 
 
-def test_escape_sequences_of_the_model_are_not_removed(fake: Fake) -> None:
-    fake.pieces = ["\x1b[1mbold\x1b[0m"]
+def test_escape_sequences_of_the_model_are_not_removed(fake_labs: FakeLabs) -> None:
+    fake_labs.pieces = ["\x1b[1mbold\x1b[0m"]
     assert invoke("--prompt", "Hi").stdout == "\x1b[1mbold\x1b[0m\n"
 
 
-def test_json_is_one_object_with_text_usage_timings_and_settings(fake: Fake) -> None:
+def test_json_is_one_object_with_text_usage_timings_and_settings(fake_labs: FakeLabs) -> None:
     result = json.loads(invoke("--prompt", "Hi", "--json", "--temperature", "0.5").stdout)
     assert result["text"] == "Hello there"
     assert result["finish_reason"] == "stop"
@@ -337,7 +277,7 @@ def test_json_is_one_object_with_text_usage_timings_and_settings(fake: Fake) -> 
 
 
 def test_json_settings_hold_every_setting_and_no_secret(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
+    fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     text = invoke("--prompt", "Hi", "--json").stdout
@@ -347,7 +287,7 @@ def test_json_settings_hold_every_setting_and_no_secret(
 
 @pytest.mark.parametrize(("left", "told"), [(97, "97"), (None, "any number of")])
 def test_explain_tells_what_would_run_and_runs_nothing(
-    left: int | None, told: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
+    left: int | None, told: str, fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = labs_request.SettingValue
     used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
@@ -355,18 +295,18 @@ def test_explain_tells_what_would_run_and_runs_nothing(
     rest = ("joins", "as it can", True, *sizes, used)
     found = labs_request.Explanation("templated", 3, left, *rest)
     monkeypatch.setattr(labs_request, "explain", lambda *_: found)
-    fake.error = AssertionError("generated")
+    fake_labs.error = AssertionError("generated")
     text = invoke("--prompt", "Hi", "--explain").stdout
     assert text.startswith("templated\n---\nprompt tokens: 3;")
     assert f"room for {told} more\nruns: joins (as it can); up to 8 rows at once" in text
     assert "same text in any company: yes\nmemory: weights 2 MB, this request 0.1 MB" in text
     assert text.endswith("---\ntop_k = 7  # --top-k\nstop = unset  # default\n")
-    assert fake.closed == 0
+    assert fake_labs.closed == 0
 
 
 @pytest.mark.parametrize("rival", ["--chat", "--json", "--stream", "--verbose"])
 def test_explain_and_what_would_have_no_effect_beside_it_exclude_each_other(
-    rival: str, fake: Fake
+    rival: str, fake_labs: FakeLabs
 ) -> None:
     prompt = [] if rival == "--chat" else ["--prompt", "Hi"]
     result = invoke(*prompt, "--explain", rival)
@@ -397,7 +337,9 @@ TOGETHER = {  # what is done, and what has an effect on it
 
 
 @pytest.mark.parametrize("done", TOGETHER)
-def test_of_two_flags_both_have_an_effect_or_they_are_refused(done: str, fake: Fake) -> None:
+def test_of_two_flags_both_have_an_effect_or_they_are_refused(
+    done: str, fake_labs: FakeLabs
+) -> None:
     for other in FLAGS.keys() - {done}:
         words = []
         for flag in (done, other):
@@ -432,49 +374,51 @@ def test_verbose_and_choose_exclude_each_other() -> None:
     assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
 
 
-def test_verbose_tells_where_the_time_went(fake: Fake) -> None:
+def test_verbose_tells_where_the_time_went(fake_labs: FakeLabs) -> None:
     stderr = invoke("--prompt", "Hi", "--verbose").stderr
     assert "completion_tokens 4" in stderr
     assert "load_s 1, prefill_s 0.25, decode_s 0.5, tokens_per_s 8]" in stderr
 
 
-def test_verbose_tells_which_limit_cut_the_answer(fake: Fake) -> None:
-    fake.finish_reason = "length"
+def test_verbose_tells_which_limit_cut_the_answer(fake_labs: FakeLabs) -> None:
+    fake_labs.finish_reason = "length"
     assert "--max-new-tokens" in invoke("--prompt", "Hi", "--verbose").stderr
 
 
-def test_without_verbose_standard_error_is_silent(fake: Fake) -> None:
-    fake.finish_reason = "length"
+def test_without_verbose_standard_error_is_silent(fake_labs: FakeLabs) -> None:
+    fake_labs.finish_reason = "length"
     assert invoke("--prompt", "Hi").stderr == ""
 
 
 # Failures
 
 
-def test_an_error_nobody_foresaw_keeps_its_name(fake: Fake) -> None:
-    fake.error = ZeroDivisionError("oh")
+def test_an_error_nobody_foresaw_keeps_its_name(fake_labs: FakeLabs) -> None:
+    fake_labs.error = ZeroDivisionError("oh")
     result = invoke("--prompt", "Hi")
     assert result.exit_code == 1
     assert result.stderr == "Error: ZeroDivisionError: oh (LABS_DEBUG=1 shows where)\n"
 
 
-def test_standard_output_is_blamed_for_its_own_errors_only(fake: Fake) -> None:
-    fake.error = OSError(5, "Input/output error")
+def test_standard_output_is_blamed_for_its_own_errors_only(fake_labs: FakeLabs) -> None:
+    fake_labs.error = OSError(5, "Input/output error")
     told = "Error: OSError: [Errno 5] Input/output error (LABS_DEBUG=1 shows where)\n"
     assert invoke("--prompt", "Hi").stderr == told
 
 
-def test_labs_debug_lets_the_traceback_through(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake.error = labs.GenerationError("oh")
+def test_labs_debug_lets_the_traceback_through(
+    fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_labs.error = labs.GenerationError("oh")
     monkeypatch.setenv("LABS_DEBUG", "1")
     result = invoke("--prompt", "Hi")
     assert isinstance(result.exception, labs.GenerationError)
 
 
-def test_ctrl_c_is_exit_code_130_and_stops_the_computing(fake: Fake) -> None:
-    fake.error = KeyboardInterrupt()
+def test_ctrl_c_is_exit_code_130_and_stops_the_computing(fake_labs: FakeLabs) -> None:
+    fake_labs.error = KeyboardInterrupt()
     result = invoke("--prompt", "Hi")
-    assert (result.exit_code, fake.closed) == (130, 1)
+    assert (result.exit_code, fake_labs.closed) == (130, 1)
 
 
 # Before and while the model is loaded
@@ -492,7 +436,7 @@ def test_ctrl_c_is_exit_code_130_and_stops_the_computing(fake: Fake) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(
-    arguments: list[str], told: str, fake: Fake, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], told: str, fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(labs, "load_model", lambda config: pytest.fail("loaded"))
     Path("labs.toml").write_text('[guard]\ndeny = ["bad"]\n')
@@ -502,7 +446,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(
 
 
 def test_garbage_is_not_collected_while_the_model_is_loaded(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
+    fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collects: list[bool] = []
 
@@ -518,75 +462,75 @@ def test_garbage_is_not_collected_while_the_model_is_loaded(
 # Chat
 
 
-def test_a_chat_remembers_both_sides(fake: Fake) -> None:
+def test_a_chat_remembers_both_sides(fake_labs: FakeLabs) -> None:
     result = invoke("--chat", input="one\ntwo\n")
     assert result.stdout == "Hello there\nHello there\n"
-    assert fake.requests[1]["messages"] == [
+    assert fake_labs.requests[1]["messages"] == [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "Hello there"},
         {"role": "user", "content": "two"},
     ]
 
 
-def test_a_chat_begins_with_the_system_message_and_the_messages(fake: Fake) -> None:
+def test_a_chat_begins_with_the_system_message_and_the_messages(fake_labs: FakeLabs) -> None:
     start = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
     invoke("--chat", "--system", "S", "--messages-json", start, input="c\n")
-    assert [m["content"] for m in fake.requests[0]["messages"]] == ["S", "a", "b", "c"]
+    assert [m["content"] for m in fake_labs.requests[0]["messages"]] == ["S", "a", "b", "c"]
 
 
-def test_quotes_hold_a_message_of_many_lines(fake: Fake) -> None:
+def test_quotes_hold_a_message_of_many_lines(fake_labs: FakeLabs) -> None:
     invoke("--chat", input='"""one\n/exit\n\ntwo"""\nthree\n')
-    contents = [request["messages"][-1]["content"] for request in fake.requests]
+    contents = [request["messages"][-1]["content"] for request in fake_labs.requests]
     assert contents == ["one\n/exit\n\ntwo", "three"]
 
 
-def test_an_empty_line_is_not_a_message(fake: Fake) -> None:
+def test_an_empty_line_is_not_a_message(fake_labs: FakeLabs) -> None:
     invoke("--chat", input='\n  \n""""""\n')
-    assert fake.requests == []
+    assert fake_labs.requests == []
 
 
-def test_system_replaces_the_system_message(fake: Fake) -> None:
+def test_system_replaces_the_system_message(fake_labs: FakeLabs) -> None:
     invoke("--chat", "--system", "S", input="/system T\none\n/system\ntwo\n")
-    roles = [[m["role"] for m in request["messages"]] for request in fake.requests]
-    assert fake.requests[0]["messages"][0]["content"] == "T"
+    roles = [[m["role"] for m in request["messages"]] for request in fake_labs.requests]
+    assert fake_labs.requests[0]["messages"][0]["content"] == "T"
     assert roles == [["system", "user"], ["user", "assistant", "user"]]
 
 
-def test_reset_forgets_all_but_the_system_message(fake: Fake) -> None:
+def test_reset_forgets_all_but_the_system_message(fake_labs: FakeLabs) -> None:
     invoke("--chat", "--system", "S", input="one\n/reset\ntwo\n")
-    assert [m["content"] for m in fake.requests[1]["messages"]] == ["S", "two"]
+    assert [m["content"] for m in fake_labs.requests[1]["messages"]] == ["S", "two"]
 
 
-def test_exit_ends_the_chat(fake: Fake) -> None:
+def test_exit_ends_the_chat(fake_labs: FakeLabs) -> None:
     result = invoke("--chat", input="/exit\none\n")
-    assert (result.exit_code, fake.requests) == (0, [])
+    assert (result.exit_code, fake_labs.requests) == (0, [])
 
 
-def test_save_writes_messages_that_messages_file_reads(fake: Fake, tmp_path: Path) -> None:
+def test_save_writes_messages_that_messages_file_reads(fake_labs: FakeLabs, tmp_path: Path) -> None:
     invoke("--chat", input="one\n/save my talk.json\n")
     invoke("--messages-file", "my talk.json")
-    assert [m["content"] for m in fake.requests[1]["messages"]] == ["one", "Hello there"]
+    assert [m["content"] for m in fake_labs.requests[1]["messages"]] == ["one", "Hello there"]
     assert [path.name for path in tmp_path.iterdir()] == ["my talk.json"]
 
 
-def test_a_save_that_fails_does_not_end_the_chat(fake: Fake) -> None:
+def test_a_save_that_fails_does_not_end_the_chat(fake_labs: FakeLabs) -> None:
     result = invoke("--chat", input="/save no/such/folder.json\none\n")
     assert "no/such/folder.json" in result.stderr
     assert result.stdout == "Hello there\n"
 
 
-def test_an_unknown_command_is_not_sent_to_the_model(fake: Fake) -> None:
+def test_an_unknown_command_is_not_sent_to_the_model(fake_labs: FakeLabs) -> None:
     result = invoke("--chat", input="/wat\n")
     assert "/wat" in result.stderr
-    assert fake.requests == []
+    assert fake_labs.requests == []
 
 
-def test_help_in_the_chat_lists_every_command(fake: Fake) -> None:
+def test_help_in_the_chat_lists_every_command(fake_labs: FakeLabs) -> None:
     stderr = invoke("--chat", input="/help\n").stderr
     assert all(name in stderr for name in ("/system", "/reset", "/save", "/help", "/exit"))
 
 
-class Narrow(Fake):
+class Narrow(FakeLabs):
     """A model whose context holds so many characters of messages."""
 
     room = 20
@@ -599,7 +543,7 @@ class Narrow(Fake):
 
 
 @pytest.fixture
-def narrow(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Narrow:
+def narrow(fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch) -> Narrow:
     found = Narrow()
     for name in ("build_inputs", "stream_generate"):
         monkeypatch.setattr(labs, name, getattr(found, name))
@@ -637,51 +581,25 @@ def test_a_conversation_keeps_each_system_message_and_whole_turns() -> None:
     assert labs_chat.without_oldest(shorter or []) is None
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(fake: Fake) -> None:
-    fake.error = KeyboardInterrupt()
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(fake_labs: FakeLabs) -> None:
+    fake_labs.error = KeyboardInterrupt()
     result = invoke("--chat", "--stream", input="one\ntwo\n")
     assert result.exit_code == 0
-    assert [m["content"] for m in fake.requests[1]["messages"]] == ["one", "Hello there", "two"]
+    assert [m["content"] for m in fake_labs.requests[1]["messages"]] == [
+        "one",
+        "Hello there",
+        "two",
+    ]
 
 
-def test_a_turn_that_fails_is_forgotten_and_the_chat_goes_on(fake: Fake) -> None:
-    fake.pieces, fake.error = [], labs.PromptTooLong("too long")
+def test_a_turn_that_fails_is_forgotten_and_the_chat_goes_on(fake_labs: FakeLabs) -> None:
+    fake_labs.pieces, fake_labs.error = [], labs.PromptTooLong("too long")
     result = invoke("--chat", input="one\ntwo\n")
     assert "Error: too long" in result.stderr
-    assert [m["content"] for m in fake.requests[1]["messages"]] == ["two"]
+    assert [m["content"] for m in fake_labs.requests[1]["messages"]] == ["two"]
 
 
 # The program itself, on the default model
-
-
-def labs_gen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run labs-gen as a program, greedily and on few tokens unless told otherwise."""
-    words = [sys.executable, ROOT / "labs_cli.py", "--temperature", "0", *arguments]
-    options = {"stdin": subprocess.DEVNULL, "env": ONE_THREAD, **options}
-    if "input" in options:
-        del options["stdin"]
-    return subprocess.run(words, capture_output=True, timeout=300, check=False, **options)
-
-
-def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    words = [sys.executable, ROOT / "labs_cli.py", "--temperature", "0", *arguments]
-    return subprocess.Popen(words, env=ONE_THREAD, **{"preexec_fn": heed_sigint} | options)
-
-
-def heed_sigint() -> None:
-    """Undo what a shell does to its background jobs, of which the tests may be one."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def read_until(descriptor: int, text: str, seen: str = "") -> str:
-    """Read from a descriptor until `text` comes or two minutes have gone."""
-    until = time.monotonic() + 120
-    while text not in seen:
-        ready, _, _ = select.select([descriptor], [], [], max(0, until - time.monotonic()))
-        data = os.read(descriptor, 4096) if ready else b""
-        assert data, f"{text!r} did not come; seen: {seen!r}"
-        seen += data.decode(errors="replace")
-    return seen
 
 
 def test_the_default_model_answers_and_says_nothing_else() -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import kit
 import msgspec
 import pytest
 
@@ -15,11 +16,8 @@ import labs_guard
 import labs_rag
 import labs_request
 import labs_typed
-import test_labs
 from labs_request import GenerateRequest, Prompt, Request, ResponseFormat
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
 DATABASE = "docs.db"
 QUESTION = "Which river runs through Paris?"
 COLOUR = {"enum": ["red", "green"]}
@@ -67,7 +65,7 @@ def refusal(config: labs.Config, request: Request, **options: Any) -> Any:
     """Return the error with which a request is refused without a model."""
     with pytest.raises(labs.LabsError) as caught:
         checked(config, request, **options)
-    assert test_labs.is_one_sentence(caught.value)
+    assert kit.is_one_sentence(caught.value)
     return caught.value
 
 
@@ -469,4 +467,4 @@ def test_an_explanation_tells_where_settings_come_from(tiny: labs.Model) -> None
 def test_importing_it_imports_no_room_that_a_request_may_not_need(folder: Path) -> None:
     rooms = "{'torch', 'labs_guard', 'labs_rag', 'labs_embed', 'labs_typed', 'labs_decode'}"
     code = f"import sys, labs_request; print({rooms} & {{*sys.modules}})"
-    assert test_labs.python(code, folder).stdout == "set()\n"
+    assert kit.python(code, folder).stdout == "set()\n"

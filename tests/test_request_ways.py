@@ -12,6 +12,7 @@ from typing import Any
 
 import falcon.testing
 import pytest
+from kit import invoke
 from msgspec import Struct
 
 import labs
@@ -21,11 +22,7 @@ import labs_jsonl
 import labs_models
 import labs_rag
 import labs_request
-import test_labs
-from test_labs_cli import invoke
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RIVERS = "# Rivers\n\n## Seine\n\nThe Seine runs through Paris."
 ONLY_A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."

@@ -11,17 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from kit import A, Brake, Live, configured, events_of, request, until
 
 import labs
 import labs_engine
 import labs_wire
-import test_labs
-import test_labs_api
-from test_labs_api import A, Brake, Live, configured, events_of, request, until
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
-brake, live = test_labs_api.brake, test_labs_api.live
 ORIGIN = "https://app.example"
 BODY = {"prompt": "hi", "max_new_tokens": 4, **A}
 

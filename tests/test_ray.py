@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import kit
 import msgspec
 import psutil
 import pytest
+from kit import CHAT, A, end_of, labs_gen, program
 
 import labs
 import labs_jsonl
 import labs_ray
 import labs_vendor
-import test_labs
-from test_labs_api import CHAT, A
-from test_labs_cli import labs_gen
-from test_labs_serve import end_of, program
 
 WAIT_S = 120
 KEY = "one-key-that-is-long-enough"
@@ -61,14 +59,14 @@ def processes(name: str) -> list[psutil.Process]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a tiny model whose answers may be long."""
-    config = test_labs.llama()
+    config = kit.llama()
     config.max_position_embeddings = 200_000
-    return test_labs.save_model(tmp_path_factory.mktemp("ray") / "model", config)
+    return kit.save_model(tmp_path_factory.mktemp("ray") / "model", config)
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> labs.Model:
-    return test_labs.load(folder)
+    return kit.load(folder)
 
 
 def test_a_cluster_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -12,16 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kit
 import pytest
+from kit import answer, conversions
 
 import labs
 import labs_cache
-import test_labs
-from test_labs import answer, conversions
-
-folder, fresh, one_thread, packed = (
-    test_labs.folder, test_labs.fresh, test_labs.one_thread, test_labs.packed
-)  # fmt: skip
 
 
 def zero(path: Path, start: int, count: int) -> None:
@@ -134,7 +130,7 @@ def holder(folder: Path) -> Iterator[Any]:
     (scratch := folder / "cache" / ".converting-other-0123-bf16").mkdir(parents=True)
     (scratch / "half").write_text("half of it")
     command = [sys.executable, "-c", HELD, str(scratch)]
-    environment = {**os.environ, "PYTHONPATH": str(test_labs.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(kit.ROOT)}
     with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kit
 import pytest
 
 import labs_schema
@@ -209,10 +210,9 @@ def told_of(work: Callable[[], Any]) -> str:
 
 def try_chats(seeds: Iterator[int]) -> Iterator[str]:
     import labs
-    import test_labs
 
     spec, lock = labs.ModelSpec(model_name="x"), threading.Lock()
-    known = [test_labs.byte_tokenizer(template) for template in TEMPLATES]
+    known = [kit.byte_tokenizer(template) for template in TEMPLATES]
     models: Any = [SimpleNamespace(tokenizer=each, lock=lock, spec=spec) for each in known]
     for seed in seeds:
         chance = random.Random(seed)

@@ -16,20 +16,13 @@ from typing import Any
 
 import msgspec
 import pytest
-
-import labs
-import labs_engine
-import labs_gate
-import labs_request
-import test_labs
-import test_labs_api
-from test_labs_api import (
+from kit import (
     BODIES,
     CHAT,
     KEYS,
     PUBLIC,
     WAIT_S,
-    Fake,
+    FakeEngine,
     Site,
     configured,
     error_of,
@@ -37,9 +30,11 @@ from test_labs_api import (
     until,
 )
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
-fake, site = test_labs_api.fake, test_labs_api.site
+import labs
+import labs_engine
+import labs_gate
+import labs_request
+
 RIGHT = "Bearer s3cret"
 
 
@@ -61,7 +56,7 @@ RIGHT = "Bearer s3cret"
         ("Bearer " + "clé".encode().decode("latin-1"), 200),
     ],
 )
-def test_only_the_right_key_opens(fake: Fake, authorization: str | None, status: int) -> None:
+def test_only_the_right_key_opens(fake: FakeEngine, authorization: str | None, status: int) -> None:
     site = Site(fake, configured(*KEYS))
     headers = {} if authorization is None else {"Authorization": authorization}
     response = site.post("/generate", {"prompt": "a"}, **headers)
@@ -72,7 +67,7 @@ def test_only_the_right_key_opens(fake: Fake, authorization: str | None, status:
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_a_key_with_accents_opens_its_own_door_only(fake: Fake) -> None:
+def test_a_key_with_accents_opens_its_own_door_only(fake: FakeEngine) -> None:
     raw = "Bearer " + "clé".encode().decode("latin-1")
     assert (
         Site(fake, configured("s3cret")).post("/generate", {}, Authorization=raw).status_code == 401
@@ -80,11 +75,11 @@ def test_a_key_with_accents_opens_its_own_door_only(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("path", PUBLIC)
-def test_what_is_public_needs_no_key(fake: Fake, path: str) -> None:
+def test_what_is_public_needs_no_key(fake: FakeEngine, path: str) -> None:
     assert Site(fake, configured(*KEYS)).get(path).status_code == 200
 
 
-def test_all_else_needs_a_key(fake: Fake) -> None:
+def test_all_else_needs_a_key(fake: FakeEngine) -> None:
     site = Site(fake, configured(*KEYS))
     paths = site.get("/openapi.json").json["paths"]
     closed = [
@@ -96,7 +91,7 @@ def test_all_else_needs_a_key(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize(("public", "status"), [(False, 401), (True, 200)])
-def test_metrics_are_public_only_if_wanted(fake: Fake, public: bool, status: int) -> None:
+def test_metrics_are_public_only_if_wanted(fake: FakeEngine, public: bool, status: int) -> None:
     site = Site(fake, configured(*KEYS, public_metrics=public))
     assert site.get("/metrics").status_code == status
     assert site.get("/metrics", Authorization=RIGHT).status_code == 200
@@ -107,14 +102,14 @@ def test_metrics_are_public_only_if_wanted(fake: Fake, public: bool, status: int
     ["//generate", "/%67enerate", "/generate/", "/health/../generate", "/./generate",
      "/generate%2f", "/health%2f..%2fgenerate", "/generate;/health", "/GENERATE"],
 )  # fmt: skip
-def test_no_spelling_of_a_path_goes_round_the_key(fake: Fake, path: str) -> None:
+def test_no_spelling_of_a_path_goes_round_the_key(fake: FakeEngine, path: str) -> None:
     response = Site(fake, configured(*KEYS)).post(path, {"prompt": "a"})
     assert response.status_code in (401, 404)
     assert not fake.asked
 
 
 @pytest.mark.parametrize("path", ["/generate", "/metrics", CHAT])
-def test_options_ask_for_no_key_and_do_nothing(fake: Fake, path: str) -> None:
+def test_options_ask_for_no_key_and_do_nothing(fake: FakeEngine, path: str) -> None:
     response = Site(fake, configured(*KEYS)).ask("OPTIONS", path)
     assert response.status_code == 200
     assert "allow" in response.headers
@@ -160,7 +155,7 @@ def test_as_much_as_the_limits_is_taken() -> None:
     labs_gate.check_sizes(LIMITS, asking("abc", "abc", "abc", n=4))
 
 
-def test_too_large_a_prompt_is_not_looked_at(fake: Fake) -> None:
+def test_too_large_a_prompt_is_not_looked_at(fake: FakeEngine) -> None:
     config = msgspec.structs.replace(configured(max_prompt_bytes=3), guard=labs.Guard(deny=("hi",)))
     site = Site(fake, config)
     assert error_of(site.post("/generate", {"prompt": "hi hi"}), 400)["code"] == "prompt_too_large"
@@ -175,7 +170,7 @@ def test_too_large_a_prompt_is_not_looked_at(fake: Fake) -> None:
     ],
 )
 def test_more_answers_than_there_will_ever_be_room_for_are_no_matter_of_waiting(
-    fake: Fake, path: str, body: Any, param: str
+    fake: FakeEngine, path: str, body: Any, param: str
 ) -> None:
     fake.doing = {"max_rows": 1, "max_waiting": 1}
     site = Site(fake, configured())
@@ -230,7 +225,7 @@ def test_only_known_hosts_are_served(site: Site, path: str, host: str, status: i
         (("*",), "evil.com", 200),
     ],
 )
-def test_hosts_may_be_allowed(fake: Fake, allowed: Any, host: str, status: int) -> None:
+def test_hosts_may_be_allowed(fake: FakeEngine, allowed: Any, host: str, status: int) -> None:
     site = Site(fake, configured(allowed_hosts=allowed))
     assert site.get("/health", Host=host).status_code == status
 
@@ -245,7 +240,7 @@ def test_no_other_origin_may_read_by_default(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("origin", "allowed"), [(ORIGIN, True), ("https://evil.com", False)])
-def test_only_allowed_origins_may_read(fake: Fake, origin: str, allowed: bool) -> None:
+def test_only_allowed_origins_may_read(fake: FakeEngine, origin: str, allowed: bool) -> None:
     site = Site(fake, configured(*KEYS, allow_origins=(ORIGIN,)))
     for headers in ({}, {"Authorization": RIGHT}):
         response = site.get("/v1/models", Origin=origin, **headers)
@@ -261,7 +256,7 @@ def test_only_allowed_origins_may_read(fake: Fake, origin: str, allowed: bool) -
 @pytest.mark.parametrize("origin", [ORIGIN, "https://evil.com", None])
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/nothing"])
 def test_answers_to_one_of_several_origins_are_kept_apart(
-    fake: Fake, path: str, origin: str | None
+    fake: FakeEngine, path: str, origin: str | None
 ) -> None:
     site = Site(fake, configured(*KEYS, allow_origins=(ORIGIN, "https://b.example")))
     response = site.get(path, **({} if origin is None else {"Origin": origin}))
@@ -270,7 +265,7 @@ def test_answers_to_one_of_several_origins_are_kept_apart(
     assert shown == ("X-Request-Id, Retry-After" if origin == ORIGIN else None)
 
 
-def test_any_origin_needs_no_keeping_apart(fake: Fake) -> None:
+def test_any_origin_needs_no_keeping_apart(fake: FakeEngine) -> None:
     site = Site(fake, configured(allow_origins=("*",)))
     assert "vary" not in site.get("/health", Origin=ORIGIN).headers
 
@@ -290,7 +285,7 @@ def test_head_answers_as_get_does_without_a_body(
     assert [line["method"] for line in log_lines(caplog)][1:] in ([], ["HEAD"])
 
 
-def test_head_asks_for_the_same_key_and_for_no_answer(fake: Fake) -> None:
+def test_head_asks_for_the_same_key_and_for_no_answer(fake: FakeEngine) -> None:
     site = Site(fake, configured(*KEYS))
     assert site.ask("HEAD", "/v1/models").status_code == 401
     assert site.ask("HEAD", "/nothing").status_code == 404
@@ -357,7 +352,7 @@ def test_nothing_in_a_path_reaches_headers_or_breaks_a_log_line(
 
 
 def test_each_request_is_one_line_of_json_without_secrets(
-    fake: Fake, caplog: pytest.LogCaptureFixture
+    fake: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     site = Site(fake, configured(*KEYS))
@@ -387,7 +382,7 @@ def test_signs_of_life_are_not_logged(site: Site, caplog: pytest.LogCaptureFixtu
     assert not log_lines(caplog)
 
 
-def test_requests_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
+def test_requests_over_the_quota_of_a_key_are_refused(fake: FakeEngine) -> None:
     site = Site(fake, configured("one", "two", requests_per_minute=2))
     answers = [site.get("/v1/models", Authorization="Bearer one") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
@@ -397,7 +392,7 @@ def test_requests_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
     assert site.get("/health").status_code == 200
 
 
-def test_tokens_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
+def test_tokens_over_the_quota_of_a_key_are_refused(fake: FakeEngine) -> None:
     site = Site(fake, configured("one", "two", tokens_per_minute=100))
     body = {"prompt": "hi", "max_new_tokens": 60}
     first, second = (site.post("/generate", body, Authorization="Bearer one") for _ in range(2))
@@ -409,7 +404,7 @@ def test_tokens_over_the_quota_of_a_key_are_refused(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in BODIES if path != "/explain"])
-def test_what_the_engine_does_not_take_is_not_paid_for(fake: Fake, path: str) -> None:
+def test_what_the_engine_does_not_take_is_not_paid_for(fake: FakeEngine, path: str) -> None:
     fake.refusal = labs_engine.Busy("full")
     site = Site(
         fake, configured(generation=labs.Generation(max_new_tokens=50), tokens_per_minute=100)
@@ -417,7 +412,7 @@ def test_what_the_engine_does_not_take_is_not_paid_for(fake: Fake, path: str) ->
     assert [site.post(path, BODIES[path]).status_code for _ in range(40)] == [503] * 40
 
 
-def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: Fake) -> None:
+def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: FakeEngine) -> None:
     site = Site(fake, configured(requests_per_minute=3, tokens_per_minute=100))
     answers = [site.post("/generate", {"prompt": "hi", "max_new_tokens": n}) for n in (99, 60, 60)]
     answers.append(site.get("/v1/models"))
@@ -436,7 +431,7 @@ def test_a_quota_refills() -> None:
     assert quota.take("a", 30) == 0
 
 
-def test_answers_are_shared_within_one_key_only(fake: Fake) -> None:
+def test_answers_are_shared_within_one_key_only(fake: FakeEngine) -> None:
     site = Site(fake, configured("one", "two"))
     for key in ("one", "two", "one"):
         site.post("/generate", {"prompt": "a"}, Authorization=f"Bearer {key}")

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonschema
+import kit
 import msgspec
 import pytest
 import torch
+from kit import Site, configured, error_of
 from msgspec import Meta
 
 import labs
@@ -30,12 +32,7 @@ import labs_jsonl
 import labs_request
 import labs_schema
 import labs_typed
-import test_labs
-import test_labs_api
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
-Site, configured, error_of = test_labs_api.Site, test_labs_api.configured, test_labs_api.error_of
 SCHEMAS = int(os.environ.get("LABS_SCHEMAS", "40"))
 COLOUR = {"enum": ["red", "green"]}
 FORMAT = {"type": "json_schema", "json_schema": {"schema": COLOUR}}
@@ -372,18 +369,18 @@ def test_a_row_whose_grammar_asks_too_much_later_ends_alone(tiny, trials, monkey
 
 
 def test_a_tokenizer_may_know_more_tokens_than_the_model(tmp_path):
-    config = test_labs.llama()
+    config = kit.llama()
     config.vocab_size = 259
-    model = test_labs.load(test_labs.save_model(tmp_path / "less", config, template=None))
+    model = kit.load(kit.save_model(tmp_path / "less", config, template=None))
     assert len(model.tokenizer) > model.decoder.config.vocab_size
     inputs = labs.build_inputs(model, prompt="hi")
     assert labs_typed.generate_as(model, inputs, Literal["red", "green"]) in ("red", "green")
 
 
 def test_a_model_without_a_token_to_begin_with_is_refused(tmp_path):
-    config = test_labs.llama()
+    config = kit.llama()
     config.vocab_size, config.eos_token_id, config.bos_token_id = 100, 5, 6
-    model = test_labs.load(test_labs.save_model(tmp_path / "less", config, eos_token_id=[5]))
+    model = kit.load(kit.save_model(tmp_path / "less", config, eos_token_id=[5]))
     with pytest.raises(labs.InputError, match="no JSON"):
         labs_typed.Constraint(model, {"type": "object"})  # { is the token 123 here
 
@@ -685,7 +682,7 @@ def test_lines_of_a_file_have_formats_of_their_own_and_are_replayed(tiny):
 
 
 def gen(*arguments: str, **files: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(test_labs.ROOT / "labs_cli.py"), *arguments]
+    command = [sys.executable, str(kit.ROOT / "labs_cli.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, stdin=-3, timeout=120, check=False

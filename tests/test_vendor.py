@@ -17,21 +17,16 @@ import zipapp
 from pathlib import Path
 from typing import Any
 
+import kit
 import pytest
+from kit import ONE_THREAD, ROOT, invoke
 from packaging.requirements import Requirement
 
 import labs
 import labs_jsonl
 import labs_request
 import labs_vendor
-import test_labs
-import test_labs_api
-import test_labs_cli
-from test_labs_cli import ONE_THREAD, ROOT, invoke
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny, missing = test_labs.tiny_folder, test_labs.tiny, test_labs.missing
-fake, site, fake_labs = test_labs_api.fake, test_labs_api.site, test_labs_cli.fake
 ORIGINALS = sorted(path.name for path in ROOT.glob("labs*.py"))
 ROOMS = [name[5:-3] for name in ORIGINALS if name != "labs.py"]
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
@@ -153,7 +148,7 @@ def test_a_copy_in_a_package_differs_in_its_imports_alone():
         for old, new in ((old, new) for old, new in pairs if old != new):
             assert re.fullmatch(r" *(import labs\w*( +#.*)?|from labs\w* import .*)", old)
             assert new.strip() in (f"from . {old.strip()}", old.strip().replace("from ", "from ."))
-        assert not {name for name in test_labs.imports(absolute(body)) if name.startswith("labs")}
+        assert not {name for name in kit.imports(absolute(body)) if name.startswith("labs")}
 
 
 def absolute(text: str) -> list[ast.AST]:
@@ -565,9 +560,9 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "response_format": {"ty
 )
 def test_a_request_for_a_room_that_was_not_copied_is_refused_by_name(path, body, site, missing):
     missing("labs_typed")
-    error = test_labs_api.error_of(site.post(path, body), 400)
+    error = kit.error_of(site.post(path, body), 400)
     assert error["message"] == lacking("typed")
-    test_labs_api.error_of(site.post("/generate", {"prompt": "Hi", "x": 1}), 400)
+    kit.error_of(site.post("/generate", {"prompt": "Hi", "x": 1}), 400)
     assert site.post("/generate", {"prompt": "Hi"}).status_code == 200
 
 
@@ -575,7 +570,7 @@ def test_an_app_with_filters_that_were_not_copied_is_not_made(fake, missing):
     missing("labs_guard")
     config = labs.Config(model_id="tiny", guard=labs.Guard(deny=("x",)))
     with pytest.raises(labs.ConfigError, match=re.escape(lacking("guard"))):
-        test_labs_api.Site(fake, config)
+        kit.Site(fake, config)
 
 
 @pytest.mark.parametrize(

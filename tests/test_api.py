@@ -6,13 +6,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import hashlib
-import itertools
 import json
 import math
 import queue
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +18,7 @@ from typing import Any
 
 import falcon.testing
 import httpx
+import kit
 import msgspec
 import openai
 import pytest
@@ -29,11 +27,34 @@ import schemathesis.checks
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from kit import (
+    ANSWERED,
+    BODIES,
+    CHAT,
+    COMPLETIONS,
+    HELLO,
+    JSON,
+    KEYS,
+    ROWS,
+    WAIT_S,
+    WAITING,
+    A,
+    Brake,
+    FakeEngine,
+    Later,
+    Live,
+    Site,
+    chunks_of,
+    configured,
+    error_of,
+    events_of,
+    request,
+    until,
+)
 from openai.types import chat
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 from schemathesis.specs.openapi import checks as openapi_checks
-from waitress import wasyncore
 
 import labs
 import labs_api
@@ -41,215 +62,17 @@ import labs_engine
 import labs_models
 import labs_openai
 import labs_request
-import labs_serve
 import labs_turns
-import test_labs
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny = test_labs.tiny_folder, test_labs.tiny
-WAIT_S = 20  # what a test waits at most for what should come at once
-A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-HELLO = [{"role": "user", "content": "hi"}]
 MESSAGES: dict[str, Any] = {
     "system": chat.ChatCompletionSystemMessageParam,
     "developer": chat.ChatCompletionDeveloperMessageParam,
     "user": chat.ChatCompletionUserMessageParam,
     "assistant": chat.ChatCompletionAssistantMessageParam,
 }
-BODIES: dict[str, dict[str, Any]] = {
-    "/generate": {"prompt": "hi"},
-    "/generate/stream": {"prompt": "hi"},
-    "/explain": {"prompt": "hi"},
-    "/choose": {"prompt": "hi", "options": ["a", "b"]},
-    CHAT: {"messages": HELLO},
-    COMPLETIONS: {"prompt": "hi"},
-}
-ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose")]
-KEYS = ("s3cret", "clé")
-PUBLIC = ("/health", "/livez", "/readyz", "/openapi.json", "/docs", "/")
 
 
 # ---------------------------------------------------------------- helpers
-
-
-class Fake:
-    """Stands for an engine: remembers what it was asked and answers at once with set pieces."""
-
-    def __init__(self, model: labs.Model) -> None:
-        self.model = model
-        self.pieces: list[str | labs.Delta] = ["Hello", " there"]
-        self.reason: Any = "stop"
-        self.refusal: BaseException | None = None  # raised by submit
-        self.error: labs.LabsError | None = None  # ends the answer
-        self.asked: list[tuple[labs.Inputs, labs.Generation, str]] = []
-        self.left: list[int] = []
-        self.tickets = itertools.count(1)
-        self.doing: dict[str, Any] = {}  # of its status
-
-    def submit(
-        self,
-        inputs: labs.Inputs,
-        generation: labs.Generation,
-        *,
-        owner: str = "",
-        processors: tuple[Any, ...] = (),
-        events: Any = None,
-    ) -> labs_engine.Answer:
-        if self.refusal is not None:
-            raise self.refusal
-        ticket, events = next(self.tickets), queue.SimpleQueue() if events is None else events
-        for piece in self.pieces:
-            events.put((ticket, labs.Delta(piece) if isinstance(piece, str) else piece))
-        usage = labs.Usage(len(inputs.input_ids), len(self.pieces), cached_tokens=5)
-        done = labs.Done(self.reason, usage, labs.Timings(0.0, 0.1, 0.2, 5.0), seed=generation.seed)
-        events.put((ticket, labs.Failed(self.error) if self.error else done))
-        self.asked.append((inputs, generation, owner))
-        return labs_engine.Answer(ticket, events, self.left.append)
-
-    def open(self, inputs: labs.Inputs, generation: labs.Generation, *rest: Any) -> Any:
-        return labs.open_request(self.model, next(self.tickets), inputs, generation)
-
-    def take_in(self, stream: Any, events: Any, work: Any) -> labs_engine.Answer:
-        if self.refusal is not None:
-            raise self.refusal
-        for _ in work(stream.row, None):
-            pass
-        self.asked.append((stream.inputs, stream.generation, stream.row.owner))
-        done = labs.Done("stop", labs.Usage(1, 0), labs.Timings(0.0, 0.0, 0.0, 0.0))
-        events.put((stream.row.id, done))
-        return labs_engine.Answer(stream.row.id, events, self.left.append)
-
-    def status(self) -> labs_engine.Status:
-        numbers = dict.fromkeys(("running", "waiting", "steps", "halvings", "failures"), 0)
-        numbers |= {"max_rows": 4, "max_waiting": 4, "response_cache_hits": 0}
-        state = {"cache_usage": 0.0, "idle_s": 0.0, "alive": True, "closing": False}
-        return labs_engine.Status(**numbers | state | self.doing)
-
-    @property
-    def generation(self) -> labs.Generation:
-        return self.asked[-1][1]
-
-
-def configured(*keys: str, generation: Any = None, **server: Any) -> labs.Config:
-    return labs.Config(
-        model_id="tiny",
-        generation=generation or labs.Generation(),
-        server=labs.Server(**server),
-        api_keys=tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys),
-    )
-
-
-class Site:
-    """An app and a client of it, without sockets."""
-
-    def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
-        self.engine, self.config = engine, config
-        models = labs_models.One(engine, config.model_id) if models is None else models
-        self.app = labs_api.create_app(config, models)
-        self.client = falcon.testing.TestClient(self.app)
-
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        """Ask; a body that is no bytes is sent as JSON. Header names: _ stands for -."""
-        names = {"Host": "localhost"} if body is None else {"Host": "localhost", **JSON}
-        names |= {name.replace("_", "-"): value for name, value in headers.items()}
-        sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        return self.client.simulate_request(method, path, body=sent, headers=names)
-
-    def get(self, path: str, **headers: str) -> Any:
-        return self.ask("GET", path, **headers)
-
-    def post(self, path: str, body: Any, **headers: str) -> Any:
-        return self.ask("POST", path, body, **headers)
-
-    def sdk(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        client = httpx.Client(transport=httpx.WSGITransport(app=self.app))
-        base = "http://localhost/v1"
-        return openai.OpenAI(
-            api_key=key, base_url=base, http_client=client, **{"max_retries": 0, **options}
-        )
-
-
-class Later(labs_models.One):
-    """Engines that a function returns or has not yet, with the interface of labs_models.Models."""
-
-    def __init__(self, engine_of: Callable[[str], Any]) -> None:
-        self.engine_of = engine_of
-
-    def __call__(self, name: str) -> Any:
-        return self.engine_of(name)
-
-    def check(self) -> None:
-        self.engine_of("tiny")
-
-    def loaded(self) -> dict[str, Any]:
-        with contextlib.suppress(labs.LabsError):
-            return {"tiny": self.engine_of("tiny")}
-        return {}
-
-    def context_length(self, name: str) -> int | None:
-        return None
-
-
-JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def fake(tiny: labs.Model) -> Fake:
-    return Fake(tiny)
-
-
-@pytest.fixture
-def site(fake: Fake) -> Site:
-    return Site(fake, configured())
-
-
-def error_of(response: Any, status: int) -> dict[str, Any]:
-    """Return the error of an answer, which has the one shape of all errors."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    (error,) = response.json.values()
-    assert list(response.json) == ["error"]
-    assert list(error) == ["message", "type", "param", "code"]
-    assert test_labs.is_one_sentence(Exception("x" * 10 + error["message"]))
-    return error
-
-
-def events_of(data: bytes) -> list[tuple[str, str]]:
-    """Return (event, data) of server-sent events, as the HTML standard reads them."""
-    found, kind, lines = [], "message", []
-    for line in re.split(r"\r\n|\r|\n", data.decode()):
-        name, _, value = line.partition(":")
-        if not line and lines:
-            found.append((kind, "\n".join(lines)))
-        if not line:
-            kind, lines = "message", []
-        elif name == "data":
-            lines.append(value.removeprefix(" "))
-        elif name == "event":
-            kind = value.removeprefix(" ")
-    return found
-
-
-def chunks_of(response: Any) -> list[dict[str, Any]]:
-    """Return the chunks of OpenAI's stream, which ends in [DONE]."""
-    *chunks, (_, last) = events_of(response.content)
-    assert last == "[DONE]"
-    return [json.loads(data) for _, data in chunks]
-
-
-def log_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    records = [record for record in caplog.records if record.name == "labs.api"]
-    return [json.loads(record.getMessage()) for record in records if record.levelname == "INFO"]
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait for a condition, long enough for any machine."""
-    end = time.monotonic() + WAIT_S
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-    return value
 
 
 # ---------------------------------------------------------------- bodies
@@ -387,7 +210,7 @@ def test_a_packed_body_is_refused_by_the_name_of_its_packing(site: Site, coding:
 
 @pytest.mark.parametrize("path", ["/explain", "/generate", CHAT])
 def test_no_path_of_the_server_is_told_to_clients(
-    fake: Fake, tmp_path: Any, path: str, monkeypatch: pytest.MonkeyPatch
+    fake: FakeEngine, tmp_path: Any, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = str(tmp_path / "secret")
     spec = labs.evolve(fake.model.spec, model_name=secret, cache_dir=secret)
@@ -404,7 +227,7 @@ def test_no_path_of_the_server_is_told_to_clients(
     assert not [answer.text for answer in answers if secret in answer.text]
 
 
-def test_a_body_over_the_limit_is_refused(fake: Fake) -> None:
+def test_a_body_over_the_limit_is_refused(fake: FakeEngine) -> None:
     site = Site(fake, configured(max_body_bytes=1024))
     body = json.dumps({"prompt": "a"}).encode()
     assert site.post("/generate", body.ljust(1024)).status_code == 200
@@ -412,7 +235,7 @@ def test_a_body_over_the_limit_is_refused(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", CHAT, COMPLETIONS])
-def test_a_prompt_over_the_limit_is_refused(fake: Fake, path: str) -> None:
+def test_a_prompt_over_the_limit_is_refused(fake: FakeEngine, path: str) -> None:
     body = json.dumps(BODIES[path]).replace("hi", "é" * 5)
     assert Site(fake, configured(max_prompt_bytes=10)).post(path, body.encode()).status_code == 200
     small = Site(fake, configured(max_prompt_bytes=9))
@@ -480,7 +303,7 @@ def test_a_row_that_fails_is_a_server_error(site: Site, path: str) -> None:
     assert "layer" not in error_of(response, 500)["message"]
 
 
-def test_all_choices_are_let_go_when_one_cannot_be_taken(fake: Fake) -> None:
+def test_all_choices_are_let_go_when_one_cannot_be_taken(fake: FakeEngine) -> None:
     submit, site = fake.submit, Site(fake, configured())
 
     def third_is_too_much(*inputs: Any, **options: Any) -> Any:
@@ -572,7 +395,7 @@ def test_what_another_field_makes_ask_for_nothing_is_taken(
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("name", ["seed", "max_tokens", "top_k"])
-def test_minus_one_is_no_choice_of_its_own(fake: Fake, path: str, name: str) -> None:
+def test_minus_one_is_no_choice_of_its_own(fake: FakeEngine, path: str, name: str) -> None:
     generation = labs.Generation(max_new_tokens=9, seed=5, top_k=7)
     site = Site(fake, configured(generation=generation))
     assert site.post(path, {**BODIES[path], name: -1}).status_code == 200
@@ -771,7 +594,7 @@ def test_every_field_of_a_request_is_heard_or_listed_as_a_hint(
     monkeypatch.setattr(tiny.tokenizer, "chat_template", READING)
 
     def outcome(fields: dict[str, Any]) -> Any:
-        site = Site(fake := Fake(tiny), configured())
+        site = Site(fake := FakeEngine(tiny), configured())
         answer = site.post(path, put(fields), X_Request_Id="one")
         text = re.sub(r'"created":\d+|"[a-z_]+_s":[^,}]+', "", answer.text)
         return answer.status_code, answer.headers["content-type"], text, fake.asked
@@ -814,7 +637,7 @@ def test_what_openai_clients_ask_for_takes_effect(
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_null_leaves_openai_settings_as_configured(fake: Fake, path: str) -> None:
+def test_null_leaves_openai_settings_as_configured(fake: FakeEngine, path: str) -> None:
     generation = labs.Generation(max_new_tokens=5, temperature=0.5, stop=("x",), seed=3)
     site = Site(fake, configured(generation=generation))
     kind = {CHAT: labs_openai.ChatRequest, COMPLETIONS: labs_openai.CompletionRequest}[path]
@@ -823,7 +646,7 @@ def test_null_leaves_openai_settings_as_configured(fake: Fake, path: str) -> Non
     assert fake.generation == generation
 
 
-def test_what_is_unset_is_as_configured(fake: Fake) -> None:
+def test_what_is_unset_is_as_configured(fake: FakeEngine) -> None:
     generation = labs.Generation(max_new_tokens=5, temperature=0.5)
     Site(fake, configured(generation=generation)).post("/generate", {"prompt": "a", "top_k": 2})
     assert fake.generation == labs.evolve(generation, top_k=2)
@@ -1052,7 +875,7 @@ def test_the_models_are_listed(site: Site) -> None:
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
 @given(pieces=st.lists(st.text(alphabet="ab:\r\n \u2028\x00é", max_size=4), max_size=6))
 def test_text_comes_whole_however_it_is_cut(tiny: labs.Model, pieces: list[str]) -> None:
-    fake = Fake(tiny)
+    fake = FakeEngine(tiny)
     fake.pieces = [*pieces]
     response = Site(fake, configured()).post("/generate/stream", {"prompt": "a"})
     *texts, (last, _) = events_of(response.content)
@@ -1183,7 +1006,7 @@ def test_readiness_tells_the_state_of_the_engine(site: Site, doing: Any, health:
 
 
 def test_the_time_until_a_model_is_there_counts_but_is_no_setting(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
+    fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def engine_of(name: str) -> Any:
         time.sleep(0.2)
@@ -1204,90 +1027,6 @@ def test_the_time_until_a_model_is_there_counts_but_is_no_setting(
 
 
 # ---------------------------------------------------------------- true clients of a true server
-
-
-ROWS, WAITING = 2, 2
-
-
-class Brake:
-    """Hooks a model's forward calls: all pass after `pause_s`, or one for each `let` if held."""
-
-    def __init__(self) -> None:
-        self.pause_s, self.held, self._let = 0.0, False, threading.Semaphore(0)
-
-    def __call__(self, words: Any, output: Any) -> None:
-        time.sleep(self.pause_s)
-        while self.held and not self._let.acquire(timeout=0.01):
-            pass
-
-    def let(self, calls: int) -> None:
-        self._let.release(calls)
-
-
-class Live(Site):
-    """An app behind waitress on a free port, in a thread."""
-
-    def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
-        super().__init__(engine, config, models)
-        self.server = labs_serve.make_server(self.app, config)
-        self.port = self.server.effective_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self.server.run, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # it may be closed before the trigger is written to
-            self.server.trigger.pull_trigger(lambda: wasyncore.close_all(self.server._map))
-        self._thread.join(WAIT_S)
-        self.server.task_dispatcher.shutdown(timeout=1)
-
-    def connect(self, sent: bytes = b"") -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
-        connection.sendall(sent)
-        return connection
-
-    def raw(self, sent: bytes) -> bytes:
-        """Send bytes and return all that comes until the server hangs up."""
-        with self.connect(sent) as connection:
-            return b"".join(iter(lambda: connection.recv(65_536), b""))
-
-    def doing(self) -> tuple[int, int]:
-        status = self.engine.status()
-        return status.running, status.waiting
-
-
-def request(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
-    data = json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/{version}", "Host: localhost", "Content-Type: application/json"]
-    lines += [f"Content-Length: {len(data)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + data
-
-
-@pytest.fixture(scope="module")
-def served(tiny: labs.Model) -> Iterator[Live]:
-    server = {"port": 0, "max_batch_rows": ROWS, "max_waiting": WAITING}
-    config = configured(generation=labs.Generation(max_new_tokens=5), **server)
-    live = Live(labs_engine.Engine(tiny, config.server), config)
-    yield live
-    live.close()
-    live.engine.close()
-
-
-@pytest.fixture
-def brake(tiny: labs.Model) -> Iterator[Brake]:
-    brake = Brake()
-    with test_labs.hooked(tiny, brake):
-        yield brake
-        brake.pause_s, brake.held = 0.0, False
-
-
-@pytest.fixture
-def live(served: Live, brake: Brake) -> Iterator[Live]:
-    """Serve; begin and end with nothing under way."""
-    until(lambda: served.doing() == (0, 0))
-    yield served
-    brake.pause_s, brake.held = 0.0, False
-    until(lambda: served.doing() == (0, 0))
 
 
 @pytest.fixture
@@ -1358,7 +1097,7 @@ def test_openais_client_raises_its_own_errors(
     assert caught.value.code == code
 
 
-def test_openais_client_knows_the_other_refusals(fake: Fake) -> None:
+def test_openais_client_knows_the_other_refusals(fake: FakeEngine) -> None:
     site = Site(fake, configured(*KEYS, requests_per_minute=3))
     with pytest.raises(openai.AuthenticationError):
         site.sdk().models.list()
@@ -1499,7 +1238,7 @@ def test_the_server_does_not_tell_what_it_is(live: Live) -> None:
     assert "server" not in httpx.get(f"{live.url}/health").headers
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(fake: Fake) -> None:
+def test_a_client_that_does_not_read_holds_up_nobody(fake: FakeEngine) -> None:
     fake.pieces = ["x" * 100_000] * 300  # more than the kernel and waitress take in
     live = Live(fake, configured(port=0, max_waiting=0))
     try:
@@ -1598,7 +1337,7 @@ class Slow(Later):
 
 
 @pytest.fixture
-def slow(fake: Fake) -> Iterator[Callable[..., tuple[Slow, Live]]]:
+def slow(fake: FakeEngine) -> Iterator[Callable[..., tuple[Slow, Live]]]:
     """Serve a fake engine that is not there for some seconds."""
     with contextlib.ExitStack() as stack:
 
@@ -1686,9 +1425,9 @@ def test_a_lease_is_given_back_whatever_becomes_of_the_request(
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Return the schema of an app whose model has a tiny context, so that answers are short."""
-    config = test_labs.llama()
+    config = kit.llama()
     config.max_position_embeddings = 64
-    model = test_labs.load(test_labs.save_model(tmp_path_factory.mktemp("small") / "m", config))
+    model = kit.load(kit.save_model(tmp_path_factory.mktemp("small") / "m", config))
     engine = labs_engine.Engine(model)
     served = configured(generation=labs.Generation(max_new_tokens=4))
     app = labs_api.create_app(served, labs_models.One(engine, "tiny"))

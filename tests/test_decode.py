@@ -21,6 +21,18 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit import (
+    ARCHITECTURES,
+    BASE,
+    DULL,
+    NEW_TOKENS,
+    PROMPTS,
+    by_transformers,
+    newcomer,
+    prepare,
+    random_model,
+    row_of,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import logits_process
 
@@ -31,186 +43,8 @@ import labs_forward as forward_room
 import labs_loop as loop
 import labs_prefixes as prefixes_room
 
-NEW = 20
-BASE: dict[str, Any] = {
-    "vocab_size": 211,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("joins", {}),
-    "qwen2": ("joins", {}),
-    "qwen3": ("joins", {"head_dim": 16}),
-    "qwen3_moe": ("joins", MOE),
-    "mistral": ("joins", {"sliding_window": 8}),
-    "mixtral": ("joins", {"num_local_experts": 4}),
-    "phi3": ("joins", {"sliding_window": 8}),
-    "stablelm": ("joins", {}),
-    "granite": ("joins", {}),
-    "smollm3": ("joins", {}),
-    "olmo": ("joins", {}),
-    "glm4": ("joins", {"head_dim": 16}),
-    "exaone4": ("joins", SLIDING),
-    "gemma2": ("joins", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma3_text": ("joins", {"head_dim": 16, "query_pre_attn_scalar": 16, **SLIDING}),
-    "gpt_oss": (
-        "joins",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
-    ),
-    "cohere2": ("joins", SLIDING),
-    "llama4_text": (
-        "joins",
-        {
-            "head_dim": 16,
-            "attention_chunk_size": 8,
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 96,
-        },
-    ),
-    "gpt2": ("joins", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512}),
-    "opt": ("joins", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "deepseek_v3": (
-        "joins",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 32,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "mamba2": (
-        "joins",
-        {
-            "state_size": 8,
-            "head_dim": 16,
-            "num_heads": 8,
-            "n_groups": 2,
-            "expand": 2,
-            "conv_kernel": 4,
-            "chunk_size": 8,
-        },
-    ),
-    "lfm2": ("joins", {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 96}),
-    "falcon_h1": (
-        "joins",
-        {
-            "mamba_d_ssm": 64,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 16,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 8,
-            "mamba_chunk_size": 8,
-        },
-    ),
-    "bamba": (
-        "joins",
-        {
-            "mamba_n_heads": 8,
-            "mamba_d_head": 16,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 8,
-            "attn_layer_indices": [1, 3],
-            "mamba_chunk_size": 8,
-        },
-    ),
-    "mamba": ("whole", {"state_size": 8, "expand": 2, "conv_kernel": 4}),
-    "falcon_mamba": ("whole", {"state_size": 8}),
-    "jamba": (
-        "whole",
-        {
-            "mamba_d_state": 8,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "gptj": (  # before 5.24 it took no attention but its own
-        "alone" if transformers.__version__ < "5.24" else "joins",
-        {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
-    ),
-    "rwkv": ("alone", {"attention_hidden_size": 64}),
-    "minimax": (
-        "alone",
-        {
-            "num_local_experts": 2,
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-        },
-    ),
-}
-# Their tiny random models repeat themselves: how they run is tested, their tokens say nothing.
-DULL: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("alone", {"n_head": 4, "n_layer": 4}),
-    "mpt": ("alone", {"d_model": 64, "n_heads": 4, "n_layers": 4}),
-    "gpt_neox": ("joins", {}),
-    "starcoder2": ("joins", {"sliding_window": 8}),
-}
-CHANCE = random.Random(0)
-PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (1, 2, 5, 11, 23, 41, 7, 3)]
 
-
-def prepare(
-    model: Any, *, batch_invariant: bool = True, method: str | None = None, cuda_graphs: bool = True
-) -> decode.Decoder:
-    """Return the decoder that labs.load_model makes where all rooms are there."""
-    decoder = forward_room.speed_up(decode.prepare(model, batch_invariant=batch_invariant))
-    options = {"batch_invariant": batch_invariant, "cuda_graphs": cuda_graphs}
-    return fast.speed_up(decoder, method, **options)
-
-
-def tiny(kind: str, **extra: Any) -> Any:
-    torch.manual_seed(0)
-    options = {**BASE, **{**KINDS, **DULL}[kind][1], **extra}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).float().eval()
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    return model
-
-
-def by_transformers(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt], device=model.device)
-    with torch.inference_mode():
-        mask = torch.ones_like(ids)
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
-    return out[0, len(prompt) :].tolist()
-
-
-def row_of(prompt: list[int], key: Any = 0, **sampling: Any) -> decode.Row:
-    return decode.Row(
-        id=key, ids=list(prompt), max_new_tokens=NEW, sampling=decode.Sampling(**sampling)
-    )
-
-
-def newcomer(
-    decoder: decode.Decoder, prompt: list[int], key: Any = 0, **sampling: Any
-) -> decode.Batch:
-    batch = decode.new_batch(decoder, row_of(prompt, key, **sampling))
-    while batch.pending:
-        batch = decode.prefill(decoder, batch)
-    return loop.step(decoder, batch)[0]
-
-
-def finish(decoder: decode.Decoder, batch: decode.Batch, steps: int = NEW - 1) -> list[int]:
+def finish(decoder: decode.Decoder, batch: decode.Batch, steps: int = NEW_TOKENS - 1) -> list[int]:
     for _ in range(steps):
         batch, _ = loop.step(decoder, batch)
     return batch.rows[0].ids[batch.rows[0].prompt_length :]
@@ -223,7 +57,7 @@ def reference() -> dict[str, tuple[Any, list[list[int]]]]:
 
     class Made(dict):  # type: ignore[type-arg]
         def __missing__(self, kind: str) -> Any:
-            model = tiny(kind)
+            model = random_model(kind)
             found[kind] = model, [by_transformers(model, prompt) for prompt in PROMPTS]
             self[kind] = found[kind]
             return found[kind]
@@ -231,15 +65,15 @@ def reference() -> dict[str, tuple[Any, list[list[int]]]]:
     return Made()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *DULL])
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *DULL])
 def test_the_table_tells_how_each_model_type_runs(kind: str) -> None:
-    config = AutoConfig.for_model(kind, **{**BASE, **{**KINDS, **DULL}[kind][1]})
+    config = AutoConfig.for_model(kind, **{**BASE, **{**ARCHITECTURES, **DULL}[kind][1]})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert decode.mode_of(model)[0] == {**KINDS, **DULL}[kind][0]
+    assert decode.mode_of(model)[0] == {**ARCHITECTURES, **DULL}[kind][0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
     kind: str, reference: Any, monkeypatch: Any
 ) -> None:
@@ -261,7 +95,11 @@ def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
         if batch is None:
             continue
         batch, _ = loop.step(decoder, batch)
-        done = [r for r in batch.rows if sum(r.generated.values()) == NEW or chance.random() < 0.02]
+        done = [
+            r
+            for r in batch.rows
+            if sum(r.generated.values()) == NEW_TOKENS or chance.random() < 0.02
+        ]
         answers |= {row.id: row.ids[row.prompt_length :] for row in done}
         batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in answers])
     assert all(answers[key] == expected[key][: len(answers[key])] for key in range(len(PROMPTS)))
@@ -270,7 +108,9 @@ def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(plan=st.lists(st.tuples(st.integers(0, 7), st.integers(2, NEW)), min_size=1, max_size=12))
+@given(
+    plan=st.lists(st.tuples(st.integers(0, 7), st.integers(2, NEW_TOKENS)), min_size=1, max_size=12)
+)
 def test_any_plan_of_arrivals_and_lengths_keeps_each_rows_tokens(plan: Any, reference: Any) -> None:
     model, expected = reference["llama"]
     decoder = prepare(model)
@@ -296,7 +136,7 @@ def test_any_plan_of_arrivals_and_lengths_keeps_each_rows_tokens(plan: Any, refe
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", "mamba2", "bamba"])
 def test_a_prompt_in_chunks_gives_the_logits_of_a_whole_one(kind: str, monkeypatch: Any) -> None:
-    decoder = prepare(tiny(kind))
+    decoder = prepare(random_model(kind))
     prompt = [random.Random(5).randrange(3, 200) for _ in range(61)]
     whole = decode.forward(decoder, newcomer(decoder, prompt))
     monkeypatch.setattr(decode, "CHUNK", 7)
@@ -307,7 +147,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_a_whole_one(kind: str, monkeypat
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt", "mixtral", "deepseek_v3"])
 def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -> None:
-    decoder = prepare(tiny(kind))
+    decoder = prepare(random_model(kind))
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
     entered = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
     together = loop.prompts_for_one_call(decoder, entered)
@@ -322,14 +162,14 @@ def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "mamba2", "bamba", "gptj"])
 def test_prompts_whose_cache_is_more_than_keys_and_values_go_one_at_a_time(kind: str) -> None:
-    decoder = prepare(tiny(kind))
+    decoder = prepare(random_model(kind))
     entered = [decode.new_batch(decoder, row_of(prompt)) for prompt in PROMPTS[2:5]]
     shares = kind == "gptj" and decoder.mode == "joins"
     assert len(loop.prompts_for_one_call(decoder, entered)) == (3 if shares else 1)
 
 
 def test_prompts_share_a_call_up_to_one_chunk_and_never_with_one_of_a_single_token() -> None:
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     found = []
     for lengths in ([100, 100, 100], [100, 1, 100], [1, 100], [300, 5], [256], [255, 2]):
         entered = [decode.new_batch(decoder, row_of([5] * length)) for length in lengths]
@@ -357,25 +197,25 @@ def test_memory_that_runs_out_on_a_cpu_is_known_by_its_words() -> None:
 
 
 def test_encoder_decoder_layers_are_no_part_of_the_table() -> None:
-    assert not {"t5", "bart"} & set(KINDS)
+    assert not {"t5", "bart"} & set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
 def test_positions_that_look_at_the_whole_call_run_alone(rope: str) -> None:
-    model = tiny("llama")
+    model = random_model("llama")
     model.config.rope_parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}
     assert decode.mode_of(model)[0] == "alone"
 
 
 def test_a_model_that_takes_its_cache_by_an_unknown_name_runs_alone(monkeypatch: Any) -> None:
-    model = tiny("llama")
+    model = random_model("llama")
     monkeypatch.setattr(decode, "CACHE_WORDS", ("memory",))
     assert decode.mode_of(model)[0] == "alone"
 
 
 def test_a_cache_layer_of_an_unknown_class_runs_alone(monkeypatch: Any) -> None:
     monkeypatch.delitem(decode._LAYERS, decode.cache_utils.DynamicLayer)
-    how, why = decode.mode_of(tiny("llama"))
+    how, why = decode.mode_of(random_model("llama"))
     assert how == "alone"
     assert "DynamicLayer" in why
 
@@ -415,7 +255,7 @@ def test_a_row_in_a_used_slot_sees_nothing_of_the_one_before(reference: Any) -> 
     kept = decode.keep(batch, ["short"])
     assert kept is not None
     batch = decode.join(kept, newcomer(decoder, PROMPTS[2], "next"))
-    for _ in range(NEW - 1):
+    for _ in range(NEW_TOKENS - 1):
         batch, _ = loop.step(decoder, batch)
     assert batch.rows[1].ids[len(PROMPTS[2]) :] == expected[2]
 
@@ -451,7 +291,7 @@ def answers_of(decoder: decode.Decoder, batches: Sequence[decode.Batch]) -> dict
     for batch in batches:
         while batch:
             batch, _ = loop.step(decoder, batch)
-            done = [row for row in batch.rows if sum(row.generated.values()) == NEW]
+            done = [row for row in batch.rows if sum(row.generated.values()) == NEW_TOKENS]
             found |= {row.id: row.ids[row.prompt_length :] for row in done}
             batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
     return found
@@ -596,7 +436,7 @@ def test_a_configuration_that_does_not_tell_gives_no_estimate_and_no_error() -> 
 
 
 def test_packing_keeps_no_plain_weight() -> None:
-    model = tiny("llama")
+    model = random_model("llama")
     weights = [
         weakref.ref(module.weight)
         for module in model.modules()
@@ -609,7 +449,7 @@ def test_packing_keeps_no_plain_weight() -> None:
 
 
 def test_a_layer_with_a_hook_is_not_packed() -> None:
-    model = tiny("llama")
+    model = random_model("llama")
     model.lm_head.register_forward_hook(lambda *args: None)
     prepare(model)
     assert type(model.lm_head) is torch.nn.Linear
@@ -621,10 +461,12 @@ def test_a_first_newcomer_always_has_room(reference: Any, monkeypatch: Any) -> N
     assert loop.has_room(decoder, [], [decode.new_batch(decoder, row_of(PROMPTS[2]))])
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (how, _) in KINDS.items() if how != "alone"])
+@pytest.mark.parametrize(
+    "kind", [kind for kind, (how, _) in ARCHITECTURES.items() if how != "alone"]
+)
 def test_a_configuration_tells_the_bytes_of_a_column(kind: str, reference: Any) -> None:
     own = kind in ("gpt2", "opt", "gptj")  # has no such word, and would take BASE's for its own
-    model = tiny(kind, num_key_value_heads=4) if own else reference[kind][0]
+    model = random_model(kind, num_key_value_heads=4) if own else reference[kind][0]
     decoder = prepare(model)
     cache = newcomer(decoder, PROMPTS[3]).cache
     assert decoder.column_bytes == cache.bytes_per_column
@@ -856,8 +698,8 @@ def test_weights_that_are_all_alike_survive_fewer_bits() -> None:
 def test_a_model_in_fewer_bits_is_the_one_of_the_weights_that_they_stand_for(
     kind: str, method: str
 ) -> None:
-    decoder = prepare(tiny(kind, intermediate_size=128), method=method)
-    plain = tiny(kind, intermediate_size=128)
+    decoder = prepare(random_model(kind, intermediate_size=128), method=method)
+    plain = random_model(kind, intermediate_size=128)
     for name, module in decoder.model.named_modules():
         if isinstance(module, fast.PackedLinear):
             with torch.no_grad():
@@ -874,13 +716,13 @@ def test_a_model_in_fewer_bits_is_the_one_of_the_weights_that_they_stand_for(
 
 
 def test_the_output_layer_keeps_8_bits_of_4() -> None:
-    model = prepare(tiny("llama"), method="int4").model
+    model = prepare(random_model("llama"), method="int4").model
     head, other = model.lm_head.fused, model.model.layers[0].mlp.up_proj.fused
     assert head.packed.nbytes > head.numel > other.packed.nbytes * head.numel / other.numel
 
 
 def test_fewer_bits_take_less_memory_and_the_weights_tell() -> None:
-    sizes = [prepare(tiny("llama"), method=m).weight_bytes for m in (None, *METHODS)]
+    sizes = [prepare(random_model("llama"), method=m).weight_bytes for m in (None, *METHODS)]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
@@ -889,7 +731,7 @@ def test_fewer_bits_of_a_model_that_has_no_plain_layers_or_does_not_join_are_ref
     kind: str,
 ) -> None:
     with pytest.raises(ValueError, match="int4: needs a model of plain linear layers"):
-        prepare(tiny(kind), method="int4")
+        prepare(random_model(kind), method="int4")
 
 
 # ---------------------------------------------------------------- choosing
@@ -1335,7 +1177,7 @@ def test_a_row_that_begins_with_anothers_columns_goes_on_as_one_that_does_not(
     kind: str, monkeypatch: Any
 ) -> None:
     reusing(monkeypatch)
-    decoder = prepare(tiny(kind))
+    decoder = prepare(random_model(kind))
     first = [random.Random(1).randrange(3, 200) for _ in range(30)]
     prefixes = left_by(decoder, first)
     [kept] = prefixes.kept
@@ -1353,7 +1195,7 @@ def test_a_row_that_begins_with_anothers_columns_goes_on_as_one_that_does_not(
 
 @pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "jamba", "rwkv"])
 def test_states_cannot_be_cut_and_are_not_reused(kind: str) -> None:
-    assert not prepare(tiny(kind)).can_reuse_prefix
+    assert not prepare(random_model(kind)).can_reuse_prefix
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -1377,7 +1219,7 @@ def test_the_longest_common_beginning_is_found_and_the_last_token_is_always_comp
     monkeypatch: Any,
 ) -> None:
     reusing(monkeypatch)
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     prefixes = prefixes_room.Prefixes()
     for ids in ([*range(3, 30)], [*range(3, 20), *range(100, 120)]):
         prefixes.add("", newcomer(decoder, ids), 0, exact=False)
@@ -1400,7 +1242,7 @@ def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_fi
     monkeypatch: Any,
 ) -> None:
     reusing(monkeypatch)
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 8)]
     one = 32 * batches[0].cache.bytes_per_column
     prefixes = prefixes_room.Prefixes(max_bytes=3 * one + 1)
@@ -1421,7 +1263,7 @@ def test_what_is_kept_stays_within_its_bytes_and_the_least_recently_used_goes_fi
 
 def test_a_longer_row_takes_the_place_of_its_own_beginning(monkeypatch: Any) -> None:
     reusing(monkeypatch)
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     prefixes, owners = prefixes_room.Prefixes(), ("", "other")
     for owner in owners:
         prefixes.add(owner, newcomer(decoder, [*range(3, 20)]), 0, exact=False)
@@ -1431,7 +1273,7 @@ def test_a_longer_row_takes_the_place_of_its_own_beginning(monkeypatch: Any) -> 
 
 def test_what_is_kept_is_a_copy_that_later_rows_cannot_change(monkeypatch: Any) -> None:
     reusing(monkeypatch)
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     batch = newcomer(decoder, [*range(3, 30)])
     prefixes = prefixes_room.Prefixes()
     prefixes.add("", batch, 0, exact=False)
@@ -1445,7 +1287,7 @@ def test_what_is_kept_is_a_copy_that_later_rows_cannot_change(monkeypatch: Any) 
 
 def test_without_a_bound_an_eighth_of_the_free_memory_is_taken(monkeypatch: Any) -> None:
     reusing(monkeypatch)
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 7)]
     one = 32 * batches[0].cache.bytes_per_column
     prefixes = prefixes_room.Prefixes()
@@ -1468,7 +1310,7 @@ def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling
     batch = decode.new_batch(decoder, row)
     while batch.pending:
         batch = decode.prefill(decoder, batch)
-    while len(row.ids) < len(prompt) + NEW:
+    while len(row.ids) < len(prompt) + NEW_TOKENS:
         batch, choices = forward_room.step_speculative(decoder, batch)
         assert choices[-1].error is None
         calls += 1
@@ -1478,10 +1320,10 @@ def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
 @pytest.mark.parametrize("kind", REUSING)
 def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatch: Any) -> None:
-    decoder = prepare(tiny(kind))
+    decoder = prepare(random_model(kind))
     for prompt in (REPEATING, PROMPTS[-1]):
         expected, calls = ahead(decoder, prompt, 0, **sampling)
-        assert calls == NEW
+        assert calls == NEW_TOKENS
         tokens, _ = ahead(decoder, prompt, 4, **sampling)
         assert tokens == expected
         guesses = iter([expected[1:4], [8, *expected[5:8]], [expected[5], 8], expected[7:13]])
@@ -1489,12 +1331,12 @@ def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatc
         tokens, calls = ahead(decoder, prompt, 4, **sampling)
         assert tokens == expected
         # 1, then 4, 1 and 2 of the first three, 7 of the last: five calls for 15 tokens.
-        assert calls <= 1 + 4 + NEW - 15 + 2
+        assert calls <= 1 + 4 + NEW_TOKENS - 15 + 2
         monkeypatch.undo()
 
 
 def test_a_row_with_a_penalty_sees_each_token_that_was_guessed() -> None:
-    decoder = prepare(tiny("llama"))
+    decoder = prepare(random_model("llama"))
     options = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2}
     assert ahead(decoder, REPEATING, 5, **options)[0] == ahead(decoder, REPEATING, 0, **options)[0]
 
@@ -1540,7 +1382,7 @@ def norms_of(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_oss", "deepseek_v3"])
 def test_norms_that_are_torchs_rms_norm_are_computed_by_it(kind: str) -> None:
-    model, ids = tiny(kind), torch.tensor([PROMPTS[4]])
+    model, ids = random_model(kind), torch.tensor([PROMPTS[4]])
     for norm in norms_of(model):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     with torch.inference_mode():
@@ -1552,7 +1394,7 @@ def test_norms_that_are_torchs_rms_norm_are_computed_by_it(kind: str) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.004])
 def test_a_norm_that_takes_the_mean_off_is_no_rms_norm_however_small(scale: float) -> None:
-    model = tiny("cohere2")
+    model = random_model("cohere2")
     for norm in norms_of(model):
         torch.nn.init.constant_(norm.weight, scale)
     fast.fuse_norms(model)
@@ -1561,7 +1403,7 @@ def test_a_norm_that_takes_the_mean_off_is_no_rms_norm_however_small(scale: floa
 
 @pytest.mark.parametrize("kind", ["cohere2", "mamba2"])
 def test_norms_that_do_something_else_stay_as_they_are(kind: str) -> None:
-    model = tiny(kind)
+    model = random_model(kind)
     kept = [norm for norm in norms_of(model) if type(norm).__name__ != "Mamba2RMSNorm"]
     assert kept
     fast.fuse_norms(model)
@@ -1603,7 +1445,7 @@ class Recorded:
 
 
 def graphed(kind: str) -> decode.Decoder:
-    decoder = prepare(tiny(kind), batch_invariant=False)
+    decoder = prepare(random_model(kind), batch_invariant=False)
     return dataclasses.replace(decoder, graphs=fast.Graphs(torch.device("cpu")))
 
 
@@ -1700,7 +1542,7 @@ def test_captured_slots_go_with_their_batch(monkeypatch: Any) -> None:
         gc.enable()
 
 
-def begun(decoder: decode.Decoder, prompt: list[int], new: int = NEW) -> decode.Batch:
+def begun(decoder: decode.Decoder, prompt: list[int], new: int = NEW_TOKENS) -> decode.Batch:
     row = decode.Row(id=0, ids=list(prompt), max_new_tokens=new, sampling=decode.Sampling())
     batch = decode.prefill(decoder, decode.new_batch(decoder, row))
     return loop.join_best(decoder, [], loop.step(decoder, batch)[0])[0]
@@ -1857,7 +1699,7 @@ def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch: Any) -> None:
 
 
 def test_graphs_are_for_one_gpu_and_are_turned_off_by_a_setting() -> None:
-    assert prepare(tiny("llama")).graphs is None
+    assert prepare(random_model("llama")).graphs is None
     assert labs.ModelSpec().cuda_graphs
 
 

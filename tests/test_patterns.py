@@ -8,19 +8,16 @@ import threading
 import time
 from typing import Any
 
+import kit
 import msgspec
 import pytest
+from kit import BODIES, CHAT, FakeEngine, Site, error_of
 
 import labs
 import labs_guard
 import labs_models
 import labs_patterns
-import test_labs
-import test_labs_api
-from test_labs_api import BODIES, CHAT, Fake, Site, error_of
 
-folder, one_thread = test_labs.folder, test_labs.one_thread
-tiny_folder, tiny, fake = test_labs.tiny_folder, test_labs.tiny, test_labs_api.fake
 EVIL = [r"(x+x+)+y", r"(a+)+$", r"(?:a|aa)+$"]
 LONG = "x" * 4000 + "7" * 4000 + "!" + "a" * 4000 + "!" + "b" * 4000
 
@@ -131,12 +128,12 @@ def test_an_answer_that_a_filter_cannot_search_in_time_is_cut(size: int) -> None
 
 def routed(engine: Any, *patterns: str) -> Site:
     rules = tuple(labs.RouterRule(model="tiny", pattern=each) for each in patterns)
-    config = test_labs_api.configured()
+    config = kit.configured()
     return Site(engine, msgspec.structs.replace(config, router=labs.Router(rules=rules)))
 
 
 @pytest.mark.parametrize("path", [path for path in BODIES if path != "/choose"])
-def test_a_prompt_that_no_rule_can_be_searched_in_is_400(fake: Fake, path: str) -> None:
+def test_a_prompt_that_no_rule_can_be_searched_in_is_400(fake: FakeEngine, path: str) -> None:
     site = routed(fake, "never", EVIL[0])
     body: dict[str, Any] = {**BODIES[path], "model": "auto"}
     assert site.post(path, body).status_code == 200
@@ -157,9 +154,9 @@ class Unchecked(msgspec.Struct):
     pattern: str
 
 
-def test_a_rule_that_cannot_be_searched_is_told_at_the_start(fake: Fake) -> None:
+def test_a_rule_that_cannot_be_searched_is_told_at_the_start(fake: FakeEngine) -> None:
     rules: Any = (labs.RouterRule(model="m", pattern="a"), Unchecked("[z-a]"))
-    config = msgspec.structs.replace(test_labs_api.configured(), router=labs.Router(rules=rules))
+    config = msgspec.structs.replace(kit.configured(), router=labs.Router(rules=rules))
     with pytest.raises(labs.ConfigError, match=r"router_rules\[1\] = '\[z-a\]': "):
         Site(fake, config)
 
