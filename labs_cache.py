@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept on disk so that a model need not be read twice: converted GGUF files, digests.
+"""Cache on disk what is slow to compute from a model: converted GGUF files and digests.
 
     folder = labs_cache.converted(Path("model.gguf"), None, "bf16")
     labs_cache.digest(folder)                                          # "9f86d0..."
 
-Plain values in, SourceError in one sentence out. Needs no other file of labs; for GGUF files
-transformers, gguf, accelerate and filelock.
+Functions take plain values and raise SourceError. This file needs no other file of labs; GGUF files
+need transformers, gguf, accelerate and filelock.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ DIGESTED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py") 
 
 
 class SourceError(ValueError):
-    """The name leads to no model; the message is one sentence for the person who gave it."""
+    """A name does not lead to a model; the message is one sentence for the user."""
 
 
 def converted(gguf: Path, cache: str | None, dtype: str, convert: bool = True) -> Path:
-    """Return the folder that a GGUF file is converted into; make it where there is none yet.
+    """Return the folder of a converted GGUF file, after converting it if necessary.
 
-    cache: the folder of conversions, ~/.cache/labs by default. dtype: bf16, fp16 or fp32. convert:
-    else raise SourceError.
+    cache: the folder of conversions, ~/.cache/labs by default. dtype: bf16, fp16 or fp32.
+    Raises SourceError when the file cannot be converted, or is new and convert is false.
     """
     folder = _conversion(gguf, cache_folder(cache), dtype)
     if not _is_complete(folder):
         if not convert:
-            raise SourceError(f"{gguf.name}: is not converted yet")
+            raise SourceError(f"{gguf.name}: is not converted yet: load the model once")
         _convert_into(folder, gguf, dtype)
     return folder
 
@@ -59,9 +59,9 @@ def cache_folder(cache: str | None) -> Path:
 
 
 def _convert_into(folder: Path, gguf: Path, dtype: str) -> None:
-    """Make a folder that holds a GGUF file as safetensors, whole or not at all.
+    """Convert a GGUF file into a folder with safetensors, completely or not at all.
 
-    transformers takes 18 s to read the default model as GGUF, and 0.3 s as safetensors.
+    transformers reads the default model in 18 s from GGUF and in 0.3 s from safetensors.
     """
     cache = folder.parent
     for package in ("gguf", "accelerate"):
@@ -86,13 +86,13 @@ def _convert_into(folder: Path, gguf: Path, dtype: str) -> None:
 
 
 def _conversion(gguf: Path, cache: Path, dtype: str) -> Path:
-    # With 16 digits they are those of older versions, without checksums.
+    # Names with 16 digits are conversions of older versions, which have no checksums.
     return cache / f"{gguf.stem}-{digest(gguf, str(cache))[:20]}-{dtype}"
 
 
 @contextlib.contextmanager
 def _locked(scratch: Path, wait_s: float = -1) -> Iterator[None]:
-    """Hold the lock of a temporary folder, which ends with its process, also in a container."""
+    """Hold the lock of a temporary folder. A lock ends with its process, even in a container."""
     import filelock  # huggingface_hub needs it too
 
     with filelock.FileLock(f"{scratch}.lock", wait_s):
@@ -105,28 +105,28 @@ def _locked(scratch: Path, wait_s: float = -1) -> Iterator[None]:
 def _delete_abandoned(cache: Path) -> None:
     """Delete the temporary folders of conversions whose process has died."""
     for scratch in cache.glob(".converting-*/"):
-        with contextlib.suppress(OSError), _locked(scratch, 0):  # else somebody writes it
+        with contextlib.suppress(OSError), _locked(scratch, 0):  # another process holds its lock
             pass
 
 
 def _seal(folder: Path) -> None:
-    """Write down what the files of a folder hold, once all of it is on the disk."""
-    mode = folder.stat().st_mode & 0o666  # safetensors' files are their owner's alone
+    """Flush the files of a folder to disk, then record their digests."""
+    mode = folder.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
     for path in (files := list(folder.iterdir())):
         path.chmod(mode)
         with path.open("r+b") as file:
             os.fsync(file.fileno())
-    _write_down(folder, {path.name: _digest_of_file(path) for path in files})
+    _record(folder, {path.name: _digest_of_file(path) for path in files})
     _flush_folder(folder)
 
 
-def _write_down(folder: Path, digests: dict[str, str]) -> None:
+def _record(folder: Path, digests: dict[str, str]) -> None:
     known = {name: [digest, *_state(folder / name)] for name, digest in digests.items()}
     _write_whole(folder / "complete.json", json.dumps(known))
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever reads a part of it."""
+    """Write a file so that no reader ever sees a part of it."""
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with new.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -136,7 +136,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let the names in a folder be on the disk, where the system has a call for that."""
+    """Flush the names in a folder to disk, if the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -146,13 +146,13 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _state(path: Path) -> list[int]:
-    """Return what tells, without reading a file, that nobody has written to it."""
+    """Return size, times and inode of a file, which change when it is written to."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _is_complete(folder: Path) -> bool:
-    """Tell whether the files hold what was converted; those that were touched are read for it."""
+    """Return whether a folder holds a whole conversion; only changed files are read again."""
     try:
         known = json.loads((folder / "complete.json").read_text("utf-8"))
         digests = {name: digest for name, (digest, *_) in known.items()}
@@ -161,16 +161,16 @@ def _is_complete(folder: Path) -> bool:
             return False
     except (OSError, ValueError, TypeError, AttributeError):
         return False
-    with contextlib.suppress(OSError):  # another user's, maybe
+    with contextlib.suppress(OSError):  # the folder may belong to another user
         if moved:
-            _write_down(folder, digests)
+            _record(folder, digests)
     return "config.json" in digests
 
 
 def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     gguf_package: Any = importlib.import_module("gguf")
     log.info("converting %s once into %s", gguf.name, folder.parent)
-    # transformers reads the file three times; once takes seconds, for each of 49,000 tokens.
+    # transformers reads the file three times, which takes seconds each, for 49,000 tokens.
     reader = gguf_package.GGUFReader
     gguf_package.GGUFReader = functools.cache(reader)
     try:
@@ -181,7 +181,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     except SourceError:
         raise
     except (ValueError, KeyError, IndexError) as error:
-        raise SourceError(f"{gguf}: is no GGUF file that can be read") from error
+        raise SourceError(f"{gguf}: is not a readable GGUF file") from error
     finally:
         gguf_package.GGUFReader = reader
     tokenizer.save_pretrained(folder)
@@ -194,7 +194,7 @@ def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
     source, where = str(gguf.parent), {"gguf_file": gguf.name}
     quantization = transformers.GgufConfig(dequantize=True)
     options = {**where, "dtype": TORCH_NAMES[dtype], "quantization_config": quantization}
-    shown = sys.stderr and sys.stderr.isatty()  # its bar knows no switch
+    shown = sys.stderr and sys.stderr.isatty()  # no option hides its progress bar
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
         with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
@@ -213,9 +213,9 @@ def _check_disk(cache: Path, needed: int) -> None:
 
 
 def digest(place: Path, cache: str | None = None) -> str:
-    """Return the sha256 of a file, or of a list of a folder's files with theirs.
+    """Return the sha256 of a file, or for a folder that of the list of its files' digests.
 
-    It is remembered in the cache folder by the files' names, sizes and times of change.
+    The cache folder remembers it by the files' names, sizes and modification times.
     """
     inside = [] if place.is_file() else sorted(place.iterdir())
     files = [place] if place.is_file() else [path for path in inside if path.suffix in DIGESTED]
@@ -239,11 +239,11 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------- what a text depends on
+# ---------------------------------------------------------------- fields of a fingerprint
 
 
 def hardware(device: Any) -> str:
-    """Return what computes on a torch device, as far as it may change bits."""
+    """Return the hardware of a torch device, as far as it can change the bits of a result."""
     import torch
 
     if device.type == "cuda":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's own files ask for: generation_config.json, and tokens that no text shows.
+"""Apply what a model's own files recommend: generation_config.json and special tokens.
 
     settings, defaults = labs_defaults.read(model, tokenizer, eos_token_ids, values)
     sampling = defaults.apply(sampling, prompt_ids, max_new_tokens)
 
-Each field of transformers' GenerationConfig stands in one of the tables below. Rules are computed
-by transformers' own processors, made for one row and in transformers' order, so that greedy tokens
-are those of `model.generate`. Needs labs_settings.py, labs_decode.py, torch and transformers.
+Each field of transformers' GenerationConfig is in one of the tables below. transformers' own
+processors compute the rules, for one row and in transformers' order, so that greedy tokens are
+those of `model.generate`. Needs labs_settings.py, labs_decode.py, torch and transformers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from labs_decode import PretrainedModel, Processor, Sampling, Tensor, Tokenizer,
 log = logging.getLogger("labs")
 
 # fmt: off
-# What a person may set too, by the same bounds.
+# Fields that are settings of labs too, with the same bounds.
 SETTINGS = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop_strings",
 }
-# What transformers does to logits before repetition_penalty, after it, and where it samples.
+# Processors before repetition_penalty, all processors, and those that apply to sampling only.
 EARLY = {"sequence_bias", "encoder_repetition_penalty"}
 RULES = EARLY | {
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "min_length",
@@ -39,8 +39,8 @@ RULES = EARLY | {
     "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
 }
 WARPERS = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config"}
-# What changes no text: speed, memory, what is returned, what is read elsewhere, and the details of
-# what is not done.
+# Fields that do not change a text: speed, memory, outputs, fields that are read elsewhere, and
+# details of methods in NOT_DONE.
 NEUTRAL = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
     "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "use_mtp",
@@ -53,7 +53,7 @@ NEUTRAL = {
     "decoder_start_token_id", "renormalize_logits", "transformers_version",
 }
 # fmt: on
-# How long an answer is and how many there are, labs' own settings say: told, without a warning.
+# labs' own settings decide on length and number of answers: reported, but without a warning.
 LENGTHS = {
     **dict.fromkeys(("max_length", "max_new_tokens"), "max_new_tokens of labs decides"),
     **{"max_time": "timeout_s of labs decides", "num_return_sequences": "a request says how many"},
@@ -61,7 +61,7 @@ LENGTHS = {
 NOT_DONE = {
     "num_beams": "labs has no beam search",
     "guidance_scale": "labs does not compute a second, unconditional answer",
-    "token_healing": "labs leaves the end of a prompt as it is",
+    "token_healing": "labs does not change the end of a prompt",
     "penalty_alpha": "labs has no contrastive search",
     "dola_layers": "labs does not contrast layers",
     **dict.fromkeys(("constraints", "force_words_ids"), "labs has no constrained beams"),
@@ -70,10 +70,10 @@ NOT_DONE = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Defaults:
-    """What a model's files ask for beyond settings.
+    """The recommendations of a model's files that are not settings.
 
-    rules: what applies to each row, by transformers' names. ignored: what does not, and why.
-    special_tokens: what no text shows, the longest first.
+    rules: fields that apply to each row, by transformers' names. ignored: {other field: reason}.
+    special_tokens: {id: text} of tokens that no answer shows, the longest first.
     """
 
     model: PretrainedModel
@@ -83,7 +83,7 @@ class Defaults:
     special_tokens: Mapping[int, str]
 
     def apply(self, sampling: Sampling, prompt: list[int], max_new_tokens: int) -> Sampling:
-        """Return how a row of this prompt is sampled: by its own options and the model's rules."""
+        """Return the sampling of one row: its own options together with the model's rules."""
         if not self.rules:
             return sampling
         first = {name: value for name, value in self.rules.items() if name in RULES}
@@ -112,13 +112,13 @@ class Defaults:
         return self.model._get_logits_processor(config, **options)
 
     def told(self) -> dict[str, str]:
-        """Return each rule and what has no effect, in words."""
+        """Return {field: its value, or the reason why it has no effect}."""
         return {name: repr(value)[:200] for name, value in self.rules.items()} | {**self.ignored}
 
     def mark(self, stops: tuple[str, ...]) -> tuple[dict[str, str], dict[int, str]]:
-        """Let stops find special tokens: a character that no text has stands for each.
+        """Make special tokens in stop strings findable: an unused character replaces each.
 
-        Returns {what is looked for: the stop that it means} and {token: its character}.
+        Returns ({text to search for: its stop string}, {token id: its character}).
         """
         coded, marks = {stop: stop for stop in stops}, dict[int, str]()
         for token, text in self.special_tokens.items() if stops else ():
@@ -130,9 +130,9 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class _RowRules:
-    """The model's rules, then what the request brought, then what cuts off, as transformers does.
+    """Apply the model's rules, then the request's processors, then warpers, as transformers does.
 
-    What a request brought, a grammar, goes first where nothing satisfies both.
+    If no token satisfies rules and processors (a grammar), the rules are skipped.
     """
 
     first: Any
@@ -152,9 +152,9 @@ class _RowRules:
 def read(
     model: PretrainedModel, tokenizer: Tokenizer, eos: frozenset[int], values: dict[str, Any]
 ) -> tuple[dict[str, object], Defaults]:
-    """Return what the values of a GenerationConfig mean as settings, and the rest of them.
+    """Return (settings, Defaults) for the values of a GenerationConfig.
 
-    Raises ModelError for beams: all of the text would differ.
+    Raises ModelError when it asks for beam search, without which the whole text would differ.
     """
     plain = {name: value for name, value in values.items() if name in SETTINGS}
     if texts := plain.pop("stop_strings", None):
@@ -172,11 +172,11 @@ def read(
         ignored |= {name: f"{repr(value)[:60]} is not used: {why}"} if why else {}
     if "num_beams" in ignored:
         text = f"the model recommends {values['num_beams']} beams, and labs has no beam search"
-        remedy = "use_generation_config = false goes without what it recommends"
+        remedy = "set use_generation_config = false to ignore all that it recommends"
         raise labs_settings.ModelError(f"{model.name_or_path}: {text}: {remedy}")
     for name in sorted(ignored.keys() - LENGTHS.keys()):
         log.warning("%s: generation_config.json: %s = %s", model.name_or_path, name, ignored[name])
-    seen = weakref.proxy(model)  # who builds inputs without the model must not keep its weights
+    seen = weakref.proxy(model)  # a holder of Defaults must not keep the weights in memory
     return settings, Defaults(seen, eos, rules, ignored, _special_tokens(tokenizer, eos))
 
 
@@ -188,12 +188,12 @@ def _special_tokens(tokenizer: Tokenizer, eos: frozenset[int]) -> dict[int, str]
 
 
 def _try(rules: Defaults) -> tuple[bool, str]:
-    """Return whether a rule does anything and what is wrong with it, by a row's first steps."""
+    """Return (whether a rule has an effect, its error), from the first steps of a row."""
     width, device = rules.model.config.get_text_config().vocab_size, rules.model.device
     try:
         row: Any = rules.apply(Sampling(temperature=1.0), [0], 2).processors[0]
         for length in (1, 2, 3):
             row([0] * length, torch.zeros(width, device=device))
-    except Exception as error:  # whatever transformers makes of whatever stands there
+    except Exception as error:  # transformers fails in many ways at wrong values
         return False, (str(error).strip() or type(error).__name__).splitlines()[0]
     return bool(row.first or row.last), ""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's name becomes a folder or a hub id: package:, .gguf files, the hub.
+"""Find a model by its name: a folder, a .gguf file, package:NAME/FILE or a hub id.
 
     source, options, origin = labs_sources.locate(name, Hub(), None, "bf16")
     transformers.AutoModelForCausalLM.from_pretrained(source, **options)
 
-Plain values in, SourceError in one sentence out. Needs labs_cache.py, and huggingface_hub.
+Functions take plain values and raise SourceError. Needs labs_cache.py and huggingface_hub.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "bpe")
 
 
 class Hub(NamedTuple):
-    """How the hub is asked. offline: never."""
+    """Options of requests to the hub. offline: send none."""
 
     revision: str | None = None
     token: str | None = None
@@ -41,7 +41,8 @@ def locate(name: str, hub: Hub, cache: str | None, dtype: str, convert: bool = T
     """Return (source for from_pretrained, its options, local origin or None for the hub).
 
     The origin is a file or a folder. cache: the folder of conversions, ~/.cache/labs by default.
-    dtype: bf16, fp16 or fp32, of a GGUF file. convert: make a conversion where there is none yet.
+    dtype: bf16, fp16 or fp32, for a GGUF file. convert: whether to convert a new GGUF file.
+    Raises SourceError when the model is not found, or not converted.
     """
     if name.endswith(".gguf") and not Path(name).expanduser().is_dir():
         gguf = gguf_file(name, hub)
@@ -53,7 +54,7 @@ def locate(name: str, hub: Hub, cache: str | None, dtype: str, convert: bool = T
         return str(folder), {}, folder
     if folder.is_file():
         raise SourceError(
-            f"{name}: is a file; a model is its folder, with config.json, or a .gguf file"
+            f"{name}: is a file; give the folder with its config.json, or a .gguf file"
         )
     if name.startswith((".", "/", "~")) or folder.suffix == ".safetensors":
         raise SourceError(f"{name}: there is no such model folder or .gguf file")
@@ -63,7 +64,7 @@ def locate(name: str, hub: Hub, cache: str | None, dtype: str, convert: bool = T
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raise SourceError for a folder that holds no whole model; no weights are read."""
+    """Raise SourceError when a folder does not contain a whole model. No weights are read."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     names = [path.name for path in files]
     if "config.json" not in names:
@@ -77,51 +78,51 @@ def check_folder(name: str, folder: Path) -> None:
     _check_type(name, config)
     for index in (path for path in files if path.name.endswith(".index.json")):
         if absent := sorted(_shards(index) - {*names}):
-            raise SourceError(f"{name}: {index.name} names {absent[0]}, which is not there")
+            raise SourceError(f"{name}: {index.name} names {absent[0]}, which is missing")
     if not any(each.endswith((".safetensors", ".bin", ".pt")) for each in names):
         foreign = [each for each in names if each.endswith(FOREIGN)]
-        held = f"{foreign[0]}, which only other libraries read" if foreign else "no weights"
-        raise SourceError(f"{name}: the folder holds {held}; model.safetensors is missing")
+        found = f"{foreign[0]}, which only other libraries read" if foreign else "no weights"
+        raise SourceError(f"{name}: the folder contains {found}; model.safetensors is missing")
     if not any(n.startswith(TOKENIZERS) or n.endswith((".model", ".tiktoken")) for n in names):
-        raise SourceError(f"{name}: the folder holds no tokenizer; tokenizer.json is missing")
+        raise SourceError(f"{name}: the folder contains no tokenizer; tokenizer.json is missing")
 
 
 def _check_type(name: str, config: Any) -> None:
-    """Raise SourceError for a config.json that tells of no model which transformers knows."""
+    """Raise SourceError when config.json does not name a model type that transformers knows."""
     known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
     fields = config if isinstance(config, dict) else {}
     kind = fields.get("model_type")
     if "auto_map" in fields or (isinstance(kind, str) and kind in known.CONFIG_MAPPING_NAMES):
         return
-    told = f"the model_type {kind}, which this version of transformers does not know"
-    raise SourceError(f"{name}: config.json names {told if kind else 'no model_type'}")
+    unknown = f"the model_type {kind}, which this version of transformers does not know"
+    raise SourceError(f"{name}: config.json names {unknown if kind else 'no model_type'}")
 
 
 def _shards(index: Path) -> set[str]:
-    """Return the files that hold the weights; none where transformers will tell what is wrong."""
+    """Return the names of the weight files, or none if the index is malformed."""
     with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError):
         return {*json.loads(index.read_bytes())["weight_map"].values()}
     return set()
 
 
 def _without_config(folder: Path, names: list[str]) -> str:
-    """Return what a folder without config.json is."""
+    """Return a sentence on a folder without config.json, with a remedy if there is one."""
     if not any(folder.iterdir()):
-        return "the folder is empty: it holds no config.json"
+        return "the folder is empty: config.json is missing"
     if "adapter_config.json" in names:
-        return "the folder holds only an adapter (LoRA): merge it into its base model first"
+        return "the folder contains only a LoRA adapter: merge it into its base model first"
     if gguf := [each for each in names if each.endswith(".gguf")]:
-        return f"the folder holds GGUF files: name one of them, as {folder / gguf[0]}"
-    return "the folder holds no config.json, so it is no model"
+        return f"the folder contains GGUF files: name one of them, for example {folder / gguf[0]}"
+    return "the folder contains no config.json, so it is not a model"
 
 
 def check_file(name: str, path: Path) -> None:
-    """Raise SourceError for a pointer in place of a file, or for weights that were cut off."""
+    """Raise SourceError when a file is a git-lfs pointer, or a safetensors file is cut off."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
         if head.startswith(LFS_POINTER):
-            raise SourceError(f"{name}: is a pointer of git-lfs and not the file: run git lfs pull")
+            raise SourceError(f"{name}: is a git-lfs pointer instead of the file: run git lfs pull")
         if path.suffix != ".safetensors":
             return
         length = int.from_bytes(head[:8], "little")
@@ -130,13 +131,15 @@ def check_file(name: str, path: Path) -> None:
             header: Any = json.loads(file.read(length)) if 8 + length <= size else None
             ends = [each["data_offsets"][1] for key, each in header.items() if key[:2] != "__"]
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise SourceError(f"{name}: is no whole file of safetensors: get it again") from None
-    if (due := 8 + length + max(ends, default=0)) > size:
-        raise SourceError(f"{name}: was cut off at {size} of {due} bytes: get it again")
+            raise SourceError(
+                f"{name}: is not a whole safetensors file: download it again"
+            ) from None
+    if (whole := 8 + length + max(ends, default=0)) > size:
+        raise SourceError(f"{name}: is cut off at {size} of {whole} bytes: download it again")
 
 
 def gguf_file(name: str, hub: Hub) -> Path:
-    """Return the path of a GGUF file, downloaded if need be."""
+    """Return the path of a GGUF file; one on the hub is downloaded."""
     if name.startswith("package:"):
         return package_file(name)
     path = Path(name).expanduser()
@@ -157,12 +160,12 @@ def package_file(name: str) -> Path:
         raise SourceError(f"{name}: the package {package} is not installed: {install}")
     path = Path(found.submodule_search_locations[0]) / file
     if not path.exists():
-        raise SourceError(f"{name}: the package {package} holds no {file}")
+        raise SourceError(f"{name}: the package {package} contains no {file}")
     return path
 
 
 def _hub_file(name: str, repository: str, file: str, hub: Hub) -> tuple[str, bool]:
-    """Return a file of a repository, downloaded or cached, and whether the hub was there."""
+    """Return (path of a downloaded or cached file of a repository, whether the hub answered)."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -173,13 +176,13 @@ def _hub_file(name: str, repository: str, file: str, hub: Hub) -> tuple[str, boo
         return str(huggingface_hub.hf_hub_download(repository, file, **options)), online
     except errors.LocalEntryNotFoundError:
         how = "local_files_only is set" if hub.offline else "the hub cannot be reached"
-        raise SourceError(f"{name}: not on this machine, and {how}") from None
+        raise SourceError(f"{name}: the model is not on this machine, and {how}") from None
     except (OSError, ValueError) as error:
         raise SourceError(name) from error
 
 
 def _hub_answers(name: str, repository: str, file: str, hub: Hub) -> bool:
-    """Ask for one file's metadata, once and for 5 s: a download would ask eleven times for 23 s."""
+    """Try one request with a time-out of 5 s; a download would retry for 23 s without a network."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -188,19 +191,19 @@ def _hub_answers(name: str, repository: str, file: str, hub: Hub) -> bool:
         huggingface_hub.get_hf_file_metadata(url, token=hub.token, timeout=5)
     except (errors.HfHubHTTPError, ValueError) as error:
         raise SourceError(name) from error
-    except Exception as error:  # what cannot connect is a matter of the hub's HTTP library
+    except Exception as error:  # connection errors depend on the hub's HTTP library
         log.debug("the hub cannot be reached: %s", error)
         return False
     return True
 
 
 def other_task(config: Any) -> str | None:
-    """Return in words what a model is by its configuration if it is no causal language model."""
+    """Return a description of a model that is not a causal language model, else None."""
     import transformers
 
     known = hasattr(config, "auto_map") or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if config.is_encoder_decoder:
         return f"{config.model_type} is an encoder-decoder"
     media = [each for each in ("vision", "audio") if hasattr(config, f"{each}_config")]
-    kind = f"a model of {' and '.join(media)} too" if media else "no causal language model"
+    kind = f"also a model of {' and '.join(media)}" if media else "not a causal language model"
     return None if known else f"{config.model_type} is {kind}"

@@ -1591,8 +1591,8 @@ def test_a_raw_prompt_may_write_control_tokens(tiny):
 @pytest.mark.parametrize(
     ("request_", "named"),
     [
-        ({}, "either a prompt or messages"),
-        ({"prompt": "a", "messages": user("a")}, "either a prompt or messages"),
+        ({}, "exactly one of prompt and messages"),
+        ({"prompt": "a", "messages": user("a")}, "exactly one of prompt and messages"),
         ({"prompt": ""}, "prompt is empty"),
         ({"messages": []}, "list of messages is empty"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, r"messages\[0\].*wizard"),
@@ -2426,7 +2426,7 @@ def test_what_nobody_says_is_neutral(tiny, recommended):
 def test_a_bias_on_the_first_token_beyond_the_vocabulary_is_refused(tiny):
     size = tiny.decoder.config.vocab_size
     labs._sampling(tiny, labs.Generation(logit_bias={size - 1: 1.0}), ())
-    told = f"logit_bias names token {size}: the vocabulary has {size}"
+    told = f"logit_bias names token {size}: there are {size} tokens"
     with pytest.raises(labs.InputError, match=f"^{told}$"):
         labs._sampling(tiny, labs.Generation(logit_bias={size: 1.0}), ())
 
