@@ -6,13 +6,13 @@ of any length join and leave at any step and nothing is copied in between. These
 the cache; each consumes the batch that it is given and returns the next one:
 
     prefill   write the next chunk of one prompt
-    join      give a row that was prefilled alone a free slot beside the others
+    join      copy a row that was prefilled alone into a free slot beside the others
     forward   write one token of every row and return the logits after it
-    keep      let rows go: the last row moves into the hole
+    keep      drop all other rows; the last row moves into each hole
 
 The model makes its own masks: importing this file registers `attention` and `attention_mask` with
-transformers; the mask asks the cache where the query of each row stands. Needs torch and
-transformers, no other file of labs: what makes it faster is handed in, see the Protocols.
+transformers, and the mask reads the position of each row from the cache. This file needs torch and
+transformers, but no other file of labs: faster parts are passed in, see the Protocols.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 LONE_ROW_COPIES = 4  # a lone row is computed 4 times over: oneDNN is faster with 4 than with 2
-CHUNK = 256  # prompt tokens per prefill call: the longest that others wait for a newcomer
+CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows wait for it
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
-KEPT_SHARE = 0.125  # of the free memory: what may lie beside live rows for rows to come
-MEMORY_SHARE = 0.5  # of the free memory: what slots may take
+KEPT_SHARE = 0.125  # the share of free memory for stored prefixes and for spare slots
+MEMORY_SHARE = 0.5  # the share of free memory for slots
 OOM_WORDS = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
-UNKNOWN_BUDGET = 2**30  # bytes, assumed where the system does not report its free memory
+UNKNOWN_BUDGET = 2**30  # bytes, assumed if the system does not report its free memory
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -81,13 +81,13 @@ class Sampling:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One sequence. `ids` grows; `written` counts the columns its slot holds.
+    """One sequence. `ids` grows; `written` counts the columns that its slot holds.
 
-    lookahead: tokens that a step may guess. owner: only prefixes of the same owner are reused,
-    exact_prefix: and only columns with the bits of a prefill. cancelled: set by any thread. over:
-    set by whoever reads its tokens. exact_columns: prefilled in whole chunks from the first on.
-    cached: prompt tokens taken from a prefix. deadline, entered (the loop): by perf_counter. seen:
-    all of ids, once. bias: ids and values of logit_bias, where the logits lie, once they are there.
+    lookahead: tokens that one step may guess. owner: only prefixes of the same owner are reused;
+    with exact_prefix, only columns with the bits of a prefill. cancelled: set by any thread. over:
+    set by the reader of the tokens. exact_columns: those prefilled in whole chunks from the first
+    on. cached: prompt tokens taken from a prefix. deadline, entered: by time.perf_counter(). seen:
+    the distinct ids. bias: ids and values of logit_bias on the device of the logits, once uploaded.
     """
 
     id: int
@@ -131,9 +131,9 @@ class Row:
 class Batch:
     """Rows and their slots; consumed by the function that takes it.
 
-    stepwise: stands in for the slots of a model that cannot be batched. logits: what a prompt's
-    last token gave, float32 [1, V], until a step makes a token of it. at_once: how many rows a
-    forward call takes, 0 for all; fewer where memory ran out. graphs: take its slots at its end.
+    stepwise: replaces the slots of a model that cannot be batched. logits: float32 [1, V] after the
+    last token of a prompt, until a step chooses from them. at_once: rows per forward call, 0 for
+    all; lowered after a step ran out of memory. graphs: takes the slots when the batch has ended.
     """
 
     rows: tuple[Row, ...]
@@ -145,7 +145,7 @@ class Batch:
 
     @property
     def pending(self) -> int:
-        """Tokens that `prefill` has still to write before this newcomer's next step."""
+        """Tokens that `prefill` must still write before this newcomer's next step."""
         row = self.rows[0]
         known = len(row.ids) - 1 if row.generated else row.prompt_length
         return 0 if self.stepwise is not None else max(known - row.written, 0)
@@ -156,11 +156,11 @@ class Batch:
 
 @dataclass(slots=True)
 class Cursor:
-    """Where the forward call under way writes and how far it reads, shared by all layers.
+    """Where the current forward call writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `write_from`; a step writes row index[b], which is first_row
-    + b, at positions[b]. speculative: all queries belong to row 0; each sees the columns before its
-    own.
+    Prefill writes one row from column `write_from` on. A step writes row index[b], which is
+    first_row + b, at column positions[b]. speculative: all queries belong to row 0, and each
+    attends to the columns up to its own position.
     """
 
     rows: int
@@ -183,7 +183,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     The slot of a live row holds finite numbers in every column, because 0 * NaN is NaN.
     """
 
-    is_sliding = False  # all columns are kept; the mask makes the window
+    is_sliding = False  # all columns are kept; the mask applies the window
     keys: Any  # None until the first call
     values: Any
 
@@ -235,11 +235,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             old = getattr(self, name)
             shape = max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
             if shape == old.shape:
-                continue  # an earlier try ran out of memory after this layer
+                continue  # an earlier call ran out of memory after it resized this layer
             new = old.new_empty(shape)
             new[:live, :, : old.shape[2]] = old[:live]
             new[:live, :, old.shape[2] :] = 0
-            setattr(self, name, new)  # growing costs one layer's copy at a time
+            setattr(self, name, new)  # only one layer's copy exists at a time
 
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
@@ -252,7 +252,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             buffer[target, :, :columns] = buffer[source, :, :columns]
 
     def cut(self, live: int) -> None:
-        """Forget the rows from `live` on; their slots stay for newcomers."""
+        """Do nothing: the slots of the rows from `live` on stay for newcomers."""
 
 
 class StateLayer(LinearAttentionLayer):
@@ -265,13 +265,13 @@ class StateLayer(LinearAttentionLayer):
         return [(states, i) for states in (self.conv_states, self.recurrent_states) for i in states]
 
     def write(self, row: int, other: StateLayer, columns: int) -> None:
-        """Put a newcomer's states below; a kind that the model does not use is None in both."""
+        """Append a newcomer's states; a kind that the model does not use is None in both layers."""
         for (states, i), (others, _) in zip(self._states(), other._states(), strict=True):
             if states[i] is not None:
                 states[i] = torch.cat([states[i][:row], others[i]])
 
     def resize(self, live: int, rows: int, columns: int) -> None:
-        """States have no columns, and rows are added as they come."""
+        """Do nothing: states have no columns, and `write` appends their rows."""
 
     def move(self, source: int, target: int, columns: int) -> None:
         for states, i in self._states():
@@ -284,7 +284,7 @@ class StateLayer(LinearAttentionLayer):
 
 
 class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-call]
-    """Slots beside recurrent states, for layers that hold both."""
+    """Slots beside recurrent states, for layers that have both."""
 
     is_compileable = False
 
@@ -308,7 +308,7 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
         StateLayer.move(self, source, target, columns)
 
 
-# By exact type: a subclass may keep more than keys and values. Not every version has every name.
+# By exact type, as a subclass may hold more. Not every version of transformers has every name.
 _LAYERS: dict[type, type | None] = {
     getattr(cache_utils, name): kind
     for name, kind in (
@@ -324,11 +324,11 @@ _LAYERS: dict[type, type | None] = {
 
 
 class Slots(cache_utils.Cache):
-    """A transformers cache whose rows are slots; made from the layers its own cache would have."""
+    """A transformers cache whose rows are slots, with a layer for each layer of its own cache."""
 
     def __init__(self, config: PretrainedConfig, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=_blocks(columns))
-        self.captured: dict[tuple[int, int], object] = {}  # of StepGraphs, which reads these slots
+        self.captured: dict[tuple[int, int], object] = {}  # CUDA graphs that read these slots
         super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
     def _layer(self, old: CacheLayer) -> CacheLayer:
@@ -339,7 +339,7 @@ class Slots(cache_utils.Cache):
 
     @property
     def stateful_layers(self) -> list[CacheLayer]:
-        """The layers that hold anything of their own."""
+        """The layers that hold keys, values or states."""
         return [layer for layer in self.layers if isinstance(layer, (SlotLayer, StateLayer))]
 
     @property
@@ -358,13 +358,13 @@ class Slots(cache_utils.Cache):
         return self.cursor.write_from if self.cursor.positions is None else self.cursor.read_to - 1
 
     def make_room(self, live: int, columns: int) -> None:
-        """Make room for one more row beside `live`; rows double."""
+        """Make room for one more row beside `live` rows; double the rows if there is none."""
         at = self.cursor
         rows = at.rows if live < at.rows else 2 * at.rows
         self.resize(live, rows, max(columns, at.columns))
 
     def resize(self, live: int, rows: int, columns: int) -> None:
-        """Move the first `live` rows into slots of another size."""
+        """Move the first `live` rows into `rows` slots of `columns` columns."""
         if (rows, columns) != (self.cursor.rows, self.cursor.columns):
             self.captured.clear()  # they read the old buffers
             for layer in self.stateful_layers:
@@ -377,7 +377,7 @@ def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
 
 
 def _blocks(columns: int) -> int:
-    """Round up to 64, 128, 256, 512, then to blocks: sums of other lengths may have other bits."""
+    """Round up to 64, 128, 256, 512, then to blocks: other lengths may round sums differently."""
     if columns <= 8 * COLUMNS:
         return max(COLUMNS, 1 << (columns - 1).bit_length())
     return math.ceil(columns / COLUMNS) * COLUMNS
@@ -394,12 +394,12 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention [B, Q, heads, dim] by sdpa, which knows neither caps nor sinks.
+    """Compute attention [B, Q, heads, dim] by sdpa, unless the model has soft-capping or sinks.
 
-    The names are those of transformers' own functions: some models call them by name.
+    The parameters have transformers' names, because some models pass them by name.
     """
     states = query, key, value
-    if lengths := getattr(attention_mask, "lengths", None):  # prompts in one row: as each alone
+    if lengths := getattr(attention_mask, "lengths", None):  # several prompts in one row
         parts = zip(*(torch.split(each, lengths, 2) for each in states), strict=True)
         outputs = [attention(module, a, b, c, None, **options)[0] for a, b, c in parts]
         return torch.cat(outputs, 1), None
@@ -417,15 +417,15 @@ def attention_invariant(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention that gives a row the same bits in any company, on CPU.
+    """Compute attention that gives a row the same bits whatever else is in the batch, on CPU.
 
-    In float32 sdpa does not, plain products do. In 16 bits sdpa does where each of its threads has
-    an aligned scratch buffer: with a multiple of eight queries, so the heads of a group are padded.
+    In float32, plain products do so and sdpa does not. In 16 bits, sdpa does if each of its threads
+    has an aligned scratch buffer: queries are padded to a multiple of eight to give it one.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
     if query.shape[2] > 1 or options.get("position_bias") is not None:
         return attention(module, query, key, value, attention_mask, **options)
-    # The copies that keep a lone row company have no slots: they take the row's output.
+    # The copies of a lone row have no slots: they get the row's output.
     live = query[: len(key)]
     if special or query.dtype == torch.float32:
         output = _eager_attention(live, key, value, attention_mask, options)
@@ -437,7 +437,7 @@ def attention_invariant(
 def _padded_sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Return attention [B, 1, heads, dim] of one query a row: a group's heads are its queries."""
+    """Compute attention [B, 1, heads, dim] of one query per row; a group's heads become queries."""
     (batch, heads, _, dim), groups = q.shape, k.shape[1]
     queries = q.reshape(batch, groups, -1, dim)
     real = queries.shape[2]
@@ -450,11 +450,11 @@ def _padded_sdpa(
 def _eager_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Return softmax(q k) v; q: [B, heads, Q, dim], k and v: [B, groups, T, dim]."""
+    """Return softmax(q k) v [B, Q, heads, dim] of q [B, heads, Q, dim] and k, v [B, groups, T, dim]."""
     (batch, heads, queries, dim), (groups, total) = q.shape, k.shape[1:3]
     if mask is None:
         mask = q.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
-    if queries > CHUNK:  # scores are much larger than what they are made of
+    if queries > CHUNK:  # scores are much larger than queries and keys
         parts = zip(*(torch.split(each, CHUNK, 2) for each in (q, mask)), strict=True)
         return torch.cat([_eager_attention(part, k, v, seen, options) for part, seen in parts], 1)
     scores = _scores(q.reshape(batch, groups, -1, dim), k)
@@ -464,7 +464,7 @@ def _eager_attention(
     if mask.dtype == torch.bool:
         mask = additive(mask, scores.dtype)
     scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
-    if (sinks := options.get("s_aux")) is not None:  # a sink takes its share and gives nothing
+    if (sinks := options.get("s_aux")) is not None:  # a sink takes a share, but has no value
         sinks = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(queries, 2)
         scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], -1)
     weights = scores.softmax(-1)[..., :total].to(v.dtype)
@@ -472,7 +472,7 @@ def _eager_attention(
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return q k, float32 on a GPU, as kernels for all of attention have it; [B, groups, ., T]."""
+    """Return q k [B, groups, ., T], in float32 on a GPU, as fused attention kernels compute it."""
     if not _sums_in_float32(q):
         return q @ k.transpose(2, 3)
     q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
@@ -480,14 +480,14 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _sums_in_float32(q: Tensor) -> bool:
-    has_it = hasattr(torch.ops.aten.bmm, "dtype")  # since torch 2.8
-    return q.is_cuda and q.dtype != torch.float32 and has_it
+    supported = hasattr(torch.ops.aten.bmm, "dtype")  # since torch 2.8
+    return q.is_cuda and q.dtype != torch.float32 and supported
 
 
 def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:
-    """Tell whether one query a row gives sdpa too few heads to fill a GPU; products split columns.
+    """Return whether sdpa leaves most of a GPU idle; plain products divide the columns among it.
 
-    An H200 takes 20 instead of 83 us for one row of 4,096 columns and 8 heads of keys.
+    An H200 takes 20 instead of 83 us for one query, 4,096 columns and 8 heads of keys.
     """
     if q.shape[2] > 1 or not _sums_in_float32(q):
         return False
@@ -500,17 +500,17 @@ def _multiprocessor_count(device: torch.device) -> int:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to scores; sdpa would make it of a bool mask again in every layer."""
+    """Return a bool mask as one to add to scores; sdpa would convert it again in every layer."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 def attention_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: Tensor | int = 0, **options: Any
 ) -> Tensor | None:
-    """Return what each query sees, [B, 1, Q, T]; the pattern is the model's own mask_function."""
+    """Return the mask [B, 1, Q, T] of the model's own mask_function at each row's position."""
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
-    if (own := getattr(q_offset, "mask", None)) is not None:  # of prompts in one row
+    if (own := getattr(q_offset, "mask", None)) is not None:  # several prompts in one row
         return cast("Tensor", own(q_offset, kv_length - q_length, **options))
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
@@ -524,53 +524,53 @@ for _name, _function in (("labs", attention), ("labs_invariant", attention_invar
     AttentionMaskInterface.register(_name, attention_mask)
 
 
-# ---------------------------------------------------------------- what is handed in
+# ---------------------------------------------------------------- optional parts
 
 
 class StepGraphs(Protocol):
-    """Steps as CUDA graphs; labs_fast.Graphs."""
+    """Steps as CUDA graphs, implemented by labs_fast.Graphs."""
 
     def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
         """Return logits [B, V] as `forward_slots` does."""
 
     def begin(self, newcomer: Batch) -> Batch:
-        """Return a batch of one in slots that graphs read."""
+        """Return the newcomer's batch of one row in slots that graphs read."""
 
     def padded_columns(self, cache: Slots, columns: int) -> int:
-        """Return as many columns or more, so that slots seldom grow."""
+        """Return `columns` or a larger number, so that slots seldom grow."""
 
     def take_slots(self, cache: Slots) -> None:
-        """Take the slots of a batch that has ended, for the next one."""
+        """Take the slots of a batch that has ended, for the next batch."""
 
     def release(self) -> bool:
-        """Free what no batch under way needs; tell whether that was anything."""
+        """Free the slots that no batch is using; return whether there were any."""
 
 
 class PrefixStore(Protocol):
-    """Keys and values of what prompts begin with; labs_prefixes.Prefixes."""
+    """Stored keys and values of prefixes of prompts, implemented by labs_prefixes.Prefixes."""
 
     def load(self, decoder: Decoder, newcomer: Batch) -> None:
-        """Write the longest known beginning of the newcomer's prompt into its slot."""
+        """Write the longest stored prefix of the newcomer's prompt into its slot."""
 
     def store(self, decoder: Decoder, batch: Batch, index: int) -> None:
-        """Keep what rows[index] has written."""
+        """Store the columns that rows[index] has written."""
 
     def release(self) -> bool:
-        """Forget all of them; tell whether there were any."""
+        """Delete all prefixes; return whether there were any."""
 
 
 class PrefillPacked(Protocol):
-    """Short prompts in one call; labs_forward.prefill_packed."""
+    """Short prompts in one call, implemented by labs_forward.prefill_packed."""
 
     def __call__(self, decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-        """Write the whole prompts of newcomers; each has the logits of its last token."""
+        """Write the newcomers' whole prompts; return them with the logits of their last tokens."""
 
 
-# ---------------------------------------------------------------- which models, and how
+# ---------------------------------------------------------------- how the rows of a model run
 
 
-CACHE_WORDS = ("cache", "past_key_values", "cache_params")  # 5.24, before it, mamba
-WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # a chunk's scan drops the state before it
+CACHE_WORDS = ("cache", "past_key_values", "cache_params")  # transformers 5.24, older ones, mamba
+WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # each chunk's scan drops earlier states
 SINGLE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
 
 
@@ -578,14 +578,14 @@ SINGLE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rw
 class Decoder:
     """A transformers causal model and how its rows run.
 
-    mode: "joins" the batch; "whole": joins, but its prompt is prefilled in one call; "alone".
-    packable: its linear layers may be replaced. prefill_packed: None where each prompt goes alone.
-    can_reuse_prefix: a row's columns may be cut anywhere, and begin another. forward_words: what
-    the model's forward takes. invariant: the bits of a row do not depend on its company; for that,
-    steady: so many rows at most share a call, 0 for any number; duplicates_lone_row: a lone row is
-    computed beside copies of itself, because a product of one row rounds differently. came_with:
-    the attention that each configuration inside the model named before. step_alone: of a lone row,
-    may make several choices; halves: what goes on after a step ran out of memory.
+    mode: "joins": rows share calls; "whole": they do, but a prompt is prefilled in one call;
+    "alone". packable: its linear layers may be replaced. can_reuse_prefix: columns of a row may be
+    cut anywhere and begin another row. forward_words: the parameters of the model's forward.
+    invariant: the bits of a row do not depend on other rows; for that, at most `steady` rows share
+    a call (0: any number), and with duplicates_lone_row a lone row is computed beside copies of
+    itself, because a product of one row rounds differently. came_with: the attention that each
+    configuration in the model named at first. prefill_packed: None if each prompt is prefilled
+    alone. step_alone: steps a lone row by one or more tokens. halves: splits a batch.
     """
 
     model: PretrainedModel
@@ -610,21 +610,21 @@ class Decoder:
 
     @property
     def embedded(self) -> int:
-        """How many tokens the input embedding holds; vocab_size may say something else."""
+        """The number of tokens in the input embedding; vocab_size may be another number."""
         return len(self.model.get_input_embeddings().weight)
 
     def wrong_prompt(self, ids: Sequence[object]) -> str | None:
-        """Return what is wrong with ids as a prompt, in words."""
+        """Return why ids cannot be a prompt, as a phrase, or None if they can."""
         held = self.embedded
         if kinds := [i for i in ids if not hasattr(i, "__index__")]:
-            return f"the prompt has {kinds[0]!r} where a token id has to be"
+            return f"the prompt has {kinds[0]!r} in place of a token id"
         wrong = [i for i in cast("Sequence[int]", ids) if not 0 <= i < held]
-        told = f"prompt names token {wrong[0]}: the model holds {held}" if wrong else None
-        return told if ids else "the prompt has no tokens"
+        reason = f"prompt names token {wrong[0]}: the model holds {held} tokens" if wrong else None
+        return reason if ids else "the prompt has no tokens"
 
     @property
     def device(self) -> torch.device:
-        """Where ids go: the device of the input embedding, sharded models included."""
+        """The device of input ids, which is that of the input embedding in sharded models too."""
         return cast("torch.device", self.model.get_input_embeddings().weight.device)
 
     @property
@@ -634,7 +634,7 @@ class Decoder:
 
     @property
     def column_bytes(self) -> int:
-        """Bytes of one token's keys and values, as the configuration says; 0 if it does not."""
+        """Bytes of one token's keys and values by the configuration; 0 if it does not say."""
         config, layers = self.config, _cache_layers(self.config)
         slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in layers]
         latent, rotary = _int_of(config, "kv_lora_rank"), _int_of(config, "qk_rope_head_dim")
@@ -646,9 +646,9 @@ class Decoder:
 
 
 def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
-    """Decide how the rows of `model` run, and give it the attention that this needs.
+    """Decide how the rows of `model` run, and set the attention that they need.
 
-    Plain products in float32 let a row's bits depend on its company; labs_fast's do not.
+    With plain products in float32 the bits of a row depend on other rows; with labs_fast's not.
     """
     mode, reason = mode_of(model)
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
@@ -672,9 +672,9 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
 
 
 def with_invariance(decoder: Decoder, wanted: bool) -> Decoder:
-    """Return a decoder whose rows have the same bits in any company, where that is possible.
+    """Return a decoder whose rows have the same bits whatever else is in a batch, if possible.
 
-    wanted: its products have them. The rest is up to the attention, which is chosen here.
+    wanted: false if its products cannot do this. The attention is chosen to match.
     """
     model = decoder.model
     on_cpu = {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -685,17 +685,17 @@ def with_invariance(decoder: Decoder, wanted: bool) -> Decoder:
 
 
 def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
-    """Return how the rows of a model run, and the reason in words."""
+    """Return how the rows of a model run, and the reason as a phrase."""
     config = model.config.get_text_config()
     kind = config.model_type
     if kind in SINGLE_TYPES or getattr(config, "alibi", False):
-        return "alone", f"{kind} has no batch in which rows may differ in length"
+        return "alone", f"{kind} cannot batch rows of different length"
     if rope := _whole_call_rope(config):
         return "alone", f"its {rope} positions depend on the longest row of a call"
     try:
         layers = {type(layer) for layer in _cache_layers(config)}
     except Exception as error:  # the configuration may be of any kind
-        return "alone", f"its configuration tells no cache ({type(error).__name__}: {error})"
+        return "alone", f"its configuration describes no cache ({type(error).__name__}: {error})"
     if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
     slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
@@ -716,7 +716,7 @@ def _whole_call_rope(config: PretrainedConfig) -> str | None:
 
 
 def context_length_of(config: PretrainedConfig, tokenizer: Tokenizer = None) -> int | None:
-    """Return how many tokens a model reads at most, as its configuration or tokenizer says."""
+    """Return a model's context length in tokens by its configuration or tokenizer, if they say."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limits = [value for name in names if isinstance(value := getattr(text, name, None), int)]
@@ -727,14 +727,14 @@ def context_length_of(config: PretrainedConfig, tokenizer: Tokenizer = None) -> 
 
 
 def eos_token_ids_of(model: PretrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the tokens that end an answer."""
+    """Return the ids of the tokens that end an answer."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     ids = stated if isinstance(stated, list) else [stated]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def has_bf16(device: str) -> bool:
-    """Tell whether the device computes bfloat16 natively, not by emulation."""
+    """Return whether the device computes bfloat16 natively, not by emulation."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(torch.device(device)) >= (8, 0)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -745,7 +745,7 @@ def has_bf16(device: str) -> bool:
 
 
 def new_batch(decoder: Decoder, row: Row) -> Batch:
-    """Return a batch of one newcomer, nothing computed yet."""
+    """Return a batch of one newcomer for which nothing is computed yet."""
     if decoder.mode == "alone":
         return Batch((row,), Slots(None, 0), _generate_stepwise(decoder, row))
     return Batch((row,), Slots(decoder.config, row.columns))
@@ -760,7 +760,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
     at.write_from, at.read_to, at.positions, at.speculative = row.written, end, None, False
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
     positions = torch.arange(row.written, end, device=ids.device)[None]
-    # Two, because a product of one row rounds differently, see `forward`.
+    # Two logits, because a product of one row rounds differently.
     logits = call_model(decoder, ids, positions, batch.cache, 2)[:, -1].float()
     if row.exact_columns == row.written == end - decoder.chunk:
         row.exact_columns = end
@@ -770,7 +770,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
 
 @torch.inference_mode()
 def join(batch: Batch, newcomer: Batch) -> Batch:
-    """Give the newcomer, who has made its first step alone, a slot of its own in `batch`."""
+    """Copy the newcomer, which has made its first step alone, into a free slot of `batch`."""
     row, live = newcomer.rows[0], len(batch.rows)
     columns = newcomer.cache.cursor.columns
     if batch.graphs is not None and columns > batch.cache.cursor.columns:
@@ -785,7 +785,7 @@ def join(batch: Batch, newcomer: Batch) -> Batch:
 
 @torch.inference_mode()
 def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
-    """Let all rows go but those named; the last row moves into each hole. None if none is left."""
+    """Drop all rows but those with these ids; the last row moves into each hole. None if all go."""
     kept, rows = set(ids), list(batch.rows)
     for hole in range(len(rows) - 1, -1, -1):
         if rows[hole].id in kept:
@@ -797,7 +797,7 @@ def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
                 layer.move(len(rows), hole, last.written)
     for layer in batch.cache.stateful_layers:
         layer.cut(len(rows))
-    at_once = batch.at_once if len(rows) > batch.at_once else 0  # that many did fit
+    at_once = batch.at_once if len(rows) > batch.at_once else 0  # a call of this many did fit
     if not rows and batch.graphs is not None:
         batch.graphs.take_slots(batch.cache)
     return replace(batch, rows=tuple(rows), at_once=at_once) if rows else None
@@ -809,7 +809,7 @@ def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
 def upload(
     values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return values as a tensor on a device; unlike torch.tensor, without waiting for a GPU."""
+    """Return values as a tensor on a device; unlike torch.tensor, do not wait for a GPU."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
@@ -822,7 +822,7 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
         row = batch.rows[0]
         return (batch.stepwise.send(row.ids[-1]) if row.generated else next(batch.stepwise)).float()
     most = min(batch.at_once or len(batch.rows), decoder.steady or len(batch.rows))
-    size = math.ceil(len(batch.rows) / math.ceil(len(batch.rows) / most))  # calls of one size
+    size = math.ceil(len(batch.rows) / math.ceil(len(batch.rows) / most))  # equal calls
     calls = range(0, len(batch.rows), size)
     return torch.cat([_forward_rows(decoder, batch, first, first + size) for first in calls])
 
@@ -841,7 +841,7 @@ def forward_slots(
 ) -> Tensor:
     """Return logits [B, V] after ids [B, 1] at the columns `written` of the slots from `first` on.
 
-    More ids than rows are guesses for the first slot.
+    If there are more ids than rows, all of them continue the first slot.
     """
     at, live = batch.cache.cursor, len(ids)
     positions = upload(written, ids.device)[:, None]
@@ -857,9 +857,9 @@ def forward_slots(
 def call_model(
     decoder: Decoder, ids: Tensor, positions: Tensor, cache: cache_utils.Cache, keep: int | Tensor
 ) -> Tensor:
-    """Call the model with the words that its forward knows; return logits, the last ones at least.
+    """Call the model with the keywords that its forward accepts; return its logits.
 
-    keep: how many of the last positions, or which positions, as logits_to_keep.
+    keep: the number of last positions, or the positions, to return, if it has logits_to_keep.
     """
     words: dict[str, object] = {"position_ids": positions, "logits_to_keep": keep}
     words |= {"use_cache": True, **dict.fromkeys(CACHE_WORDS, cache)}
@@ -868,7 +868,7 @@ def call_model(
 
 
 def _generate_stepwise(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
-    """Yield logits [1, V] and take tokens; cache and inputs are those that the model makes."""
+    """Yield logits [1, V] and receive tokens; the model makes its own cache and inputs."""
     ids = torch.tensor([row.ids], device=decoder.device)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": row.max_new_tokens}
     options |= {"do_sample": False, "custom_generate": _stepwise}
@@ -897,7 +897,7 @@ def _stepwise(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out: on a GPU, in Python, or torch on a CPU, by its words."""
+    """Return whether memory ran out: on a GPU, in Python, or in torch on a CPU (by its message)."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(words in str(error) for words in OOM_WORDS)
 
@@ -909,8 +909,8 @@ def _int_of(config: PretrainedConfig, name: str) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device, sys.maxsize if nobody knows."""
-    if device.type == "cuda":  # what torch holds in reserve is free for it
+    """Return the bytes that are free on a device, sys.maxsize if this is not known."""
+    if device.type == "cuda":  # the memory that torch holds in reserve is free
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserve
     with contextlib.suppress(OSError):  # Linux; the page cache counts as free there
@@ -923,7 +923,7 @@ def available_bytes(device: torch.device) -> int:
 def release_memory() -> None:
     """Return freed memory to CUDA and, with glibc, to the system."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -935,6 +935,6 @@ def slot_budget(device: torch.device) -> int:
 
 
 def keepable_bytes(cache: Slots, held: int) -> int:
-    """Return how many bytes may lie beside `cache` for what may come; `held` do already."""
+    """Return how many bytes may be stored beside `cache` for later; `held` are stored already."""
     free = available_bytes(cache.buffers[0].device)
     return UNKNOWN_BUDGET if free == sys.maxsize else int(KEPT_SHARE * (free + held))

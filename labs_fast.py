@@ -4,7 +4,7 @@
     decoder = labs_decode.prepare(model)
     decoder = labs_fast.speed_up(decoder, "int4", batch_invariant=True, cuda_graphs=True)
 
-labs.load_model calls it where this file is present. Needs labs_decode.py.
+labs.load_model calls it if this file is present. This file needs labs_decode.py.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 import labs_decode
 from labs_decode import Batch, Decoder, Slots, Tensor
 
-PACKED_ROWS = 16  # what oneDNN chooses its blocks for: as fast beside 1 row or 256
-MIN_GRAPH_COLUMNS = 512  # smallest slots whose steps are captured
-CAPTURE_AFTER = 4  # steps of one shape, before it is worth a CUDA graph
-GRAPH_COLUMNS = 256  # a graph reads whole blocks of so many, so that it serves as many steps
+PACKED_ROWS = 16  # rows that oneDNN chooses its blocks for, as fast for 1 row and for 256
+MIN_GRAPH_COLUMNS = 512  # columns of the smallest slots whose steps are captured
+CAPTURE_AFTER = 4  # steps of one shape before it is captured
+GRAPH_COLUMNS = 256  # columns per block: a graph reads whole blocks and so serves as many steps
 INT4_GROUP = 32  # 4-bit weights that share a scale
 CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 log = logging.getLogger("labs.fast")
@@ -37,14 +37,14 @@ log = logging.getLogger("labs.fast")
 def speed_up(
     decoder: Decoder, method: str | None, *, batch_invariant: bool, cuda_graphs: bool
 ) -> Decoder:
-    """Replace linear layers and norms of the decoder's model by faster ones of the same text.
+    """Replace linear layers and norms of the decoder's model by faster ones with the same text.
 
-    method: int8 or int4 weights on a CPU, of other text. Raises ValueError if nothing can be so.
+    method: int8 or int4 weights on a CPU, with other text. Raises ValueError if a layer cannot.
     """
     model, devices = decoder.model, {each.device for each in decoder.model.parameters()}
     on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
     has_fp32 = any(each.dtype == torch.float32 for each in model.parameters())
-    if decoder.packable:  # others ask for `weight`, which unpacks it, at each step
+    if decoder.packable:  # other models read `weight` at each step, which would unpack it
         pack(model, method)
     if decoder.packable and on_one_gpu:
         fuse_norms(model)
@@ -53,7 +53,7 @@ def speed_up(
     left = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
     if method and left > sum(fused.numel for fused in packed):
         raise ValueError(
-            f"quant_method = {method}: needs a model of plain linear layers, all on CPU"
+            f"quant_method = {method}: needs a model with only plain linear layers, all on CPU"
         )
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
@@ -69,7 +69,7 @@ def speed_up(
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight as its product wants it: multiply(x [..., in], bias [out] or None); unpack()."""
+    """A weight in the form of its product: multiply(x [..., in], bias [out] or None); unpack()."""
 
     multiply: Callable[[Tensor, Tensor | None], Tensor]
     unpack: Callable[[], Tensor]
@@ -77,27 +77,27 @@ class PackedWeight:
 
 
 def dense_weight(weight: Tensor) -> PackedWeight:
-    """Take a weight as it is, for layers that become one product: a GPU launches one kernel."""
+    """Return a weight as it is, for fused layers: a GPU launches one kernel instead of three."""
     linear = torch.nn.functional.linear
     return PackedWeight(lambda x, bias: linear(x, weight, bias), lambda: weight, weight.nbytes)
 
 
 def onednn_weight(weight: Tensor) -> PackedWeight:
-    """Put a weight into the blocks that oneDNN computes with; else it does so at every call.
+    """Reorder a weight into oneDNN's blocks; otherwise oneDNN does this at every call.
 
-    A step takes 0.6 to 0.8 of the time, and a row has the same bits beside any number of others but
-    none, which MKL's products in float32 do not give.
+    A step takes 0.6 to 0.8 of the time. Two or more rows have the same bits as any number of rows,
+    which MKL's products in float32 do not give.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    linear, nbytes = torch.ops.mkldnn._linear_pointwise, weight.nbytes  # not the weight itself
+    linear, nbytes = torch.ops.mkldnn._linear_pointwise, weight.nbytes  # the weight itself is freed
     multiply = lambda x, bias: linear(x, packed, bias, "none", [], "")  # noqa: E731
     return PackedWeight(multiply, packed.to_dense, nbytes)
 
 
 def int4_weight(weight: Tensor) -> PackedWeight:
-    """Round to 4-bit numbers, a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
+    """Round to 4-bit numbers with a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
 
-    Faster for few rows, slower for many: each unpacks it anew. Rows keep their bits.
+    It is faster for few rows and slower for many, as each row unpacks it. Rows keep their bits.
     """
     padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
     groups = padded.view(len(padded), -1, INT4_GROUP)
@@ -115,7 +115,7 @@ def int4_weight(weight: Tensor) -> PackedWeight:
 
 
 def int8_weight(weight: Tensor) -> PackedWeight:
-    """Round to 8-bit numbers with a scale for each output; else as int4_weight."""
+    """Round to 8-bit numbers with a scale for each output, otherwise as int4_weight."""
     steps = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
     packed = (weight.float() / steps[:, None]).round_().to(torch.int8)
     scales = steps.to(weight.dtype)
@@ -125,7 +125,7 @@ def int8_weight(weight: Tensor) -> PackedWeight:
 
 
 def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Give a kernel that takes rows, and no bias, what a linear layer takes."""
+    """Return a linear layer's product from a kernel that takes rows [N, in] and no bias."""
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         product = kernel(x.reshape(-1, x.shape[-1]))
@@ -136,11 +136,11 @@ def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | N
 
 
 PACKINGS = {None: onednn_weight, "int8": int8_weight, "int4": int4_weight}
-FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # read one input
+FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # share an input
 
 
 class FusedWeight:
-    """The product of layers that read the same input: whoever comes first computes it for all."""
+    """The product of layers that read the same input; the first one called computes it for all."""
 
     def __init__(
         self, linears: Sequence[torch.nn.Linear], packing: Callable[[Tensor], PackedWeight]
@@ -150,7 +150,7 @@ class FusedWeight:
         self.packed = packing(torch.cat([linear.weight.detach() for linear in linears]))
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple: threads
+        self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple, set atomically
 
     def part(self, x: Tensor, index: int) -> Tensor:
         known, parts = self.last
@@ -161,7 +161,7 @@ class FusedWeight:
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer whose weight is packed, alone or with others that read its input."""
+    """A linear layer whose weight is packed, alone or with other layers that read its input."""
 
     def __init__(self, linear: torch.nn.Linear, fused: FusedWeight, index: int) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class PackedLinear(torch.nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, unpacked at each call; of 4 and 8 bits what they stand for."""
+        """The weight, unpacked at each call; from 4 or 8 bits, the dequantised weight."""
         return torch.split(self.fused.packed.unpack(), self.fused.sizes)[self.index]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,10 +179,10 @@ class PackedLinear(torch.nn.Module):
 
 @torch.inference_mode()
 def pack(model: Any, method: str | None = None) -> None:
-    """Replace the plain linear layers by packed ones; their weights go, one group at a time.
+    """Replace plain linear layers by packed ones, freeing their weights one group at a time.
 
-    On a GPU only those that become one product. method, for a CPU: "int8"; "int4", with 8 bits for
-    the output layer, where 4 are heard; None for the weights as they are.
+    On a GPU, replace only layers that can be fused. method, on a CPU only: "int8"; "int4", with 8
+    bits for the output layer, whose loss at 4 bits shows; None for the weights as they are.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     types = _packed_types() if method is None else [torch.float32, torch.bfloat16, torch.float16]
@@ -198,12 +198,12 @@ def pack(model: Any, method: str | None = None) -> None:
                 continue
             try:
                 together = FusedWeight(linears, PACKINGS[kind] if on_cpu else dense_weight)
-            except torch.OutOfMemoryError:  # a GPU that has room for the weights, but not twice
+            except torch.OutOfMemoryError:  # the GPU does not hold these weights twice
                 return
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 setattr(parent, name, PackedLinear(linear, together, index))
             del linears, linear
-    torch.cuda.empty_cache()  # what the weights left that are one now
+    torch.cuda.empty_cache()  # the memory of the weights that were fused
 
 
 def _packed_types() -> list[torch.dtype]:
@@ -214,7 +214,7 @@ def _packed_types() -> list[torch.dtype]:
 
 
 def _projection_groups(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
-    """Return the groups of layers that are one product, and each other one alone."""
+    """Return the groups of layers that can be fused, and each other layer alone."""
 
     def alike(group: tuple[str, ...]) -> bool:
         linears = [getattr(parent, name) for name in group if name in names]
@@ -229,7 +229,7 @@ def _projection_groups(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
 def _can_pack(module: Any, types: list[torch.dtype], method: str | None) -> bool:
     if type(module) is not torch.nn.Linear or _is_hooked(module):
         return False
-    if type(module.weight) is not torch.nn.Parameter:  # but one of a quantisation
+    if type(module.weight) is not torch.nn.Parameter:  # it is quantised already
         return False
     if module.weight.is_cuda:
         return method is None
@@ -244,84 +244,84 @@ def _is_hooked(module: Any) -> bool:
 
 @torch.inference_mode()
 def fuse_norms(model: Any) -> None:
-    """Let torch's rms_norm compute norms of the same output: one kernel instead of six."""
+    """Replace norms by torch's rms_norm if their output is the same: one kernel instead of six."""
     for module in model.modules():
         weight, eps = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
         if eps is None or weight is None or weight.ndim != 1 or _is_hooked(module):
             continue
         if weight.dtype != model.dtype or len(inspect.signature(module.forward).parameters) != 1:
-            continue  # some have a gate
+            continue  # some norms take a gate
         options: Any = {"normalized_shape": weight.shape, "weight": weight, "eps": eps}
         norm: Any = functools.partial(torch.nn.functional.rms_norm, **options)
         x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype)
         x = x.view(1, 2, -1)
-        with contextlib.suppress(Exception):  # of code that came with a model
+        with contextlib.suppress(Exception):  # code that came with a model may raise anything
             theirs = module(x).float()
             if (norm(x).float() - theirs).norm() <= 0.01 * theirs.norm():
                 module.forward = norm
 
 
 class Graphs:
-    """Steps as CUDA graphs, which need one launch where a model has thousands.
+    """Steps as CUDA graphs, which need one launch in place of thousands.
 
-    A shape (rows, columns) is captured once it was stepped a few times, and checked against the
-    step that it stands for; if capturing fails, all steps go on without. Where rows are fewer than
-    the shape has, dead slots are computed beside them. spare_slots: of the batch that ended last.
+    A shape (rows, columns) is captured after a few steps, and the graph is checked against a step.
+    If capturing fails, all steps run without graphs. If a batch has fewer rows than the shape, dead
+    slots are computed beside them. spare_slots: those of the batch that ended last.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.failed = device, False
-        self.pool: Any = None  # of memory, shared: a graph's output is read before the next one
-        self.first: Any = None  # a graph that keeps the pool, which would go with the last one
-        self.stream: Any = None  # to capture on: torch's own one is of the device that came first
+        self.pool: Any = None  # memory shared by graphs: each output is read before the next replay
+        self.first: Any = None  # an empty graph, which keeps the pool alive without other graphs
+        self.stream: Any = None  # torch's default stream for captures belongs to its first device
         self.spare_slots: list[Slots] = []
         self.lock = threading.Lock()
 
     def release(self) -> bool:
-        """Free what no batch under way needs; tell whether there were spare slots."""
+        """Free the spare slots; return whether there were any."""
         held = bool(self.spare_slots)
         self.spare_slots.clear()
         self.pool = self.first = None
         return held
 
     def take_slots(self, cache: Slots) -> None:
-        """Take the slots of a batch that has ended, for the next one, where memory is free."""
+        """Keep the slots of a batch that has ended for the next batch, if enough memory is free."""
         size = sum(buffer.nbytes for buffer in cache.buffers)
         if size <= labs_decode.keepable_bytes(cache, size):
             self.spare_slots[:] = [cache]
 
     def begin(self, newcomer: Batch) -> Batch:
-        """Begin a batch in the slots of one that ended, whose graphs are captured, if it fits."""
+        """Begin a batch in the spare slots, whose graphs are captured, if the newcomer fits."""
         if self.failed:
             return newcomer
         columns, spare = newcomer.cache.cursor.columns, None
-        with contextlib.suppress(IndexError):  # pop: a batch of another thread may be quicker
+        with contextlib.suppress(IndexError):  # another thread's batch may take them first
             spare = self.spare_slots.pop()
         if spare is not None and spare.cursor.columns >= columns:
             return labs_decode.join(Batch((), spare, graphs=self), newcomer)
-        del spare  # before larger ones are made
+        del spare  # free them before larger slots are made
         try:
             newcomer.cache.resize(1, 1, self.padded_columns(newcomer.cache, columns))
         except (RuntimeError, MemoryError) as error:
             if not labs_decode.out_of_memory(error):
                 raise
-            return newcomer  # it has slots of its own
+            return newcomer  # it keeps the slot of its prefill
         return replace(newcomer, graphs=self)
 
     def padded_columns(self, cache: Slots, columns: int) -> int:
-        """Return as many or, where memory is free, more: slots that grow are captured anew."""
+        """Return more columns if memory is free, because slots that grow lose their graphs."""
         more = max(MIN_GRAPH_COLUMNS, 1 << (columns - 1).bit_length())
         size = 2 * cache.cursor.rows * more * cache.bytes_per_column
         return more if size <= labs_decode.slot_budget(cache.buffers[0].device) else columns
 
     def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
-        """Return logits [B, V] as forward_slots does."""
+        """Return logits [B, V] as labs_decode.forward_slots does."""
         at, captured = batch.cache.cursor, batch.cache.captured
         blocks = math.ceil((max(written) + 1) / GRAPH_COLUMNS)
         shape = 1 << (len(ids) - 1).bit_length(), min(blocks * GRAPH_COLUMNS, at.columns)
-        known = captured.get(shape, 0)  # how often the shape was stepped, then its graph
+        known = captured.get(shape, 0)  # the number of steps of this shape, then its graph
         if isinstance(known, Captured):
-            with self.lock:  # another thread's batch must not replay before the logits are read
+            with self.lock:  # another thread must not replay before the logits are read
                 return known.forward(ids, written)
         logits = labs_decode.forward_slots(decoder, batch, ids, written)
         captured[shape] = steps = cast("int", known) + 1
@@ -336,12 +336,12 @@ class Graphs:
         try:
             with self.lock:
                 captured = Captured(decoder, batch.cache, shape, ids, written)
-                captured.logits.fill_(math.nan)  # else a replay of nothing would look right
+                captured.logits.fill_(math.nan)  # otherwise an empty replay would look right
                 found = captured.forward(ids, written)
             off = float((found - expected).abs().max())
             if not off <= 0.05 * float(expected.abs().max()):
-                raise ArithmeticError(f"its logits are off by {off:.3g}")
-        except Exception as error:  # of the model's code, of the driver: nothing depends on it
+                raise ArithmeticError(f"the logits of a graph are off by {off:.3g}")
+        except Exception as error:  # the model's code and the driver may raise anything
             self.failed = True
             log.warning("steps run without CUDA graphs: %s", str(error).partition("\n")[0])
             return
@@ -349,7 +349,7 @@ class Graphs:
 
 
 class Captured:
-    """The step of a shape: ids and positions are put in, logits come out."""
+    """The captured step of one shape: from ids and positions in fixed buffers to logits."""
 
     def __init__(
         self, decoder: Decoder, cache: Slots, shape: tuple[int, int], ids: Tensor, written: Any
@@ -357,9 +357,9 @@ class Captured:
         rows, top = shape
         self.ids = torch.zeros((rows, 1), dtype=torch.long, device=ids.device)
         self.positions = torch.zeros_like(self.ids)
-        self.index = torch.arange(rows, device=ids.device)  # read by each replay, as those two
+        self.index = torch.arange(rows, device=ids.device)  # each replay reads these three
         self._put(ids, written)
-        ids, positions, index = self.ids, self.positions, self.index  # not self: it holds the graph
+        ids, positions, index = self.ids, self.positions, self.index  # self would make a cycle
 
         def step() -> Tensor:
             at = cache.cursor
@@ -381,11 +381,11 @@ class Captured:
 
 
 def record(graphs: Any, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Return what repeats a step on the GPU, and the tensor that it fills."""
+    """Capture a step; return a function that replays it, and the tensor that it fills."""
     cuda: Any = torch.cuda
-    gc.collect()  # an older graph that is found to be garbage meanwhile would spoil this one
+    gc.collect()  # freeing an older graph during the capture would break it
 
-    def capture(graph: Any) -> Any:  # other threads may ask meanwhile how much memory is free
+    def capture(graph: Any) -> Any:  # thread_local: other threads may read the free memory
         return cuda.graph(graph, graphs.pool, graphs.stream, capture_error_mode="thread_local")
 
     with cuda.device(graphs.device), CAPTURING:

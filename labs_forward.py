@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward calls of other shapes: short prompts, texts behind one prompt, guesses, halves.
+"""Other forward calls: packed prompts, several texts after one prompt, guessed tokens, split steps.
 
     decoder = labs_forward.speed_up(labs_decode.prepare(model))
 
-Needs labs_decode.py, labs_loop.py, torch and transformers.
+This file needs labs_decode.py, labs_loop.py, torch and transformers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import labs_decode
 import labs_loop
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
-STEADY_ROWS = 32  # beyond these, kernels for matrices (AMX) take over
-NGRAMS = (3, 2)  # tokens that have to be the same before a guess
+STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
+NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
 
 
 def speed_up(decoder: Decoder) -> Decoder:
-    """Add guesses and halves; let short prompts share a call if the model keeps no other states."""
+    """Add guesses and splitting; add packed prompts if the cache holds only keys and values."""
     decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom)
     if decoder.mode != "joins":
         return decoder
@@ -37,7 +37,7 @@ def speed_up(decoder: Decoder) -> Decoder:
 
 
 class PackedPrompts(cache_utils.Cache):
-    """Several newcomers' slots in one call: their prompts lie one behind the other in one row."""
+    """A cache for one call that writes several newcomers' prompts, packed into one row."""
 
     def __init__(
         self, newcomers: Sequence[Slots], lengths: list[int], device: torch.device
@@ -51,7 +51,7 @@ class PackedPrompts(cache_utils.Cache):
 
 
 class Branches(cache_utils.Cache):
-    """The slot of one row as texts see it that lie one behind the other after its columns."""
+    """A cache for several texts that each continue the same row, packed into one row."""
 
     def __init__(self, slots: Slots, places: Tensor) -> None:
         super().__init__(layers=slots.layers)
@@ -62,9 +62,9 @@ class Branches(cache_utils.Cache):
 
 
 def places_of(lengths: list[int], first: int, device: torch.device) -> Tensor:
-    """Return [2, T]: of each token the number of its text, and its position from `first` on.
+    """Return each token's number of its text and its position from `first` on, as [2, T].
 
-    `mask` on it tells labs_decode.attention_mask what the tokens see.
+    Its attribute `mask` makes the mask in labs_decode.attention_mask.
     """
     texts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
     positions = [torch.arange(first, first + n, device=device) for n in lengths]
@@ -74,9 +74,9 @@ def places_of(lengths: list[int], first: int, device: torch.device) -> Tensor:
 
 
 def packed_mask(places: Tensor, before: int, **options: Any) -> Tensor:
-    """Return a mask [1, 1, T, before + T]: each prompt of the row sees itself and what is before.
+    """Return a mask [1, 1, T, before + T]: each text attends to itself and the columns before.
 
-    `lengths` on it tells `attention` that there is no other pattern, so that prompts can go apart.
+    Its attribute `lengths`, set if the pattern is causal, shows `attention` where to split it.
     """
     prompts, positions = places
     none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
@@ -92,7 +92,7 @@ def packed_mask(places: Tensor, before: int, **options: Any) -> Tensor:
 
 
 class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of several newcomers; each gets its part, attention gets all."""
+    """One layer of packed prompts: each newcomer's slot gets its part, attention gets all."""
 
     is_sliding = False
 
@@ -107,7 +107,7 @@ class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Each newcomer's layer does so itself."""
+        """Do nothing: each newcomer's layer initialises itself."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -121,7 +121,7 @@ class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 @torch.inference_mode()
 def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-    """Write whole short prompts in one call, as labs_loop.prompts_for_one_call found them."""
+    """Write whole prompts, chosen by labs_loop.prompts_for_one_call, in one forward call."""
     rows = [newcomer.rows[0] for newcomer in newcomers]
     lengths = [row.prompt_length for row in rows]
     for newcomer, length in zip(newcomers, lengths, strict=True):
@@ -131,7 +131,7 @@ def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
     cache = PackedPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
     ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
     logits = labs_decode.call_model(decoder, ids, cache.places[1:], cache, ends)[0].float()
-    if len(logits) != len(rows):  # a model that takes logits_to_keep and keeps all
+    if len(logits) != len(rows):  # some models accept logits_to_keep and ignore it
         logits = logits[ends]
     for row in rows:
         row.written = row.prompt_length
@@ -142,10 +142,10 @@ def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
 def forward_behind(
     decoder: Decoder, batch: Batch, texts: Sequence[Sequence[int]], start: int = 0
 ) -> Tensor:
-    """Return logits [T, V] after each token of texts that go on from the columns of the only row.
+    """Return logits [T, V] after each token of texts that continue the batch's only row.
 
-    Each sees these and itself, and is overwritten by the next call. start: how many tokens of a
-    text are there already, where there is one only, as for all that cannot be packed.
+    Each text attends to the row and itself; the next call overwrites it. start: with a single text,
+    how many of its tokens are written already, for models that cannot pack texts.
     """
     at, first, lengths = batch.cache.cursor, batch.rows[0].written + start, [*map(len, texts)]
     at.write_from, at.read_to = first, first + sum(lengths)
@@ -161,10 +161,10 @@ def forward_behind(
 
 @torch.inference_mode()
 def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_loop.Choice]]:
-    """Do as `step` for one row, but take several tokens at once where the next ones are guessed.
+    """Step one row, but take several tokens in one call if the next ones can be guessed.
 
-    Returns one choice or more, all of the one row: those that further steps would have given, since
-    each guess is computed as a row of its own that reads the same slot.
+    Returns one or more choices of the row. They are those that single steps would make, because
+    each guess is computed as a separate row that reads the same slot.
     """
     [row], choices = batch.rows, list[labs_loop.Choice]()
     guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
@@ -183,7 +183,7 @@ def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_l
 
 
 def prompt_lookup(row: Row) -> list[int]:
-    """Return what followed the last tokens where they last stood before, as a guess."""
+    """Return the tokens that followed the latest earlier occurrence of the last tokens."""
     most = min(row.lookahead, row.columns - len(row.ids) - 1)
     for size in NGRAMS if most > 0 else ():
         tail = row.ids[-size:]
@@ -197,10 +197,10 @@ def prompt_lookup(row: Row) -> list[int]:
 
 
 def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
-    """Return what takes half the memory in a step that ran out of it; [] if that is one row.
+    """Split a batch whose step ran out of memory so that a call needs half; [] if it has one row.
 
-    Slots stay as they are and are read by more calls. A failed step leaves recurrent states halfway
-    in place: those rows are written anew from their ids, into two batches.
+    Slots stay in place, and more calls read them. A failed step leaves recurrent states incomplete,
+    so these rows are computed again from their ids, into two batches.
     """
     size = batch.at_once or len(batch.rows)
     if size == 1:
@@ -219,7 +219,7 @@ def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
         newcomer = labs_decode.new_batch(decoder, row)
         while newcomer.pending:
             newcomer = labs_decode.prefill(decoder, newcomer)
-        newcomer = replace(newcomer, logits=None)  # its token is known
+        newcomer = replace(newcomer, logits=None)  # its next token was chosen already
         batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
     return batches[0]
 
@@ -229,10 +229,10 @@ def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
 
 @torch.inference_mode()
 def steadied(decoder: Decoder) -> Decoder:
-    """Bound the rows that share a call of an invariant decoder by what keeps their products' bits.
+    """Limit the rows per call of an invariant decoder to a number that does not change their bits.
 
-    With AMX, products of more than 32 rows in bf16 round otherwise than those of fewer. Where even
-    fewer rows change them, the decoder is not invariant.
+    With AMX, products of more than 32 rows in bf16 round differently. If the number of rows changes
+    even smaller products, the decoder is not invariant.
     """
     if not decoder.invariant:
         return decoder
@@ -245,14 +245,14 @@ def steadied(decoder: Decoder) -> Decoder:
     fewest = 2 if decoder.duplicates_lone_row else 1
     if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
         return labs_decode.with_invariance(decoder, False)
-    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # one that is small hardly shows it
+    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # small products hardly show a difference
     several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
     changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
     return replace(decoder, steady=STEADY_ROWS if changes else 0)
 
 
 def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    """Tell whether products of so many rows have other bits than those of STEADY_ROWS at a time."""
+    """Return whether products of these numbers of rows differ from those of STEADY_ROWS rows."""
     x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
     x = x.view(-1, layer.in_features).to(dtype)
     steady = torch.cat(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""logits → tokens: which rows run when, and which token each of them takes. The only loop of labs.
+"""logits → tokens: which rows run when, and which token each row takes. The only loop of labs.
 
     for row_id, outcome in labs_loop.run(decoder, rows, limit, labs_loop.Loop()):
-        ...  # a Choice for each token, or Ended; whoever has read enough sets row.over
+        ...  # a Choice for each token, or Ended; the reader sets row.over when it has enough
 
-A step is `labs_decode.forward`, which needs the model, and then `choose`, which needs its logits
-only. Rows join and leave at any step. Needs labs_decode.py; knows no text.
+A step is `labs_decode.forward`, which needs the model, followed by `choose`, which needs only the
+logits. Rows join and leave at any step. This file needs labs_decode.py and handles no text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 import labs_decode
 from labs_decode import Batch, Decoder, PrefixStore, Processor, Row, Sampling, Tensor, upload
 
-COLDEST = 1e-30  # below it logits over temperature leave float32: greedy
-LOW_32 = 0xFFFFFFFF  # bits
-LARGEST = torch.finfo(torch.float32).max  # a logit over a temperature may be this at most
-CANDIDATES = (128, 1024)  # likeliest tokens that a draw looks at before it takes all of them
-MOST_ROWS = 64  # of a batch, by default
-TYPICAL_COLUMNS = 1024  # of a row, to estimate how many rows the memory holds
+COLDEST = 1e-30  # lower temperatures are greedy: logits over them would overflow float32
+LOW_32 = 0xFFFFFFFF  # a mask of 32 bits
+LARGEST = torch.finfo(torch.float32).max  # the limit of a logit over a temperature
+CANDIDATES = (128, 1024)  # a draw looks at the 128 likeliest tokens, then at 1,024, then at all
+MOST_ROWS = 64  # the default limit of rows in a batch
+TYPICAL_COLUMNS = 1024  # of one row, assumed to estimate how many rows fit in memory
 log = logging.getLogger("labs.loop")
 
 
@@ -36,7 +36,7 @@ log = logging.getLogger("labs.loop")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The token chosen for a row, with log-probabilities if the row asked, or what went wrong."""
+    """The token chosen for a row, with log-probabilities if requested, or the row's error."""
 
     token: int = -1
     logprob: float | None = None
@@ -46,25 +46,25 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a row that takes no more tokens: cancelled, too late, or its part went wrong."""
+    """The end of a row that gets no more tokens: cancelled, timed out, or failed."""
 
     reason: Literal["cancelled", "timeout", "failed"]
     error: Exception | None = None
 
 
-Outcome = tuple[int, Choice | Ended]  # of the row of this id
+Outcome = tuple[int, Choice | Ended]  # the id of a row, and the event
 Outcomes = Iterator[Outcome]
 
 
 @dataclass(slots=True, eq=False)
 class Loop:
-    """The rows under way, to be watched from outside.
+    """The state of a running loop; other threads may read it.
 
-    rows: all of them, by id. batches: stepped in turn. prefilling: a batch for each row whose
-    prompt is not written yet. before_step: is called before each forward call. last_step_at:
-    perf_counter after the last one. steps: how many there were. oom_splits: how often memory ran
-    out in one. one_prompt_per_call: because memory ran out in a call of several. prefixes: what
-    prompts begin with in common, if that is kept.
+    rows: the current rows, by id. batches: each is stepped in turn. prefilling: one batch for each
+    row whose prompt is not written yet. before_step: called before each forward call. last_step_at:
+    time.perf_counter() after the last call. steps: the number of steps so far. oom_splits: steps
+    that ran out of memory. one_prompt_per_call: set after a prefill call of several prompts ran out
+    of memory. prefixes: stores the prefixes of prompts; None if nothing is stored.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
@@ -83,11 +83,11 @@ class Loop:
 
 
 def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop: Loop) -> Outcomes:
-    """Decode all rows, at most `limit` at once; yield what becomes of each, token by token.
+    """Decode all rows, at most `limit` at once; yield (row id, Choice or Ended) as they come.
 
-    rows: is asked for the next one whenever there is room, and may have none for now; the loop ends
-    when it has none and no row is under way. Outcomes among them are passed on.
-    loop: an empty one.
+    rows: an iterator that is read whenever there is room. It yields None when no row is waiting;
+    the loop ends when there is no waiting row and no current row. Outcomes are passed on unchanged.
+    loop: an empty Loop.
     """
     limit = 1 if decoder.mode == "alone" else limit
     while True:
@@ -125,14 +125,14 @@ def _admit(
 
 
 def _begin(decoder: Decoder, loop: Loop, newcomer: Batch) -> Outcomes:
-    """Make the first token of a newcomer whose prompt is written, and give it a place."""
+    """Choose the first token of a newcomer whose prompt is written, and put it into a batch."""
     _store_prefix(decoder, loop, newcomer, 0)
     for batch in (yield from _step(decoder, loop, newcomer)):
         loop.batches = join_best(decoder, loop.batches, batch)
 
 
 def _drop_cancelled(loop: Loop) -> Outcomes:
-    """Drop rows that were cancelled or came too late, before more is computed for them."""
+    """Drop rows that are cancelled, or past their deadline without a token."""
     loop.before_step()
     late = (row for row in loop.rows.values() if row.cancelled or (row.late and not row.generated))
     gone = {row.id: row for row in late}
@@ -150,7 +150,7 @@ def _drop_cancelled(loop: Loop) -> Outcomes:
 def _take_in(
     decoder: Decoder, loop: Loop, rows: Iterator[Row | Outcome | None], limit: int
 ) -> Outcomes:
-    """Take in rows while there are free ones and less than a chunk to prefill."""
+    """Accept waiting rows while the limit allows and less than one chunk waits for prefill."""
     while len(loop.rows) < limit:
         ahead = sum(newcomer.pending or 1 for newcomer in loop.prefilling)
         row = next(rows, None) if ahead < decoder.chunk else None
@@ -165,7 +165,7 @@ def _take_in(
 
 
 def _next_prompts(decoder: Decoder, loop: Loop) -> list[Batch]:
-    """Return the newcomers whose prompts are written by the next call, none for want of memory."""
+    """Return the newcomers to prefill in the next call; [] if their slots do not fit in memory."""
     if loop.prefixes is not None and decoder.can_reuse_prefix:
         for newcomer in loop.prefilling:
             loop.prefixes.load(decoder, newcomer)
@@ -189,7 +189,7 @@ def _prefill(decoder: Decoder, group: list[Batch]) -> list[Batch]:
 def _fail_or_retry_alone(
     decoder: Decoder, loop: Loop, group: list[Batch], error: Exception
 ) -> Outcomes:
-    """Fail a newcomer whose prompt memory does not hold; several are tried again one by one."""
+    """Fail a newcomer whose prefill ran out of memory; retry several newcomers one by one."""
     error.__traceback__ = None  # its frames hold tensors
     if len(group) > 1:
         loop.one_prompt_per_call = True
@@ -201,7 +201,7 @@ def _fail_or_retry_alone(
 
 
 def _release(decoder: Decoder, loop: Loop) -> bool:
-    """Free what nothing under way needs; tell whether there was any."""
+    """Free stored prefixes and spare slots; return whether there were any."""
     held = loop.prefixes is not None and loop.prefixes.release()
     held |= decoder.graphs is not None and decoder.graphs.release()
     labs_decode.release_memory()
@@ -214,7 +214,7 @@ def _store_prefix(decoder: Decoder, loop: Loop, batch: Batch, index: int) -> Non
 
 
 def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None, list[Batch]]:
-    """Step a batch and report its choices; return it without the rows that are over."""
+    """Step a batch and yield its choices; return the batch without the rows that ended."""
     try:
         alone = decoder.step_alone if len(loop.rows) == 1 else None
         batch, choices = (alone or step)(decoder, batch)
@@ -227,12 +227,12 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None
     embedded = decoder.embedded
     for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         if row.over:
-            break  # before the last of its guesses
+            break  # the row ended before its last guessed token
         row.over = choice.error is not None
         yield row.id, choice
         if not row.over and choice.token >= embedded:
-            row.over, told = True, f"token {choice.token} is beyond the model's input embedding"
-            yield row.id, Choice(error=IndexError(told))
+            row.over, beyond = True, f"token {choice.token} is beyond the model's input embedding"
+            yield row.id, Choice(error=IndexError(f"{beyond}, which holds {embedded}"))
         if row.over:
             del loop.rows[row.id]
             if not decoder.invariant:
@@ -245,7 +245,7 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None
 def _split_or_fail(
     decoder: Decoder, loop: Loop, batch: Batch, error: Exception
 ) -> Generator[Outcome, None, list[Batch]]:
-    """Let a batch whose step ran out of memory go on with less; if it cannot, its rows fail."""
+    """Return smaller batches for one whose step ran out of memory; fail its rows if none can be."""
     error.__traceback__ = None  # its frames hold tensors
     loop.oom_splits += 1
     _release(decoder, loop)
@@ -255,7 +255,7 @@ def _split_or_fail(
         if not labs_decode.out_of_memory(again):
             raise
         halves = []
-    what = "it goes on in halves" if halves else "its rows fail"
+    what = "retrying in halves" if halves else "these rows fail"
     log.warning("out of memory in a step of %d rows; %s", len(batch.rows), what)
     for row in () if halves else batch.rows:
         del loop.rows[row.id]
@@ -268,9 +268,10 @@ def _split_or_fail(
 
 @torch.inference_mode()
 def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Forward one token of each row and choose the next; a failed step of slots may be repeated.
+    """Forward one token of each row and choose the next one.
 
-    A newcomer's first step chooses from its prompt's logits.
+    A newcomer's first step chooses from the logits of its prompt. If a step fails, it may be
+    repeated, unless the model has recurrent states.
     """
     logits = labs_decode.forward(decoder, batch) if batch.logits is None else batch.logits
     choices = choose(logits, batch.rows)
@@ -280,10 +281,10 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
 
 
 def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
-    """Join the newcomer to the first batch that it does not slow down, or to none.
+    """Join the newcomer to the first batch that it does not slow down, else begin a new batch.
 
-    All rows of a call are read as far as the longest. That costs less than reading the weights
-    once more only while the padding's bytes stay below the weights' own.
+    A call reads every row up to the length of the longest one. This is cheaper than a second call,
+    which reads the weights again, as long as the padding has fewer bytes than the weights.
     """
     for index, batch in enumerate(batches):
         lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
@@ -293,9 +294,9 @@ def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> li
                 return [*batches[:index], labs_decode.join(batch, newcomer), *batches[index + 1 :]]
             except (RuntimeError, MemoryError) as error:
                 if not labs_decode.out_of_memory(error):
-                    raise  # else the newcomer stays in the slot that it has
+                    raise  # otherwise the newcomer keeps its own slot
                 for layer in batch.cache.stateful_layers:
-                    layer.cut(len(batch.rows))  # some may hold its states already
+                    layer.cut(len(batch.rows))  # some layers may already hold its states
     graphs = decoder.graphs
     return [*batches, newcomer if graphs is None else graphs.begin(newcomer)]
 
@@ -304,9 +305,9 @@ def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> li
 
 
 def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-    """Return the first newcomers whose prompts go through the model together, in one chunk.
+    """Return the first newcomers whose whole prompts fit into one prefill call.
 
-    A prompt of one token stays alone: its products have one row, and so other bits.
+    A prompt of one token is prefilled alone, because a product of one row rounds differently.
     """
     together, most = list[Batch](), decoder.steady or decoder.chunk
     for newcomer in newcomers if decoder.prefill_packed else ():
@@ -318,7 +319,7 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
 
 
 def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
-    """Tell whether the newcomers' slots fit beside the others; a first one is always tried."""
+    """Return whether the newcomers' slots fit beside the others; a single first row always may."""
     if not batches and len(newcomers) == 1:
         return True
     own = [newcomer.cache.cursor.columns for newcomer in newcomers]
@@ -332,7 +333,7 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
 
 
 def cache_usage(batches: Sequence[Batch]) -> float:
-    """Return the share of written columns in what slots take and may still take, 0 to 1."""
+    """Return the share, 0 to 1, of written columns in the memory that slots take or may take."""
     caches = [batch.cache for batch in batches if batch.cache.buffers]
     used = sum(b.cache.bytes_per_column * row.written for b in batches for row in b.rows)
     held = sum(c.bytes_per_column * c.cursor.rows * c.cursor.columns for c in caches)
@@ -341,7 +342,7 @@ def cache_usage(batches: Sequence[Batch]) -> float:
 
 
 def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
-    """Return how many rows of TYPICAL_COLUMNS columns the free memory holds, at most `most`."""
+    """Return how many rows of TYPICAL_COLUMNS columns fit in free memory, 1 to `most`."""
     if decoder.mode == "alone":
         return 1
     row = TYPICAL_COLUMNS * decoder.column_bytes
@@ -354,9 +355,9 @@ def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
 def sampling_of(
     options: Any, recommended: Mapping[str, object], seed: int, processors: tuple[Processor, ...]
 ) -> Sampling:
-    """Fill what a request's options leave open: what its model recommends, else the neutral value.
+    """Resolve unset options of a request: to the model's recommendation, else to the neutral value.
 
-    options: a labs_settings.Generation.
+    options: a labs_settings.Generation. recommended: fields of the model's generation_config.
     """
 
     def pick(name: str, neutral: float) -> Any:
@@ -364,7 +365,7 @@ def sampling_of(
         return recommended.get(name, neutral) if given is None else given
 
     implied = any((options.top_k, options.top_p, options.min_p))
-    samples = options.do_sample  # as said; else as other options imply; else as the model says
+    samples = options.do_sample  # if unset, other options imply it, or the model recommends it
     if samples is None and options.temperature is not None:
         samples = options.temperature > 0
     elif samples is None:
@@ -387,11 +388,11 @@ def sampling_of(
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """Choose one token per row from float32 logits [B, V], each by its row's own options.
 
-    An error in a row's part, or logits that are not finite, become that row's Choice.error.
+    If a row's processor fails or its logits are not finite, its Choice has the error; others go on.
     """
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
     errors = _process(scores, rows)
-    # A GPU is asked for all of it before the first answer is waited for.
+    # All work of a GPU is queued before `tolist` waits for the first result.
     highest = scores.amax(-1)
     greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
     best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
@@ -400,7 +401,8 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     tokens |= {} if best is None else dict(zip(greedy, best.tolist(), strict=True))
     for index, value in enumerate(highest.tolist()):
         if not abs(value) <= LARGEST * (rows[index].sampling.temperature or 1):
-            errors.setdefault(index, ArithmeticError("the logits are not finite"))
+            reason = "the model's logits are not finite; torch_dtype bf16 or fp32 may help"
+            errors.setdefault(index, ArithmeticError(reason))
     return [
         Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
         for i, row in enumerate(rows)
@@ -413,28 +415,29 @@ def _changes_logits(s: Sampling) -> bool:
 
 
 def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
-    """Apply all rows' options and processors to scores [B, V], in place; return what went wrong."""
+    """Apply each row's options and processors to scores [B, V], in place; return errors by row."""
     errors: dict[int, Exception] = {}
     _penalise(scores, rows)
     for index, row in enumerate(rows):
         if row.bias is not None and len(row.bias[0]) < len(row.sampling.logit_bias):
-            errors[index] = IndexError(f"logit_bias: the model has {scores.shape[-1]} tokens")
+            beyond = f"logit_bias names a token beyond the {scores.shape[-1]} of the model"
+            errors[index] = IndexError(beyond)
         try:
             for processor in row.sampling.processors:
                 scores[index] = processor(row.ids, scores[index])
-        except Exception as error:  # a processor that a request brought ends its own row only
+        except Exception as error:  # a request's processor may raise anything: only its row ends
             errors[index] = error
     return errors
 
 
 def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
-    """Apply all rows' penalties and biases to scores [B, V], in place.
+    """Apply each row's penalties and biases to scores [B, V], in place.
 
-    repetition_penalty as transformers' RepetitionPenaltyLogitsProcessor: over prompt and answer.
-    frequency_penalty and presence_penalty as in OpenAI's API reference: over the answer.
+    repetition_penalty counts prompt and answer, as transformers' RepetitionPenaltyLogitsProcessor.
+    frequency_penalty and presence_penalty count the answer only, as OpenAI's API reference says.
     """
     options = [(i, row, row.sampling) for i, row in enumerate(rows)]
-    every = range(scores.shape[-1])  # some models cut off what their vocabulary is padded with
+    every = range(scores.shape[-1])  # some models have no logits for tokens that pad the vocabulary
     if seen := [
         ([token for token in row.seen if token in every], i, s.repetition_penalty)
         for i, row, s in options
@@ -456,7 +459,7 @@ def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
 
 
 def _bias(row: Row, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ids and values of a row's logit_bias, which may be many and are uploaded once."""
+    """Return the ids and values of a row's logit_bias as tensors, which are uploaded only once."""
     if row.bias is None:
         biases = {token: bias for token, bias in row.sampling.logit_bias if token < len(scores)}
         ids = upload([*biases], scores.device, torch.long)
@@ -467,7 +470,7 @@ def _bias(row: Row, scores: Tensor) -> tuple[Tensor, Tensor]:
 def _flatten(
     table: Sequence[tuple[Collection[int], int, *tuple[float, ...]]], scores: Tensor
 ) -> list[Tensor]:
-    """Return all ids of a table of (ids, line, numbers ...), and for each its line and numbers."""
+    """Return all ids of a table of (ids, line, numbers ...), with each id's line and numbers."""
     ids = [token for some, *_ in table for token in some]
     _, lines, *numbers = zip(*table, strict=True)
     lengths = upload([len(some) for some, *_ in table], scores.device)
@@ -477,12 +480,12 @@ def _flatten(
 
 
 def tensor_like(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return values as a tensor of another one's type, where it lies."""
+    """Return values as a tensor with the type and device of another one."""
     return upload(values, like.device, like.dtype)
 
 
 def _choice(logits: Tensor, row: Row, token: int) -> Choice:
-    """Add what the row asked to know: the model's own log-probabilities, before any option."""
+    """Return the choice of a token, with the model's own log-probabilities if requested."""
     if row.sampling.logprobs is None:
         return Choice(token)
     logprobs = logits.log_softmax(-1)
@@ -496,10 +499,10 @@ def draw(
 ) -> list[int]:
     """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
 
-    The noise is a hash of (seed, step, token id): no state, the same numbers in any company and on
-    any device but mps. A row whose kept set may go on below the candidates is drawn again from
-    more. Where no option cuts anything off, all that is no candidate takes part as one lump
-    (exact, by the maximum's own distribution) and is looked at only if the lump wins.
+    The noise is a hash of (seed, step, token id). It has no state and is the same whatever else is
+    in the batch, on any device but mps. If a row's kept set may reach beyond the candidates, it is
+    drawn again from more of them. If no option drops tokens, all tokens beyond the candidates
+    compete as one lump, whose maximum has a known distribution, and are read only if it wins.
     """
     if not places:
         return []
@@ -516,7 +519,7 @@ def draw(
     whole = size == scaled.shape[-1]
     open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
     may_cut = {n for n in open_ended if (s := options[n]).top_p < 1 or s.min_p or s.top_k > size}
-    # What top_p is a share of, top_k decides: all that top_k keeps must be seen.
+    # top_p is a share of the tokens that top_k keeps, so all of these must be candidates.
     deep = (n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1)
     cut = sorted(may_cut if whole else {*may_cut, *deep})
     for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
@@ -532,10 +535,11 @@ def draw(
 
 
 def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> Tensor:
-    """Return which of the candidates [N, K], descending logits over temperature, the options keep.
+    """Return which candidates [N, K] the options keep, as a mask.
 
-    total: their log-sum over the vocabulary, [N, 1]. The same sets as transformers' TopK-, TopP-
-    and MinPLogitsWarper in that order (ties of top_k kept, top_p over what top_k left).
+    top: logits over temperature, descending. total: their log-sum over the vocabulary [N, 1]. Keeps
+    the sets of transformers' TopK-, TopP- and MinPLogitsWarper, in this order: ties of top_k are
+    kept, and top_p is a share of the tokens that top_k keeps.
     """
     size = top.shape[-1]
     last = upload([min(s.top_k or size, size) - 1 for s in options], top.device)
@@ -544,7 +548,7 @@ def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> 
     below = top.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
     probabilities = (top - torch.where(limited, below, total)).exp()
     before = probabilities.cumsum(-1) - probabilities
-    share = [s.top_p if s.top_p < 1 else math.inf for s in options]  # sums round
+    share = [s.top_p if s.top_p < 1 else math.inf for s in options]  # a rounded sum may exceed 1
     kept &= before < tensor_like(share, top)[:, None]
     floor = [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in options]
     kept &= top >= top[:, :1] + tensor_like(floor, top)[:, None]
@@ -553,8 +557,8 @@ def kept_candidates(top: Tensor, total: Tensor, options: Sequence[Sampling]) -> 
 
 
 def _draw_lumps(rest: Tensor, rows: Sequence[Row], best: Tensor) -> dict[int, int]:
-    """Return a token of rest [N, V] for each row whose lump, all of them, beats `best` [N]."""
-    lump = torch.full((len(rows), 1), rest.shape[-1], device=rest.device)  # an id no token has
+    """Draw a token of rest [N, V] for each row where all of these together beat `best` [N]."""
+    lump = torch.full((len(rows), 1), rest.shape[-1], device=rest.device)  # an unused token id
     wins = rest.logsumexp(-1) + gumbel(rows, lump)[:, 0] > best
     ids = torch.arange(rest.shape[-1], device=rest.device)[None]
     return {
@@ -565,9 +569,9 @@ def _draw_lumps(rest: Tensor, rows: Sequence[Row], best: Tensor) -> dict[int, in
 
 
 def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
-    """Return Gumbel noise for token ids [N, K], a function of (seed, step, id) alone.
+    """Return Gumbel noise for token ids [N, K], a function of (seed, step, id) only.
 
-    Two rounds of murmur3's finaliser over the id, keyed by a 64-bit hash of seed and step.
+    It hashes the id by two rounds of murmur3's finaliser, keyed by 64 bits of seed and step.
     """
     keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
     low, high = (
@@ -575,7 +579,7 @@ def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
     )
     hashed = _mix((_mix(ids ^ low) + high) & LOW_32)
     real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
-    below = 1 - torch.finfo(real).eps / 2  # the last of them would round to 1, and its noise be inf
+    below = 1 - torch.finfo(real).eps / 2  # 1 would give infinite noise
     return -torch.log(-torch.log(((hashed.to(real) + 0.5) / 2**32).clamp(max=below)))
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What prompts begin with in common, kept: keys and values of recent rows, in memory.
+"""Reusable prefixes of prompts: the keys and values of recent rows, stored in memory.
 
     loop = labs_loop.Loop(prefixes=labs_prefixes.Prefixes())
 
 A later prompt of the same owner that begins with the same token ids starts from these columns.
-Needs labs_decode.py.
+This file needs labs_decode.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from labs_decode import Batch, Decoder, Slots, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The first columns of a row, for rows that begin with the same ids.
+    """The first columns of a row, for later rows that begin with the same ids.
 
-    exact_columns: how many have the bits that any other row's prefill gives them. buffers: keys and
-    values [heads, columns, head_dim], layer by layer.
+    exact_columns: the number of columns with the bits of a prefill. buffers: keys and values
+    [heads, columns, head_dim], layer by layer.
     """
 
     owner: str
@@ -37,10 +37,10 @@ class Prefix:
 
 
 class Prefixes:
-    """A labs_decode.PrefixStore: the least recently used prefixes go first.
+    """A labs_decode.PrefixStore that deletes the least recently used prefixes first.
 
-    Rows find those of their own owner only: otherwise response time would reveal other owners'
-    prompts. max_bytes: what they may take, by default a share of the free memory; 0 keeps none.
+    A row finds only prefixes of the same owner, as response times would reveal other owners'
+    prompts. max_bytes: the limit of all prefixes, 0 for none; by default a share of free memory.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
@@ -52,13 +52,13 @@ class Prefixes:
         return sum(prefix.nbytes for prefix in self.kept)
 
     def release(self) -> bool:
-        """Forget all of them; tell whether there were any."""
+        """Delete all prefixes; return whether there were any."""
         held = bool(self.kept)
         self.kept.clear()
         return held
 
     def load(self, decoder: Decoder, newcomer: Batch) -> None:
-        """Write the longest known beginning of a prompt into its slot, if nothing is there yet."""
+        """Write the longest stored prefix of a prompt into its slot, if the slot is empty."""
         row = newcomer.rows[0]
         if row.written:
             return
@@ -68,11 +68,11 @@ class Prefixes:
             recall(decoder, newcomer, prefix, row.cached)
 
     def store(self, decoder: Decoder, batch: Batch, index: int) -> None:
-        """Keep what rows[index] has written; of invariant rows only what every request may use."""
+        """Store the columns that rows[index] has written; if rows are invariant, the exact ones."""
         self.add(batch.rows[index].owner, batch, index, exact=decoder.invariant)
 
     def add(self, owner: str, batch: Batch, index: int, *, exact: bool) -> None:
-        """Copy what rows[index] has written; exact: only what every request may use."""
+        """Store a copy of the columns of rows[index], or with `exact` of its exact columns."""
         row, cache = batch.rows[index], batch.cache
         columns = row.exact_columns if exact else row.written
         size, ids = columns * cache.bytes_per_column, row.ids[:columns]
@@ -82,7 +82,7 @@ class Prefixes:
         little = columns < labs_decode.CHUNK
         if known or not whole or little or size > (most := self._most(cache)):
             return
-        for prefix in mine:  # what the new one holds too
+        for prefix in mine:  # the new one contains these
             if prefix.exact_columns <= row.exact_columns and prefix.ids == ids[: len(prefix.ids)]:
                 self.kept.remove(prefix)
         while self.nbytes + size > most:
@@ -91,10 +91,10 @@ class Prefixes:
         self.kept.append(Prefix(owner, ids, row.exact_columns, buffers))
 
     def find(self, owner: str, ids: list[int], border: int) -> tuple[Prefix | None, int]:
-        """Return the prefix that spares most of a prompt, and how many columns; (None, 0) if none.
+        """Return the prefix that saves most of a prompt, and how many columns; (None, 0) if none.
 
-        border: the length of chunks, where only columns that have the bits of a prefill count; 0
-        for all of them. The last token is always computed, and little is not worth the copying.
+        border: the chunk length, to count only whole chunks with the bits of a prefill; 0 to count
+        all columns. The last token is always computed. Less than one chunk is not worth copying.
         """
         best, most = None, labs_decode.CHUNK - 1
         for prefix in (each for each in self.kept if each.owner == owner):
@@ -115,14 +115,14 @@ class Prefixes:
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """Return how many ids two lists begin with in common."""
+    """Return the length of the common prefix of two lists of ids."""
     shorter = range(min(len(a), len(b)) + 1)
     return bisect.bisect_left(shorter, True, key=lambda n: a[:n] != b[:n]) - 1
 
 
 @torch.inference_mode()
 def recall(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> Batch:
-    """Fill the slot of a newcomer of whom nothing is computed yet with the first columns."""
+    """Fill the empty slot of a newcomer with the first columns of a prefix."""
     row, buffers = newcomer.rows[0], iter(prefix.buffers)
     for layer in newcomer.cache.stateful_layers:
         states = [next(buffers)[None, :, :columns] for _ in ("keys", "values")]

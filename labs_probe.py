@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model can do, tried at load on a few tokens: names and configurations do not tell.
+"""Try at load, on a few tokens, how a model can run; names and configurations do not say enough.
 
     decoder = labs_probe.tried(labs_decode.prepare(model))  # its rows join, or run alone
 
-Needs labs_decode.py and labs_cache.py.
+This file needs labs_decode.py and labs_cache.py.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ import labs_decode
 from labs_decode import Batch, Decoder, Mode, Row, Sampling, Tensor
 
 PROMPTS = (11, 4, 7)  # tokens of the rows; the first is written in two chunks and leaves first
-SAME = 9  # tokens that the first text begins with, and another one
+SAME = 9  # tokens that the first and the fourth text have in common
 MORE = 8  # tokens of each text after its prompt
-OFF = 0.01  # of the logits' spread, in float32; measured: right below 2e-5, wrong above 0.05
-OFF_IN_16_BITS = 0.15  # of a row's median; single tokens go up to 0.3 where experts are chosen
+OFF = 0.01  # share of the logits' spread, in float32; measured: right below 2e-5, wrong above 0.05
+OFF_IN_16_BITS = 0.15  # for a row's median; single tokens of mixtures of experts reach 0.3
 
-Logits = Iterator[tuple[int, int, Tensor]]  # text, place in it, logits after that
-Found = dict[str, Any]  # mode and reason of a Decoder; cuts, packs: whether the rest holds too
+Logits = Iterator[tuple[int, int, Tensor]]  # index of a text, position in it, logits after it
+Found = dict[str, Any]  # mode and reason of a Decoder; cuts, packs: whether prefixes, packing work
 
 
 @torch.inference_mode()
 def tried(decoder: Decoder, cache: str | None = None) -> Decoder:
-    """Return a decoder in the fastest mode that has the model's own logits, at most its own.
+    """Return the decoder in its mode, or in the fastest slower one that has the model's own logits.
 
-    cache: the folder where what was found is written down. Raises ValueError in one sentence for a
-    model that looks both ways, or that fails even alone.
+    cache: the folder where results are stored. Raises ValueError if the model attends in both
+    directions, or fails even alone.
     """
     file = labs_cache.cache_folder(cache) / f".tried-{_key(decoder)}"
     found = _recall(file)
@@ -62,16 +62,16 @@ def tried(decoder: Decoder, cache: str | None = None) -> Decoder:
 
 
 def _find(decoder: Decoder) -> Found | None:
-    """Return the first mode in which nothing is wrong; None where nothing can be learnt."""
+    """Return the first mode that gives the model's logits; None if the logits are not numbers."""
     with _own_attention(decoder):
         own = Own.of(decoder.model)
     kind, why = decoder.config.model_type, own.fault
     if any(each.isnan().any() for each in own.logits):
         return None
-    # Some see all of a prompt and are made for that; by name they run as `generate` does.
+    # Some models that attend to a whole prompt are made for it; those run alone, as in `generate`.
     fills_gaps = decoder.mode != "alone" or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if own.looks_both_ways and fills_gaps:
-        raise ValueError(f"{kind} looks both ways, as models that fill gaps do")
+        raise ValueError(f"{kind} attends in both directions, as masked language models do")
     modes: dict[Mode, tuple[Mode, ...]]
     modes = {"joins": ("joins", "whole"), "whole": ("whole",), "alone": ()}
     for mode in () if own.fault else modes[decoder.mode]:
@@ -106,7 +106,7 @@ def _as_found(decoder: Decoder, found: Found) -> Decoder:
 
 @contextlib.contextmanager
 def _own_attention(decoder: Decoder) -> Iterator[None]:
-    """Give the model the attention that it came with, for a while."""
+    """Give the model the attention that it came with inside a `with` block."""
     chosen = [(config, config._attn_implementation) for config, _ in decoder.came_with]
     _choose_attention(decoder.came_with)
     try:
@@ -117,11 +117,11 @@ def _own_attention(decoder: Decoder) -> Iterator[None]:
 
 def _choose_attention(names: Iterable[tuple[Any, str]]) -> None:
     for config, name in names:
-        config._attn_implementation_internal = name  # without transformers' look at what is in it
+        config._attn_implementation_internal = name  # transformers' setter would check the name
 
 
 def _key(decoder: Decoder) -> str:
-    """Return a digest of all that decides what is found; weights are no part of it."""
+    """Return a digest of everything that the result depends on, which the weights are not."""
     model = decoder.model
     sources = [inspect.getsourcefile(each) for each in (type(model), Decoder, tried)]
     code = [Path(each).read_bytes().hex() for each in sources if each and Path(each).is_file()]
@@ -145,10 +145,10 @@ def _recall(file: Path) -> Found | None:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Three texts with the logits [T, V] of transformers' own forward, without a cache.
+    """Three texts with the logits [T, V] of transformers' own forward without a cache.
 
-    The fourth is the first one with another second half. most: how far others may be off. fault:
-    why there are no logits.
+    A fourth text is the first one with another second half. most: the largest accepted difference.
+    fault: why there are no logits.
     """
 
     texts: list[list[int]]
@@ -166,28 +166,28 @@ class Own:
         texts.append(texts[0][:SAME] + chance.choices(plain, k=len(texts[0]) - SAME))
         try:
             logits, fault = [_plain_logits(model, text) for text in texts], ""
-        except Exception as error:  # of any model's code
+        except Exception as error:  # a model's code may raise anything
             if labs_decode.out_of_memory(error):
                 raise
             logits, fault = [], f"its forward fails on token ids alone ({_line(error)})"
         most = OFF if model.dtype == torch.float32 else OFF_IN_16_BITS
-        # Products in 8 bits are rounded by what else is in a call: only failures tell something.
+        # Other rows of a call change the rounding of 8-bit products: only failures count.
         most = math.inf if hasattr(model.config, "quantization_config") else most
         return cls(texts, logits, most, fault)
 
     @property
     def looks_both_ways(self) -> bool:
-        """Tell whether what comes later changes the logits before it."""
+        """Whether later tokens change the logits of earlier ones."""
         offs = [_off(self.logits[3][i], self.logits[0][i]) for i in range(SAME) if self.logits]
         return bool(offs) and statistics.median(offs) > self.most / 3
 
     def wrong(self, found: Logits) -> str:
-        """Return in words what is wrong with the logits found, "" if nothing is."""
+        """Return what is wrong with the logits found, as a phrase, or "" if nothing is."""
         offs = defaultdict[int, list[float]](list)
         try:
             for text, place, logits in found:
                 offs[text].append(_off(logits, self.logits[text][place]))
-        except Exception as error:  # of any model's code
+        except Exception as error:  # a model's code may raise anything
             if labs_decode.out_of_memory(error):
                 raise
             return f"rows of different length fail ({_line(error)})"
@@ -203,9 +203,9 @@ def _plain_logits(model: Any, text: list[int]) -> Tensor:
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
-    """Return how far logits are off, as a share of the expected ones' spread."""
+    """Return the difference of logits as a share of the spread of the expected ones."""
     found, expected = found.flatten().float(), expected.flatten().to(found.device)
-    at = expected.isfinite()  # some models forbid what their vocabulary is padded with
+    at = expected.isfinite()  # some models mask the tokens that pad their vocabulary
     spread = (expected[at] - expected[at].mean()).norm().clamp_min(torch.finfo(torch.float32).tiny)
     off = float((found[at] - expected[at]).norm() / spread)
     return off if off == off else math.inf
@@ -226,7 +226,7 @@ def _newcomer(decoder: Decoder, texts: list[list[int]], index: int) -> Batch:
 
 
 def _prefilled(decoder: Decoder, texts: list[list[int]], index: int) -> Batch:
-    """Write a prompt; the first one in two chunks, as if its second half were not known yet."""
+    """Write a prompt; write the first one in two chunks, as if its second half came later."""
     batch = _newcomer(decoder, texts, index)
     row, rest = batch.rows[0], list[int]()
     if index == 0 and decoder.mode == "joins":
@@ -247,7 +247,7 @@ def _stepped(decoder: Decoder, batch: Batch, texts: list[list[int]]) -> Logits:
 
 
 def _together(decoder: Decoder, texts: list[list[int]]) -> Logits:
-    """Let three rows join one after the other, then the first one leave."""
+    """Yield the logits of three rows that join one after the other until the first one leaves."""
     batch: Batch | None = None
     for index in range(len(PROMPTS)):
         newcomer = _prefilled(decoder, texts, index)
@@ -261,7 +261,7 @@ def _together(decoder: Decoder, texts: list[list[int]]) -> Logits:
 
 
 def _guesses(decoder: Decoder, texts: list[list[int]]) -> Logits:
-    """Compute three tokens of one row as rows that read the same slot."""
+    """Yield the logits of three tokens of one row, computed as rows that read the same slot."""
     batch, row = (found := _prefilled(decoder, texts, 1)), found.rows[0]
     ids = torch.tensor(texts[1][row.written : row.written + 3], device=decoder.device)
     places = [row.written + i for i in range(len(ids))]
@@ -270,7 +270,7 @@ def _guesses(decoder: Decoder, texts: list[list[int]]) -> Logits:
 
 
 def _packed(decoder: Decoder, texts: list[list[int]]) -> Logits:
-    """Write three prompts in one call."""
+    """Yield the logits of three prompts that are written in one call."""
     newcomers = [_newcomer(decoder, texts, index) for index in range(len(PROMPTS))]
     together = decoder.prefill_packed(decoder, newcomers) if decoder.prefill_packed else []
     for index, batch in enumerate(together):
@@ -279,7 +279,7 @@ def _packed(decoder: Decoder, texts: list[list[int]]) -> Logits:
 
 
 def _wrong_alone(decoder: Decoder, own: Own) -> str:
-    """Return in words how a model that runs alone differs from its own `generate`."""
+    """Return how a model that runs alone differs from its own `generate`, as a phrase, or ""."""
     prompt = torch.tensor([own.texts[0][: PROMPTS[0]]], device=decoder.device)
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "num_beams": 1}
     options |= {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
@@ -288,12 +288,12 @@ def _wrong_alone(decoder: Decoder, own: Own) -> str:
         for _ in range(3):
             found.append(labs_decode.forward(decoder, batch))
             batch.rows[0].take(int(found[-1].argmax()))
-    except Exception as error:  # of any model's code
+    except Exception as error:  # a model's code may raise anything
         if labs_decode.out_of_memory(error):
             raise
-        return f"gives no text from token ids alone ({_line(error)})"
-    with contextlib.suppress(Exception):  # what generate cannot do, labs may
+        return f"cannot generate from token ids alone ({_line(error)})"
+    with contextlib.suppress(Exception):  # labs runs some models that generate does not
         expected = decoder.model.generate(prompt, **options).logits
         if any(_off(*pair) > own.most for pair in zip(found[:1], expected[:1], strict=True)):
-            return "gives other logits here than in transformers' generate"
+            return "gives other logits in labs than in transformers' generate"
     return ""

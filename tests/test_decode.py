@@ -1062,7 +1062,7 @@ def test_a_bias_on_a_token_that_the_model_has_not_ends_its_row_only() -> None:
     rows = rows_of([{"logit_bias": ((30, 1.0),)}, {"logit_bias": ((3, 100.0),)}, {}], [3, 99])
     logits = torch.randn(3, 30)
     choices = loop.choose(logits, rows)
-    assert str(choices[0].error) == "logit_bias: the model has 30 tokens"
+    assert str(choices[0].error) == "logit_bias names a token beyond the 30 of the model"
     assert [choice.token for choice in choices[1:]] == [3, int(logits[2].argmax())]
 
 
@@ -1126,7 +1126,9 @@ def test_a_processor_is_given_the_rows_ids_so_far() -> None:
 
 def test_what_ended_a_row_is_told_in_words() -> None:
     [choice] = loop.choose(torch.full((1, 30), math.nan), rows_of([{}]))
-    assert str(choice.error) == "the logits are not finite"
+    assert (
+        str(choice.error) == "the model's logits are not finite; torch_dtype bf16 or fp32 may help"
+    )
 
 
 def test_a_processor_changes_its_own_row_only() -> None:

@@ -111,8 +111,8 @@ def test_attention_of_few_rows_is_sdpas(rows: int, columns: int) -> None:
     k, v = k[:, :, :columns], v[:, :, :columns]
     seen = torch.rand(rows, 1, 1, columns, device="cuda") < 0.7
     seen[..., 0] = True
-    mask = decode._additive(seen, q.dtype)
-    assert decode._are_few(q, k)
+    mask = decode.additive(seen, q.dtype)
+    assert decode._too_few_heads_for_sdpa(q, k)
     found = decode._eager_attention(q, k, v, mask, {"scaling": 0.1}).transpose(1, 2)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     words = {"attn_mask": mask.double(), "scale": 0.1, "enable_gqa": True}

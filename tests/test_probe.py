@@ -292,7 +292,7 @@ MEANING = (
 def test_a_model_that_fills_gaps_is_refused_by_name_unless_it_is_a_decoder(
     kind: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{kind} looks both ways"):
+    with pytest.raises(ValueError, match=f"^{kind} attends in both directions"):
         prepare(tiny(kind), tmp_path)
     decoder = prepare(tiny(kind, is_decoder=True), tmp_path)
     assert decoder.mode in ("joins", "alone")
@@ -325,7 +325,7 @@ def test_a_model_that_fails_on_two_rows_runs_alone_and_the_reason_names_the_erro
 def test_a_model_that_fails_even_alone_is_refused_with_its_error(tmp_path: Path) -> None:
     model = tiny("llama")
     model.lm_head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("pixels")))
-    with pytest.raises(ValueError, match=r"llama gives no text from token ids alone.*pixels"):
+    with pytest.raises(ValueError, match=r"llama cannot generate from token ids alone.*pixels"):
         prepare(model, tmp_path)
 
 
