@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread owns a loaded model and runs the batch of labs; any number of threads may ask it.
+"""Serve one loaded model to many threads: one thread runs the decode loop, any thread may submit.
 
     engine = labs_engine.Engine(model)
-    answer = engine.submit(inputs, generation)   # refused at once where there is no room
+    answer = engine.submit(inputs, generation)   # raises Busy at once if the engine is full
     for event in answer: ...                     # labs.Delta, ..., labs.Done or labs.Failed
     answer.close()                               # frees the row within one step
     engine.close(deadline_s=30)
 
-The lock of Cached is taken before that of Engine. Only the engine's thread puts events, without the
-engine's lock. Leaving takes no lock at all, as a destructor may run in any thread at any moment: it
-puts a ticket in a queue, which is emptied whenever somebody asks and before each step.
+Lock order: the lock of Cached is taken before the lock of Engine. Only the engine's thread puts
+events into queues, and it holds no engine lock while it does. Closing an answer takes no lock,
+because a destructor may run in any thread at any moment. It only puts the ticket of the answer in a
+queue, which the engine empties before each step and whenever a request arrives.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ if TYPE_CHECKING:
     import labs_loop
 
 log = logging.getLogger("labs.engine")
-CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were left
+CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were closed
 
 
 class Status(Struct, frozen=True):
-    """What an engine is doing. idle_s: since its last forward call; 0 while nothing is asked."""
+    """The state of an engine at one moment.
+
+    idle_s: seconds since the last forward call, 0 while there are no requests. halvings: how often
+    a batch was split because memory ran out. failures: how often the forward pass failed.
+    """
 
     running: int
     waiting: int
@@ -56,7 +61,7 @@ class Status(Struct, frozen=True):
 
 
 class Answer:
-    """The events of one request, as they come. Closing it, or forgetting it, cancels that."""
+    """Iterate over the events of one request. Closing or deleting it cancels the request."""
 
     def __init__(self, ticket: int, events: Any, leave: Callable[[int], None]) -> None:
         self.ticket, self.queue, self._leave = ticket, events, leave
@@ -97,11 +102,12 @@ def _submit(
     processors: tuple[Any, ...] = (),
     events: Any = None,
 ) -> Answer:
-    """Take a request in, or raise InputError, or Busy where there is no room.
+    """Queue a request and return its answer.
 
-    owner: rows are given to the owners in turn; answers, and what prompts begin with, are shared
-    within one owner only. processors: as in labs_decode.Sampling.
-    events: a queue of (ticket, event) for several answers, if each is not to have its own.
+    owner: rows are given to owners in turn; cached answers and prompt prefixes are shared within
+    one owner only. processors: as in labs_decode.Sampling.
+    events: a queue of (ticket, event) that several answers share; by default each has its own.
+    Raises InputError for an invalid request and Busy when the engine is full or closing.
     """
     stream = self.open(inputs, generation, owner, processors)
     answer: Answer = self.take_in(stream, queue.SimpleQueue() if events is None else events)
@@ -109,7 +115,7 @@ def _submit(
 
 
 class Engine:
-    """A model and the thread that runs it. All methods may be called from any thread."""
+    """Run one model in one thread. All methods may be called from any thread."""
 
     submit = _submit
 
@@ -117,16 +123,16 @@ class Engine:
         self.model, self.max_waiting = model, server.max_waiting
         self.max_rows = labs.rows_in_memory(model, server.max_batch_rows)
         if self.max_rows < (most := server.max_batch_rows or 1):
-            why = model.decoder.reason if model.decoder.mode == "alone" else "memory holds no more"
-            log.warning("%d rows at once, not %d: %s", self.max_rows, most, why)
-        self.before_step: list[Callable[[], None]] = []  # called by the thread, without a lock
+            why = model.decoder.reason if model.decoder.mode == "alone" else "memory is too small"
+            log.warning("the engine runs %d rows at once, not %d: %s", self.max_rows, most, why)
+        self.before_step: list[Callable[[], None]] = []  # the thread calls them without a lock
         self._tickets = itertools.count()
         self._lock = threading.Condition()
         self._waiting = labs_turns.Waiting(server.max_waiting)
         self._working = labs_turns.Working()
-        self._jobs: dict[int, Job] = {}  # by ticket, which is the stream's index
+        self._jobs: dict[int, Job] = {}  # by ticket, which is also the id of the row
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.leave = self._abandoned.put  # cancels by ticket; takes no lock, holds no model
+        self.leave = self._abandoned.put  # cancels by ticket, without a lock or a reference here
         self._most = server.prefix_cache_bytes
         self._loop = self._make_loop()
         self._failures, self._closing, self._stopped = 0, False, False
@@ -136,26 +142,26 @@ class Engine:
     def open(
         self, inputs: labs.Inputs, generation: labs.Generation, owner: str, processors: Any
     ) -> labs.InFlight:
-        """Check a request whole, the first half of `submit`; its index is the answer's ticket."""
+        """Check a request without queueing it, the first half of `submit`; row.id is the ticket."""
         ticket = next(self._tickets)
         stream = labs.open_request(self.model, ticket, inputs, generation, processors)
         stream.row.owner = owner
         return stream
 
     def take_in(self, stream: labs.InFlight, events: Any, work: Work | None = None) -> Answer:
-        """Begin what `open` has checked, the other half of `submit`.
+        """Queue a request that `open` has checked: the second half of `submit`.
 
-        work: computes what is no text, instead of a text; the answer is Done at its end. It does a
-        part, about as long as a step, whenever it is resumed, and rows get as much time. One work
-        is under way at a time, others wait as for a row.
+        work: a generator function that runs in the engine's thread instead of decoding. Each
+        resume should take about as long as a step, and rows get an equal share of the time. One
+        work runs at a time, others wait. When it ends, the answer's only event is labs.Done.
         """
         self.begin(stream, events.put, work)
         return Answer(stream.row.id, events, self.leave)
 
     def begin(self, stream: labs.InFlight, put: Put, work: Work | None = None) -> None:
-        """Take in what was checked, or raise Busy; the engine's thread calls `put`."""
+        """Queue a checked request or raise Busy; the engine's thread passes its events to `put`."""
         with self._lock:
-            self._cancel_unheard()
+            self._cancel_abandoned()
             self._check_room(stream.row.owner)
             self._jobs[stream.row.id] = job = Job(stream, put, work)
             self._waiting.add(job)
@@ -163,7 +169,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is under way or waiting."""
+        """Whether any request is running or waiting."""
         return bool(self._jobs)
 
     def status(self) -> Status:
@@ -185,16 +191,16 @@ class Engine:
             )
 
     def close(self, deadline_s: float = 0.0) -> bool:
-        """Refuse what comes, let what is under way end until the deadline, cancel the rest.
+        """Refuse new requests, give current ones until the deadline, then cancel the rest.
 
-        Returns whether all of it ended by itself.
+        Returns whether all of them ended before the deadline.
         """
         end = time.monotonic() + deadline_s
         with self._lock:
             self._closing = True
             self._lock.notify_all()
             while self._jobs and self._thread.is_alive() and time.monotonic() < end:
-                self._cancel_unheard()
+                self._cancel_abandoned()
                 self._lock.wait(CLOSE_POLL_S)
             ended = not self._jobs
             for job in self._jobs.values():
@@ -206,17 +212,18 @@ class Engine:
         if self._closing:
             raise Busy("the server is shutting down")
         if self._stopped:
-            raise Busy("the engine has stopped; see its log")
+            raise Busy("the engine stopped after an error; the server's log has the reason")
         full = len(self._jobs) >= self.max_rows + self.max_waiting
         if full and not self._waiting.has_place(owner):
-            raise Busy(f"{len(self._jobs)} requests are under way or waiting; come again")
+            text = f"the server is full: {len(self._jobs)} requests are running or waiting"
+            raise Busy(f"{text} (max_batch_rows, max_waiting); try again later")
 
-    def _cancel_unheard(self) -> None:
-        """Cancel the streams that nobody listens to any more. The lock is held."""
+    def _cancel_abandoned(self) -> None:
+        """Cancel the requests whose answers were closed. The caller holds the lock."""
         while not self._abandoned.empty():
             if (job := self._jobs.get(self._abandoned.get())) is None:
                 continue
-            job.heard, job.stream.row.cancelled = False, True
+            job.has_listener, job.stream.row.cancelled = False, True
             if job in self._waiting:
                 self._waiting.remove(job)
                 del self._jobs[job.stream.row.id]
@@ -233,81 +240,82 @@ class Engine:
                 try:
                     streams, rows = self._take(), self.max_rows
                     for index, event in labs.run(self.model, streams, rows, self._loop):
-                        self._tell(index, event)
-                except Exception as error:  # whatever the model raised: the next ones are served
+                        self._deliver(index, event)
+                except Exception as error:  # any error of a model: later requests are served
                     log.exception("the forward pass failed")
                     error.__traceback__ = error.__cause__ = error.__context__ = None  # hold slots
                     self._fail(list(self._loop.rows), error)
                     failed = True
-                if failed:  # out of the handler, which holds the error
+                if failed:  # outside the handler, which holds the error
                     self._reset()
         finally:
-            with self._lock:  # nobody is taken in any more
+            with self._lock:  # no request is accepted from here on
                 self._stopped = True
                 self._waiting = labs_turns.Waiting(0)
-            self._fail(list(self._jobs), labs.GenerationError("the engine stopped"))
+            self._fail(list(self._jobs), labs.GenerationError("the engine stopped after an error"))
 
     def _wait(self) -> bool:
-        """Wait for requests; return False when there will be none."""
+        """Wait for requests; return False once the engine closes and none are left."""
         with self._lock:
             self._lock.wait_for(lambda: self._jobs or self._closing)
             self._loop.last_step_at = time.perf_counter()
             return bool(self._jobs)
 
     def _take(self) -> Iterator[labs.InFlight | None]:
-        """Yield what waits, or None for now; the loop of labs asks whenever it has a free row."""
+        """Yield the next waiting request, or None; labs.run resumes this when a row is free."""
         while True:
             with self._lock:
-                self._cancel_unheard()
+                self._cancel_abandoned()
                 job = self._waiting.begin(self._jobs.values(), works=False)
             yield job.stream if job else None
 
     def _poll(self) -> None:
-        """Do what must not wait for a free row; the loop of labs calls it before each step."""
+        """Cancel, time out, and advance a work; the decode loop calls this before each step."""
         for function in self.before_step:
             function()
         with self._lock:
-            self._cancel_unheard()
+            self._cancel_abandoned()
             late, now = self._waiting.take_ended(), self._working
             now.job = now.job or self._waiting.begin(self._jobs.values(), works=True)
         for job in late:
-            self._tell(job.stream.row.id, labs_turns.done(job.stream, job.end, self.model.load_s))
+            event = labs_turns.done(job.stream, job.end, self.model.load_s)
+            self._deliver(job.stream.row.id, event)
         if (begun := now.job) is None or now.waits(beside_rows=bool(self._loop.rows)):
             return
-        event = now.advance(self._loop.prefixes, self.model.load_s)
+        end = now.advance(self._loop.prefixes, self.model.load_s)
         self._loop.last_step_at = time.perf_counter()
-        if event is not None:
-            self._tell(begun.stream.row.id, event)
+        if end is not None:
+            self._deliver(begun.stream.row.id, end)
 
-    def _tell(self, index: int, event: labs.Event) -> None:
-        """Put an event where it is waited for; the last one once the request counts no more."""
+    def _deliver(self, index: int, event: labs.Event) -> None:
+        """Pass an event to its listener; before the last event the request leaves the table."""
         job = self._jobs[index]
         if isinstance(event, labs.Done | labs.Failed):
             with self._lock:
                 del self._jobs[index]
                 self._lock.notify_all()
-        if job.heard:
+        if job.has_listener:
             job.put((index, event))
 
     def _fail(self, indexes: list[int], error: Exception) -> None:
-        told = error if isinstance(error, labs.LabsError) else labs.GenerationError(str(error))
+        reason = error if isinstance(error, labs.LabsError) else labs.GenerationError(str(error))
         self._failures += bool(indexes)
         for index in indexes:
-            self._tell(index, labs.Failed(told))
+            self._deliver(index, labs.Failed(reason))
 
     def _reset(self) -> None:
-        """Start anew with empty slots; what the failed step held is free before the next one."""
+        """Replace the loop by one with empty slots, and free the memory of the failed step."""
         old, self._loop = self._loop, self._make_loop()
         self._loop.steps, self._loop.oom_splits = old.steps, old.oom_splits
         del old
         labs.release_memory()
 
 
-# ---------------------------------------------------------------- answers that are kept
+# ---------------------------------------------------------------- cached answers
 
 
 class Shared(Struct, eq=False):
-    """One computation for several requests. listeners: their queues by ticket; ticket: its own."""
+    """One computation for several requests. listeners: their queues by ticket. ticket: its own."""
 
     key: Any
     ticket: int
@@ -317,10 +325,10 @@ class Shared(Struct, eq=False):
 
 
 class Cached:
-    """An engine, and its whole face, that computes identical requests of one owner once.
+    """Wrap an engine, with its interface, so that identical requests of one owner run once.
 
-    Only what would be the same again is shared: greedy or seeded, and without processors. A
-    request with a deadline of its own is not joined while it is under way.
+    Only repeatable requests share an answer: greedy or seeded ones without processors. No request
+    joins a running one that has a timeout_s.
     """
 
     submit = _submit
@@ -332,12 +340,12 @@ class Cached:
         self._response_cache: Any = TTLCache(response_cache.max_entries, response_cache.ttl_s)
         self.engine, self.model, self.max_rows = engine, engine.model, engine.max_rows
         self.open, self.close = engine.open, engine.close
-        self._shared: dict[Any, Shared] = {}  # by key: under way, may be joined
+        self._shared: dict[Any, Shared] = {}  # by key: running, and open to more listeners
         self._tickets: dict[int, Shared] = {}  # by the ticket of each listener
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._hits = 0
         self._lock = threading.Lock()
-        engine.before_step.append(self._leave_unheard)
+        engine.before_step.append(self._drop_abandoned)
 
     @property
     def busy(self) -> bool:
@@ -347,9 +355,9 @@ class Cached:
         return replace(self.engine.status(), response_cache_hits=self._hits)
 
     def take_in(self, stream: labs.InFlight, events: Any, work: Work | None = None) -> Answer:
-        """Do as Engine.take_in does; for an answer that is there already no room is needed."""
+        """Do as Engine.take_in does; a cached answer is given even by a full engine."""
         key, ticket = None if work else self._key(stream), stream.row.id
-        self._leave_unheard()
+        self._drop_abandoned()
         if key is None:
             return self.engine.take_in(stream, events, work)
         with self._lock:
@@ -363,7 +371,7 @@ class Cached:
         return Answer(ticket, events, self._abandoned.put)
 
     def _key(self, stream: labs.InFlight) -> Any:
-        """Return what identical requests have in common, or None for one that is never shared."""
+        """Return a key that identical requests share, or None for a request that may differ."""
         options = stream.generation
         repeats = options.seed is not None or stream.sampling.temperature == 0
         if not (repeats and self._response_cache.maxsize) or stream.sampling.processors:
@@ -371,18 +379,18 @@ class Cached:
         return stream.row.owner, stream.inputs.input_ids, msgspec.json.encode(options)
 
     def _begin(self, key: Any, stream: labs.InFlight) -> Shared:
-        """Let the engine begin; its first event waits for the lock, which is held."""
+        """Start a computation. The caller holds the lock, so its first event has to wait."""
         stream.row.exact_prefix = True
         shared = Shared(key, stream.row.id)
-        self.engine.begin(stream, lambda told: self._tell(shared, told[1]))
+        self.engine.begin(stream, lambda numbered: self._broadcast(shared, numbered[1]))
         if stream.generation.timeout_s is None:
             self._shared[key] = shared
         return shared
 
-    def _tell(self, shared: Shared, event: labs.Event) -> None:
-        """Pass an event on to all who listen; the engine's thread calls it."""
+    def _broadcast(self, shared: Shared, event: labs.Event) -> None:
+        """Pass an event to all listeners; the engine's thread calls this."""
         with self._lock:
-            if not shared.listeners:  # all have left, and an identical one may have followed
+            if not shared.listeners:  # all left, and an identical request may run by now
                 return
             for place, (ticket, events) in enumerate(shared.listeners.items()):
                 events.put((ticket, _as_cached(event) if place else event))
@@ -396,8 +404,8 @@ class Cached:
             if isinstance(event, labs.Done) and event.finish_reason in ("stop", "length"):
                 self._response_cache[shared.key] = shared
 
-    def _leave_unheard(self) -> None:
-        """Leave what nobody listens to any more; called before each step and each request."""
+    def _drop_abandoned(self) -> None:
+        """Cancel computations without listeners; called before each step and each request."""
         with self._lock:
             while not self._abandoned.empty():
                 ticket = self._abandoned.get()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several models in one process: each is loaded when it is asked for, and unloaded for another.
+"""Serve several models in one process: a model is loaded on first use and unloaded for another.
 
-    models = labs_models.Models(config)          # begins to load the configured one
-    engine = models("small")                     # raises Loading until it is there
-    models.release("small")                      # it may be unloaded once nothing is under way
+    models = labs_models.Models(config)          # starts to load the default model
+    engine = models("small")                     # raises Loading until the model is loaded
+    models.release("small")                      # lets it be unloaded once it is idle
 
-One thread loads and unloads; who waits for a model holds up nobody else. `One` is a given engine.
+One thread loads and unloads models; meanwhile loaded ones keep answering. `One` wraps an engine.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from labs_engine import AnyEngine
 from labs_patterns import route as route
 
 log = logging.getLogger("labs.models")
-POLL_S = 0.05  # how often the one who needs room looks whether a model has become idle
-EVICT_BUSY_AFTER_S = 5.0  # then the model used longest ago takes no more requests, though busy
-RETRY_S = 30.0  # a load that failed is not tried again for so long
-MEMORY_SHARE = 0.9  # of what is free; the rest is for the rows
+POLL_S = 0.05  # seconds between checks for an idle model while another one needs its room
+EVICT_BUSY_AFTER_S = 5.0  # after this wait the least recently used model gets no new requests
+RETRY_S = 30.0  # seconds before a failed load is tried again
+MEMORY_SHARE = 0.9  # of the free memory may be taken by weights; the rest is for KV caches
 
 
 class Loading(labs_engine.Busy):
-    """The model will be there: `wait(timeout_s)` returns when something has changed."""
+    """The model is not loaded yet; `wait(timeout_s)` returns when the state of a model changes."""
 
     def __init__(self, message: str, wait: Callable[[float], Any]) -> None:
         super().__init__(message)
@@ -43,14 +43,13 @@ class Loading(labs_engine.Busy):
 
 
 class NotLoaded(labs.ModelError):
-    """A model could not be loaded when last tried; why may name what is no client's business."""
+    """The last load failed. Only the log has the reason, because it may contain private paths."""
 
 
 class Entry(Struct, eq=False):
-    """A configured model. holders: how many were given the engine and have not released it.
+    """A configured model. holders: how many callers have its engine and did not release it yet.
 
-    last_used: when it was last given or busy; failed: when a load failed; reserved_until: it stays
-    so long for who waited for it (all monotonic). draining: it takes no more. reader: no weights.
+    Times are those of time.monotonic. last_used: when it was last given out or busy.
     """
 
     name: str
@@ -59,12 +58,12 @@ class Entry(Struct, eq=False):
     holders: int = 0
     last_given: float = 0.0
     last_used: float = 0.0
-    reserved_until: float = 0.0
-    draining: bool = False
+    reserved_until: float = 0.0  # it stays loaded for the requests that waited for it
+    draining: bool = False  # no new requests
     failure: labs.LabsError | None = None
     failed: float = 0.0
     weight_bytes: int = 0
-    reader: labs.Model | None = None
+    reader: labs.Model | None = None  # without weights
     context_length: int | None = None
 
     @property
@@ -79,21 +78,21 @@ class Models:
     def __init__(self, config: labs.Config, *, start: bool = True) -> None:
         self._server, self._default = config.server, config.model_id
         self._entries = {name: Entry(name, each) for name, each in config.by_name().items()}
-        self._wanted = deque([self._entries[config.model_id]])  # the first is being loaded
-        self._others: list[Callable[[], int]] = []  # bytes of models that no entry tells
+        self._wanted = deque([self._entries[config.model_id]])  # the first one is loading
+        self._others: list[Callable[[], int]] = []  # bytes of models outside _entries
         self._change, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._serve, name="labs-load", daemon=True)
         if start:
             self.start()
 
     def start(self) -> None:
-        """Begin to load; done already unless `start` was False."""
+        """Start the loading thread; needed only after Models(..., start=False)."""
         self._thread.start()
 
     def __call__(self, name: str) -> AnyEngine:
-        """Return the engine of a configured model; it is the caller's until released.
+        """Return the engine of a configured model; the caller must release it.
 
-        Raises Loading for a model that is not there yet, NotLoaded for one that cannot be loaded.
+        Raises Loading before it is loaded, NotLoaded if that failed, Busy when closing.
         """
         with self._change:
             entry = self._entries[name]
@@ -104,7 +103,7 @@ class Models:
                 entry.last_used, entry.reserved_until = entry.last_given, 0.0
                 return entry.engine
             if entry.failure is not None and time.monotonic() < entry.failed + RETRY_S:
-                raise NotLoaded(f"{name} could not be loaded; the log tells why")
+                raise NotLoaded(f"{name} could not be loaded; the server's log has the reason")
             if entry not in self._wanted:
                 self._wanted.append(entry)
                 self._change.notify_all()
@@ -122,16 +121,16 @@ class Models:
             return {e.name: e.engine for e in self._entries.values() if e.engine is not None}
 
     def context_length(self, name: str) -> int | None:
-        """Return what is known of it without loading the model."""
+        """Return the context length in tokens without loading the model; None if unknown."""
         entry = self._entries[name]
         return entry.context_length if entry.reader is None else entry.reader.context_length
 
     def account(self, nbytes: Callable[[], int]) -> None:
-        """Count what another model takes now, of a filter say, within model_memory_bytes."""
+        """Count the current bytes of another model, e.g. a filter, towards model_memory_bytes."""
         self._others.append(nbytes)
 
     def reader(self, name: str) -> labs.Model:
-        """Return a model without weights, to build inputs with; raise as a call does until then."""
+        """Return the model without weights, to build inputs. Raises as a call before the load."""
         if (reader := self._entries[name].reader) is None:
             self(name)
             self.release(name)
@@ -140,11 +139,11 @@ class Models:
 
     @property
     def failed(self) -> bool:
-        """Whether the configured model could not be loaded when it was last tried."""
+        """Whether the last load of the default model failed."""
         return self._entries[self._default].failure is not None
 
     def check(self) -> None:
-        """Raise Loading until the configured model was tried, and what made it fail."""
+        """Raise Loading until the default model's first load ends, or the error if it failed."""
         with self._change:
             entry = self._entries[self._default]
             if entry.failure is not None:
@@ -153,7 +152,7 @@ class Models:
                 raise Loading(f"{self._default} is being loaded", self._wait)
 
     def wait(self) -> AnyEngine:
-        """Return the engine of the configured model once it is loaded; raise what made it fail."""
+        """Wait for the default model and return its engine. Raises the error of a failed load."""
         while True:
             try:
                 engine = self(self._default)
@@ -167,7 +166,7 @@ class Models:
                 error.wait(POLL_S)
 
     def close(self, deadline_s: float = 0.0) -> None:
-        """Take no more requests and let those under way end until the deadline."""
+        """Refuse new requests and give current ones until the deadline to end."""
         end = time.monotonic() + deadline_s
         with self._change:
             self._closed = True
@@ -192,13 +191,13 @@ class Models:
                 if wanted is not None:
                     self._load(wanted)
                     self._learn_context_lengths()
-            except BaseException:  # who waits is told; who asks later may have better luck
-                log.exception("labs-api: no model could be loaded or let go")
+            except BaseException:  # waiting requests fail; a later load may succeed
+                log.exception("labs-api: loading or unloading a model failed")
                 for entry in [*self._wanted]:
-                    self._settle(entry, None, labs.ModelError(f"{entry.name}: the log tells why"))
+                    self._settle(entry, None, labs.ModelError(f"{entry.name}: see the log"))
 
     def _expired(self) -> list[Entry]:
-        """Return the models that nobody has used for keep_alive_s. The lock is held."""
+        """Return the models unused for keep_alive_s seconds. The caller holds the lock."""
         now, limit, entries = time.monotonic(), self._server.keep_alive_s, self._entries.values()
         for entry in entries:
             if entry.engine is not None and not entry.idle:
@@ -216,10 +215,10 @@ class Models:
         except labs.LabsError as error:
             log.error("labs-api: cannot load %s", error)
             failure = error
-        except BaseException as error:  # a model's own code may even want to exit
+        except BaseException as error:  # a model's own code may even raise SystemExit
             log.exception("labs-api: cannot load %s", entry.name)
             failure = labs.ModelError(str(error))
-        if failure is not None:  # the frames it went through hold what was loaded so far
+        if failure is not None:  # the frames of its traceback hold the weights loaded so far
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             labs.release_memory()
         self._settle(entry, engine, failure)
@@ -236,14 +235,14 @@ class Models:
 
     def _start(self, entry: Entry) -> AnyEngine:
         if (cache := entry.config.response_cache).max_entries:
-            labs.require("cachetools")  # before there is a thread
+            labs.require("cachetools")  # fails before a thread is started
         model = labs.load_model(entry.config, cached=False)
         engine = labs_engine.Engine(model, self._server)
         entry.reader = replace(model, decoder=None)
         return labs_engine.Cached(engine, cache) if cache.max_entries else engine
 
     def _make_room(self, wanted: Entry) -> None:
-        """Unload idle models until there is room for one more."""
+        """Unload idle models, least recently used first, until there is room for another."""
         patient_until = time.monotonic() + EVICT_BUSY_AFTER_S
         while not self._closed and not self._has_room(wanted):
             with self._change:
@@ -251,7 +250,7 @@ class Models:
                 oldest = sorted(loaded, key=lambda entry: (entry.last_used, entry.last_given))
                 idle = [entry for entry in oldest if entry.idle]
                 if not oldest:
-                    return  # nothing more can be done
+                    return  # no model is left to unload
                 if not idle:
                     oldest[0].draining |= time.monotonic() > patient_until
                     self._change.wait(POLL_S)
@@ -264,10 +263,11 @@ class Models:
             return True
         spec, others = entry.config.model, sum(nbytes() for nbytes in self._others)
         entry.weight_bytes = entry.weight_bytes or weight_bytes(spec)
-        if limit is not None and entry.weight_bytes + others > limit:  # unloading does not help
-            needed = f"{spec.model_name} needs about {entry.weight_bytes / 1e9:.2f} GB"
-            needed += f" beside {others / 1e9:.2f} GB of other models" if others else ""
-            raise labs.ModelError(f"{needed}; server.model_memory_bytes is {limit / 1e9:.2f} GB")
+        if limit is not None and entry.weight_bytes + others > limit:  # unloading cannot help
+            text = f"{spec.model_name} needs about {entry.weight_bytes / 1e9:.2f} GB"
+            text += f" beside {others / 1e9:.2f} GB of other models" if others else ""
+            bound = f"server.model_memory_bytes is {limit / 1e9:.2f} GB"
+            raise labs.ModelError(f"{text}; {bound}: raise it or use a smaller model")
         if len(engines) >= self._server.max_loaded_models:
             return False
         if limit is None:
@@ -276,7 +276,7 @@ class Models:
         return taken + others + entry.weight_bytes <= limit
 
     def _unload(self, entry: Entry) -> None:
-        """Free a model's memory, unless somebody was faster and asked for it."""
+        """Close an idle model and free its memory; do nothing if it is in use again."""
         with self._change:
             if not entry.idle or (engine := entry.engine) is None:
                 return
@@ -284,18 +284,18 @@ class Models:
         engine.close()
         del engine
         labs.release_memory()
-        log.info("labs-api: %s was let go", entry.name)
+        log.info("labs-api: unloaded %s", entry.name)
 
     def _learn_context_lengths(self) -> None:
-        """Learn how long the context of models is that were not loaded yet."""
+        """Read the context lengths of models that were not loaded yet."""
         for entry in self._entries.values():
             if entry.reader is None and entry.context_length is None:
-                with contextlib.suppress(Exception):  # a load will tell
+                with contextlib.suppress(Exception):  # a load reports the error
                     entry.context_length = context_length(entry.config.model)
 
 
 class One:
-    """One given engine, with the interface of Models: it is there, and stays until it is closed."""
+    """Wrap one given engine in the interface of Models: always loaded, never unloaded."""
 
     def __init__(self, engine: AnyEngine, name: str | None = None) -> None:
         self._engine, self._name = engine, name or engine.model.spec.model_name
@@ -323,7 +323,7 @@ class One:
 
 
 def weight_bytes(spec: labs.ModelSpec) -> int:
-    """Return about how many bytes a model's weights take; only a GGUF file is converted for it."""
+    """Estimate the bytes of a model's weights without loading them; a GGUF file is converted."""
     import torch
     import transformers
 
@@ -335,13 +335,13 @@ def weight_bytes(spec: labs.ModelSpec) -> int:
             model = auto.from_config(config, trust_remote_code=spec.trust_remote_code)
     wanted = spec.quantization
     bits = 32 if dtype == "fp32" else 16
-    bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # scales, too
+    bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # with scales
     bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
     return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
 
 
 def context_length(spec: labs.ModelSpec) -> int | None:
-    """Return a model's context length, or raise: nothing is converted or downloaded for it."""
+    """Return a model's context length in tokens; nothing is converted or downloaded for it."""
     spec = replace(spec, local_files_only=True)
     place = labs.locate(spec, labs.device_of(spec)[2], convert=False)
     import labs_decode
@@ -350,7 +350,7 @@ def context_length(spec: labs.ModelSpec) -> int | None:
 
 
 def system_memory(spec: labs.ModelSpec) -> int:
-    """Return the bytes that can still be taken where a model would go, if the system tells."""
+    """Return the free bytes of the device on which a model would be loaded."""
     import torch
 
     import labs_decode

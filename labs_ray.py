@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""labs on Ray, when one machine or one GPU is not enough.
+"""Run labs on Ray when one machine or one GPU is not enough.
 
-    labs-api --ray --replicas 2                   Ray Serve: the same HTTP API, an engine each
-    serve run labs_ray:app num_gpus=1             the same, by Ray's own command
+    labs-api --ray --replicas 2                   Ray Serve: the HTTP API, one engine each
+    serve run labs_ray:app num_gpus=1             the same, started by Ray's command
     labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
 
-Ray schedules, restarts and scales. Needs the extra `ray`; labs_serve.py, labs_jsonl.py with theirs.
+Ray schedules, restarts and scales. Needs the extra `ray`, labs_serve.py and labs_jsonl.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from msgspec import Meta, Struct
 from prometheus_client import CollectorRegistry, Metric
 from starlette.middleware import Middleware
 
-# Read when ray is imported. Under `uv run` it would copy the whole folder to each worker.
+# Ray reads these on import. Under `uv run` it would copy the whole folder to each worker.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
@@ -46,19 +46,19 @@ import labs_serve
 import labs_turns
 
 log = logging.getLogger("labs.ray")
-APP, REPLICAS = "labs", "replicas"  # their names in Ray Serve
-MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # what Ray wraps its proxies in
-EXTRA_REQUESTS = 8  # of a replica, that wait for a row or need none; more wait with Ray, for any
-LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app writes its own
+APP, REPLICAS = "labs", "replicas"  # names in Ray Serve
+MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # middleware of Ray's proxies
+EXTRA_REQUESTS = 8  # beyond its rows that a replica accepts; Ray queues the rest
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # the app logs requests
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class Cluster(Struct, frozen=True, forbid_unknown_fields=True):
-    """How many replicas, and what each of them takes of its machine.
+    """The number of replicas and the resources of each.
 
-    max_replicas: with it Ray keeps between `replicas` and so many, by how many requests wait.
-    num_gpus: by default one, where there are any and the model may use them.
-    sticky: requests with the same X-Session-Id go to the same replica, which knows their prefix.
+    max_replicas: Ray scales between `replicas` and this number by the number of waiting requests.
+    num_gpus: by default 1 if the cluster has GPUs and device_map allows them, else 0.
+    sticky: requests with the same X-Session-Id go to the same replica, to reuse their prefix.
     """
 
     replicas: Annotated[int, Meta(ge=1)] = 1
@@ -75,15 +75,15 @@ class Cluster(Struct, frozen=True, forbid_unknown_fields=True):
     def resources(self, config: labs.Config) -> dict[str, Any]:
         gpus = self.num_gpus
         if gpus is None:
-            if not ray.is_initialized():  # `serve run` asks before
-                raise labs.ConfigError("num_gpus: say how many each replica takes, 0 for none")
+            if not ray.is_initialized():  # `serve run` calls this first
+                raise labs.ConfigError("num_gpus: give the number for each replica, 0 for none")
             wanted = config.model.device_map not in ("cpu", "mps")
             gpus = float(wanted and ray.cluster_resources().get("GPU", 0) >= 1)
         return {"num_cpus": self.num_cpus, "num_gpus": gpus}
 
 
 def cluster_of(given: dict[str, Any]) -> Cluster:
-    """Read flags, or what stands behind `serve run labs_ray:app`; what is None is left out."""
+    """Build a Cluster from flags or the arguments of `serve run`; None means the default."""
     named = {key: value for key, value in given.items() if value is not None}
     try:
         return msgspec.convert(named, Cluster, strict=False)
@@ -93,28 +93,28 @@ def cluster_of(given: dict[str, Any]) -> Cluster:
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Be in a cluster: `local` starts one for as long as this lasts, `auto` finds a running one."""
+    """Connect to a Ray cluster: `local` starts one for the block, `auto` finds a running one."""
     os.environ.setdefault(MIDDLEWARES, f"{__name__}.middlewares")
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    for name in ("ray", "ray.data", "ray.serve"):  # what matters is raised
+    for name in ("ray", "ray.data", "ray.serve"):  # problems are raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         options["log_to_driver"] = os.environ.get("LABS_DEBUG") == "1"
-        with labs_serve.sigterm_withheld():  # a group's reaches Ray too, which has to outlive us
+        with labs_serve.sigterm_withheld():  # Ray must not end before this process
             ray.init(address, logging_level=logging.CRITICAL, **options)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's writes a core's trace
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's prints a trace
     except (OSError, RuntimeError, ValueError) as error:
         raise labs.LabsError(f"cannot reach Ray at {address}: {error}") from error
     try:
         yield
-    except ray.exceptions.RayError as error:  # it ends in what made it, after many frames
+    except ray.exceptions.RayError as error:  # its last line is the cause, after many frames
         raise labs.LabsError(f"Ray: {last_line(error)}") from error
     finally:
         ray.shutdown()
 
 
 def last_line(text: Any) -> str:
-    """Return the last line of a traceback; an error of ours without its module."""
+    """Return the last line of a traceback, without the module name of an error of labs."""
     return re.sub(r"^(\w+\.)*labs\w*\.\w+: ", "", str(text).strip().rpartition("\n")[2])
 
 
@@ -122,9 +122,9 @@ def last_line(text: Any) -> str:
 
 
 class Replica:
-    """The Falcon app and its engines, in a process that Ray Serve starts, watches and ends.
+    """Run the Falcon app and its engines in a process that Ray Serve starts and monitors.
 
-    quotas: deployments of labs_gate.Quota, by the names of labs_gate.Quotas.
+    quotas: deployments of labs_gate.Quota by field of labs_gate.Quotas, shared by all replicas.
     """
 
     def __init__(self, config: labs.Config, quotas: dict[str, Any]) -> None:
@@ -144,20 +144,20 @@ class Replica:
         return Bridge(app, workers=labs_serve.threads_for(self.config))
 
     def check_health(self) -> None:
-        """Raise what makes Ray Serve start another replica."""
+        """Raise RuntimeError when an engine is dead, so that Ray Serve replaces this replica."""
         if not all(engine.status().alive for engine in self.models.loaded().values()):
             raise RuntimeError("the engine's thread has ended")
 
     def metrics(self) -> tuple[str, list[Metric]]:
-        """Return the name of this replica and what it tells Prometheus."""
+        """Return the name of this replica and its Prometheus metrics."""
         return self.name, list(CollectorRegistry.collect(self.registry))
 
     def __del__(self) -> None:
-        self.models.close()  # no thread may be in torch while the interpreter ends
+        self.models.close()  # no thread may run torch while the interpreter shuts down
 
 
 class SharedQuota(labs_gate.Quota):
-    """A labs_gate.Quota that all replicas take from."""
+    """A labs_gate.Quota that is shared by all replicas."""
 
     def __init__(self, handle: Any, alone: labs_gate.Quota) -> None:
         super().__init__(alone.per_minute)
@@ -168,7 +168,7 @@ class SharedQuota(labs_gate.Quota):
 
 
 class Registry(CollectorRegistry):
-    """Shows what all replicas tell, whichever is asked, with their names as a label."""
+    """Collect the metrics of all replicas, labelled by replica, whichever one is scraped."""
 
     def __init__(self, app_name: str) -> None:
         super().__init__()
@@ -186,14 +186,14 @@ class Registry(CollectorRegistry):
 
 
 class Bridge(WSGIMiddleware):  # type: ignore[misc]
-    """a2wsgi's bridge, which also tells the app when its client has gone; else its thread stays."""
+    """a2wsgi's bridge that also reports a lost client to the app; else its thread would stay."""
 
     def __init__(self, app: Any, workers: int) -> None:
         def wsgi(environ: dict[str, Any], start_response: Any) -> Any:
             environ["waitress.client_disconnected"] = environ["asgi.scope"]["gone"]
             return app(environ, start_response)
 
-        super().__init__(wsgi, workers, send_queue_size=0)  # a full one would block for ever
+        super().__init__(wsgi, workers, send_queue_size=0)  # a full one would block forever
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         gone = threading.Event()
@@ -204,7 +204,7 @@ class Bridge(WSGIMiddleware):  # type: ignore[misc]
 
 
 class ClosesBrokenStreams:
-    """What Ray's proxies are wrapped in: an answer whose replica died still ends, in an error."""
+    """Middleware of Ray's proxies: a response whose replica died still ends, with an error."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -227,8 +227,8 @@ class ClosesBrokenStreams:
 
 
 async def end_with_error(send: Any, began: bool) -> None:
-    """Answer with an error, or let one be the last event of a stream that has begun."""
-    text = "the replica that answered has ended; ask again"
+    """Send an error response, or an error event if the stream has already begun."""
+    text = "the replica that was answering has ended; send the request again"
     problem = labs_gate.Problem(503, text, "replica_lost")
     data = labs_api.error_event(problem)
     if not began:
@@ -243,7 +243,7 @@ def middlewares() -> list[Middleware]:
 
 
 def deployment(config: labs.Config, cluster: Cluster) -> Any:
-    """Return the application for Ray Serve."""
+    """Return the Ray Serve application."""
     rows = config.server.max_batch_rows or labs_turns.ROWS
     options: dict[str, Any] = {
         "name": REPLICAS,
@@ -252,7 +252,7 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
         "max_queued_requests": config.server.max_waiting,
         "graceful_shutdown_timeout_s": config.server.drain_s,
         "logging_config": LOGGING,
-        "max_constructor_retry_count": 1,  # a model that cannot be loaded never can
+        "max_constructor_retry_count": 1,  # retrying a failed load does not help
     }
     least, most = cluster.replicas, cluster.max_replicas
     scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": rows}
@@ -263,20 +263,20 @@ def deployment(config: labs.Config, cluster: Cluster) -> Any:
 
 
 def quotas_of(config: labs.Config) -> dict[str, Any]:
-    """Return a deployment for each limit that there is: one process counts for all replicas."""
+    """Return a deployment for each configured quota: one process counts for all replicas."""
     quota = serve.deployment(labs_gate.Quota, ray_actor_options={"num_cpus": 0})
     limits = {name: each.per_minute for name, each in labs_gate.quotas_of(config)._asdict().items()}
     return {name: quota.options(name=name).bind(n) for name, n in limits.items() if n is not None}
 
 
 def app(arguments: dict[str, Any]) -> Any:
-    """Serve by Ray's own command. arguments: fields of Cluster, and `config`, a settings file."""
+    """Build the app for `serve run`. arguments: fields of Cluster, and `config`, a TOML file."""
     rest = {**arguments}
     return deployment(labs.load_config(rest.pop("config", None)), cluster_of(rest))
 
 
 def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over."""
+    """Serve until SIGTERM or Ctrl-C, then wait up to server.drain_s for open requests."""
     labs_gate.check_exposure(config)
     host, count = config.server.host, cluster.replicas
     with contextlib.suppress(KeyboardInterrupt), labs_serve.unhurried_log(), connected(address):
@@ -294,7 +294,7 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
 
 
 def _free_port(server: labs.Server) -> int:
-    """Return the port, any for 0. Raises LabsError where it is taken."""
+    """Return server.port, or a free port for 0. Raises LabsError if the port is taken."""
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     try:
         with socket.create_server((server.host, server.port), family=family) as free:
@@ -304,32 +304,32 @@ def _free_port(server: labs.Server) -> int:
 
 
 def _run(config: labs.Config, cluster: Cluster) -> None:
-    """Start the replicas and wait until they are ready. Raises LabsError in one sentence."""
+    """Start the replicas and wait until they are ready. Raises LabsError if one fails."""
     try:
         serve.run(deployment(config, cluster), name=APP)
     except RuntimeError as error:
         found = serve.status().applications[APP].deployments
-        told = [last_line(each.message) for each in found.values() if each.message]
-        raise labs.LabsError(" ".join(told) or last_line(error)) from error
+        reasons = [last_line(each.message) for each in found.values() if each.message]
+        raise labs.LabsError(" ".join(reasons) or last_line(error)) from error
 
 
 # ---------------------------------------------------------------- offline: Ray Data
 
 
 class Files(Struct, frozen=True):
-    """What is answered, and where to: both are fsspec addresses."""
+    """The input and output of a run; source and target are fsspec URLs."""
 
     source: str  # a path, a glob, or a folder with *.jsonl
     target: str  # a folder
-    batch_rows: int | None = None  # computed at once
-    lines: int = labs_jsonl.WINDOW  # that one replica answers at a time
+    batch_rows: int | None = None  # rows per batch of a replica
+    lines: int = labs_jsonl.WINDOW  # lines per task of a replica
 
 
 class Chunk(Struct, frozen=True):
-    """`count` lines of a file, from line `first` at byte `start` on."""
+    """`count` lines of a file, starting with line `first` at byte `start`."""
 
     path: str
-    name: str  # of the file, within what the pattern fixes
+    name: str  # the path relative to the fixed part of the pattern
     first: int
     start: int
     count: int
@@ -338,17 +338,17 @@ class Chunk(Struct, frozen=True):
 def answer_files(
     config: labs.Config, files: Files, address: str, cluster: Cluster, tally: labs_jsonl.Tally
 ) -> None:
-    """Answer the lines of files into files of a folder; ids that are answered there are skipped.
+    """Answer the prompts of JSONL files into a folder; ids already answered there are skipped.
 
-    A line without an id is known by its file and number. What was not finished is answered anew
-    when a replica dies, and by the same call.
+    A line without an id gets one from its file and number. When a replica dies, Ray runs its task
+    again; calling this again continues an interrupted run. Raises InputError, ModelError.
     """
     if "-" in (files.source, files.target):
-        raise labs.InputError("with Ray, --input names files and --output a folder")
+        raise labs.InputError("with Ray, --input must name files and --output a folder, not -")
     system, folder = fsspec.core.url_to_fs(files.target)
-    target = system.unstrip_protocol(folder)  # whole: the workers run elsewhere
+    target = system.unstrip_protocol(folder)  # a full URL: workers run elsewhere
     chunks = [msgspec.structs.asdict(each) for each in _chunks(files.source, files.lines)]
-    _recover(target, tally)  # tells at once of what is no answer there
+    _recover(target, tally)  # fails early if the folder holds other files
     tally.answered.clear()
     if not chunks:
         return
@@ -369,7 +369,7 @@ def answer_files(
 
 
 def _chunks(source: str, lines: int) -> Iterator[Chunk]:
-    """Yield the lines of all files, so many at a time. Reads them once."""
+    """Yield the lines of all files in chunks of at most `lines`, reading each file once."""
     files, pattern = fsspec.core.url_to_fs(source)
     pattern = f"{pattern.rstrip('/')}/*.jsonl" if files.isdir(pattern) else pattern
     found = [pattern] if files.exists(pattern) else sorted(files.glob(pattern))
@@ -385,7 +385,7 @@ def _chunks(source: str, lines: int) -> Iterator[Chunk]:
 
 
 def _recover(target: str, tally: labs_jsonl.Tally) -> None:
-    """Tell the tally what is answered in a folder, which is made if there is none."""
+    """Record the answers of a folder in the tally; create the folder if it is missing."""
     files, folder = fsspec.core.url_to_fs(target)
     files.makedirs(folder, exist_ok=True)
     for path in files.glob(f"{folder}/*.jsonl"):
@@ -395,12 +395,12 @@ def _recover(target: str, tally: labs_jsonl.Tally) -> None:
 
 
 class Answers:
-    """A model in a process of its own, which answers chunks of lines, each into a file."""
+    """A worker process with a model; it answers chunks of lines, each into one file."""
 
     def __init__(self, config: labs.Config, target: str, batch_rows: int | None) -> None:
         self.batching = labs_jsonl.Batching(rows=batch_rows)
         self.files, self.folder = fsspec.core.url_to_fs(target)
-        self.past, self.failure = labs_jsonl.Tally(), ""  # told by the answers: Ray tries for ever
+        self.past, self.failure = labs_jsonl.Tally(), ""  # an exception here would make Ray retry
         _recover(target, self.past)
         try:
             self.context = labs_jsonl.open_context(config)
@@ -423,8 +423,8 @@ class Answers:
         names = "done", "failed", "skipped", "tokens"
         return {"failure": "", **{name: getattr(tally, name) for name in names}}
 
-    def _write(self, asked: bytes, data: bytes) -> None:
-        """Write a file whole, in place of one that an earlier try of the same lines has left."""
-        name = hashlib.sha256(asked).hexdigest()[:16]
+    def _write(self, lines: bytes, data: bytes) -> None:
+        """Write a file atomically, replacing that of an earlier try with the same lines."""
+        name = hashlib.sha256(lines).hexdigest()[:16]
         self.files.pipe_file(f"{self.folder}/.{name}", data)
         self.files.mv(f"{self.folder}/.{name}", f"{self.folder}/{name}.jsonl")

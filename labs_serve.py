@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""labs-api without its flags: the app under waitress; sockets, threads, signals, draining.
+"""Run the WSGI app of labs-api under waitress: sockets, threads, signals, draining.
 
     labs_serve.serve(labs.load_config())                   # until SIGTERM or Ctrl-C
-    labs_serve.make_server(app, config).run()              # any WSGI app, labs' own mounted in it
+    labs_serve.make_server(app, config).run()              # any WSGI app, e.g. with labs mounted
 
-Needs labs_api.py with what that needs, and labs_wire.py with waitress.
+Needs labs_api.py and its requirements, and labs_wire.py with waitress.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ import labs_turns
 
 HEAD_BYTES = 32_768
 log = logging.getLogger("labs.serve")
-LAST_WORDS_S = 1.0  # what is told at the end may take so long to be written
+LAST_WORDS_S = 1.0  # seconds that writing the last log lines may take
 
 
 def threads_for(config: labs.Config) -> int:
-    """Return how many threads are enough, as each open request holds one."""
+    """Return how many threads the server needs; each open request occupies one."""
     return labs_turns.most_open(config) + labs_turns.most_beyond(config) + 8
 
 
 def make_server(app: Any, config: labs.Config) -> Any:
-    """Return waitress, listening."""
+    """Return a waitress server that listens already; `run` serves. Raises OSError for the port."""
     labs.require("waitress", "labs_wire")
     from waitress.server import create_server
 
@@ -50,12 +50,12 @@ def make_server(app: Any, config: labs.Config) -> Any:
         host=_address(server.host),
         port=server.port,
         threads=threads_for(config),
-        channel_request_lookahead=1,  # sees who hangs up while its request runs
-        asyncore_use_poll=True,  # select() dies at 1,024 descriptors
+        channel_request_lookahead=1,  # detects clients that hang up while their request runs
+        asyncore_use_poll=True,  # select() fails above 1,024 descriptors
         connection_limit=server.max_connections,
         channel_timeout=server.connection_idle_s,
         cleanup_interval=5,
-        max_request_body_size=server.max_body_bytes + 2**20,  # above ours, which answers in JSON
+        max_request_body_size=server.max_body_bytes + 2**20,  # the app refuses first, in JSON
         max_request_header_size=HEAD_BYTES,
         outbuf_high_watermark=2**20,
         clear_untrusted_proxy_headers=True,
@@ -68,12 +68,12 @@ def make_server(app: Any, config: labs.Config) -> Any:
 
 
 def _address(host: str) -> str:
-    """Return one address of a host: given several, waitress would make several servers."""
+    """Return one address of a host; with several, waitress would create several servers."""
     return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def _socket_options() -> list[tuple[int, int, int]]:
-    """Notice peers that vanished or do not read; waitress would wait for them for ever."""
+    """Return options that detect vanished or stuck peers; waitress alone would wait forever."""
     wanted = (
         ("SOL_SOCKET", "SO_KEEPALIVE", 1),
         ("IPPROTO_TCP", "TCP_NODELAY", 1),
@@ -90,18 +90,18 @@ def _socket_options() -> list[tuple[int, int, int]]:
 
 
 def _refuser(config: labs.Config) -> Callable[[Any], Any]:
-    """Return what answers the requests that waitress refuses, in the words of the app."""
+    """Return a function that answers the requests refused by waitress as the app would."""
     app = labs_api.refusing_app(config)
 
     def refuse(request: Any) -> tuple[str, list[tuple[str, str]], bytes]:
-        status, text = request.error.code, request.error.body
-        code, told = {
-            400: ("bad_request", f"this is no request of HTTP/1.1: {text}"),
+        status, reason = request.error.code, request.error.body
+        code, text = {
+            400: ("bad_request", f"the request is not valid HTTP/1.1: {reason}"),
             413: ("body_too_large", f"the body has more than {config.server.max_body_bytes} bytes"),
             431: ("head_too_large", f"the headers have more than {HEAD_BYTES} bytes"),
-            501: ("not_implemented", text),
-        }.get(status, ("failed", "The server failed at this request; its log tells more."))
-        environ: dict[str, Any] = {"labs.problem": labs_gate.Problem(status, told, code)}
+            501: ("not_implemented", reason),
+        }.get(status, ("failed", "Internal server error; see the server's log."))
+        environ: dict[str, Any] = {"labs.problem": labs_gate.Problem(status, text, code)}
         environ |= {"HTTP_ORIGIN": request.headers["ORIGIN"]} if "ORIGIN" in request.headers else {}
         environ |= {"REQUEST_METHOD": "POST", "PATH_INFO": getattr(request, "path", "/")}
         wsgiref.util.setup_testing_defaults(environ)
@@ -114,7 +114,7 @@ def _refuser(config: labs.Config) -> Callable[[Any], Any]:
 
 
 def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
-    """Take no more connections, let answers end until the deadline, then let `run` return."""
+    """Close the listening socket, let responses end until the deadline, then end `run`."""
 
     def stop_accepting() -> None:
         server.accepting = False
@@ -130,15 +130,15 @@ def drain(server: Any, models: labs_models.Models, deadline_s: float) -> None:
         ):
             time.sleep(0.02)
     finally:
-        # Without channels waitress's loop ends; it would swallow an exception raised in a thunk.
+        # waitress's loop ends without channels; an exception raised in a thunk it would swallow.
         server.trigger.pull_trigger(server._map.clear)
 
 
 @contextlib.contextmanager
 def unhurried_log() -> Iterator[None]:
-    """Let a thread write to standard error: no request waits for who reads it, or does not."""
+    """Write standard error from a thread, so that a slow reader of the log delays no request."""
     before, descriptor = sys.stderr, None
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed, or a test's
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or not a file
         descriptor = before.fileno()
     sys.stderr = log = labs_gate.Unhurried(descriptor)
     logging.basicConfig(format="%(message)s", stream=log, level=logging.INFO)
@@ -150,9 +150,9 @@ def unhurried_log() -> Iterator[None]:
 
 
 def serve(config: labs.Config) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers under way may end until server.drain_s is over.
+    """Serve until SIGTERM or Ctrl-C, then wait up to server.drain_s seconds for open requests.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. Raises LabsError when the port is taken.
     """
     labs_gate.check_exposure(config)
     with unhurried_log():
@@ -166,8 +166,8 @@ def serve(config: labs.Config) -> None:
         try:
             _run(server, models, config)
         finally:
-            models.close()  # no thread may be in torch while the interpreter ends
-    if models.failed:  # the log has told why
+            models.close()  # no thread may run torch while the interpreter shuts down
+    if models.failed:  # the reason is in the log
         sys.exit(1)
 
 
@@ -176,7 +176,7 @@ def _run(server: Any, models: labs_models.Models, config: labs.Config) -> None:
     stopping = threading.Thread(target=drain, args=arguments, daemon=True)
 
     def stop(*_: Any) -> None:
-        if stopping.ident:  # somebody does not want to wait
+        if stopping.ident:  # the second signal
             end_at_once()
         stopping.start()
 
@@ -193,7 +193,7 @@ def _run(server: Any, models: labs_models.Models, config: labs.Config) -> None:
 
 
 def on_signals(stop: Callable[..., Any]) -> None:
-    """Call `stop` where the process is asked to end; `nohup` lets it outlive its terminal."""
+    """Call `stop` on SIGTERM, SIGINT and SIGHUP; under `nohup` SIGHUP stays ignored."""
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows lacks some
         if number is not None and (
@@ -203,7 +203,7 @@ def on_signals(stop: Callable[..., Any]) -> None:
 
 
 def interrupt_on_signals() -> None:
-    """Let the first signal raise KeyboardInterrupt, as Ctrl-C does, and the second end it all."""
+    """Raise KeyboardInterrupt at the first signal and end the process at the second."""
 
     def stop(*_: Any) -> None:
         on_signals(lambda *_: end_at_once())
@@ -214,7 +214,7 @@ def interrupt_on_signals() -> None:
 
 @contextlib.contextmanager
 def sigterm_withheld() -> Iterator[None]:
-    """Keep SIGTERM from this thread, and from the processes that it begins meanwhile."""
+    """Block SIGTERM in this thread and in the processes that it starts meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -226,7 +226,7 @@ def sigterm_withheld() -> Iterator[None]:
 
 
 def end_unless_served(address: str) -> None:
-    """End the process at once where nobody takes connections at HOST:PORT any more."""
+    """End the process at once if nothing accepts connections at HOST:PORT any more."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -235,18 +235,18 @@ def end_unless_served(address: str) -> None:
 
 
 def end_at_once() -> None:
-    """End the process whatever its threads are doing."""
+    """End the process without waiting for its threads."""
     if isinstance(sys.stderr, labs_gate.Unhurried):
         sys.stderr.wait(LAST_WORDS_S / 5)
     os._exit(0)
 
 
 def _announce(models: labs_models.Models) -> bool:
-    """Tell when the configured model is there; return False if it could not be loaded."""
+    """Log when the default model is loaded; return False if it could not be loaded."""
     try:
         engine = models.wait()
     except labs.LabsError:
-        return not models.failed  # else it is shutting down
+        return not models.failed  # True: the server is shutting down
     model = engine.model
     where = f"{model.device}, {model.dtype}, {engine.max_rows} rows"
     log.info("labs-api: ready after %.1f s (%s)", model.load_s, where)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose turn it is: which job begins next, and how much of a server one key may hold.
+"""Share a server fairly: decide which job starts next and how much of it one API key may use.
 
     waiting = Waiting(places=64)
     waiting.add(job)                            # if waiting.has_place(job.owner)
-    waiting.begin(others, works=False)          # the next one that wants a row
+    waiting.begin(jobs, works=False)            # the next job that needs a row
 
-A job has an owner, whose key it came with; without keys all have the same. Who owns the fewest of
-those under way begins first, and of several with as few the one that has waited longest for a
-turn. Nothing here is locked: an engine does that. Needs labs.py.
+The owner of a job is the API key of its request; without keys all jobs have the same owner. The
+next job is one of the owner with the fewest running jobs; of several such owners, the one whose
+last start is longest ago. Nothing here is thread-safe: the engine holds a lock. Needs labs.py.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from msgspec import Struct
 
 import labs
 
-WORTH_COUNTING_S = 1.0  # of waiting for a model
-ROWS = 64  # labs_decode.MOST_ROWS, without torch: of an engine, where the settings do not tell
-Put = Callable[[tuple[int, labs.Event]], Any]  # takes an event with the ticket of its answer
-Work = Callable[[Any, Any], Iterator[None]]  # of a labs_decode.Row and PrefixStore; pauses
+WORTH_COUNTING_S = 1.0  # a shorter wait for a model does not reduce timeout_s
+ROWS = 64  # default rows of an engine: labs_decode.MOST_ROWS, without importing torch
+Put = Callable[[tuple[int, labs.Event]], Any]  # receives (ticket of the answer, event)
+Work = Callable[[Any, Any], Iterator[None]]  # (labs_decode.Row, PrefixStore) -> pauses
 
 
 class ClientGone(Exception):
-    """Nobody reads the answer any more."""
+    """The client has closed its connection."""
 
 
 class Busy(labs.LabsError):
-    """There is no room, now or any more; who asked may come again later."""
+    """The server is full or shutting down; the client may try again later."""
 
 
 class Job(Struct, eq=False):
-    """A request under way. put: is called with (ticket, event), while somebody listens.
+    """A running or waiting request. put: called with (ticket, event) while there is a listener.
 
-    work: computes what is no text; parts: what is left of it, once it has begun.
+    work: a computation that gives no text; parts: the rest of it, once it has started.
     """
 
     stream: labs.InFlight
     put: Put
     work: Work | None = None
     parts: Iterator[None] | None = None
-    heard: bool = True
+    has_listener: bool = True
 
     @property
     def owner(self) -> str:
@@ -55,17 +55,17 @@ class Job(Struct, eq=False):
 
     @property
     def end(self) -> Any:
-        """Why it must not go on; None if it may."""
+        """The finish reason of a job that must end now, else None."""
         row = self.stream.row
         return "cancelled" if row.cancelled else "timeout" if row.late else None
 
 
 class Waiting:
-    """The jobs that wait, in the order in which they came."""
+    """The waiting jobs, in the order of their arrival."""
 
     def __init__(self, places: int) -> None:
         self.places, self._jobs = places, list[Job]()
-        self._turns: dict[str, float] = {}  # of owners: when a job of theirs last began
+        self._turns: dict[str, float] = {}  # by owner: when a job last started (perf_counter)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -74,10 +74,10 @@ class Waiting:
         return job in self._jobs
 
     def has_place(self, owner: str) -> bool:
-        """Tell whether an owner may wait though all places are taken: with less than its share.
+        """Return whether an owner may wait although all places are taken.
 
-        That is an equal part of the places for each who waits, one at least. Nobody has to leave
-        for it: see `places_beyond`.
+        An owner may wait with fewer jobs than its share: an equal part of the places for each
+        waiting owner, at least one. No other job is removed for it: see `places_beyond`.
         """
         waiting = Counter(job.owner for job in self._jobs)
         owners = {*waiting, owner}
@@ -90,16 +90,16 @@ class Waiting:
         self._jobs.remove(job)
 
     def take_ended(self) -> list[Job]:
-        """Remove and return those that must not begin any more."""
+        """Remove and return the jobs that were cancelled or timed out while waiting."""
         ended = [job for job in self._jobs if job.end]
         for job in ended:
             self._jobs.remove(job)
         return ended
 
     def begin(self, jobs: Iterable[Job], *, works: bool) -> Job | None:
-        """Remove and return the next one that wants a row, or that is a work; None if none does.
+        """Remove and return the next job that needs a row, or with `works` the next work.
 
-        jobs: all there are, those under way and those that wait.
+        jobs: all jobs, running and waiting. Returns None if no such job waits.
         """
         wanting = [job for job in self._jobs if (job.work is not None) == works]
         if not wanting:
@@ -117,24 +117,24 @@ class Waiting:
 
 
 def places_beyond(places: int, owners: int) -> int:
-    """Return how many may wait beyond all places, where so many owners come one after the other."""
+    """Return how many jobs may wait beyond all places if this many owners arrive in turn."""
     return sum(max(1, places // n) for n in range(2, owners + 1)) if places else 0
 
 
 class Working:
-    """The work under way: one at a time, as it holds memory; rows get as much time as it does."""
+    """The running work: one at a time, because it holds memory; rows get an equal time."""
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self._resumes = 0.0  # by perf_counter
 
     def waits(self, *, beside_rows: bool) -> bool:
-        """Tell whether it is the rows' time now."""
+        """Return whether the work pauses now so that rows get their time."""
         ended = self.job is not None and self.job.end
         return beside_rows and not ended and time.perf_counter() < self._resumes
 
     def advance(self, prefixes: Any, load_s: float) -> labs.Event | None:
-        """Do a part; return the event that ends the work, None if it goes on."""
+        """Resume the work once; return its last event, or None if it goes on."""
         began, job = time.perf_counter(), self.job
         event = None if job is None else _part(job, prefixes, load_s)
         ended = time.perf_counter()
@@ -153,15 +153,15 @@ def _part(job: Job, prefixes: Any, load_s: float) -> labs.Event | None:
             return None
     except StopIteration:
         return done(job.stream, "stop", load_s)
-    except Exception as error:  # of one request, told to who made it
-        error.__traceback__ = error.__cause__ = error.__context__ = None  # they hold columns
-        told = error if isinstance(error, labs.LabsError) else labs.GenerationError(str(error))
-        return labs.Failed(told)
+    except Exception as error:  # it fails this request only
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # frames hold columns
+        reason = error if isinstance(error, labs.LabsError) else labs.GenerationError(str(error))
+        return labs.Failed(reason)
     return done(job.stream, job.end, load_s)
 
 
 def done(stream: labs.InFlight, why: Any, load_s: float) -> labs.Done:
-    """Return the end of a request that has no text."""
+    """Return the last event of a request that has no text. why: its finish reason."""
     now, row = time.perf_counter(), stream.row
     entered = row.entered or now
     timings = labs.Timings(load_s, now - entered, 0.0, 0.0, entered - stream.began)
@@ -172,7 +172,7 @@ def done(stream: labs.InFlight, why: Any, load_s: float) -> labs.Done:
 
 
 def most_open(config: labs.Config) -> int:
-    """Return how many requests may run or wait at once, each of which holds a thread."""
+    """Return how many requests may run or wait at once; each of them occupies a thread."""
     server, models = config.server, len({config.model_id, *config.models})
     rows = (server.max_batch_rows or ROWS) + server.max_waiting
     waiting = server.max_waiting if models > 1 else 0  # for a model
@@ -180,16 +180,16 @@ def most_open(config: labs.Config) -> int:
 
 
 def most_beyond(config: labs.Config) -> int:
-    """Return how many more there may be, as each of several keys has a share of the places."""
+    """Return how many more may wait because each of several keys has its share of places."""
     server, models = config.server, len({config.model_id, *config.models})
     beyond = places_beyond(server.max_waiting, len(config.api_keys))
     return min(beyond * min(server.max_loaded_models, models), server.max_connections)
 
 
 class Open:
-    """Middleware, after the one that names owners: no key holds the threads kept for the others.
+    """Falcon middleware that limits the open requests of each API key, so none takes all threads.
 
-    Without keys there is one owner, who may hold them all.
+    It runs after the middleware that sets the owner. Without keys there is no limit.
     """
 
     def __init__(self, config: labs.Config) -> None:
@@ -200,13 +200,13 @@ class Open:
         owner = req.context.owner if req.method == "POST" else ""
         with self._lock:
             if owner and self._open[owner] >= self.most:
-                raise Busy(f"this key has {self.most} requests open already; come again")
+                raise Busy(f"this API key has {self.most} open requests, its limit; try again")
             self._open[owner] += 1
         req.context.leave = functools.partial(self._leave, owner)
 
     def process_response(self, req: Any, resp: Any, resource: Any, succeeded: bool) -> None:
         if resp.stream is None and hasattr(req.context, "leave"):
-            req.context.leave()  # else at the end of the stream
+            req.context.leave()  # a stream calls it at its end
 
     def _leave(self, owner: str) -> None:
         with self._lock:
@@ -214,7 +214,7 @@ class Open:
 
 
 def in_time_left(generation: labs.Generation, began: float) -> labs.Generation:
-    """Let the time that a model took to load count, where it was long enough to matter."""
+    """Subtract the time spent waiting for the model from timeout_s, if it was a second or more."""
     waited = time.perf_counter() - began
     if generation.timeout_s is None or waited < WORTH_COUNTING_S:
         return generation

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections under waitress: who has left, who only sends no more, who is too slow.
+"""Watch waitress connections: detect clients that left, half-closed or send too slowly.
 
-A client that has left and one that has shut its sending side look alike: both send FIN. Only a
-write tells them apart, as a client that has left answers it with RST. A stream writes anyway. For
-other answers the status line begins early: all of them have the same first bytes, sent one by one.
+A client that left and one that only closed its sending side look alike: both send FIN. Only a write
+shows the difference, because a client that left answers it with RST. A stream writes anyway. Other
+responses start their status line early: its first bytes are always the same, sent one by one.
 
     server.channel_class = labs_wire.channel_class(refuse)
 
@@ -23,15 +23,13 @@ from typing import Any
 from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 
-SENDING_S = 30.0  # what a client may take to send one request
-PROBE_S = (
-    0.2  # an answer that comes by then begins with no probe; each next one waits twice as long
-)
-Refuse = Callable[[Any], tuple[str, list[tuple[str, str]], bytes]]  # of waitress's request
+SENDING_S = 30.0  # seconds that a client may take to send one request
+PROBE_S = 0.2  # seconds before the first early byte; each next one waits twice as long
+Refuse = Callable[[Any], tuple[str, list[tuple[str, str]], bytes]]  # of a request
 
 
 class Answer(WSGITask):  # type: ignore[misc]
-    begun = 0  # bytes of the status line that are sent already
+    begun = 0  # bytes of the status line that were already sent
 
     def __init__(self, channel: Any, request: Any) -> None:
         super().__init__(channel, request)
@@ -42,13 +40,13 @@ class Answer(WSGITask):  # type: ignore[misc]
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """One connection; answers go on to a client that sends no more, until a write fails."""
+    """One connection. A half-closed client still gets its responses, until a write fails."""
 
     task_class = Answer
-    answer: Any = None  # the latest
+    answer: Any = None  # the latest Answer
     close_when_flushed: bool = False
-    ended_s: float | None = None  # when the client said that it sends no more, by time.monotonic
-    refused_s: float | None = None  # when what it sent was refused, by time.time
+    ended_s: float | None = None  # when the client sent FIN (time.monotonic)
+    refused_s: float | None = None  # when its request was refused (time.time)
 
     def readable(self) -> bool:
         return self.ended_s is None and bool(super().readable())
@@ -71,7 +69,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._close_after_answers()
 
     def handle_write(self) -> None:
-        """Hear a client out that is still sending what was refused, or it may miss the answer."""
+        """Keep reading from a client that still sends a refused body, so it can read the error."""
         refused = self.refused_s is not None and self.ended_s is None
         if not (refused and self.close_when_flushed):
             super().handle_write()
@@ -93,7 +91,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.close_when_flushed = True
 
     def check_client_disconnected(self) -> bool | None:
-        """Tell whether the client has left; None: it sends no more, and a write will tell."""
+        """Return whether the client left; None if it half-closed: then only a write shows it."""
         if not self.connected or self.ended_s is None:
             return not self.connected
         if self._is_reset():
@@ -107,7 +105,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return None
 
     def _is_reset(self) -> bool:
-        """Ask the socket itself: waitress's loop does not watch one that is not to be read."""
+        """Poll the socket: waitress's loop does not watch a socket that is not readable()."""
         poll = select.poll()
         try:
             poll.register(self.socket, 0)
@@ -117,7 +115,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 
 def channel_class(refuse: Refuse) -> type[Channel]:
-    """Return a channel that answers what is no request with `refuse`, not with plain text."""
+    """Return a channel class that answers invalid requests by `refuse`, not in plain text."""
 
     class Refused(ErrorTask):  # type: ignore[misc]
         def execute(self) -> None:
@@ -129,7 +127,7 @@ def channel_class(refuse: Refuse) -> type[Channel]:
             self.write(body)
 
         def build_response_header(self) -> bytes:
-            last = self.channel.answer  # which may have failed before it wrote
+            last = self.channel.answer  # it may have failed before it wrote its header
             begun = 0 if last is None or last.wrote_header else last.begun
             return bytes(super().build_response_header())[begun:]
 
@@ -137,9 +135,9 @@ def channel_class(refuse: Refuse) -> type[Channel]:
 
 
 def cut_slow_senders(server: Any) -> None:
-    """Close connections that take longer than SENDING_S to send one request, or what was refused.
+    """Close connections that take more than SENDING_S to send one request or a refused body.
 
-    waitress's channel_timeout begins anew with every byte.
+    waitress's own channel_timeout restarts with every byte.
     """
     begun: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
     maintenance = server.maintenance

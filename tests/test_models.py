@@ -312,7 +312,7 @@ def test_why_a_load_failed_is_told_to_the_owner_and_the_log_only(failure, begin,
             ask_of_owner()
     assert models.failed
     for ask_of_client in (models, models.reader):
-        with pytest.raises(labs.ModelError, match=r"^llama could not be loaded; the log tells"):
+        with pytest.raises(labs.ModelError, match=r"^llama could not be loaded; the server's log has"):
             ask_of_client("llama")
     errors = [record for record in caplog.records if record.name == "labs.models"]
     assert [record.levelname for record in errors] == ["ERROR"]
@@ -322,10 +322,10 @@ def test_why_a_load_failed_is_told_to_the_owner_and_the_log_only(failure, begin,
 def test_a_failed_load_is_tried_again_only_after_a_while(begin, loader, monkeypatch):
     models = use(begin("llama", "qwen2", max_loaded_models=3), "llama")
     loader.failures["qwen2"] = labs.ModelError("the disk is away")
-    with pytest.raises(labs.ModelError, match="the log tells why"):
+    with pytest.raises(labs.ModelError, match="the server's log has the reason"):
         come(models, "qwen2")
     for _ in range(3):
-        with pytest.raises(labs.ModelError, match="the log tells why"):
+        with pytest.raises(labs.ModelError, match="the server's log has the reason"):
             models("qwen2")
     del loader.failures["qwen2"]
     assert loader.loads == ["llama", "qwen2"]
@@ -383,7 +383,7 @@ def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader
     monkeypatch.setattr(labs, "release_memory", free_memory)
     if failing == "engine":
         monkeypatch.setattr(labs_engine, "Engine", no_engine)
-    with pytest.raises(labs.ModelError, match="the log tells why"):
+    with pytest.raises(labs.ModelError, match="the server's log has the reason"):
         come(models, "qwen2")
     assert held == [False]
     use(models, "llama")
@@ -412,7 +412,7 @@ def test_a_model_that_is_let_go_is_not_let_go_twice(begin, caplog):
     caplog.set_level(logging.INFO)
     use(begin(*KINDS, max_loaded_models=1), *KINDS, "llama")
     said = [record.getMessage() for record in caplog.records if record.name == "labs.models"]
-    assert said == [f"labs-api: {name} was let go" for name in KINDS]
+    assert said == [f"labs-api: unloaded {name}" for name in KINDS]
 
 
 @pytest.mark.parametrize("busy", ["running", "waiting", "held"])
@@ -643,7 +643,7 @@ def test_a_model_larger_than_the_limit_is_refused_and_lets_nobody_go(
     server = labs.Server(model_memory_bytes=limit, max_loaded_models=1)
     models = labs_models.Models(replace(config["small"], server=server, models=config))
     weights = answered(models, "small")
-    with pytest.raises(labs.ModelError, match="the log tells why"):
+    with pytest.raises(labs.ModelError, match="the server's log has the reason"):
         come(models, "large")
     assert models.loaded()["small"].model.model is weights()
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -661,7 +661,7 @@ def test_a_default_model_larger_than_the_limit_is_refused(places):
 def test_a_model_that_is_not_there_lets_nobody_go(places, tmp_path):
     models = places(spec_of(tmp_path), max_loaded_models=1)
     weights = answered(models, "tiny")
-    with pytest.raises(labs.ModelError, match="the log tells why"):
+    with pytest.raises(labs.ModelError, match="the server's log has the reason"):
         come(models, "third")
     assert models.loaded()["tiny"].model.model is weights()
 
@@ -708,7 +708,7 @@ def test_a_model_that_fits_only_without_those_of_filters_is_refused_and_lets_nob
     models = places(model_memory_bytes=max(sizes), max_loaded_models=1)
     answered(models, "tiny")
     models.account(lambda: sizes[0] - sizes[1] + 1)
-    with pytest.raises(labs.ModelError, match="the log tells why"):
+    with pytest.raises(labs.ModelError, match="the server's log has the reason"):
         come(models, "other")
     assert [*models.loaded()] == ["tiny"]
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -1391,7 +1391,7 @@ def test_a_model_whose_files_have_gone_is_503_and_nothing_else_is_dead(many, loa
     until(lambda: not site.engine.loaded())
     loader.failures["llama"] = OSError("/srv/secret is gone")
     error = error_of(site.post("/generate", SHORT), 503)
-    assert error["message"] == "llama could not be loaded; the log tells why"
+    assert error["message"] == "llama could not be loaded; the server's log has the reason"
     assert site.get("/readyz").json == {"status": "dead"}
     with kept(site.engine, "qwen2"):
         assert site.get("/readyz").json == {"status": "ok"}
@@ -1842,7 +1842,7 @@ def test_the_program_serves_several_models_and_routes(tiny_folder, other_folder,
         code, said = end_of(process)
     assert [(card["id"], card["loaded"]) for card in cards] == [("tiny", True), ("other", False)]
     assert code == 0
-    assert said.count("labs-api: other was let go") == 1
+    assert said.count("labs-api: unloaded other") == 1
 
 
 def test_the_program_ends_while_its_model_is_loaded(tiny_folder):
