@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""labs over HTTP: the WSGI app, REST and SSE; concurrent requests share one batch.
+"""Answer HTTP requests with labs, as a WSGI app; concurrent requests share one batch.
 
-    GET  /health /livez /readyz      alive; ready to answer
-    POST /generate                   prompt or messages and any generation setting -> text
+    GET  /health /livez /readyz      whether the process is alive, and the model ready
+    POST /generate                   generate from a prompt or messages, with any setting
     POST /generate/stream            the same as server-sent events
-    POST /explain                    how it would run, without running it
-    POST /choose                     how likely each of some answers is
+    POST /explain                    what a request would run with, without running it
+    POST /choose                     the probability of each of several given answers
     GET  /v1/models                  OpenAI's endpoints
     POST /v1/chat/completions /v1/completions
     GET  /metrics /openapi.json /docs /
 
-`create_app(config, models)` is a plain WSGI callable, to be mounted anywhere; labs_serve.py serves
-it. A parameter takes effect or is refused by name. The way of a request: words of HTTP -> `read` ->
-labs_request.check -> `lease`, which waits for the model -> `submit` -> events -> words.
+`create_app(config, models)` returns a WSGI callable that any server can mount; labs_serve.py serves
+it. A parameter takes effect or is refused by name. A request is read and checked, `lease` waits for
+its model, `submit` hands it to the engine, and the engine's events become the response.
 
 Needs labs_engine.py, labs_gate.py, labs_meters.py, labs_models.py, labs_openai.py, labs_pages.py,
 labs_request.py and labs_tokens.py with what those need; falcon, prometheus-client.
@@ -50,21 +50,21 @@ import labs_tokens
 import labs_turns
 
 log = logging.getLogger("labs.api")
-POLL_S = 0.05  # how often a request that waits looks whether its client is still there
-PING_S = 15.0  # proxies close what is silent for longer
-DOUBT_S = 0.5  # the same to a client that sends no more: only a write tells whether it has left
-LOADING_S = 1.0  # how often a stream tells that its model is still being loaded
-PATHS = ("cache_dir", "model_name")  # settings that name files of the server: its operator's matter
-OK = b": ok\n\n"  # lets the headers go while the prompt is read
+POLL_S = 0.05  # a waiting request checks this often whether its client is still connected
+PING_S = 15.0  # a stream sends a comment after this silence, before a proxy closes the connection
+DOUBT_S = 0.5  # the same for a client that may have left, which only a write can show
+LOADING_S = 1.0  # a stream whose model is loading sends a comment this often
+PATHS = ("cache_dir", "model_name")  # settings that hold paths of the server, hidden from clients
+OK = b": ok\n\n"  # a comment that sends the headers before the model has read the prompt
 S = TypeVar("S", bound=Struct)
 Shown = Callable[[labs.Event], list[labs.Event]]
 
 
-# ---------------------------------------------------------------- what comes in and goes out
+# ---------------------------------------------------------------- requests and responses
 
 
 class ChooseRequest(labs.Strict, frozen=True, kw_only=True):
-    """A prompt or messages, and the answers to choose among."""
+    """A prompt or messages, and the answers whose probabilities are compared."""
 
     options: Annotated[tuple[labs.Stop, ...], Meta(min_length=2, max_length=64)]
     timeout_s: labs.Seconds | None = None
@@ -82,7 +82,7 @@ class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
 
 
 class ChooseAnswer(Struct, frozen=True, kw_only=True):
-    """options: their probabilities, which sum to 1."""
+    """The response of /choose. options: the probability of each; all of them sum to 1."""
 
     id: str
     model: str
@@ -111,7 +111,7 @@ class Health(Struct, frozen=True):
 
 
 def as_problem(error: BaseException, request_id: str) -> labs_gate.Problem:
-    """Map an exception, once: what the client can mend is told, the rest is in the log."""
+    """Map an exception to a Problem; details that a client cannot act on are only logged."""
     if isinstance(error, labs_gate.Problem):
         return error
     if isinstance(error, labs_engine.Busy):
@@ -119,14 +119,14 @@ def as_problem(error: BaseException, request_id: str) -> labs_gate.Problem:
     if isinstance(error, labs_models.NotLoaded):
         wait_s = labs_models.RETRY_S
         return labs_gate.Problem(503, str(error), "model_not_loaded", retry_after_s=wait_s)
-    if isinstance(error, labs.InputError | labs.ConfigError):  # what a request says, both
+    if isinstance(error, labs.InputError | labs.ConfigError):  # a request can cause either
         status = getattr(error, "status", 400)
         return labs_gate.Problem(status, str(error), *labs_openai.code_and_param(error))
     if isinstance(error, falcon.HTTPError):
         status, text = falcon.http_status_to_code(error.status), error.description or error.title
         return labs_gate.Problem(status, text, _code(error.title))
     log.error("request %s failed", request_id, exc_info=error)
-    text = f"The server failed at this request; its log tells more of {request_id}."
+    text = f"Internal server error; look for {request_id} in the server's log."
     return labs_gate.Problem(500, text, "failed")
 
 
@@ -135,7 +135,7 @@ def _code(title: str) -> str:
 
 
 def error_of(problem: labs_gate.Problem) -> labs_openai.Error:
-    """Return a problem in OpenAI's form, which all errors have here."""
+    """Return a problem in OpenAI's format, which all errors of this app have."""
     return labs_openai.error_of(problem.status, str(problem), problem.code, problem.param)
 
 
@@ -148,10 +148,10 @@ def error_event(problem: labs_gate.Problem) -> bytes:
 
 
 class Answers:
-    """All answers to one HTTP request, in one queue; closing it lets their rows go.
+    """The answers to one HTTP request, whose events share one queue; closing it cancels them.
 
-    began: when the request came, by perf_counter; gone: tells whether its client is.
-    documents: the passages of the prompts, where they are used.
+    began: when the request arrived, by perf_counter. gone: returns whether the client has left.
+    documents: the passages quoted in the prompts, or UNSET without documents.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Answers:
         gone: Callable[[], bool | None],
     ) -> None:
         self.name, self._meters, self._began, self._gone = name, meters, began, gone
-        self.model = msgspec.structs.replace(prepared.model, decoder=None)  # holds no weights
+        self.model = msgspec.structs.replace(prepared.model, decoder=None)  # without the weights
         self.documents = UNSET if prepared.sources is None else prepared.sources
         self.shares = prepared.choice and prepared.choice.shares
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -172,12 +172,12 @@ class Answers:
         self.dones: list[labs.Done] = []
 
     def add(self, answer: labs_engine.Answer, shown: Shown) -> None:
-        """Take in one whose events come to `events`. shown: as of labs_request.shown_events."""
+        """Add an answer whose events come to `events`. shown: from labs_request.shown_events."""
         self._answers.append(answer)
         self._shown[answer.ticket] = shown
 
     def __iter__(self) -> Iterator[tuple[int, labs.Delta | labs.Done] | None]:
-        """Yield (choice, event), and None where a comment is due; raise what made it fail."""
+        """Yield (choice, event), or None to send a comment. Raises the error that ended a row."""
         choices = {answer.ticket: index for index, answer in enumerate(self._answers)}
         last = dict.fromkeys(choices, 0.0)
         silent = time.perf_counter()
@@ -202,7 +202,7 @@ class Answers:
                 yield choices[ticket], event
 
     def _next(self) -> tuple[int, list[labs.Event]]:
-        """Return a ticket and what may be shown of its answer by now; wait a moment for it."""
+        """Wait up to POLL_S for an event; return its ticket and the events that may be shown."""
         try:
             ticket, event = self.events.get(timeout=POLL_S)
         except queue.Empty:
@@ -210,17 +210,17 @@ class Answers:
         return ticket, self._shown[ticket](event)
 
     def _end(self, choice: int, done: labs.Done) -> labs.Done:
-        if done.fingerprint is not None:  # a folder's name is its operator's matter
+        if done.fingerprint is not None:  # clients see the model's name, not its folder
             shown = msgspec.structs.replace(done.fingerprint, model=self.name)
             done = msgspec.structs.replace(done, fingerprint=shown)
         self.dones.append(done)
         self._meters.done(self.name, done, time.perf_counter() - self._began)
-        if done.finish_reason == "content_filter":  # its row may not have ended
+        if done.finish_reason == "content_filter":  # the row itself may still be generating
             self._answers[choice].close()
         return done
 
     def record(self) -> dict[str, Any]:
-        """Return what the log tells of the answers."""
+        """Return the fields that the request log shows for these answers."""
         usages = [done.usage for done in self.dones]
         return {
             "model": self.name,
@@ -238,7 +238,7 @@ class Answers:
 
 
 class Frames:
-    """A stream of bytes that waitress closes; closing twice or never started is fine."""
+    """A stream of bytes that the WSGI server closes, possibly twice or before the first frame."""
 
     def __init__(self, frames: Iterator[bytes], close: Callable[[], None]) -> None:
         self._frames = frames
@@ -258,14 +258,14 @@ class Frames:
 
 
 class Lease(NamedTuple):
-    """An engine that is a request's own until its name is released."""
+    """An engine that stays loaded for one request until its name is released."""
 
     name: str
     engine: labs_engine.AnyEngine
 
 
 class Service:
-    """What the resources share: the context of requests, the engines, quotas and meters."""
+    """The state that all resources share: the context of requests, engines, quotas and meters."""
 
     def __init__(
         self,
@@ -279,44 +279,44 @@ class Service:
         self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
         labs_patterns.check(config.router)
-        held = (self.context.filters, self.context.encoder)  # may hold models of their own
+        held = (self.context.filters, self.context.encoder)  # each may have loaded a model
         models.account(lambda: sum(getattr(each, "nbytes", 0) for each in held))
         self._tokens = quota
         self._waiting = threading.Semaphore(max(1, config.server.max_waiting))
         self.created = int(time.time())
 
-    # ------------------------------------------------------------ before there is a model
+    # ------------------------------------------------------------ before the model is loaded
 
     def gone(self, req: falcon.Request) -> Callable[[], bool | None]:
-        """Return labs_wire's probe; raise if the client left while its request waited for us."""
+        """Return labs_wire's probe of the client. Raises ClientGone if the client has left."""
         gone: Callable[[], bool | None] = req.env.get("waitress.client_disconnected", lambda: False)
         if gone():
             raise labs_turns.ClientGone
         return gone
 
     def read(self, req: falcon.Request, kind: type[S]) -> tuple[S, dict[str, Any]]:
-        """Return the body as `kind`, and the fields that it names with their values."""
+        """Return the body as `kind`, and the fields that the body sets with their values."""
         self.gone(req)
         if (req.content_type or "").partition(";")[0].strip().lower() != "application/json":
-            raise labs_gate.Problem(415, "the body must be application/json", "not_json")
+            raise labs_gate.Problem(415, "Content-Type must be application/json", "not_json")
         if (coding := req.get_header("Content-Encoding") or "identity").lower() != "identity":
-            text = f"Content-Encoding: {coding} is not read here: send the body as it is"
+            text = f"Content-Encoding: {coding} is not supported; send the body uncompressed"
             raise labs_gate.Problem(415, text, "unsupported_encoding", "Content-Encoding")
         if (req.content_length or 0) > (limit := self.config.server.max_body_bytes):
             raise labs_gate.Problem(413, f"the body has more than {limit} bytes", "body_too_large")
         return labs_openai.read(req.bounded_stream.read(), kind)
 
     def check(self, request: labs_request.Request) -> labs_request.Request:
-        """Refuse what can be refused without a model."""
+        """Refuse every request that can be refused without a model."""
         labs_gate.check_sizes(self.config.server, request)
         return labs_request.check(self.context, request)
 
     # ------------------------------------------------------------ waiting for the model
 
     def lease(self, req: falcon.Request, request: labs_request.Request) -> Iterator[Lease | None]:
-        """Yield None while the model of a checked request is loaded, and at last its lease.
+        """Yield None while the model of a checked request is being loaded, then its lease.
 
-        Each request that waits holds a thread of the server, hence the semaphore.
+        A waiting request occupies a server thread, so a semaphore limits how many wait.
         """
         gone, waits, name = self.gone(req), False, None
         try:
@@ -343,15 +343,15 @@ class Service:
         return next(filter(None, self.lease(req, request)))
 
     def _is_late(self, req: falcon.Request, request: labs_request.Request, name: Any) -> bool:
-        """Tell whether the time of a request is over, which runs since it has come."""
+        """Return whether the request's timeout_s has passed since the request arrived."""
         configured = self.context.configs[name or self.config.model_id].generation.timeout_s
         limit_s = request.options.get("timeout_s", configured)
         return limit_s is not None and time.perf_counter() > req.context.began + limit_s
 
     def _name(self, request: labs_request.Request) -> str:
-        """Return the name of the model that answers: the one asked for, or by the router's rules.
+        """Return the model that the request names or, for "auto", that the router's rules choose.
 
-        The default model counts the tokens, where a rule asks for them.
+        If a rule needs the prompt's length, the default model's tokenizer counts the tokens.
         """
         default = self.config.model_id
         if request.model != "auto" or not self.config.router.rules:
@@ -374,7 +374,7 @@ class Service:
     def prepared(
         self, request: labs_request.Request, lease: Lease
     ) -> Iterator[labs_request.Prepared]:
-        """Prepare a request for the model that it has, and give that back at the end."""
+        """Prepare a request for its leased model, and release the model at the end."""
         try:
             config = self.context.configs[lease.name]
             yield labs_request.prepare(self.context, config, lease.engine.model, request)
@@ -383,15 +383,15 @@ class Service:
 
     @contextlib.contextmanager
     def charged(self, owner: str, n: int, prepared: labs_request.Prepared) -> Iterator[None]:
-        """Take what n answers may use from the owner's quota, or refuse; an error gives it back."""
+        """Charge the owner for n answers per prompt, or raise Problem; an error inside refunds."""
         rows = [(each, prepared.generation_of(each, 0)) for each in prepared.inputs]
         cost = n * sum(len(each.input_ids) + asked.max_new_tokens for each, asked in rows)
         cost = cost if prepared.choice is None else prepared.choice.tokens
         if cost > (most := self._tokens.per_minute or cost):
-            text = f"{cost} tokens exceed the quota of {most} a minute; ask for less at once"
+            text = f"this request may use {cost} tokens; the quota is {most} a minute"
             raise labs_gate.Problem(400, text, "quota")
         if wait := self._tokens.take(owner, cost):
-            text = f"{cost} tokens exceed what is left of {most} a minute"
+            text = f"this request may use {cost} tokens, more than is left of {most} a minute"
             raise labs_gate.over_quota(text, wait)
         try:
             yield
@@ -400,7 +400,7 @@ class Service:
             raise
 
     def submit(self, req: falcon.Request, request: labs_request.Request, lease: Lease) -> Answers:
-        """Submit each prompt n times; all are taken in or none."""
+        """Submit each prompt n times; the engine accepts all of them or none."""
         owner, began = req.context.owner, req.context.began
         with self.prepared(request, lease) as prepared:
             labs_gate.check_room(lease.engine.status(), request)
@@ -429,7 +429,7 @@ class Service:
     def collect(
         self, req: falcon.Request, request: labs_request.Request
     ) -> tuple[Answers, list[labs.Completion]]:
-        """Answer a checked request; return its whole answers by choice."""
+        """Wait for a checked request's answers and return them whole, in the order of choices."""
         answers = self.submit(req, request, self.leased(req, request))
         pieces: dict[int, list[labs.Delta]] = {}
         dones: dict[int, labs.Done] = {}
@@ -451,12 +451,12 @@ class Service:
         request: labs_request.Request,
         frames_of: Callable[[Answers], Iterator[bytes]],
     ) -> None:
-        """Answer with server-sent events; what goes wrong from here on is one of them."""
+        """Answer with server-sent events; an error after the first frame becomes an event."""
         frames = self._frames(req, request, frames_of)
-        first = next(frames)  # what is refused by now has a status of its own
+        first = next(frames)  # a refusal up to here still gets its own HTTP status
 
         def close() -> None:
-            with contextlib.suppress(ValueError):  # at exit its thread may still be in it
+            with contextlib.suppress(ValueError):  # at exit a thread may still run the generator
                 frames.close()
             labs_gate.log_request(req, 200)
             req.context.leave()
@@ -473,21 +473,21 @@ class Service:
         request: labs_request.Request,
         frames_of: Callable[[Answers], Iterator[bytes]],
     ) -> Generator[bytes, None, None]:
-        """Yield comments while the model is loaded, then the frames of the answers.
+        """Yield comments while the model is being loaded, then the frames of the answers.
 
-        The first one lets the headers go: once the request is taken in, or has to wait.
+        The first comment sends the headers, once the request is accepted or has to wait.
         """
-        began, told = time.perf_counter(), -math.inf
+        began, commented = time.perf_counter(), -math.inf
         for lease in self.lease(req, request):
             if lease is not None:
                 answers = self.submit(req, request, lease)
-            elif (now := time.perf_counter()) > told + LOADING_S:
+            elif (now := time.perf_counter()) > commented + LOADING_S:
                 waited = f": loading the model for {now - began:.0f} s\n\n"
-                yield OK if told < 0 else waited.encode()
-                told = now
-        del lease  # what follows may take long, and holds no model
+                yield OK if commented < 0 else waited.encode()
+                commented = now
+        del lease  # a long answer must not keep a reference to the model
         try:
-            if told < 0:
+            if commented < 0:
                 yield OK
             yield from frames_of(answers)
         finally:
@@ -508,15 +508,15 @@ def _ending_in_error(frames: Iterator[bytes], request_id: str) -> Iterator[bytes
 
 
 class Resource:
-    public = False  # asks for no key
-    quiet = False  # is not in the log
+    public = False  # True: needs no API key
+    quiet = False  # True: its requests are not logged
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
 
 class Alive(Resource):
-    """GET /health and /livez: the process answers."""
+    """GET /health and /livez: 200 as long as the process answers."""
 
     public = quiet = True
 
@@ -525,10 +525,10 @@ class Alive(Resource):
 
 
 class Ready(Resource):
-    """GET /readyz: 200 if the model is loaded and, while work waits, is being stepped."""
+    """GET /readyz: 200 if the model is loaded and makes progress while requests wait, else 503."""
 
     public = quiet = True
-    stalled_s = 60.0  # longer than any single step or chunk
+    stalled_s = 60.0  # longer than any single decode step or prefill chunk
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         health = Health(self._state())
@@ -542,7 +542,7 @@ class Ready(Resource):
         except labs_engine.Busy:
             return "loading"
         except labs.LabsError:
-            if not found:  # else another model answers
+            if not found:  # otherwise another model can answer
                 return "dead"
         if any(status.closing for status in found):
             return "draining"
@@ -568,7 +568,7 @@ class Generate(Resource):
         lease = service.leased(req, request)
         with service.prepared(request, lease) as prepared:
             (inputs,), generation = prepared.inputs, prepared.generation
-            labs_request.shown_events(service.context, inputs, generation)  # may refuse
+            labs_request.shown_events(service.context, inputs, generation)  # may raise InputError
             sources = dict.fromkeys(service.context.configs[lease.name].sources, "server")
             sources |= dict.fromkeys(request.options, "request")
             found = labs_request.explain(prepared.model, inputs, generation, sources)
@@ -580,8 +580,8 @@ class Generate(Resource):
         self.service.stream(req, resp, self._read(req), frames)
 
     def _frames(self, req: falcon.Request, answers: Answers) -> Iterator[bytes]:
-        """Text as `data:` lines, each line end a line feed; then `event: done` with JSON."""
-        rest = ""  # a carriage return whose line feed may come with the next piece
+        """Yield text as `data:` lines, with line ends as "\\n"; then `event: done` with JSON."""
+        rest = ""  # a carriage return, held back because the next piece may begin with its "\n"
         for item in answers:
             if item is None:
                 yield b": ping\n\n"
@@ -603,7 +603,7 @@ def _data_lines(text: str) -> bytes:
 
 
 class Choose(Resource):
-    """POST /choose: how likely each of some answers is."""
+    """POST /choose: the probability of each of several given answers."""
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body, given = self.service.read(req, ChooseRequest)
@@ -617,7 +617,7 @@ class Choose(Resource):
         )
         answers, (made,) = self.service.collect(req, self.service.check(request))
         if made.finish_reason != "stop":
-            raise labs_engine.Busy(f"no choice was made in time ({made.finish_reason})")
+            raise labs_engine.Busy(f"the options were not compared in time: {made.finish_reason}")
         options = dict(zip(body.options, answers.shares or (), strict=True))
         answer = ChooseAnswer(id=req.context.id, model=answers.name, options=options)
         resp.data = labs_gate.dumps(answer)
@@ -631,7 +631,7 @@ class ModelsListed(Resource):
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
         if name not in self.service.context.configs:
-            text = f"there is no model {name!r} here"
+            text = f"unknown model {name!r}; GET /v1/models lists the models of this server"
             raise labs_gate.Problem(404, text, "model_not_found", "model")
         resp.data = labs_gate.dumps(self._card(name))
 
@@ -654,7 +654,7 @@ class OpenAI(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         body, given = self.service.read(req, self.endpoint.body)
         if body.stream_options is not None and not body.stream:
-            text = "stream_options need stream = true"
+            text = "stream_options needs stream = true"
             raise labs_gate.Problem(400, text, "invalid_value", "stream_options")
         request = self.service.check(self.endpoint.request_of(body, given))
         if body.stream:
@@ -670,7 +670,7 @@ class OpenAI(Resource):
         return {"id": req.context.id, "created": req.context.created, "model": answers.name}
 
     def _frames(self, req: falcon.Request, usage_of: int, answers: Answers) -> Iterator[bytes]:
-        """Yield a chunk an event. usage_of: choices a prompt, where usage is asked for, else 0."""
+        """Yield one chunk per event. usage_of: the choices per prompt, or 0 for no usage chunk."""
         names = {"usage": None if usage_of else UNSET, **self._names(req, answers)}
         names["system_fingerprint"] = labs_openai.system_fingerprint(answers.model)
 
@@ -678,7 +678,7 @@ class OpenAI(Resource):
             chunk = self.endpoint.wrap(choices, **{**names, **more})
             return b"data: " + labs_gate.dumps(chunk) + b"\n\n"
 
-        places: dict[int, labs_tokens.Places] = {}  # in the text of each choice
+        places: dict[int, labs_tokens.Places] = {}  # by choice
         for item in answers:
             if item is None:
                 yield b": ping\n\n"
@@ -695,7 +695,7 @@ class OpenAI(Resource):
 
 
 class Metrics(Resource):
-    """GET /metrics, for Prometheus."""
+    """GET /metrics: the server's metrics in Prometheus' text format."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(service)
@@ -711,31 +711,31 @@ class Metrics(Resource):
         return labs_meters.engine_metrics({name: each.status() for name, each in engines.items()})
 
 
-# ---------------------------------------------------------------- the routes, described once
+# ---------------------------------------------------------------- the route table and the app
 
 
 def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     alive, generate, models = Alive(service), Generate(service), ModelsListed(service)
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
-    events, plain, asked = "text/event-stream", "text/plain", labs_request.GenerateRequest
-    explained, made = labs_request.Explanation, labs_openai.OpenAIAnswer
-    chatted, completed = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
+    events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
+    explanation, answer = labs_request.Explanation, labs_openai.OpenAIAnswer
+    chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")
     return (
-        get("/health", alive, "The process answers", Health),
-        get("/livez", alive, "The same", Health),
-        get("/readyz", ready, "The model is loaded and answers", Health, unready=True),
-        post("/generate", generate, "Generate text", GenerateAnswer, asked),
-        post("/generate/stream", generate, "The same streamed", events, asked, "stream"),
-        post("/explain", generate, "How it would run", explained, asked, "explain"),
-        post("/choose", choose, "Choose", ChooseAnswer, ChooseRequest),
-        get("/v1/models", models, "The models served", ModelList),
-        get("/v1/models/{name:path}", models, "One of them", ModelCard, None, "one"),
-        post("/v1/chat/completions", chat, "OpenAI's chat", made, chatted, streams=True),
-        post("/v1/completions", completions, "OpenAI's legacy", made, completed, streams=True),
-        get("/metrics", metrics, "Figures for Prometheus", plain),
+        get("/health", alive, "Check that the process answers", Health),
+        get("/livez", alive, "Check that the process answers", Health),
+        get("/readyz", ready, "Check that the model can answer", Health, unready=True),
+        post("/generate", generate, "Generate text", GenerateAnswer, body),
+        post("/generate/stream", generate, "Stream generated text", events, body, "stream"),
+        post("/explain", generate, "Show how it would run", explanation, body, "explain"),
+        post("/choose", choose, "Compare given answers", ChooseAnswer, ChooseRequest),
+        get("/v1/models", models, "List the models", ModelList),
+        get("/v1/models/{name:path}", models, "Describe one model", ModelCard, None, "one"),
+        post("/v1/chat/completions", chat, "Answer a chat", answer, chat_body, streams=True),
+        post("/v1/completions", completions, "Continue text", answer, text_body, streams=True),
+        get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 
 
@@ -746,9 +746,9 @@ def create_app(
     quotas: labs_gate.Quotas | None = None,
     registry: CollectorRegistry | None = None,
 ) -> falcon.App[Any, Any]:
-    """Return the WSGI app. quotas, registry: by default this app's alone.
+    """Return the WSGI app. quotas, registry: by default new ones, not shared with another app.
 
-    Raises LabsError where filters or documents are configured that cannot be used.
+    Raises LabsError when the configured filters or documents cannot be used.
     """
     quotas = quotas or labs_gate.quotas_of(config)
     service = Service(config, models, quotas.tokens, registry or CollectorRegistry())
@@ -765,12 +765,12 @@ def create_app(
         app.add_route(path, page)
     app.add_sink(labs_gate.not_found((*document["paths"], *pages)), "/")
     app.add_error_handler(Exception, answer_error)
-    app.add_error_handler(falcon.HTTPError, answer_error)  # else Falcon's own comes first
+    app.add_error_handler(falcon.HTTPError, answer_error)  # replaces Falcon's default handler
     return app
 
 
 def refusing_app(config: labs.Config) -> falcon.App[Any, Any]:
-    """Return an app that answers all requests with the Problem in environ["labs.problem"]."""
+    """Return an app that answers every request with the Problem in environ["labs.problem"]."""
 
     def refuse(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
         raise req.env["labs.problem"]
@@ -782,7 +782,7 @@ def refusing_app(config: labs.Config) -> falcon.App[Any, Any]:
 
 
 def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, _: Any) -> None:
-    """Answer with the error, in one shape everywhere."""
+    """Answer with the error as JSON; every path uses the same format."""
     if isinstance(error, labs_turns.ClientGone):
         resp.status = "499 Client Closed Request"
         return

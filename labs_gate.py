@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may ask, how much, and what the log tells of it: hosts, origins, keys, quotas, limits.
+"""Admit or refuse HTTP requests by host, origin, API key, quota and size, and log each of them.
 
-A refusal is a `Problem`: a status, a sentence, a code. Each protocol writes it in its own words;
-nothing here knows one. Needs labs_engine.py and labs_request.py; falcon.
+A refusal is a `Problem` with a status, a message and a code; each endpoint renders it in its own
+format. Needs labs_engine.py and labs_request.py; falcon.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import labs_engine
 import labs_request
 
 log = logging.getLogger("labs.api")
-LOG_LINES = 4096  # that may wait for who reads standard error
+LOG_LINES = 4096  # lines that may wait until standard error accepts them
 
 
 def dumps(value: Any) -> bytes:
-    """Encode as JSON in one line, also for those who take U+2028 and its like for line ends."""
+    """Encode as JSON in one line; U+2028, U+2029 and U+0085, which some read as line ends, too."""
     data = msgspec.json.encode(value)
     for raw, escaped in (
         (b"\xe2\x80\xa8", b"\\u2028"),
@@ -47,7 +47,7 @@ def dumps(value: Any) -> bytes:
 
 
 class Problem(Exception):
-    """A refusal on its way out. param: the field at fault; retry_after_s: when to ask again."""
+    """An HTTP error of any endpoint. param: the field at fault. retry_after_s: seconds to wait."""
 
     def __init__(
         self,
@@ -62,11 +62,11 @@ class Problem(Exception):
         self.retry_after_s = retry_after_s
 
 
-# ---------------------------------------------------------------- who may ask, and how much
+# ---------------------------------------------------------------- quotas, sizes and keys
 
 
 class Quota:
-    """A token bucket per owner: `per_minute` of something, all of it at once at most."""
+    """A token bucket per owner: refills by `per_minute` a minute and never holds more than that."""
 
     def __init__(self, per_minute: int | None) -> None:
         self.per_minute = per_minute
@@ -74,9 +74,9 @@ class Quota:
         self._lock = threading.Lock()
 
     def take(self, owner: str, cost: float) -> float:
-        """Take `cost` and return 0, or take nothing and return after how many seconds it fits.
+        """Take `cost` and return 0, or take nothing and return the seconds until it would fit.
 
-        A negative cost gives back.
+        A negative cost refunds.
         """
         if self.per_minute is None:
             return 0.0
@@ -90,7 +90,7 @@ class Quota:
 
 
 class Quotas(NamedTuple):
-    """What an owner may use in a minute; without keys all are one owner."""
+    """The two quotas of an owner, which is an API key; without keys all clients are one owner."""
 
     requests: Quota
     tokens: Quota
@@ -102,41 +102,41 @@ def quotas_of(config: labs.Config) -> Quotas:
 
 
 def over_quota(text: str, wait_s: float) -> Problem:
-    text = f"{text}; ask again in {math.ceil(wait_s)} s"
+    text = f"{text}; retry in {math.ceil(wait_s)} s"
     return Problem(429, text, "rate_limit_exceeded", retry_after_s=wait_s)
 
 
 def check_sizes(server: labs.Server, request: labs_request.Request) -> None:
-    """Refuse a request that is larger than [server] allows."""
+    """Raise Refusal when a request is larger than [server] allows."""
     for name, count, most in (
         ("n", request.n, server.max_choices),
         ("prompt", len(request.prompts), server.max_prompts),
     ):
         if count > most:
-            what = {"n": "choices of a prompt are", "prompt": "prompts are"}[name]
-            text = f"{count} {what} asked for; at most {most}"
+            what = {"n": "choices per prompt", "prompt": "prompts"}[name]
+            text = f"the request has {count} {what}; this server allows {most}"
             raise labs_request.Refusal(text, "invalid_value", name)
     texts = [("the prompt has", prompt.text) for prompt in request.prompts]
     for what, text in (*texts, ("the options have", "".join(request.choices or ()))):
         if (size := len(text.encode(errors="replace"))) > server.max_prompt_bytes:
-            text = f"{what} {size} bytes; at most {server.max_prompt_bytes}"
+            text = f"{what} {size} bytes; this server allows {server.max_prompt_bytes}"
             raise labs_request.Refusal(text, "prompt_too_large")
 
 
 def check_room(status: labs_engine.Status, request: labs_request.Request) -> None:
-    """Refuse a request whose answers never have room at once: to come again would not help."""
+    """Raise Refusal when a request has more answers than the engine can ever hold at once."""
     answers, most = len(request.prompts) * request.n, status.max_rows + status.max_waiting
     if answers > most:
         text = (
-            f"{answers} answers are asked for at once; there is room for {status.max_rows} "
-            f"(max_batch_rows) and {status.max_waiting} that wait (max_waiting)"
+            f"the request has {answers} answers; this server holds {status.max_rows} in its batch "
+            f"(max_batch_rows) and {status.max_waiting} in its queue (max_waiting)"
         )
         name = "n" if request.n > 1 else "prompt"
         raise labs_request.Refusal(text, "invalid_value", name)
 
 
 class Gate:
-    """Middleware: hosts, request ids, keys; denies unless a resource says that it is public."""
+    """Check host, key and request quota; every resource needs a key unless it is `public`."""
 
     def __init__(self, config: labs.Config, quota: Quota) -> None:
         server = config.server
@@ -155,13 +155,13 @@ class Gate:
         resp.set_header("X-Request-Id", req.context.id)
         resp.set_header("X-Content-Type-Options", "nosniff")
         req.path = req.path.rstrip("/") or "/"
-        if req.method == "HEAD":  # the same as GET; what answers leaves the body out
+        if req.method == "HEAD":  # answered as GET; process_response drops the body
             req.method, req.context.head = "GET", True
         host = re.sub(r":\d+$", "", req.get_header("Host") or "").lower().removesuffix(".")
-        # No browser sends HTTP/1.0, so no page of another host can be behind it.
+        # No browser sends HTTP/1.0, so a request without Host cannot come from a foreign page.
         old = "HTTP_HOST" not in req.env and req.env.get("SERVER_PROTOCOL") == "HTTP/1.0"
         if self._hosts is not None and host not in self._hosts and not old:
-            text = f"the host {host!r} is not served: see server.allowed_hosts"
+            text = f"the host {host!r} is not served; add it to server.allowed_hosts"
             raise Problem(421, text, "wrong_host")
 
     def process_resource(
@@ -173,15 +173,15 @@ class Gate:
             req.context.owner = self._owner(req.get_header("Authorization") or "")
         if wait := self._requests.take(req.context.owner, 1):
             most = self._requests.per_minute
-            raise over_quota(f"too many requests: a key may make {most} a minute", wait)
+            raise over_quota(f"this API key may send {most} requests a minute", wait)
 
     def _owner(self, authorization: str) -> str:
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).hexdigest()
-        # All are compared, so that the time tells nothing.
+        # Every known key is compared, so that the time does not depend on which one matches.
         matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
         if scheme.lower() != "bearer" or not matches:
-            raise Problem(401, "a valid API key is needed: Authorization: Bearer KEY", "no_key")
+            raise Problem(401, "send a valid API key as Authorization: Bearer KEY", "no_key")
         return digest[:12]
 
     def process_response(
@@ -194,7 +194,7 @@ class Gate:
 
 
 class Cors(falcon.CORSMiddleware[Any, Any]):
-    """Falcon's, for [server] allow_origins; caches keep answers to several origins apart."""
+    """Falcon's CORS for [server] allow_origins. Vary: Origin keeps caches from mixing origins."""
 
     def __init__(self, server: labs.Server) -> None:
         origins = "*" if "*" in server.allow_origins else server.allow_origins
@@ -209,27 +209,27 @@ class Cors(falcon.CORSMiddleware[Any, Any]):
 
 
 def middleware(config: labs.Config, requests: Quota) -> list[Any]:
-    """Return what each request passes through. requests: of an owner."""
+    """Return the app's middleware. requests: the quota of requests per owner."""
     server = config.server
     return [Gate(config, requests), *([Cors(server)] if server.allow_origins else [])]
 
 
 def not_found(paths: Collection[str]) -> Callable[..., None]:
-    """Return a sink that refuses all paths but these, and names them."""
+    """Return a sink that answers 404 and names the paths that exist."""
 
     def refuse(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
-        asked, known = req.path, ", ".join(paths)
-        meant = next((path for path in paths if path.endswith(asked) or asked.endswith(path)), None)
+        path, known = req.path, ", ".join(paths)
+        meant = next((each for each in paths if each.endswith(path) or path.endswith(each)), None)
         hint = f"; did you mean {meant}?" if meant and meant != "/" else ""
-        raise Problem(404, f"there is no path {asked!r} here, only {known}{hint}", "not_found")
+        raise Problem(404, f"unknown path {path!r}; this server has {known}{hint}", "not_found")
 
     return refuse
 
 
 class Unhurried(io.TextIOBase):
-    """What standard error becomes: a thread writes it, so nobody waits for who reads it or not.
+    """A standard error that a thread writes, so that no caller waits for a slow or stuck reader.
 
-    descriptor: None for nowhere. dropped: texts that found no room, or could not be written.
+    descriptor: the file to write to, or None to discard. dropped: texts that were not written.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -249,7 +249,7 @@ class Unhurried(io.TextIOBase):
         return self._descriptor is not None and os.isatty(self._descriptor)
 
     def wait(self, timeout_s: float) -> None:
-        """Let what was told be written, if that does not take too long."""
+        """Wait until all texts are written, at most timeout_s."""
         end = time.monotonic() + timeout_s
         while self._texts.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
@@ -260,13 +260,13 @@ class Unhurried(io.TextIOBase):
             try:
                 while data and self._descriptor is not None:
                     data = data[os.write(self._descriptor, data) :]
-            except OSError:  # a full disk, a pipe that was closed
+            except OSError:  # for example a full disk or a closed pipe
                 self.dropped += 1
             self._texts.task_done()
 
 
 def log_request(req: falcon.Request, status: int) -> None:
-    """Write one JSON line; prompts and keys are never in it."""
+    """Log a request as one line of JSON, without prompts and keys."""
     line = {
         "time": round(time.time(), 3),
         "id": req.context.id,
@@ -280,19 +280,19 @@ def log_request(req: falcon.Request, status: int) -> None:
     log.info("%s", json.dumps(line))
 
 
-# ---------------------------------------------------------------- where it listens
+# ---------------------------------------------------------------- addresses
 
 
 def check_exposure(config: labs.Config) -> None:
-    """Refuse to serve other machines without a key."""
+    """Raise ConfigError when other machines could reach the server and it has no API key."""
     try:
         local = ipaddress.ip_address(config.server.host).is_loopback
     except ValueError:
         local = config.server.host == "localhost"
     if not (local or config.api_keys or config.server.insecure):
         raise labs.ConfigError(
-            f"server_host = {config.server.host}: other machines could use this server without a "
-            "key; set LABS_API_KEYS or server.api_keys_file, or allow it with --insecure"
+            f"server_host = {config.server.host}: other machines could use this server without "
+            "an API key; set LABS_API_KEYS or server.api_keys_file, or allow it with --insecure"
         )
 
 

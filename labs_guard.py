@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filters on what goes in and what comes out, as the section [guard] of the settings says.
+"""Filter prompts and answers by the rules in the section [guard] of the settings.
 
     filters = labs_guard.load(config.guard, config.model)
     inputs = labs.build_inputs(model, prompt=filters.check_text("Hi!"))  # or raises Filtered
     events = labs.stream_generate(model, inputs, config.generation)
     for event in labs_guard.Filter(filters, inputs, config.generation).all(events): ...
 
-The end of an answer is held back while more text may make a match of it. Needs labs.py and
-labs_patterns.py.
+A stream holds back the end of its text while later text could turn it into a match. Needs labs.py
+and labs_patterns.py.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ SENTENCE_END = re.compile(r"(?<=[.!?…])\s|[\n。！？]")  # noqa: RUF001
 
 
 class Filtered(labs.InputError):
-    """A rule of [guard] refuses a prompt; the message names the rule."""
+    """A rule of [guard] refuses a prompt; the message names the rule but not the text."""
 
-    def __init__(self, rule: str, why: str = "it refuses this text") -> None:
-        super().__init__(f"the prompt is filtered by [guard] {rule}: {why}")
+    def __init__(self, rule: str, why: str = "the rule matches its text") -> None:
+        super().__init__(f"the prompt is refused by [guard] {rule}: {why}")
         self.rule, self.code = rule, "content_filtered"
 
 
 class Verdict(Struct, frozen=True):
-    """What a rule finds in a text. mask: what replaces it; None: the text is refused."""
+    """A rule's match in a text. mask: the text that replaces it, or None to refuse the text."""
 
     rule: str
     start: int
@@ -47,15 +47,15 @@ class Verdict(Struct, frozen=True):
 
 
 class Pattern(Struct, frozen=True, eq=False):
-    """Returns the first verdict from `start` on, or None."""
+    """A rule that searches a text and returns the first verdict from `start` on, or None."""
 
     name: str
     regex: re.Pattern[str] | labs_patterns.Bounded
     lookbehind: int  # a match is decided within this many characters
-    safe_prefix: Any = re.compile("")  # matches the part of them in which no match can begin
-    accepted_length: Callable[[str], int] = lambda found: len(found) or 1  # 0: it is no match
+    safe_prefix: Any = re.compile("")  # matches the part of these in which no match can begin
+    accepted_length: Callable[[str], int] = lambda found: len(found) or 1  # 0: not a match
     mask: str | None = None
-    names: dict[str, str] = {}  # the rule's name by the matched text in lower case; else `name`
+    names: dict[str, str] = {}  # rule names by matched text in lower case; the default is `name`
 
     def __call__(self, text: str, start: int = 0) -> Verdict | None:
         while found := self.regex.search(text, start):
@@ -66,7 +66,7 @@ class Pattern(Struct, frozen=True, eq=False):
         return None
 
     def final_up_to(self, text: str) -> int:
-        """Return how many characters of a text no further text can make part of a new match."""
+        """Return how many characters of a text cannot become part of a match by later text."""
         return int(self.safe_prefix.match(text, max(0, len(text) - self.lookbehind)).end())
 
 
@@ -81,16 +81,16 @@ PII = {
 
 
 class Filters(Struct, frozen=True, eq=False):
-    """What is in force. tell: called with (rule, "input" or "output") whenever a rule acts."""
+    """The loaded rules of [guard]. tell: called with (rule, "input" or "output") when one acts."""
 
     guard: labs.Guard
     patterns: list[Pattern]
     classify: Callable[..., Verdict | None] = lambda text, start=0: None
-    nbytes: int = 0  # of the classifier's weights
+    nbytes: int = 0  # size of the classifier's weights
     tell: Callable[[str, str], Any] = lambda rule, side: None
 
     def check_text(self, text: str) -> str:
-        """Return a text of a prompt with masks in it. Raises Filtered."""
+        """Return a prompt's text with masks. Raises Filtered when a rule refuses the text."""
         if self.guard.side == "output":
             return text
         shown, _, refused = self.apply("input", text, 0, len(text))
@@ -101,29 +101,29 @@ class Filters(Struct, frozen=True, eq=False):
         return shown
 
     def check_prompt(self, prompt: Any) -> Any:
-        """Return a labs_request.Prompt with masks in its texts. Raises Filtered."""
-        check, said, text = self.check_text, prompt.messages or (), prompt.prompt
-        turns = (replace(m, content=check(m.content), name=m.name and check(m.name)) for m in said)
+        """Return a labs_request.Prompt with masks in its texts. Raises Filtered like check_text."""
+        check, old, text = self.check_text, prompt.messages or (), prompt.prompt
+        turns = (replace(m, content=check(m.content), name=m.name and check(m.name)) for m in old)
         return replace(prompt, prompt=text and check(text), messages=tuple(turns) or None)
 
     def check_inputs(self, inputs: labs.Inputs, *, ids: bool = False) -> labs.Inputs:
-        """Refuse too many tokens and, where `ids` were all that came, their text."""
+        """Raise Filtered for too many tokens or, when `ids` were sent, for their text."""
         if (tokens := len(inputs.input_ids)) > (most := self.guard.max_prompt_tokens or 2**62):
             self.tell("max_prompt_tokens", "input")
-            raise Filtered("max_prompt_tokens", f"it has {tokens} tokens; at most {most}")
+            raise Filtered("max_prompt_tokens", f"it has {tokens} tokens; the limit is {most}")
         if ids and self.check_text(inputs.prompt) != inputs.prompt:
-            raise Filtered("mask", "token ids cannot be masked")
+            raise Filtered("mask", "token ids cannot be masked; send a text")
         return inputs
 
     def filters(self, generation: labs.Generation) -> bool:
-        """Tell whether answers are filtered. Raises InputError if logprobs would tell the rest."""
+        """Return whether answers are filtered. Raises InputError if so and logprobs are on."""
         on = self.guard.side != "input" and bool(self.patterns or self.guard.classifier)
         if on and generation.logprobs is not None:
-            raise labs.InputError("logprobs: they would tell what [guard] filters from an answer")
+            raise labs.InputError("logprobs: not available while [guard] filters answers")
         return on
 
     def shown(self, completion: labs.Completion) -> labs.Completion:
-        """Return a whole answer as it may be shown."""
+        """Return a whole answer with its text filtered."""
         done, take = asdict(completion), Filter(self, labs.Inputs((), ""), labs.Generation())
         delta = labs.Delta(done.pop("text"), done.pop("logprobs"))
         events: list[Any] = [*take(delta), *take(labs.Done(**done))]
@@ -131,9 +131,9 @@ class Filters(Struct, frozen=True, eq=False):
         return replace(found, usage=completion.usage, timings=completion.timings)
 
     def apply(self, side: str, text: str, start: int, end: int) -> tuple[str, int, str | None]:
-        """Return what text[start:end] becomes, up to where that goes, and what rule refuses it.
+        """Return text[start:end] with masks, the position that it reaches, and a refusing rule.
 
-        A rule that cannot be searched for in time refuses it, as it may be there.
+        The rule is None if no rule refuses; a rule whose search takes too long refuses the text.
         """
         try:
             return self._apply(side, text, start, end)
@@ -155,11 +155,11 @@ class Filters(Struct, frozen=True, eq=False):
 
 
 def load(guard: labs.Guard, spec: labs.ModelSpec = labs.ModelSpec()) -> Filters:  # noqa: B008
-    """Compile the patterns and load the classifier. spec: how the hub is asked for it."""
+    """Compile the patterns and load the classifier. spec: the options of downloads."""
     found = [PII[kind] for kind in guard.deny_pii]
     if deny := guard.deny:
         names = {text.lower(): f"deny[{number}]" for number, text in enumerate(deny)}
-        groups = itertools.groupby(sorted(deny), key=lambda text: text[0])  # much faster to search
+        groups = itertools.groupby(sorted(deny), key=lambda text: text[0])  # searches much faster
         parts = (f"{re.escape(a)}(?:{'|'.join(re.escape(t[1:]) for t in b)})" for a, b in groups)
         regex = re.compile("|".join(parts), re.IGNORECASE)
         found.append(Pattern("deny", regex, max(map(len, deny)) - 1, names=names))
@@ -171,11 +171,11 @@ def load(guard: labs.Guard, spec: labs.ModelSpec = labs.ModelSpec()) -> Filters:
 
 
 def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
-    """Return a rule that judges a text from `start` on with some text before it, and its bytes."""
+    """Return a function that classifies a text from `start` on, and its weights' size in bytes."""
     from transformers import pipeline
 
     options = {"token": spec.token, "local_files_only": spec.local_files_only}
-    options |= {"use_safetensors": True, "trust_remote_code": False}  # the model's are its own
+    options |= {"use_safetensors": True, "trust_remote_code": False}  # whatever the model allows
     name, kinds = str(guard.classifier), ("AutoModelForSequenceClassification", "AutoTokenizer")
     try:
         with labs.loading():
@@ -190,7 +190,7 @@ def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
     most = min(512, places, tokenizer.model_max_length)
     limits: dict[str, Any] = {"top_k": None, "truncation": True, "max_length": most}
     pipe = pipeline("text-classification", model, tokenizer=tokenizer, device="cpu")
-    width, lock = most - 8, threading.Lock()  # of a part, in characters: rarely more tokens
+    width, lock = most - 8, threading.Lock()  # characters of a part, which has fewer tokens
 
     def classify(text: str, start: int = 0) -> Verdict | None:
         half, first = width // 2, max(0, start - width // 2)
@@ -205,16 +205,16 @@ def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
 
 
 class Filter:
-    """Returns what may be shown by now of an answer's events; `over` once the answer is cut."""
+    """Filter an answer's events; each call returns the events to show. over: a rule ended it."""
 
     def __init__(self, filters: Filters, inputs: labs.Inputs, generation: labs.Generation) -> None:
         self.over, self._filters, self._on = False, filters, filters.filters(generation)
         self._text, self._changed, self._shown, self._tokens = "", False, 0, 0
-        self._judged = 0 if filters.guard.classifier else 2**62  # up to here, in characters
+        self._judged = 0 if filters.guard.classifier else 2**62  # characters classified so far
         self._prompt, self._began, self._first = len(inputs.input_ids), time.perf_counter(), 0.0
 
     def all(self, events: Any) -> Iterator[labs.Event]:
-        """Yield what may be shown of all events, and close them at the end."""
+        """Yield the events to show for all `events`, and close these at the end."""
         with contextlib.closing(events):
             while not self.over and (event := next(events, None)):
                 yield from self(event)
@@ -238,7 +238,7 @@ class Filter:
         return [labs.Delta(shown), *last] if shown else last
 
     def _reject(self, whole: bool) -> str | None:
-        """Judge each whole sentence; cut the text after a rejected one and return the rule."""
+        """Classify each whole sentence; cut the text after a rejected one and return its rule."""
         ends = [found.end() for found in SENTENCE_END.finditer(self._text, self._judged)]
         for end in [*ends, len(self._text)] if whole else ends:
             text, start = self._text[:end], self._judged
@@ -249,7 +249,7 @@ class Filter:
         return None
 
     def _end(self, event: labs.Event) -> labs.Done:
-        """Return the end; a cut answer's counts a token a piece, as its row does not tell more."""
+        """Return the last event. A cut answer counts one token a piece: its row has no Done yet."""
         if isinstance(event, labs.Done):
             cut = {"finish_reason": "content_filter", "matched_stop": None} if self.over else {}
             return replace(event, fingerprint=None, **cut) if self._changed else event

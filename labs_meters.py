@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What /metrics tells, of requests and of engines, under vLLM's names with labs_ for vllm:.
+"""Metrics of requests and engines for Prometheus, under vLLM's names with labs_ instead of vllm:.
 
     meters = labs_meters.Meters(prometheus_client.CollectorRegistry())
     meters.done("small", done, seconds=0.4)  # at the end of an answer
@@ -19,11 +19,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 import labs
 import labs_engine
 
-LABEL = ("model_name",)  # of what is told for each model
+LABEL = ("model_name",)  # of metrics that exist once per model
 
 
 class Meters:
-    """What is counted of requests."""
+    """Count requests, tokens and latencies in a registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -38,15 +38,15 @@ class Meters:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"labs_{name}", text, (*LABEL, *labels), registry=registry)
 
-        self.first = seconds("time_to_first_token", "From the request to its first text")
-        self.gap = seconds("inter_token_latency", "From one piece of text to the next", gaps)
-        self.whole = seconds("e2e_request_latency", "From the request to its end")
-        self.queued = seconds("request_queue_time", "From being taken in to a row of its own")
+        self.first = seconds("time_to_first_token", "Seconds from request to first text")
+        self.gap = seconds("inter_token_latency", "Seconds between two pieces of text", gaps)
+        self.whole = seconds("e2e_request_latency", "Seconds from request to end of answer")
+        self.queued = seconds("request_queue_time", "Seconds from acceptance to a batch row")
         self.prompt = counter("prompt_tokens", "Prompt tokens")
-        self.cached = counter("prefix_cache_hits", "Prompt tokens not computed again")
+        self.cached = counter("prefix_cache_hits", "Prompt tokens reused from the KV cache")
         self.generated = counter("generation_tokens", "Generated tokens")
-        self.success = counter("request_success", "Answers", "finished_reason")
-        names, text = ("rule", "side"), "Times that a rule of [guard] masked or refused"
+        self.success = counter("request_success", "Finished answers", "finished_reason")
+        names, text = ("rule", "side"), "Texts that a rule of [guard] masked or refused"
         self.guard = Counter("labs_guard", text, names, registry=registry)
 
     def acted(self, rule: str, side: str) -> None:
@@ -62,7 +62,7 @@ class Meters:
 
 
 def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
-    """Yield what engines, by their models' names, and the log tell of themselves at this moment."""
+    """Yield the current metrics of engines, the GPU and the log. statuses: by model name."""
     for kind, name, text, field in ENGINE_METRICS:
         family = kind(f"labs_{name}", text, labels=LABEL)
         for model, status in statuses.items():
@@ -72,27 +72,27 @@ def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
     for kind, size in gpu_memory().items():
         memory.add_metric([kind], size)
     yield memory
-    text = "Writes to standard error that were given up"
+    text = "Writes to standard error that were dropped"
     yield CounterMetricFamily(
         "labs_log_lines_dropped", text, value=getattr(sys.stderr, "dropped", 0)
     )
 
 
 ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (
-    (GaugeMetricFamily, "num_requests_running", "Requests with a row", "running"),
-    (GaugeMetricFamily, "num_requests_waiting", "Requests that wait for a row", "waiting"),
-    (GaugeMetricFamily, "kv_cache_usage_perc", "Share of the slots in use, 0 to 1", "cache_usage"),
-    (GaugeMetricFamily, "batch_rows", "Rows that may run at once", "max_rows"),
-    (GaugeMetricFamily, "engine_alive", "Whether the engine's thread runs", "alive"),
-    (CounterMetricFamily, "response_cache_hits", "Answers not made anew", "response_cache_hits"),
+    (GaugeMetricFamily, "num_requests_running", "Requests in the batch", "running"),
+    (GaugeMetricFamily, "num_requests_waiting", "Requests waiting for a batch row", "waiting"),
+    (GaugeMetricFamily, "kv_cache_usage_perc", "KV cache in use, from 0 to 1", "cache_usage"),
+    (GaugeMetricFamily, "batch_rows", "Batch rows at most", "max_rows"),
+    (GaugeMetricFamily, "engine_alive", "1 while the engine's thread runs", "alive"),
+    (CounterMetricFamily, "response_cache_hits", "Cached answers sent", "response_cache_hits"),
     (CounterMetricFamily, "steps", "Decode steps", "steps"),
-    (CounterMetricFamily, "out_of_memory", "Steps halved as memory ran out", "halvings"),
+    (CounterMetricFamily, "out_of_memory", "Batches split for lack of memory", "halvings"),
     (CounterMetricFamily, "engine_failures", "Forward passes that failed", "failures"),
 )
 
 
 def gpu_memory() -> dict[str, int]:
-    """Return the bytes of CUDA's memory by kind; nothing where there is none."""
+    """Return CUDA's memory in bytes by kind, or an empty dict without CUDA."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return {}

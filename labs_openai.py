@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's words for what labs does: bodies in, answers out. Nothing here serves or computes.
+"""Translate OpenAI's requests into labs' and labs' completions into OpenAI's responses.
 
-    body, given = labs_openai.read(data, CHAT.body)        # refused by name what labs does not do
+    body, given = labs_openai.read(data, CHAT.body)        # refuses unsupported fields by name
     request = CHAT.request_of(body, given)                 # a labs_request.Request
     CHAT.answer(model, completions, request.n, id="1", model=config.model_id)
 
-Both endpoints are pure values, `CHAT` and `COMPLETIONS`; labs_api.py answers HTTP with them,
-labs_jsonl.py the lines of a batch file. Needs labs.py, labs_request.py and labs_tokens.py.
+`CHAT` and `COMPLETIONS` do no input or output: labs_api.py answers HTTP requests with them, and
+labs_jsonl.py lines of batch files. Needs labs.py, labs_request.py and labs_tokens.py.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ S = TypeVar("S", bound=Struct)
 TokenIds = tuple[labs.TokenId, ...]
 
 
-# ---------------------------------------------------------------- what comes in
+# ---------------------------------------------------------------- requests
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
-    """A part of a message; the two last fields are hints, see Hints."""
+    """A text part of a message. The last two fields never change the text, see Hints."""
 
     text: str
     prompt_cache_breakpoint: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ class RefusalPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="ty
 
 
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
-    """A turn, as somebody wrote it or as an answer is sent back. annotations: a hint, see Hints."""
+    """A message of the conversation. annotations never changes the text, see Hints."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | tuple[TextPart | RefusalPart, ...] | None = None
@@ -61,21 +61,21 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def text(self) -> str:
-        """What was said: an assistant's turn may be empty, or a refusal."""
+        """The text of all parts; an assistant's message may be empty or a refusal."""
         parts = (TextPart(self.content),) if isinstance(self.content, str) else self.content or ()
-        said = (part.text if isinstance(part, TextPart) else part.refusal for part in parts)
-        return "".join(said) + (self.refusal or "")
+        texts = (part.text if isinstance(part, TextPart) else part.refusal for part in parts)
+        return "".join(texts) + (self.refusal or "")
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """include_obfuscation: a hint, see Hints."""
+    """Options of a stream. include_obfuscation never changes the text, see Hints."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both of OpenAI's endpoints take."""
+    """The fields that both endpoints accept."""
 
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
@@ -98,7 +98,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
-    documents: bool | None = None  # ours, as in labs_request.GenerateRequest
+    documents: bool | None = None  # an extension of labs, as in labs_request.GenerateRequest
     max_completion_tokens: Annotated[int, Meta(ge=1, le=2**20)] | None = None
     logprobs: bool | None = None
     top_logprobs: labs.TopLogprobs | None = None
@@ -106,14 +106,14 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
-    """https://platform.openai.com/docs/api-reference/completions/create, always without template"""
+    """https://platform.openai.com/docs/api-reference/completions/create, without chat template"""
 
     prompt: str | Annotated[tuple[str | labs.TokenId | TokenIds, ...], Meta(min_length=1)]
     logprobs: labs.TopLogprobs | None = None
 
 
-# What else may be asked for. One question draws the line: could its absence change the text that
-# comes back? Hints could not: any value of the type is taken.
+# Fields that are accepted but have no effect. Ignoring a hint cannot change the answer's text, so
+# every value of its type is accepted.
 class Hints(Struct, frozen=True):
     cache_prompt: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -129,7 +129,7 @@ class Hints(Struct, frozen=True):
     user: str | None = None
 
 
-# NEUTRAL could: only values that ask for nothing are taken. null never asks for anything.
+# Ignoring one of these could change the text, so only null and the values that change nothing pass.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     **dict.fromkeys(("functions", "stop_token_ids", "tools"), ([],)),
@@ -137,12 +137,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
     **dict.fromkeys(("continue_final_message", "echo", "ignore_eos", "use_beam_search"), (False,)),
     **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
-    "best_of": (1,),  # or as many as n: all that are made are returned
+    "best_of": (1,),  # or n, because all n answers are returned
     "chat_template_kwargs": ({},),
     "include_stop_str_in_output": (False,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "reasoning_effort": ("none", "medium"),  # no effort, and what it is where nobody says
+    "reasoning_effort": ("none", "medium"),  # "medium" is OpenAI's default
     "suffix": ("",),
     "verbosity": ("medium",),
 }
@@ -152,14 +152,14 @@ NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "reasoning_content": ("",),
     "tool_calls": ([],),
 }
-# What -1 means, as many apps send it: not limited, not chosen.
+# Many clients send -1 for "no limit" or "not set"; these are the values that it stands for.
 MINUS_ONE = {
     **dict.fromkeys(("max_completion_tokens", "max_tokens", "seed"), msgspec.Raw(b"null")),
     "top_k": msgspec.Raw(b"0"),
 }
 
 
-# ---------------------------------------------------------------- what goes out
+# ---------------------------------------------------------------- responses
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -175,14 +175,14 @@ class OpenAIUsage(Struct, frozen=True):
 
 
 class MessagePart(Struct, frozen=True, omit_defaults=True):
-    """A message, or what a chunk adds to one."""
+    """A message of a response, or the text that a chunk appends to it."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class Choice(Struct, frozen=True):
-    """One answer, or a piece of it: `message` or `delta` in a chat, else `text`."""
+    """One answer or a piece of it: a chat sets `message` or `delta`, a completion `text`."""
 
     index: int
     message: MessagePart | UnsetType = UNSET
@@ -218,15 +218,15 @@ class Error(Struct, frozen=True):
 
 
 def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
-    """Return an error in OpenAI's words; the kind follows from the HTTP status."""
+    """Return an error in OpenAI's format; its type follows from the HTTP status."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     return Error(ErrorDetail(message, kind, param, code))
 
 
 def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
-    """Return OpenAI's words for what the one who asked can mend."""
-    if code := getattr(error, "code", None):  # of a Refusal, or of labs_guard.Filtered
+    """Return OpenAI's `code` and `param` for an error that the request caused."""
+    if code := getattr(error, "code", None):  # a Refusal or labs_guard.Filtered
         return code, getattr(error, "param", None)
     if isinstance(error, labs.PromptTooLong):
         return "context_length_exceeded", error.param
@@ -234,29 +234,29 @@ def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
 
 
 def param_of(message: str) -> str | None:
-    """Cut the field out of a message of msgspec or of labs."""
+    """Return the field that an error message of msgspec or labs names, or None."""
     found = re.search(r"- at `\$\.(.+?)`|field `(.+?)`|^(\w+(?:\[\d+\])?)(?: = |:| names)", message)
     return next((part for part in found.groups() if part), None) if found else None
 
 
 def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
-    """Return a body as `kind` and the fields that it names with their values, or raise Refusal."""
+    """Return a body as `kind`, and its fields as a dict. Raises Refusal for an invalid body."""
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         if issubclass(kind, OpenAIRequest):
-            data = _asked(data)
+            data = _without_neutral(data)
         body = msgspec.json.decode(data, type=kind)
         given: dict[str, Any] = msgspec.json.decode(data)
     except msgspec.ValidationError as error:
         raise Refusal(str(error), "invalid_value", param_of(str(error))) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        told = labs_tokens.json_fault(data, error)
-        raise Refusal(f"the body is no valid JSON: {told}", "invalid_json") from error
+        reason = labs_tokens.json_fault(data, error)
+        raise Refusal(f"the body is not valid JSON: {reason}", "invalid_json") from error
     return body, given
 
 
-def _asked(data: bytes) -> bytes:
-    """Return an OpenAI body without what changes no text. Refuses by name what is not done here."""
+def _without_neutral(data: bytes) -> bytes:
+    """Return a body without Hints and NEUTRAL fields. Raises Refusal for other values of these."""
     raw = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     msgspec.json.decode(data, type=Hints)
     names = raw.keys() & NEUTRAL.keys()
@@ -264,7 +264,7 @@ def _asked(data: bytes) -> bytes:
     n = msgspec.json.decode(raw.get("n", b"null"))
     neutral = NEUTRAL | ({} if n is None else {"best_of": (1, n)})
     for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if found.get(choice) == "none":  # none of them may be used
+        if found.get(choice) == "none":  # the model may not call any of the tools
             found.pop(tools, None)
     for name, value in found.items():
         _check_neutral(name, value, neutral[name])
@@ -274,23 +274,23 @@ def _asked(data: bytes) -> bytes:
 
 
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    known = [(type(each), each) for each in (None, *neutral)]  # 0 is not False here
+    known = [(type(each), each) for each in (None, *neutral)]  # the types keep 0 and False apart
     if (type(value), value) not in known:
-        raise Refusal(f"{name} is not implemented here", "unsupported", name)
+        raise Refusal(f"{name} is not implemented; leave it out", "unsupported", name)
 
 
-# ---------------------------------------------------------------- from one to the other
+# ---------------------------------------------------------------- endpoints
 
 
 class Endpoint:
-    """What both endpoints have in common."""
+    """The code that both endpoints share."""
 
     body: type[Any]
     prefix: str
-    kinds: tuple[Any, Any]  # object of a whole answer and of a chunk
+    kinds: tuple[Any, Any]  # `object` of a whole answer, and of a chunk
 
     def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
-        """Return what a body asks for; `given` holds the fields that it names."""
+        """Return a body as labs' request. given: the fields that the body sets, as of `read`."""
         return labs_request.Request(
             prompts=self.prompts(body),
             options=self.options(body, given),
@@ -302,7 +302,7 @@ class Endpoint:
         )
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the generation settings that the body names; null names none."""
+        """Return the generation settings that the body sets; null sets none."""
         names = {*labs.Generation.__struct_fields__} - {"stop", "logprobs"}
         found = {k: v for k in names & given.keys() if (v := getattr(body, k)) is not None}
         if body.max_tokens is not None:
@@ -315,17 +315,17 @@ class Endpoint:
         raise NotImplementedError
 
     def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        """Return a choice of a whole answer or of an event. places: of this choice's text."""
+        """Return a Completion, Delta or Done as a choice. places: of this choice's tokens."""
         raise NotImplementedError
 
     def first(self, index: int) -> Choice | None:
-        """Return what a stream begins a choice with."""
+        """Return the choice of a stream's first chunk, or None if none is needed."""
         return None
 
     def answer(
         self, loaded: labs.Model, found: Sequence[labs.Completion], n: int, **names: Any
     ) -> OpenAIAnswer:
-        """Return whole answers, `n` a prompt. names: as in `wrap`."""
+        """Return whole answers, `n` per prompt. names: as in `wrap`."""
         choices = tuple(
             self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
         )
@@ -334,16 +334,16 @@ class Endpoint:
         return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
 
     def wrap(self, choices: tuple[Choice, ...], **names: Any) -> OpenAIAnswer:
-        """Return choices as a chunk, unless `object` says otherwise.
+        """Return choices as a chunk, or as a whole answer if `names` sets `object`.
 
-        names: of the fields of OpenAIAnswer; id and model at least, which all chunks have alike.
+        names: other fields of OpenAIAnswer, at least id and model, equal in all chunks.
         """
         names = {"object": self.kinds[1], "created": int(time.time()), **names}
         return OpenAIAnswer(choices=choices, **{**names, "id": f"{self.prefix}-{names['id']}"})
 
 
 def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
-    """Count each prompt once, as OpenAI does, and all that was generated."""
+    """Add up token counts: each prompt once, as OpenAI does, and every generated token."""
     prompt = sum(usage.prompt_tokens for usage in usages) // n
     completion = sum(usage.completion_tokens for usage in usages)
     cached = sum(usage.cached_tokens for usage in usages) // n
@@ -357,14 +357,14 @@ def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
 
 
 def system_fingerprint(model: labs.Model) -> str | None:
-    """Return a name for all that an answer depends on, apart from the request."""
+    """Return a digest of everything, other than the request, that an answer depends on."""
     if model.fingerprint is None:
         return None
     return f"fp_{hashlib.sha256(msgspec.json.encode(model.fingerprint)).hexdigest()[:12]}"
 
 
 def _reason(event: Any) -> Any:
-    """OpenAI knows no `timeout` and no `cancelled`: both cut an answer short."""
+    """Return OpenAI's finish reason, "length" for "timeout" and "cancelled", or None."""
     reason = getattr(event, "finish_reason", None)
     return "length" if reason in ("timeout", "cancelled") else reason
 
@@ -378,7 +378,7 @@ class Chat(Endpoint):
         found = super().options(body, given)
         limits = {body.max_tokens, body.max_completion_tokens} - {None}
         if len(limits) > 1:
-            text = "max_tokens and max_completion_tokens differ: give one"
+            text = "max_tokens and max_completion_tokens differ; give one of them"
             raise Refusal(text, "invalid_value", "max_tokens")
         if limits:
             found["max_new_tokens"] = limits.pop()
@@ -396,7 +396,7 @@ class Chat(Endpoint):
         for name, neutral in NEUTRAL_OF_MESSAGE.items():
             _check_neutral(f"{where}.{name}", getattr(message, name), neutral)
         if message.content is None and message.role != "assistant":
-            text = f"{where}.content is missing: only an assistant's turn may be empty"
+            text = f"{where}.content is missing; only an assistant's message may be empty"
             raise Refusal(text, "invalid_value", f"{where}.content")
         role = "system" if message.role == "developer" else message.role
         return labs.Message(role=role, content=message.text, name=message.name)
@@ -448,7 +448,8 @@ class Completions(Endpoint):
         if isinstance(prompt, str):
             return labs_request.Prompt(prompt=prompt, use_chat_template=False)
         if not isinstance(prompt, tuple) or not prompt:
-            raise Refusal("prompt: texts or lists of token ids", "invalid_value", "prompt")
+            text = "prompt must be a text, a list of texts, or non-empty lists of token ids"
+            raise Refusal(text, "invalid_value", "prompt")
         return labs_request.Prompt(ids=prompt)
 
     def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
@@ -457,15 +458,15 @@ class Completions(Endpoint):
         return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
 
     def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any]:
-        rivals: list[dict[str, float]] = []
+        tops: list[dict[str, float]] = []
         for each in found:
-            rivals.append({})
+            tops.append({})
             for token, logprob in each.top:
-                rivals[-1][places.spelling.name_of(token, rivals[-1])] = logprob
+                tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
         return {
             "tokens": [places.spelling.name_of(each.token) for each in found],
             "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": rivals,
+            "top_logprobs": tops,
             "text_offset": [places.take(each.token)[0] for each in found],
         }
 

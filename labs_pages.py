@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a browser gets: the chat page, and the routes described, as OpenAPI and as a page.
+"""Serve the pages for browsers: the chat page, the OpenAPI document and the API reference.
 
-No page asks another server for anything. Needs falcon and msgspec, no other file of labs.
+No page loads anything from another server. Needs falcon and msgspec, no other file of labs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msgspec import Struct
 
 
 class StaticPage:
-    """A resource that is always the same; it asks for no key."""
+    """A resource with constant content, for which no API key is needed."""
 
     public = True
 
@@ -27,8 +27,8 @@ class StaticPage:
         self._data, self._type, self._policy = data, content_type, policy
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        asked = req.env.get("PATH_INFO", "")  # addresses in a page are relative
-        if not asked or asked.rstrip("/") not in (asked, ""):  # mounted, or with a slash too many
+        path = req.env.get("PATH_INFO", "")  # links in a page are relative to its exact path
+        if not path or path.rstrip("/") not in (path, ""):
             raise falcon.HTTPMovedPermanently(f"{req.root_path}{req.path}")
         resp.data, resp.content_type = self._data, self._type
         resp.set_header("Content-Security-Policy", self._policy)
@@ -36,7 +36,7 @@ class StaticPage:
 
 
 def policy_of(page: str) -> str:
-    """Return a policy under which only the page's own style and script run."""
+    """Return a Content-Security-Policy that allows only the page's inline style and script."""
     sources = []
     for kind, inner in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
@@ -46,21 +46,21 @@ def policy_of(page: str) -> str:
 
 
 def pages(document: dict[str, Any]) -> dict[str, StaticPage]:
-    """Return the pages by path. document: as of `openapi`."""
+    """Return the pages by path. document: from `openapi`."""
     found = {"/openapi.json": StaticPage(msgspec.json.encode(document), "application/json")}
     for path, page in (("/docs", docs(document)), ("/", PAGE)):
         found[path] = StaticPage(page.encode(), "text/html; charset=utf-8", policy_of(page))
     return found
 
 
-# ---------------------------------------------------------------- the routes, described once
+# ---------------------------------------------------------------- routes and their description
 
 
 class Route(Struct, frozen=True):
-    """A line of the route table, for Falcon and for /openapi.json.
+    """A row of the route table, from which Falcon's routes and /openapi.json are made.
 
-    answer: a struct or a content type. streams: the answer may also be server-sent events.
-    unready: the same answer may come with the status 503.
+    answer: a struct or a content type. streams: the response may also be server-sent events.
+    unready: the same response may have the status 503.
     """
 
     method: Literal["get", "post"]
@@ -79,7 +79,7 @@ def openapi(
 ) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the routes, made from the structs.
 
-    error: what every refusal is; secured: most routes ask for a key.
+    error: the struct of every error response. secured: routes need an API key unless public.
     """
     kinds = [route.body for route in table if route.body] + [error]
     kinds += [route.answer for route in table if isinstance(route.answer, type)]
@@ -127,7 +127,7 @@ def _operation(route: Route, error: type[Struct]) -> dict[str, Any]:
 
 
 def docs(document: dict[str, Any]) -> str:
-    """Return the document as a page that asks for nothing else."""
+    """Return the OpenAPI document as one HTML page."""
     routes = [
         f"<dt>{method.upper()} {html.escape(path)}</dt><dd>{html.escape(operation['summary'])}</dd>"
         for path, operations in document["paths"].items()
@@ -152,7 +152,7 @@ PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</tit
 * { box-sizing: border-box; font: inherit } h1 { flex: 1; margin: 0; font-weight: 650 }
 body { display: flex; flex-direction: column; height: 100dvh; margin: 0; font: 16px/1.6 system-ui }
 body > :not(main), #log { width: min(100%, 46rem); margin: 0 auto auto; padding: .5rem 1rem }
-main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } /* keeps its end */
+main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } /* stay at end */
 header, footer { display: flex; align-items: center; gap: .6rem } select { min-width: 0 }
 form { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .6rem }
 input, select, textarea, button { padding: 6px 11px; border: 1px solid #8886; border-radius: 9px }
@@ -172,7 +172,7 @@ small { display: block; font-size: 14px; opacity: .8 } .error { color: light-dar
 autofocus></textarea><button id="send">Send</button></footer><script>
 const [model, fresh, panel, notice, settings, log, text, send] = document.querySelectorAll("[id]");
 const { key, system } = settings.elements; let turns = [], request;
-const add = (parent, tag, className, textContent) =>  // as text, whatever it looks like
+const add = (parent, tag, className, textContent) =>  // textContent: markup is shown as text
   parent.appendChild(Object.assign(document.createElement(tag), { className, textContent }));
 async function call(path, options) {
   const headers = { Authorization: `Bearer ${key.value}`, "Content-Type": "application/json" };
@@ -185,14 +185,14 @@ async function call(path, options) {
 const list = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
   model.replaceChildren(...data.map(({ id }) => new Option(id))); notice.textContent = "";
 }).catch((error) => { notice.textContent = error.message; });
-async function* events({ body }) {  // the data of each line, however the bytes are cut
+async function* events({ body }) {  // yields each data line; a chunk may end inside a line
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let part, lines = [""]; !(part = await reader.read()).done;) {
     lines = (lines.pop() + part.value).split(/\r\n|\r|\n/);
     for (const line of lines.slice(0, -1)) if (line.startsWith("data:")) yield line.slice(5).trim();
   }
 }
-async function fitting(sent, chat, options) {  // without the oldest turns where they do not fit
+async function fitting(sent, chat, options) {  // drops the oldest turns until the prompt fits
   for (const first = sent.messages.length - chat.length; ; sent.messages.splice(first, 2))
     try { return await call("v1/chat/completions", { ...options, body: JSON.stringify(sent) }); }
     catch (error) {
@@ -204,35 +204,35 @@ async function ask() {
   if (request || !content.trim()) return;
   chat.push({ role: "user", content });
   const sent = { stream: true, stream_options: { include_usage: true } };
-  if (model.value) sent.model = model.value;  // else the names have not come yet
+  if (model.value) sent.model = model.value;  // empty until the list of models has arrived
   sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : [...chat];
   const whole = sent.messages.length;
   for (const { valueAsNumber: value, labels } of settings)
     if (isFinite(value)) sent[labels[0].textContent] = value;
   const question = add(log, "article", "user", content), answer = add(log, "article", "model", "");
-  let problem = "the connection broke off", notes = [];
+  let problem = "The connection was lost", notes = [];
   request = new AbortController(); send.textContent = "Stop"; text.value = "";
   try {
     const response = await fitting(sent, chat, { method: "POST", signal: request.signal });
     const dropped = whole - sent.messages.length;
-    if (dropped) notes.push(`the oldest ${dropped} messages did not fit and are left out`);
+    if (dropped) notes.push(`The oldest ${dropped} messages did not fit and were left out`);
     chat.splice(0, dropped);
     for await (const data of events(response)) {
       if (data === "[DONE]") { problem = ""; break; }
       const { error, choices: [choice] = [], usage } = JSON.parse(data);
       if (error) throw Error(error.message);
       answer.append(choice?.delta.content ?? "");
-      if (choice?.finish_reason === "length") notes.push("cut at max_tokens");
+      if (choice?.finish_reason === "length") notes.push("The answer reached its token limit");
       const count = usage?.completion_tokens, seconds = (performance.now() - started) / 1000;
       if (usage) notes.push(`${count} tokens, ${(count / seconds).toFixed(1)} tokens/s`);
     }
-  } catch (error) { problem = request.signal.aborted ? "stopped" : error.message; }
+  } catch (error) { problem = request.signal.aborted ? "Stopped" : error.message; }
   if (answer.textContent || !problem) chat.push({ role: "assistant", content: answer.textContent });
   else { chat.pop(); question.remove(); text.value ||= content; }
   add(answer, "small", problem && "error", [...notes, problem].filter(Boolean).join(" · "));
   request = null; send.textContent = "Send";
 }
-text.onkeydown = (event) =>  // false keeps the line end out of the text
+text.onkeydown = (event) =>  // false: Enter adds no line break
   event.key !== "Enter" || event.shiftKey || event.isComposing || !ask();
 send.onclick = () => { if (request) request.abort(); else ask(); };
 fresh.onclick = () => { request?.abort(); turns = []; log.replaceChildren(); text.focus(); };

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What single tokens are: their bytes, a name for each, and where they begin in a text.
+"""Describe single tokens: their bytes, a printable name, and where they begin in a text.
 
     spelling = labs_tokens.Spelling(model)
     spelling.bytes_of(token)  # b"\\xf0\\x9f" of a token that holds half a character
@@ -23,7 +23,7 @@ import labs
 
 
 class Spelling:
-    """The tokens of one model. Tokens that a text leaves out, such as its end, have no bytes."""
+    """The bytes and names of a model's tokens. Special tokens, which text omits, have no bytes."""
 
     def __init__(self, model: labs.Model) -> None:
         self._model, tokenizer = model, model.tokenizer
@@ -36,11 +36,11 @@ class Spelling:
 
     @property
     def drops_a_space(self) -> bool:
-        """Whether a text loses the space that its first token begins with."""
+        """Whether decoding removes the space at the start of a text's first token."""
         return bool({"Strip", "Metaspace"} & self._steps)
 
     def bytes_of(self, token: int) -> bytes:
-        """Return what the token adds to a text, which may end inside a character."""
+        """Return the bytes that a token adds to a text; they may end inside a character."""
         if token in self._silent:
             return b""
         if token in self._added:
@@ -52,12 +52,12 @@ class Spelling:
             return bytes(BYTES[char] for char in written)
         if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", written):
             return bytes.fromhex(byte[1])
-        if "\u2581" in written:  # sentencepiece's space, which decoding takes from a first word
+        if "\u2581" in written:  # sentencepiece's space, which decoding a lone token would remove
             return written.replace("\u2581", " ").encode(errors="replace")
         return decoded.encode(errors="replace")
 
     def name_of(self, token: int, taken: Iterable[str] = ()) -> str:
-        """Return the token's text, or its bytes where they are no text; none of those `taken`."""
+        """Return a name that is not in `taken`: the token's text, else its bytes, else its id."""
         data = self.bytes_of(token)
         with self._model.lock:
             text = str(self._model.tokenizer.decode([token]))
@@ -68,7 +68,7 @@ class Spelling:
 
 
 class Places:
-    """Where the tokens of one answer begin in its text, in characters; fed in their order."""
+    """Find the character at which each token of one answer begins; `take` must see all in order."""
 
     def __init__(self, model: labs.Model) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -79,7 +79,7 @@ class Places:
         return Spelling(self._model)
 
     def take(self, token: int) -> tuple[int, bytes]:
-        """Return where the next token begins, and its bytes in this text."""
+        """Return where the next token begins in the text, and the bytes that it adds."""
         place, data = self._read, self.spelling.bytes_of(token)
         if self._first and data and self.spelling.drops_a_space:
             data = data.removeprefix(b" ")
@@ -89,7 +89,7 @@ class Places:
 
 
 def _steps_of(tokenizer: Any) -> set[str]:
-    """Return the kinds of steps by which a tokenizer makes text of its tokens."""
+    """Return the types of a fast tokenizer's decoders, or an empty set for a slow tokenizer."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return set()
@@ -98,7 +98,7 @@ def _steps_of(tokenizer: Any) -> set[str]:
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """Return the byte that each letter of a byte-level vocabulary stands for, as GPT-2 has it."""
+    """Return the byte of each letter in a byte-level vocabulary (GPT-2's bytes_to_unicode)."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = (byte for byte in range(256) if byte not in plain)
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(rest)}
@@ -108,13 +108,13 @@ BYTES = _bytes_of_letters()
 
 
 def json_fault(data: bytes, error: Exception) -> str:
-    """Return what is wrong with JSON that msgspec refuses, where its words mislead too."""
-    try:  # Python's own reader is slower, and tells the place
+    """Return why data is not valid JSON, if possible more precisely than msgspec's `error`."""
+    try:  # Python's json module is slower, but reports the place
         json.dumps(json.loads(data.decode()), ensure_ascii=False).encode()
     except UnicodeEncodeError as wrong:
         half = ascii(wrong.object[wrong.start]).strip("'")
-        return f"it holds a lone surrogate, which is half a character: {half}"
+        return f"it contains a lone surrogate, which is half a character: {half}"
     except (ValueError, RecursionError) as wrong:
-        tells = isinstance(wrong, UnicodeDecodeError) or "control character" in str(wrong)
-        return str(wrong if tells else error)
+        precise = isinstance(wrong, UnicodeDecodeError) or "control character" in str(wrong)
+        return str(wrong if precise else error)
     return str(error)

@@ -136,9 +136,9 @@ LIMITS = labs.Server(max_choices=4, max_prompts=3, max_prompt_bytes=3)
 @pytest.mark.parametrize(
     ("request_", "code", "param", "words"),
     [
-        (asking("a", n=5), "invalid_value", "n", "5 choices of a prompt are asked for; at most 4"),
-        (asking(*"abcd"), "invalid_value", "prompt", "4 prompts are asked for; at most 3"),
-        (asking("abcd"), "prompt_too_large", None, "the prompt has 4 bytes; at most 3"),
+        (asking("a", n=5), "invalid_value", "n", "has 5 choices per prompt"),
+        (asking(*"abcd"), "invalid_value", "prompt", "has 4 prompts; this server allows 3"),
+        (asking("abcd"), "prompt_too_large", None, "the prompt has 4 bytes; this server"),
         (asking("a", "üü"), "prompt_too_large", None, "has 4 bytes"),
         (asking(said("ab", "c")), "prompt_too_large", None, "has 4 bytes"),
     ],
@@ -418,9 +418,9 @@ def test_a_quota_that_is_used_up_is_told_with_its_bound_and_what_to_do(fake: Fak
     answers.append(site.get("/v1/models"))
     codes = ((0, 400), (2, 429), (3, 429))
     told = [error_of(answers[place], code)["message"] for place, code in codes]
-    assert re.fullmatch(r"\d+ tokens exceed the quota of 100 a minute; ask for less .*", told[0])
-    assert re.fullmatch(r"\d+ tokens exceed what is left of 100 .*; ask again in \d+ s", told[1])
-    assert re.fullmatch(r"too many .* 3 a minute; ask again in (19|20) s", told[2])
+    assert re.fullmatch(r"this request may use \d+ tokens; the quota is 100 a minute", told[0])
+    assert re.fullmatch(r"this .* use \d+ tokens, more .* of 100 a minute; retry in \d+ s", told[1])
+    assert re.fullmatch(r"this API key may send 3 .* a minute; retry in (19|20) s", told[2])
 
 
 def test_a_quota_refills() -> None:

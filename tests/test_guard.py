@@ -327,7 +327,7 @@ def test_prompts_and_all_messages_are_checked() -> None:
 def test_too_many_tokens_are_refused_by_the_rules_name() -> None:
     inputs = labs.Inputs((1, 2, 3), "abc")
     assert rules(max_prompt_tokens=3).check_inputs(inputs) is inputs
-    with pytest.raises(labs_guard.Filtered, match="max_prompt_tokens: it has 3 tokens; at most 2"):
+    with pytest.raises(labs_guard.Filtered, match="it has 3 tokens; the limit is 2"):
         rules(max_prompt_tokens=2).check_inputs(inputs)
 
 
@@ -1105,9 +1105,7 @@ def test_labs_gen_refuses_a_prompt_by_the_rules_name(shell: kit.FakeLabs, how: A
     configure(deny=["bad"])
     result = kit.invoke("--prompt", "a bad one", *how)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(
-        r"Error: the prompt is filtered by \[guard\] deny\[0\]: .+\n", result.stderr
-    )
+    assert re.fullmatch(r"Error: the prompt is refused by \[guard\] deny\[0\]: .+\n", result.stderr)
     assert not shell.requests
 
 
@@ -1142,7 +1140,7 @@ def test_a_chat_goes_on_after_what_is_filtered(shell: kit.FakeLabs) -> None:
     result = kit.invoke("--chat", input="bad\nhello\n/exit\n")
     assert result.exit_code == 0
     assert result.stdout == "so \n"
-    assert "Error: the prompt is filtered by [guard] deny[0]" in result.stderr
+    assert "Error: the prompt is refused by [guard] deny[0]" in result.stderr
     assert [each["messages"][0]["content"] for each in shell.requests] == ["hello"]
 
 

@@ -190,7 +190,7 @@ def test_an_answer_grows_and_ends_with_its_figures(tab: Tab, site: Site, cuts: b
     rest.set()
     expect(tab.answer).to_contain_text("Bonjour à tous 🦊, and farewell")
     expect(tab.notes.last).to_have_text(
-        re.compile(r"^cut at max_tokens · 4 tokens, [\d.]+ tokens/s$")
+        re.compile(r"^The answer reached its token limit · 4 tokens, [\d.]+ tokens/s$")
     )
     expect(tab.send).to_be_visible()
     expect(tab.text).to_be_focused()
@@ -244,7 +244,7 @@ def test_stop_keeps_what_has_come_and_a_new_chat_forgets_it(tab: Tab, site: Site
     expect(tab.answer).to_have_text("Once upon")
     tab.stop.click()
     assert site.gone.wait(WAIT_S)
-    expect(tab.notes).to_have_text("stopped")
+    expect(tab.notes).to_have_text("Stopped")
     tab.ask("Go on")
     expect(tab.answer).to_have_text("Once upon")
     turns = [("user", "A story"), ("assistant", "Once upon"), ("user", "Go on")]
@@ -267,7 +267,7 @@ def test_an_error_is_shown_and_the_question_comes_back(tab: Tab, site: Site, ear
     expect(tab.text).to_have_value("Hello?")
     site.refusal, site.pieces = None, ["Hi", labs.GenerationError("out of memory")]
     tab.text.press("Enter")
-    expect(tab.notes.last).to_contain_text("The server failed at this request")
+    expect(tab.notes.last).to_contain_text("Internal server error")
     expect(tab.answer).to_contain_text("Hi")
     expect(tab.text).to_have_value("")
     assert site.asked[1][0] == [{"role": "user", "content": "Hello?"}]
@@ -281,7 +281,7 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
         tab.ask(text)
         expect(tab.answer).to_contain_text("answer")
         expect(tab.send).to_have_text("Send")
-    expect(tab.notes.last).to_contain_text("the oldest 2 messages did not fit and are left out")
+    expect(tab.notes.last).to_contain_text("The oldest 2 messages did not fit and were left out")
     contents = [message["content"] for message in site.asked[-1][0]]
     assert contents == ["two", "answer", "three"]
 

@@ -30,9 +30,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pattern", EVIL)
 def test_a_pattern_that_goes_back_for_ever_is_stopped(pattern: str) -> None:
     began = time.thread_time()
-    with pytest.raises(
-        labs_patterns.TooSlow, match=r"rules\[7\]: its pattern takes more than 0\.1"
-    ):
+    with pytest.raises(labs_patterns.TooSlow, match=r"rules\[7\]: searching .* takes over 0\.1"):
         labs_patterns.Bounded("rules[7]", pattern).search(LONG)
     assert time.thread_time() - began < 5
 
@@ -140,7 +138,7 @@ def test_a_prompt_that_no_rule_can_be_searched_in_is_400(fake: FakeEngine, path:
     body |= chat(LONG[:3000]) if path == CHAT else {"prompt": LONG[:3000]}
     error = error_of(site.post(path, body), 400)
     assert error["code"] == "pattern_too_slow"
-    assert error["message"].startswith("router_rules[1]: its pattern takes more than")
+    assert error["message"].startswith("router_rules[1]: searching this text")
     assert site.get("/readyz").status_code == 200
 
 
