@@ -302,7 +302,7 @@ def test_a_setting_is_refused_by_name_and_a_lost_server_is_told(tab: Tab, site: 
 )
 def test_a_key_is_asked_for_and_kept_for_the_session(tab: Tab) -> None:
     status = tab.page.get_by_role("status")
-    expect(status).to_contain_text("API key is needed")
+    expect(status).to_contain_text("send a valid API key")
     tab.page.get_by_label("API key").fill("secret")
     tab.text.focus()
     expect(tab.models).to_have_count(1)
