@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation on a terminal.
+"""Hold a conversation on a terminal.
 
     labs_chat.chat([], lambda messages: iter(["Hello!"]))     # messages -> pieces of the answer
 
-Whoever answers also writes the pieces; everything here goes to standard error. Needs labs.py and
-click.
+The function that answers also writes its pieces. This file writes to standard error only. Needs
+labs.py and click.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ import msgspec
 import labs
 
 CHAT_HELP = '''\
-A line is a message, and so is what is pasted at once. One of many lines can also
-stand between """ and """. Ctrl-C stops an answer. Where the conversation
-outgrows the model's context, its oldest messages are left out.
+A line is a message, and so is a text that is pasted. To type a message of several
+lines, put """ before and after it. Ctrl-C stops an answer. When the conversation
+is too long for the model's context, its oldest messages are left out.
   /system TEXT  set the system message (without TEXT: remove it)
-  /reset        forget the conversation, keep the system message
+  /reset        forget the conversation, but not the system message
   /save FILE    write the conversation as JSON, for --messages-file
-  /help         show this
+  /help         show this text
   /exit         end the chat, as Ctrl-D does'''
 
 Messages = list[labs.Message]
 Answer = Callable[[Messages], Iterator[str]]  # writes the answer and yields its pieces
 tell = functools.partial(click.echo, err=True)
-NO_PASTE = 'Each line of what you paste is a message here: put """ before and after it.'
+NO_PASTE = 'Each line of a pasted text is a message here: put """ before and after the text.'
 
 
 def chat(history: Messages, answer: Answer) -> None:
     """Talk until Ctrl-D or /exit."""
     on_terminal = is_terminal()
     takes_paste = on_terminal and prepare_terminal()
-    tell("Type a message. /help tells more, Ctrl-D ends the chat.")
+    tell("Type a message. /help lists the commands, Ctrl-D ends the chat.")
     if on_terminal and not takes_paste:
         tell(NO_PASTE)
     while True:
@@ -50,22 +50,24 @@ def chat(history: Messages, answer: Answer) -> None:
                 history = run_command(line, history)
             elif text := rest_of_message(line):
                 history = take_turn(history, text, answer)
-        except KeyboardInterrupt:  # at the prompt: give up the line
+        except KeyboardInterrupt:  # at the prompt, Ctrl-C drops the line
             tell("")
         except EOFError:
-            if on_terminal and not takes_paste:  # else readline has ended the prompt's line
+            if on_terminal and not takes_paste:  # readline ends the line of the prompt
                 tell("")
             break
 
 
 def is_terminal() -> bool:
+    """Return whether standard input and output are a terminal."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def prepare_terminal() -> bool:
-    """Let input() edit lines; tell whether it takes what is pasted as one message.
+    """Let input() edit lines. Return whether a pasted text arrives as one message.
 
-    The terminal puts marks around a paste where it is asked to, which libedit does not do.
+    readline asks the terminal to mark the start and end of a paste (bracketed paste); libedit
+    cannot.
     """
     try:
         import readline
@@ -78,56 +80,59 @@ def prepare_terminal() -> bool:
 
 
 def is_command(line: str) -> bool:
-    """Tell whether it is a command, and no text of several lines that begins with a slash."""
+    """Return whether it is a command and not a text of several lines that begins with a slash."""
     return line.startswith("/") and ("\n" not in line.strip() or line.startswith("/system "))
 
 
 def take_turn(history: Messages, text: str, answer: Answer) -> Messages:
-    """Answer one message; return the history with both, or as it was if there is no answer."""
-    asked = [*history, labs.Message(role="user", content=text)]
+    """Answer one message. Return the history with both, or unchanged if there is no answer."""
+    messages = [*history, labs.Message(role="user", content=text)]
     parts: list[str] = []
     try:
-        for piece in fitting(asked, answer):
-            parts.append(piece)  # what came before an interruption stays
+        for piece in fitting(messages, answer):
+            parts.append(piece)  # text that came before Ctrl-C is kept
     except KeyboardInterrupt:
         tell("\n[stopped]")
     except labs.PromptTooLong as exc:
-        tell(f"Error: {exc} (--max-new-tokens is what an answer may have)")
+        tell(f"Error: {exc} (--max-new-tokens is the room for the answer)")
     except labs.LabsError as exc:
         tell(f"Error: {exc}")
     said = labs.Message(role="assistant", content="".join(parts))
-    return [*asked, said] if parts else history
+    return [*messages, said] if parts else history
 
 
-def fitting(asked: Messages, answer: Answer) -> Iterator[str]:
-    """Answer, with so many of the oldest turns taken out of `asked` that the rest fits."""
-    before = len(asked)
+def fitting(messages: Messages, answer: Answer) -> Iterator[str]:
+    """Answer `messages`, after removing its oldest turns until the rest fits the context."""
+    before = len(messages)
     while True:
         try:
-            pieces = answer(asked)
-            first = list(itertools.islice(pieces, 1))  # what is too long is refused before it
+            pieces = answer(messages)
+            first = list(itertools.islice(pieces, 1))  # a prompt that is too long fails here
             break
         except labs.PromptTooLong:
-            if (shorter := without_oldest(asked)) is None:
+            if (shorter := without_oldest(messages)) is None:
                 raise
-            asked[:] = shorter
-    if dropped := before - len(asked):
-        tell(f"[the conversation outgrew the context: its oldest {dropped} messages are left out]")
+            messages[:] = shorter
+    if dropped := before - len(messages):
+        tell(f"[the context is too short: the oldest {dropped} messages are left out]")
     yield from itertools.chain(first, pieces)
 
 
 def without_oldest(messages: Messages) -> Messages | None:
-    """Leave out the oldest turn, or return None: system messages and the last question stay."""
-    asked = [place for place, message in enumerate(messages) if message.role == "user"]
+    """Return the messages without the oldest turn, or None if only the last question is left.
+
+    System messages always stay.
+    """
+    questions = [place for place, message in enumerate(messages) if message.role == "user"]
     rest = [place for place, message in enumerate(messages) if message.role != "system"]
-    first = next((place for place in asked if place > rest[0]), None)
+    first = next((place for place in questions if place > rest[0]), None)
     if first is None:
         return None
     return [each for place, each in enumerate(messages) if place >= first or each.role == "system"]
 
 
 def run_command(line: str, history: Messages) -> Messages:
-    """Run a line that begins with a slash and return the history after it."""
+    """Run a command and return the history after it. Raises EOFError for /exit."""
     name, _, argument = line.strip().partition(" ")
     system = [message for message in history if message.role == "system"]
     if name == "/exit":
@@ -142,12 +147,12 @@ def run_command(line: str, history: Messages) -> Messages:
     elif name in ("/help", "/save"):
         tell(CHAT_HELP)
     else:
-        tell(f"There is no {name}; /help lists what there is. (A space before it sends it.)")
+        tell(f"unknown command {name}; /help lists all. (To send it, type a space before it.)")
     return history
 
 
 def save(history: Messages, name: str) -> None:
-    """Write the conversation to a file, whole or not at all."""
+    """Write the conversation to a file, completely or not at all."""
     try:
         with open(f"{name}.part", "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(history)) + b"\n")
@@ -158,9 +163,9 @@ def save(history: Messages, name: str) -> None:
 
 
 def read_line(prompt: str) -> str:
-    """Return one line of the person; raise EOFError at the end."""
+    """Return one line of input. Raises EOFError at its end."""
     if is_terminal():
-        return input(prompt)  # with readline's editing and recall
+        return input(prompt)  # readline adds editing and history
     line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -168,7 +173,7 @@ def read_line(prompt: str) -> str:
 
 
 def rest_of_message(text: str) -> str:
-    """Return the message that begins with this line, further lines read if quotes open it."""
+    """Return the message that begins with this line; after triple quotes, read further lines."""
     if not text.startswith('"""'):
         return text.strip()
     lines = [text[3:]]

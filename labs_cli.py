@@ -1,7 +1,7 @@
-"""labs-gen: generate text on the command line with a Hugging Face instruct model.
+"""The commands labs-gen, which generates text, and labs-api, which serves a model over HTTP.
 
-The answer goes to standard output, everything else to standard error. Each setting of labs.py is
-a flag here, made from labs.settings(): no default stands in this file.
+labs-gen writes the answer to standard output and everything else to standard error. The flags of
+settings are made from labs.settings(), so their defaults do not stand in this file.
 
 SPDX-License-Identifier: Apache-2.0. To copy it: labs-gen --vendor FOLDER --rooms cli
 """
@@ -50,48 +50,85 @@ Examples:
   labs-gen --vendor src/thing --rooms api,cli
 
 \b
-A setting (Model, Generation, ...) can also stand in the environment
-or in .env as LABS_<NAME> (LABS_MODEL for --model), or in labs.toml.
-Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows where), 2 wrong usage or no
-prompt, 130 Ctrl-C.
+Settings (Model, Generation, ...) can also be given in labs.toml, or as
+LABS_<NAME> in the environment or in .env (LABS_MODEL for --model).
+Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows the traceback), 2 wrong usage
+or no prompt, 130 Ctrl-C.
 """
 
 Options = tuple[tuple[str, str, Any, str], ...]
-# Group, flag, type and help of what is not a setting of labs.py. A text instead of a type is the
-# value of a flag that is given without one.
+# Flags that are not settings of labs.py: group, flag, type and help. A string instead of a type is
+# the value of the flag when it is given without a value.
 RAY: Options = (
-    ("Ray", "--ray", "local", "Use this Ray cluster; auto finds one, without ADDRESS make one."),
-    ("Ray", "--replicas", click.IntRange(1), "Processes with a model each [default: 1]."),
-    ("Ray", "--max-replicas", click.IntRange(1), "Let Ray start up to so many as work waits."),
-    ("Ray", "--num-cpus", click.FloatRange(0), "Cores of each replica [default: 1]."),
-    ("Ray", "--num-gpus", click.FloatRange(0), "GPUs of each replica [default: 1 where they are]."),
+    ("Ray", "--ray", "local", "Run on this Ray cluster; auto finds one, no ADDRESS starts one."),
+    (
+        "Ray",
+        "--replicas",
+        click.IntRange(1),
+        "Number of processes, each with its own model [default: 1].",
+    ),
+    (
+        "Ray",
+        "--max-replicas",
+        click.IntRange(1),
+        "Let Ray start up to this many replicas while requests wait.",
+    ),
+    ("Ray", "--num-cpus", click.FloatRange(0), "CPU cores for each replica [default: 1]."),
+    (
+        "Ray",
+        "--num-gpus",
+        click.FloatRange(0),
+        "GPUs for each replica [default: 1 if there are any].",
+    ),
 )
-STICKY: Options = (("Ray", "--sticky", bool, "Send requests of one X-Session-Id to one replica."),)
+STICKY: Options = (
+    ("Ray", "--sticky", bool, "Send all requests of one X-Session-Id to the same replica."),
+)
 RAY_KEYS = [flag[2:].replace("-", "_") for _, flag, *_ in (*RAY, *STICKY)]
 RAY_NEEDS = tuple(f"{key} ray" for key in RAY_KEYS if key != "ray")  # as NEEDS
 OPTIONS: Options = (
-    ("Input", "--prompt", str, "The prompt; - reads standard input, as a pipe does."),
-    ("Input", "--messages-json", str, "A conversation: a JSON list of role and content."),
-    ("Input", "--messages-file", str, "The same from a file; - reads standard input."),
-    ("Input", "--system", str, "A system message to begin with."),
-    ("Input", "--chat", bool, "Talk with the model; /help there tells more."),
-    ("Output", "--stream/--no-stream", bool, "Write as it comes [default: on a terminal]."),
-    ("Output", "--schema", str, "A file with a JSON schema: the answer is JSON of it."),
-    ("Output", "--choose", tuple[str, ...], "Tell how likely this answer is, beside the others."),
+    ("Input", "--prompt", str, "The prompt; - reads it from standard input, as a pipe does."),
+    ("Input", "--messages-json", str, "A conversation: a JSON list of {role, content}."),
+    ("Input", "--messages-file", str, "A file with the conversation; - is standard input."),
+    ("Input", "--system", str, "A system message that comes before the prompt."),
+    ("Input", "--chat", bool, "Talk with the model; /help lists the commands."),
+    (
+        "Output",
+        "--stream/--no-stream",
+        bool,
+        "Write text while it is generated [default: on a terminal].",
+    ),
+    ("Output", "--schema", str, "A file with a JSON schema that the answer has to match."),
+    (
+        "Output",
+        "--choose",
+        tuple[str, ...],
+        "Show the probability of this answer among all --choose answers.",
+    ),
     ("Output", "--json", bool, "Write one JSON object: text, usage, timings, settings."),
-    ("Output", "--explain", bool, "Tell what would run and how, without running it."),
-    ("Output", "--verbose", bool, "Tell tokens/s and where the time went."),
-    ("Output", "--show-config", bool, "Show each setting and where it comes from."),
-    ("Batch", "--input", str, "A file of prompts, one JSON object a line; - is standard input."),
-    ("Batch", "--output", str, "The file of answers, appended to; what is there is not redone."),
-    ("Batch", "--batch-rows", click.IntRange(1), "Prompts at once [default: what memory holds]."),
-    ("Batch", "--ordered", bool, "Answers in the order of the prompts, not as they are done."),
-    ("Batch", "--replay", str, "Run a file of answers again and tell which differ."),
-    ("Documents", "--index", tuple[str, ...], "Bring --docs up to what this folder or file holds."),
-    ("Vendoring", "--vendor", str, "Copy labs into this folder, or bring the copy up to date."),
-    ("Vendoring", "--rooms", str, "What else to copy, commas between: api,cli,typed."),
-    ("Vendoring", "--check", bool, "Tell what differs from labs, and write nothing."),
-    ("Output", "--config", str, "The file to read settings from [default: ./labs.toml]."),
+    ("Output", "--explain", bool, "Show how the prompt would be answered, without answering it."),
+    ("Output", "--verbose", bool, "Report tokens/s and how long each part took."),
+    ("Output", "--show-config", bool, "Show each setting and where its value comes from."),
+    ("Batch", "--input", str, "A file of prompts, one JSON object per line; - is standard input."),
+    ("Batch", "--output", str, "Append answers to this file; prompts answered there are skipped."),
+    (
+        "Batch",
+        "--batch-rows",
+        click.IntRange(1),
+        "Prompts computed at once [default: as many as fit in memory].",
+    ),
+    ("Batch", "--ordered", bool, "Write answers in the order of the prompts, not as they finish."),
+    ("Batch", "--replay", str, "Generate a file of answers again and report which differ."),
+    (
+        "Documents",
+        "--index",
+        tuple[str, ...],
+        "Update the database of --docs with this folder or file.",
+    ),
+    ("Vendoring", "--vendor", str, "Copy labs into this folder, or update the copy there."),
+    ("Vendoring", "--rooms", str, "Other files to copy, separated by commas: api,cli,typed."),
+    ("Vendoring", "--check", bool, "Report which files of the copy differ; write nothing."),
+    ("Output", "--config", str, "The file of settings [default: ./labs.toml]."),
     *RAY,
 )
 SECTIONS = ("generation", "quantization", "documents")
@@ -100,8 +137,8 @@ ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 ALIASES["documents_database"] = ["--docs"]
 KEYS = [setting.key for setting in SETTINGS]
 TALK = ["prompt", "messages_json", "messages_file", "system", "config", *KEYS]
-# What is done, and which flags that reads: any other one beside it would have no effect. The first
-# that is given counts; without one a prompt is answered, as text.
+# Each mode and the flags that it reads; other flags would have no effect and are refused. The first
+# mode that is given counts. Without a mode, labs-gen answers one prompt as text.
 READS = {
     "vendor": ["rooms", "check"],
     "show_config": ["config", *KEYS],
@@ -113,9 +150,9 @@ READS = {
     "chat": [*TALK[1:], "stream", "verbose", "schema"],
     "json": [*TALK, "verbose", "schema"],
 }
-# At most one of each row: the others would have no effect.
+# Flags that exclude each other: at most one of each row may be given.
 RIVALS = ("prompt messages_json messages_file", "rooms check", "ray ordered")
-# Each needs one of those after it.
+# The first flag of each row needs one of the flags after it.
 NEEDS = (
     *("output input", "ordered input", "batch_rows input replay", "ray input", *RAY_NEEDS),
     *("rooms vendor", "check vendor"),
@@ -123,11 +160,11 @@ NEEDS = (
 
 Values = dict[str, Any]  # flags by name
 Messages = list[labs.Message]
-tell = functools.partial(click.echo, err=True)  # for the person, who may not read the answer
+tell = functools.partial(click.echo, err=True)  # messages that do not belong to the answer
 
 
 class Session(NamedTuple):
-    """What stays the same from one answer to the next. asked: as the flags say, masks not in it."""
+    """What the answers of one run share. asked: the request of the flags, before filters."""
 
     context: labs_request.Context
     asked: labs_request.Request
@@ -138,20 +175,23 @@ class Session(NamedTuple):
 
 
 def write(text: str) -> None:
-    """Write a piece of the answer, to be seen at once."""
+    """Write a piece of the answer and flush it. Raises ClickException when that fails."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has enough
+    except BrokenPipeError:  # the reader has closed the pipe, which is not a failure
         raise click.exceptions.Exit(0) from None
     except OSError as exc:
         raise click.ClickException(f"standard output: {exc.strerror}") from exc
 
 
 def read_text(name: str) -> str:
-    """Return the text of a file, or of standard input for `-`, without its last line end."""
+    """Return the text of a file, or of standard input for `-`, without its last line end.
+
+    Raises InputError when the bytes are not UTF-8.
+    """
     if name == "-" and sys.stdin.isatty():
-        tell("Reading from the terminal; Ctrl-D ends it.")
+        tell("Reading text from the terminal; press Ctrl-D at its end.")
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
         data = file.read()
     try:
@@ -162,7 +202,7 @@ def read_text(name: str) -> str:
 
 
 def json_fault(text: str, error: Exception) -> str:
-    """Return what is wrong with JSON, in better words where labs_tokens.py is there."""
+    """Describe what is wrong with JSON text, in plain words if labs_tokens.py is present."""
     with contextlib.suppress(labs.ConfigError):
         labs.require("labs_tokens")
         import labs_tokens
@@ -172,31 +212,31 @@ def json_fault(text: str, error: Exception) -> str:
 
 
 def read_messages(flags: Values) -> Messages:
-    """Return the messages of the flags, that of --system first; the prompt is not among them."""
+    """Return the messages that the flags give, --system first. --prompt is not one of them."""
     text, where = flags["messages_json"], "--messages-json"
     if flags["messages_file"] is not None:
         text, where = read_text(flags["messages_file"]), flags["messages_file"]
     try:
         messages = msgspec.json.decode("[]" if text is None else text, type=Messages)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        told = json_fault(text or "", exc)
-        raise labs.InputError(f"{where}: {told}; a JSON list of role and content is due") from exc
+        reason = json_fault(text or "", exc)
+        raise labs.InputError(f"{where}: {reason}; expected a list of {{role, content}}") from exc
     if flags["system"] is None:
         return messages
     if any(message.role == "system" for message in messages):
-        raise click.UsageError("--system is given, and the messages have a system message too")
+        raise click.UsageError("--system is given, but the messages have a system message too")
     return [labs.Message(role="system", content=flags["system"]), *messages]
 
 
 def read_prompt(flags: Values) -> labs_request.Prompt:
-    """Return the prompt or the messages; those of a chat may be none."""
+    """Return the prompt or the messages of the flags. A chat may begin without messages."""
     messages, prompt = read_messages(flags), flags["prompt"]
     if flags["chat"] or flags["messages_json"] is not None or flags["messages_file"] is not None:
         if not messages and not flags["chat"]:
             raise click.UsageError("no prompt: the list of messages is empty")
         return labs_request.Prompt(messages=tuple(messages))
     if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("no prompt: give --prompt TEXT, messages, --chat, or a pipe")
+        raise click.UsageError("no prompt: give --prompt TEXT, messages, --chat or a pipe")
     if prompt in (None, "-"):
         prompt = read_text("-")
     if not prompt.strip():
@@ -207,7 +247,7 @@ def read_prompt(flags: Values) -> labs_request.Prompt:
 
 
 def check_flags(flags: Values) -> None:
-    """Refuse a flag that would have no effect beside another one, or without one."""
+    """Refuse a flag that would have no effect, because of another flag or without another one."""
     given = [n for n, value in flags.items() if is_given(value) or (value is False and n in KEYS)]
     done = next((name for name in READS if name in given), None)
     unread = [name for name in given if done and name not in (done, *READS[done])]
@@ -215,17 +255,18 @@ def check_flags(flags: Values) -> None:
     check_needs(flags, () if done else NEEDS)
     for names in [[done or "", *unread[:1]], *rivals]:
         if len(names) > 1:
-            told = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise click.UsageError(f"{told} exclude each other; give one of them")
+            flags_given = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise click.UsageError(f"{flags_given} exclude each other; give one of them")
     check_needs(flags, NEEDS)
 
 
 def is_given(value: Any) -> bool:
-    return value not in (None, ()) and value is not False  # 0 is given, and equal to False
+    """Return whether a flag with this value was given."""
+    return value not in (None, ()) and value is not False  # 0 counts as given, but 0 == False
 
 
 def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
-    """Refuse a flag, the first of a row, that is given without one of the others."""
+    """Refuse the first flag of a row if it is given without one of the others in the row."""
     for row in rows:
         name, *modes = row.split()
         if is_given(flags.get(name)) and not any(flags[mode] for mode in modes):
@@ -240,27 +281,27 @@ def prepare(session: Session, request: labs_request.Request) -> labs_request.Pre
 
 
 def tell_sources(prepared: labs_request.Prepared) -> None:
-    """Tell which passages of documents are in a prompt."""
+    """Report which passages of documents are in a prompt."""
     for source in prepared.sources or ():
         tell(f"[{source.n}] {source.path}" + (f"#{source.heading}" if source.heading else ""))
 
 
 def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[labs.Event]:
-    """Yield the events of the answer as the filters show them."""
+    """Yield the events of one answer after the filters have changed them."""
     ((inputs, generation),) = prepared.answers()
     shown = labs_request.shown_events(session.context, inputs, generation)
     only = prepared.constraints()
     events: Any = labs.stream_generate(session.model, inputs, generation, processors=only)
-    tell_sources(prepared)  # of a prompt that fits: a chat asks again with less where it does not
+    tell_sources(prepared)  # now the prompt fits: a chat that is too long tries again with less
     with contextlib.closing(events):
         for event in itertools.chain.from_iterable(map(shown, events)):
             yield event
-            if isinstance(event, labs.Done):  # also where a filter cuts the answer
+            if isinstance(event, labs.Done):  # a filter may end the answer before the model does
                 return
 
 
 def answer(session: Session, request: labs_request.Request) -> Iterator[str]:
-    """Write the answer as it comes or in one piece; yield the pieces of its text."""
+    """Write the answer, streamed or in one piece, and yield the pieces of its text."""
     prepared, pieces = prepare(session, request), list[str]()
     with contextlib.closing(events_of(session, prepared)) as events:
         for event in events:
@@ -274,14 +315,14 @@ def answer(session: Session, request: labs_request.Request) -> Iterator[str]:
 
 
 def take_turn(session: Session, messages: Messages) -> Iterator[str]:
-    """Answer the last of these messages; yield the pieces of the text."""
+    """Answer the last of these messages and yield the pieces of the answer."""
     prompt = labs_request.Prompt(messages=tuple(messages))
     request = msgspec.structs.replace(session.asked, prompts=(prompt,))
     return answer(session, labs_request.check(session.context, request))
 
 
 def answer_json(session: Session, request: labs_request.Request) -> None:
-    """Write one JSON object: the completion and the settings that made it."""
+    """Write one JSON object: the completion, its request and all settings."""
     config, prepared = session.context.config, prepare(session, request)
     ((inputs, generation),) = prepared.answers()
     constraints = prepared.constraints()
@@ -290,28 +331,28 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     completion = labs_request.shown(session.context, completion)
     found = msgspec.structs.asdict(completion)
     (prompt,) = session.asked.prompts
-    asked: Values = {"prompt": prompt.prompt, "messages": prompt.messages}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    asked |= {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
-    asked["response_format"] = request.response_format
+    repeated: Values = {"prompt": prompt.prompt, "messages": prompt.messages}
+    repeated = {name: value for name, value in repeated.items() if value is not None}
+    repeated |= {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
+    repeated["response_format"] = request.response_format
     settings = {setting.key: value_of(config, setting) for setting in SETTINGS}
-    result = {**found, "request": asked, "settings": settings}
+    result = {**found, "request": repeated, "settings": settings}
     if prepared.sources is not None:
-        asked["documents"], result["documents"] = True, prepared.sources
+        repeated["documents"], result["documents"] = True, prepared.sources
     write(msgspec.json.encode(result).decode() + "\n")
     report(session, completion)
 
 
 def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
-    """Return what a file with a JSON schema asks for."""
+    """Return the response format for a file with a JSON schema, or None without a file."""
     if name is None:
         return None
     text = read_text(name)
     try:
         schema = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        told = json_fault(text, exc)
-        raise labs.InputError(f"{name}: {told}; a JSON schema, as an object, is due") from exc
+        reason = json_fault(text, exc)
+        raise labs.InputError(f"{name}: {reason}; expected a JSON schema, an object") from exc
     wanted = labs_request.JsonSchema(schema=schema)
     return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)
 
@@ -319,7 +360,7 @@ def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
 def choose(
     session: Session, request: labs_request.Request, options: tuple[str, ...], as_json: bool
 ) -> None:
-    """Write how likely each of the options is, the likeliest first."""
+    """Write the probability of each option, the most likely one first."""
     import labs_typed
 
     prepared = prepare(session, request)
@@ -327,36 +368,37 @@ def choose(
     (inputs,) = prepared.inputs
     found = labs_typed.choose(session.model, inputs, options)
     ranked = dict(sorted(found.items(), key=lambda each: -each[1]))
-    lines = [f"{share:.4f} {option}" for option, share in ranked.items()]
+    lines = [f"{chance:.4f} {option}" for option, chance in ranked.items()]
     write(msgspec.json.encode(ranked).decode() + "\n" if as_json else "\n".join([*lines, ""]))
 
 
 def explain(session: Session, request: labs_request.Request) -> None:
-    """Write the prompt as the model reads it and how it would be answered."""
+    """Write the prompt as the model reads it, and how the request would run."""
     sources = session.context.config.sources
     prepared = prepare(session, request)
     tell_sources(prepared)
     ((inputs, generation),) = prepared.answers()
-    told = labs_request.explain(session.model, inputs, generation, sources)
-    left = "any number of" if told.context_left is None else told.context_left
-    same = "yes" if told.batch_invariant else "not promised for this model on this device"
-    write(f"""{told.prompt}
+    plan = labs_request.explain(session.model, inputs, generation, sources)
+    left = plan.context_left
+    room = "the context has no limit" if left is None else f"the context has room for {left} more"
+    same = "yes" if plan.batch_invariant else "not promised for this model on this device"
+    write(f"""{plan.prompt}
 ---
-prompt tokens: {told.prompt_tokens}; the context has room for {left} more
-runs: {told.how} ({told.why}); up to {told.rows} rows at once
-same text in any company: {same}
-memory: weights {told.weight_bytes / 1e6:.0f} MB, this request {told.cache_bytes / 1e6:.1f} MB
+prompt tokens: {plan.prompt_tokens}; {room}
+runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
+same text whatever else is in the batch: {same}
+memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
 ---
 """)
-    for name, rule in told.generation_config.items():
+    for name, rule in plan.generation_config.items():
         write(f"# generation_config.json: {name} = {rule}\n")
-    for key, each in told.settings.items():
+    for key, each in plan.settings.items():
         value = "unset" if each.value is None else json.dumps(each.value, ensure_ascii=False)
         write(f"{key} = {value}  # {each.source}\n")
 
 
 def answer_file(config: labs.Config, flags: Values) -> None:
-    """Answer the lines of --input; exit code 1 if some failed, now or before."""
+    """Answer the lines of --input. Exit with code 1 if a line failed, now or in an earlier run."""
     labs.require("labs_jsonl")
     import labs_jsonl
 
@@ -380,7 +422,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
             cluster = labs_ray.cluster_of(take_ray(flags)[1])
             files = labs_ray.Files(source, target, rows)
             labs_ray.answer_files(config, files, address, cluster, tally)
-    except BrokenPipeError:  # the reader has enough
+    except BrokenPipeError:  # the reader has closed the pipe, which is not a failure
         raise click.exceptions.Exit(0) from None
     finally:
         if tally.done or tally.failed or tally.skipped:
@@ -390,7 +432,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
 
 def replay(config: labs.Config, flags: Values) -> None:
-    """Tell of each line of --replay how it compares; exit code 1 if a comparable one differs."""
+    """Report how each line of --replay compares. Exit with code 1 if a comparable one differs."""
     labs.require("labs_jsonl")
     import labs_jsonl
 
@@ -409,7 +451,7 @@ def replay(config: labs.Config, flags: Values) -> None:
 
 
 def index(config: labs.Config, flags: Values) -> None:
-    """Bring the database of documents up to date and tell what was done."""
+    """Update the database of documents and report what was done."""
     labs.require("labs_rag")
     import labs_rag
 
@@ -424,13 +466,13 @@ def index(config: labs.Config, flags: Values) -> None:
 
 
 def take_ray(flags: Values) -> tuple[str | None, Values]:
-    """Take the flags of Ray out of the others: the cluster's address, if any, and the rest."""
+    """Remove Ray's flags from `flags`. Return the cluster's address, if any, and the others."""
     taken = {name: flags.pop(name) for name in RAY_KEYS if name in flags}
     return taken.pop("ray", None), taken
 
 
 def vendor(folder: str, rooms: str, check: bool) -> None:
-    """Copy labs into a folder, or tell how each copy there is; exit code 1 if one differs."""
+    """Copy labs into a folder, or report which copies differ; exit with code 1 if one does."""
     labs.require("labs_vendor")
     import labs_vendor
 
@@ -443,7 +485,7 @@ def vendor(folder: str, rooms: str, check: bool) -> None:
 
 
 def report(session: Session, done: labs.Done | labs.Completion) -> None:
-    """Tell a person if the answer was cut and, with --verbose, where the time went."""
+    """Report whether a limit cut the answer and, with --verbose, how long each part took."""
     flag = {"length": "--max-new-tokens", "timeout": "--timeout-s"}.get(done.finish_reason)
     if flag and (session.verbose or sys.stderr.isatty()):
         tell(f"[the answer was cut; {flag} sets the limit]")
@@ -452,12 +494,12 @@ def report(session: Session, done: labs.Done | labs.Completion) -> None:
     if session.verbose:
         counts, times = map(msgspec.structs.asdict, (done.usage, done.timings))
         figures = {**counts, "imports_s": session.imports_s, **times}
-        del figures["response_cached"], figures["queue_s"]  # a matter of servers
+        del figures["response_cached"], figures["queue_s"]  # only a server sets these
         tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
 
 
 def dump_effective_config(config: labs.Config) -> str:
-    """Return every effective setting as TOML, each line with where it came from; no secrets."""
+    """Return every setting as TOML, each line with its source. Secrets are left out."""
     lines = []
     for section in labs_settings.SECTIONS:
         lines.append(f"[{section}]")
@@ -473,7 +515,7 @@ def dump_effective_config(config: labs.Config) -> str:
 
 
 def value_of(config: labs.Config, setting: labs.Setting) -> Any:
-    """Return the value of a setting."""
+    """Return the value that a setting has in a configuration."""
     split = {"generation": (config.model, config.generation, config)}
     split["quantization"] = (config.model.quantization,)  # type: ignore[assignment]
     holders = split.get(setting.section) or (getattr(config, setting.section),)
@@ -494,10 +536,10 @@ def _toml(value: Any) -> str:
 
 
 class Command(click.Command):
-    """A command with its options in groups, and one place where failures become exit codes."""
+    """A command that groups its options and turns errors into exit codes."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under the titles of their groups, which are the context's object."""
+        """Write the options of each group under its title; `ctx.obj` maps titles to options."""
         grouped = [option for group in ctx.obj.values() for option in group]
         other = [option for option in self.get_params(ctx) if option not in grouped]
         for title, group in {**ctx.obj, "Other": other}.items():
@@ -505,7 +547,7 @@ class Command(click.Command):
                 formatter.write_dl([row for o in group if (row := o.get_help_record(ctx))])
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command; EPILOG lists the exit codes."""
+        """Run the command. EPILOG lists the exit codes that errors become."""
         try:
             super().invoke(ctx)
         except KeyboardInterrupt:
@@ -522,16 +564,16 @@ class Command(click.Command):
 
 
 def sentence(exc: Exception) -> str:
-    """Return what a person needs to know; an error nobody foresaw keeps its name."""
+    """Describe an error in one sentence. An unexpected error keeps the name of its type."""
     if isinstance(exc, labs.LabsError):
         return str(exc)
     if isinstance(exc, OSError) and exc.filename:
         return f"{exc.filename}: {exc.strerror}"
-    return f"{type(exc).__name__}: {exc} (LABS_DEBUG=1 shows where)"
+    return f"{type(exc).__name__}: {exc} (LABS_DEBUG=1 shows the traceback)"
 
 
 def settle_output() -> None:
-    """Flush standard output, or drop what nobody takes: Python would complain of it at exit."""
+    """Flush standard output. If that fails, discard the rest: Python would report it at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -539,7 +581,7 @@ def settle_output() -> None:
 
 
 def make_option(names: list[str], kind: Any, help: str) -> click.Option:
-    """Make the option for a value of the given type; None or () says that it was not given."""
+    """Make the option for a value of this type. Its value is None or () if it is not given."""
     inner = [part for part in get_args(kind) if part is not NoneType]
     origin = get_origin(kind)
     if origin is Literal:
@@ -558,9 +600,9 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
 
 
 def make_command(name: str, callback: Any, options: Options, epilog: str) -> click.Command:
-    """Assemble a command from `options` and the settings of labs.py, whose bounds stay there.
+    """Assemble a command from `options` and the settings of labs.py, which also checks bounds.
 
-    labs-gen has no flags for the server.
+    labs-gen has no flags for settings of the server.
     """
     groups: dict[str, list[click.Parameter]] = {}
     for title, flag, kind, help in options:
@@ -598,7 +640,7 @@ def run(**flags: Any) -> None:
 
 
 def answer_prompt(config: labs.Config, flags: Values) -> None:
-    """Answer one prompt, or those of a chat; what cannot work is refused before the model loads."""
+    """Answer one prompt or a chat. A request that cannot work is refused before the model loads."""
     prompt, schema = read_prompt(flags), read_schema(flags["schema"])
     asked = labs_request.Request(prompts=(prompt,), response_format=schema)
     if flags["choose"] or schema is not None:
@@ -629,7 +671,7 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
 
 
 def load_model(config: labs.Config) -> labs.Model:
-    """Load the model without looking for garbage: what is loaded stays as long as the process."""
+    """Load the model without garbage collection: its objects live as long as the process."""
     gc.disable()
     try:
         return labs.load_model(config)
@@ -639,20 +681,20 @@ def load_model(config: labs.Config) -> labs.Model:
 
 
 def silence_libraries() -> None:
-    """Keep from the person what the libraries below tell developers: errors are told in words."""
+    """Hide the warnings of libraries, which are meant for developers."""
     warnings.simplefilter("ignore")
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # their levels are set at import
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read at import
         os.environ.setdefault(name, "error")
     for name in ("accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start(name: str, callback: Any, options: Options, epilog: str) -> None:
-    """Run a command as a program: UTF-8 in and out, whatever the locale says."""
-    # Else a socket would take the place of one that is closed.
+    """Run a command as a program. Input and output are UTF-8 whatever the locale says."""
+    # A socket would take the number of a standard descriptor that is closed.
     opened = [_open_if_closed(descriptor) for descriptor in range(3)]
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115
-    if opened[1] and name != "labs-api":  # whose answers go elsewhere
+    if opened[1] and name != "labs-api":  # which answers over HTTP
         sys.exit("Error: standard output is closed")
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
     if not os.environ.get("LABS_DEBUG"):
@@ -665,11 +707,11 @@ def start(name: str, callback: Any, options: Options, epilog: str) -> None:
 
 
 def _open_if_closed(descriptor: int) -> bool:
-    """Let a standard descriptor that is closed lead nowhere; tell whether it was."""
+    """Open the null device as a standard descriptor that is closed; return whether it was."""
     try:
         os.fstat(descriptor)
     except OSError:
-        return os.open(os.devnull, os.O_RDWR) == descriptor  # the lowest that is free
+        return os.open(os.devnull, os.O_RDWR) == descriptor  # the lowest free number
     return False
 
 
@@ -679,7 +721,7 @@ def main() -> None:
 
 
 def ending_at_once(name: str, callback: Any, options: Options, epilog: str) -> None:
-    """Run a program and end at once: to take apart what was loaded takes a fifth of the time."""
+    """Run a program and exit without freeing memory, which takes a fifth of the time."""
     try:
         start(name, callback, options, epilog)
     except SystemExit as end:
@@ -700,9 +742,10 @@ Examples:
   labs-api --ray --replicas 2
 
 \b
-Keys come from LABS_API_KEYS (commas between) or --api-keys-file FILE, never
-from a flag. Settings can also stand in labs.toml, .env and the environment
-(LABS_SERVER_PORT for --port). SIGTERM lets answers under way end.
+API keys are read from LABS_API_KEYS (separated by commas) or from the file
+--api-keys-file, never from a flag. Settings can also be given in labs.toml,
+.env or the environment (LABS_SERVER_PORT for --port). After SIGTERM the
+server finishes running answers and exits.
 """
 
 

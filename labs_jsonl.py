@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of prompts in, files of answers out, one JSON object a line; and the same again, compared.
+"""Answer files of prompts, one JSON object per line; generate answers again and compare them.
 
-    {"id": "a", "prompt": "Name a river.", "max_new_tokens": 8}          any setting of a request
+    {"id": "a", "prompt": "Name a river.", "max_new_tokens": 8}          any field of a request
     {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {...}}   OpenAI's
 
-`answer_file` is what labs-gen --input runs: the lines share one decode batch, each answer is
-appended whole, and the same call goes on where another one ended. `answer_lines` does it without
-files; `replay` runs lines of answers again. Needs labs.py, labs_request.py and, for OpenAI's
-lines, labs_openai.py; files also tqdm.
+`answer_file` runs labs-gen --input: the lines share one decode batch, each answer is appended as a
+whole line, and the same call again continues where it stopped. `answer_lines` needs no files.
+`replay` runs labs-gen --replay. Needs labs.py, labs_request.py, labs_openai.py for OpenAI's lines,
+and tqdm for files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from msgspec.structs import asdict, replace
 import labs
 import labs_request
 
-open_context = labs_request.open_context  # once for a run
-UNFINISHED = {"timeout", "cancelled"}  # the same request may end otherwise in another run
-WINDOW = 1024  # lines that are sorted by length together: rows of one length share a batch well
+open_context = labs_request.open_context  # called once per run
+UNFINISHED = {"timeout", "cancelled"}  # the same request may end differently in another run
+WINDOW = 1024  # lines that are sorted by length: rows of similar length share a batch well
 
-Lines = Iterable[tuple[int | str, bytes]]  # with the number that names a line without an id
+Lines = Iterable[tuple[int | str, bytes]]  # (number, line); a line without an id has its number
 Answer = Callable[[Lines], Iterable[bytes]]
 
 
@@ -52,17 +52,17 @@ class OpenAILine(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Batching(Struct, frozen=True, kw_only=True):
-    """How lines are computed: rows at once, and whether answers come in the order of the lines."""
+    """How many rows run at once, and whether answers come in the order of the lines."""
 
     rows: int | None = None  # None: as many as memory allows
     ordered: bool = False
 
 
 class Task(Struct, eq=False):
-    """One line on its way, with a completion for each row that has ended.
+    """One line and the completions of its rows.
 
-    order: its place in a run. repeated: what the answer repeats of the request. endpoint: OpenAI's.
-    seeds: how many rows have a seed of their own. missing: how many rows have not ended.
+    order: its position in the run. repeated: the request as its answer repeats it. endpoint: of
+    OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have not ended.
     """
 
     id: str | int
@@ -80,16 +80,16 @@ class Task(Struct, eq=False):
 
     @property
     def length(self) -> int:
-        """Return how many tokens the longest prompt has."""
+        """Return the number of tokens of the longest prompt."""
         inputs = self.prepared.inputs if self.prepared else ()
         return max((len(each.input_ids) for each in inputs), default=0)
 
     def fail(self, error: labs.LabsError) -> None:
-        """Keep the first error, without the frames it went through."""
+        """Store the first error, without its traceback."""
         self.error = self.error or error.with_traceback(None)
 
     def take(self, place: int, event: labs.Event) -> None:
-        """Take in an event of one row."""
+        """Record an event of the row with this number."""
         if isinstance(event, labs.Delta):
             self.pieces.setdefault(place, []).append(event)
             return
@@ -104,9 +104,9 @@ class Task(Struct, eq=False):
 
 
 def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
-    """Read one line; a wrong one becomes a task with an error.
+    """Read one line. If it cannot be used, the task has an error.
 
-    Without an id it has its number; if that cannot be read, "line N": N could be another's id.
+    Its id is its number N by default, "line N" if an id cannot be read: N may be another's id.
     """
     task, most = Task(f"line {number}"), config.server.max_body_bytes
     try:
@@ -114,10 +114,10 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
             raise labs.InputError(f"the line has more than server_max_body_bytes = {most} bytes")
         given = msgspec.json.decode(data)
         if not isinstance(given, dict):
-            raise labs.InputError("the line is no JSON object")
+            raise labs.InputError("the line is not a JSON object")
         openai = "custom_id" in given
         identity = given.get("custom_id" if openai else "id")
-        if identity is None or type(identity) in (str, int):  # no bool
+        if identity is None or type(identity) in (str, int):  # bool is an int
             task.id = number if identity is None else identity
         _read_openai(config, data, task) if openai else _read_line(config, data, given, task)
     except labs.LabsError as error:
@@ -128,7 +128,7 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
 
 
 def _fault(data: bytes, error: Exception) -> str:
-    with contextlib.suppress(labs.ConfigError):  # the file is not beside this one
+    with contextlib.suppress(labs.ConfigError):  # labs_tokens.py is absent
         labs.require("labs_tokens")
         import labs_tokens
 
@@ -160,39 +160,39 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     task.endpoint = labs_openai.ENDPOINTS.get(line.url)
     if task.endpoint is None or line.method != "POST":
         known = " and ".join(labs_openai.ENDPOINTS)
-        raise labs.InputError(f"{line.method} {line.url}: only POST {known} can be answered")
+        raise labs.InputError(f"unknown request {line.method} {line.url}; use POST {known}")
     body, given = labs_openai.read(bytes(line.body), task.endpoint.body)
     _check_model(config, body.model)
     if body.stream or body.stream_options is not None:
-        raise labs_request.Refusal("an answer in a file is no stream", "unsupported", "stream")
+        raise labs_request.Refusal("a file cannot hold a stream", "unsupported", "stream")
     task.request = request = task.endpoint.request_of(body, given)
     documents = {"documents": True} if config.documents.apply(request.documents) else {}
     task.repeated = {"url": line.url, "body": line.body, **documents}
     task.seeds = _count_seeds(request)
     if task.seeds > 1 and request.options.get("seed", config.generation.seed) is None:
-        drawn = {"seed": secrets.randbits(32)}  # only one could be replayed if each drew its own
+        drawn = {"seed": secrets.randbits(32)}  # replay can repeat one seed, not one per choice
         task.request = replace(request, options=request.options | drawn)
 
 
 def _count_seeds(request: labs_request.Request) -> int:
-    """Let all choices differ, but those of a seeded request only within a prompt, as HTTP's do."""
+    """Return how many rows get different seeds: with a seed, only the choices of one prompt."""
     return request.n * (1 if "seed" in request.options else len(request.prompts))
 
 
 def _check_model(config: labs.Config, name: str | None) -> None:
     if name not in (None, config.model_id):
-        raise labs.InputError(f"model = {name!r}: this run has {config.model_id} (--model)")
+        raise labs.InputError(f"unknown model {name!r}; this run uses {config.model_id} (--model)")
 
 
 def _tasks(
     model: labs.Model, context: labs_request.Context, lines: Lines, tally: Tally
 ) -> Iterator[Task]:
-    """Yield the tasks that are not answered yet, prepared."""
+    """Yield a prepared task for each line that has no answer yet."""
     order, seen = itertools.count(), set()
     for number, data in ((number, data) for number, data in lines if data.strip()):
         task = read_task(context.config, data, number)
         if _key(task.id) in seen:
-            error = labs.InputError(f"line {number}: the id {task.id!r} was used before")
+            error = labs.InputError(f"line {number}: an earlier line has the id {task.id!r} too")
             task = Task(f"line {number}", error=error, openai=task.openai)
         seen.add(key := _key(task.id))
         if key in tally.answered:
@@ -205,13 +205,13 @@ def _tasks(
 
 
 def _prepare(model: labs.Model, context: labs_request.Context, task: Task) -> None:
-    """Check a task and build its inputs, or keep the reason why that cannot be done."""
+    """Check a task and build its inputs, or store the error."""
     if task.error is not None:
         return
     most = context.config.server.max_prompt_bytes
     try:
         if any(len(prompt.text.encode(errors="replace")) > most for prompt in task.request.prompts):
-            raise labs.InputError(f"the prompt is over server_max_prompt_bytes = {most} bytes")
+            raise labs.InputError(f"the prompt has over server_max_prompt_bytes = {most} bytes")
         request = labs_request.check(context, task.request)
         task.prepared = labs_request.prepare(context, context.config, model, request)
         task.missing = len(request.prompts) * request.n
@@ -220,13 +220,13 @@ def _prepare(model: labs.Model, context: labs_request.Context, task: Task) -> No
 
 
 def _key(identity: str | int) -> int:
-    """Return 88 bits of the id's hash: a million of them take 80 MB, whatever ids are like."""
+    """Return 88 bits of the id's hash, so that a million ids of any length take 80 MB."""
     digest = hashlib.blake2b(msgspec.json.encode(identity), digest_size=11).digest()
     return int.from_bytes(digest, "big")
 
 
 def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> Iterator[Task]:
-    """Decode prepared tasks, read lazily, in one batch; yield each when done, or in their order."""
+    """Decode prepared tasks, read lazily, in one batch; yield each when it is done, or in order."""
     under_way: dict[int, tuple[Task, int]] = {}
     held: dict[int, Task] = {}
     due = 0
@@ -247,7 +247,7 @@ def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> It
 def _streams(
     model: labs.Model, tasks: Iterable[Task], under_way: dict[int, Any], held: dict[int, Task]
 ) -> Iterator[Any]:
-    """Open the streams of all tasks; None asks the loop to come again later."""
+    """Yield an open request for each row, or None if the loop should ask again later."""
     tasks, indexes = iter(tasks), itertools.count()
     while window := list(itertools.islice(tasks, WINDOW)):
         for task in sorted(window, key=lambda task: task.length):
@@ -255,7 +255,7 @@ def _streams(
                 index = next(indexes)
                 under_way[index] = task, place
                 yield _stream(model, index, task, place)
-        while len(held) > 4 * WINDOW:  # a long one is due, and those after it wait for it
+        while len(held) > 4 * WINDOW:  # they wait for the answer of an earlier line
             yield None
 
 
@@ -278,7 +278,7 @@ def answer_lines(
     tally: Tally,
     batching: Batching = Batching(),  # noqa: B008
 ) -> Iterator[bytes]:
-    """Answer lines; yield the answers' lines. tally: knows what was answered before, and counts."""
+    """Answer lines; yield lines of answers. tally: has the ids answered before, and counts."""
     tally.began = time.perf_counter()
     for task in complete(model, _tasks(model, context, lines, tally), batching):
         tally.count(task)
@@ -288,7 +288,7 @@ def answer_lines(
 
 
 class Tally(Struct, eq=False):
-    """What a run has done. answered: keys of the ids of earlier answers; errors: so many failed."""
+    """Counts of a run. answered: keys of the ids of earlier answers. errors: failed ones there."""
 
     answered: set[int] = field(default_factory=set)
     errors: int = 0
@@ -299,7 +299,7 @@ class Tally(Struct, eq=False):
     began: float = field(default_factory=time.perf_counter)
 
     def learn(self, data: bytes, number: int, name: str) -> None:
-        """Take in a line of an earlier run's answers, of the file called so."""
+        """Record a line of the answers of an earlier run. name: of the file, for errors."""
         if data.strip():
             old = read_answer(data, f"{name}: line {number}")
             self.answered.add(_key(number if old.name is None else old.name))
@@ -312,12 +312,12 @@ class Tally(Struct, eq=False):
 
     @property
     def rate(self) -> float:
-        """Tokens per second so far."""
+        """Return the tokens per second so far."""
         return self.tokens / (time.perf_counter() - self.began)
 
     def __str__(self) -> str:
         before = f", {self.skipped} before" if self.skipped else ""
-        before += f" ({self.errors} of them in error)" if self.errors else ""
+        before += f" ({self.errors} of them failed)" if self.errors else ""
         seconds = time.perf_counter() - self.began
         speed = f"{self.tokens} tokens in {seconds:.1f} s, {self.rate:.1f} tokens/s"
         return f"{self.done} answered{before}, {self.failed} failed; {speed}"
@@ -327,20 +327,20 @@ def _render(
     model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
 ) -> dict[str, Any]:
     if task.error is not None:
-        kind = "invalid_request" if _is_askers(task.error) else "failed"
+        kind = "invalid_request" if _is_bad_request(task.error) else "failed"
         return {"id": task.id, "error": {"type": kind, "message": str(task.error)}}
     answer = {"id": task.id, "model": config.model_id, **asdict(found[0]), **_documents(task)}
     return {**answer, "request": task.repeated}
 
 
 def _documents(task: Task) -> dict[str, tuple[labs.Source, ...]]:
-    """Return the passages that are in the prompts, where passages are used at all."""
+    """Return the field of the passages in the prompts; no field if documents are not used."""
     sources = task.prepared.sources if task.prepared else None
     return {} if sources is None else {"documents": sources}
 
 
-def _is_askers(error: labs.LabsError) -> bool:
-    """Tell whether who asked can mend it."""
+def _is_bad_request(error: labs.LabsError) -> bool:
+    """Return whether the request is wrong, rather than its computation."""
     return isinstance(error, labs.InputError | labs.ConfigError)
 
 
@@ -353,14 +353,14 @@ def _render_openai(
     if task.error is None:
         names = {"id": name, "model": config.model_id, **_documents(task)}
         body = task.endpoint.answer(model, found, task.request.n, **names)
-        known = all(each.fingerprint for each in found)  # not of what the filters changed
+        known = all(each.fingerprint for each in found)  # a filtered answer has none
         rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}
-        if cut := {each.finish_reason for each in found} & UNFINISHED:  # OpenAI has no word for it
+        if cut := {each.finish_reason for each in found} & UNFINISHED:  # missing in OpenAI's format
             rest["finish_reason"] = min(cut)
     else:
-        askers = _is_askers(task.error)
-        status = 400 if askers else 500
-        code, param = labs_openai.code_and_param(task.error) if askers else ("failed", None)
+        wrong = _is_bad_request(task.error)
+        status = 400 if wrong else 500
+        code, param = labs_openai.code_and_param(task.error) if wrong else ("failed", None)
         body = labs_openai.error_of(status, str(task.error), code, param)
     response = {"status_code": status, "request_id": name, "body": body}
     whole = {"id": f"batch_req_{name}", "custom_id": task.id, "response": response, "error": None}
@@ -371,7 +371,7 @@ def _render_openai(
 
 
 class OldAnswer(Struct, frozen=True):
-    """A line of answers. response: OpenAI's; error: ours, or OpenAI's null."""
+    """A line of answers. response: in OpenAI's format. error: in labs' format, or OpenAI's null."""
 
     id: str | int | None = None
     custom_id: str | int | None = None
@@ -393,7 +393,7 @@ class OldAnswer(Struct, frozen=True):
 
     @property
     def texts(self) -> list[str]:
-        """Return the text of each choice; none of an error."""
+        """Return the text of each choice. An error has none."""
         if self.response is UNSET:
             return [self.text] if isinstance(self.text, str) else []
         choices = (self.response or {}).get("body", {}).get("choices", ())
@@ -402,24 +402,24 @@ class OldAnswer(Struct, frozen=True):
 
 
 def read_answer(data: bytes, where: str) -> OldAnswer:
-    """Read a line of answers. Raises InputError for any other line."""
+    """Read a line of answers. Raises InputError when it is another kind of line."""
     try:
         old = msgspec.json.decode(data, type=OldAnswer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise labs.InputError(f"{where} is no answer of labs-gen: {error}") from None
+        raise labs.InputError(f"{where} is not an answer of labs-gen: {error}") from None
     text = old.text if old.finish_reason else UNSET
     if all(part is UNSET for part in (text, old.response, old.error)):
-        raise labs.InputError(f"{where} is no answer of labs-gen")
+        raise labs.InputError(f"{where} is not an answer of labs-gen")
     return old
 
 
 def answer_file(
     answer: Answer, source: str, target: str, tally: Tally, longest: int | None = None
 ) -> None:
-    """Answer the lines of a file and append to another; what is answered there is skipped.
+    """Answer the lines of `source` and append to `target`. Ids answered there are skipped.
 
-    answer: as answer_lines, called once both files are open. source, target: - is standard input
-    and output. longest: see `opened`. Raises LabsError if a file cannot be used.
+    answer: like answer_lines, called when both files are open. source, target: - is standard input
+    or output. longest: as in `opened`. Raises LabsError when a file cannot be used.
     """
     with opened(source, longest) as lines, _appending(source, target, tally) as write:
         answers = answer(enumerate(lines, 1))
@@ -433,7 +433,7 @@ def answer_file(
 def opened(name: str, longest: int | None = None) -> Iterator[Iterator[bytes]]:
     """Open a file of lines, without a byte order mark; - is standard input.
 
-    longest: of a line with more bytes only a little more than these are read into memory.
+    longest: limit of a line in bytes. Of a longer line, 16 bytes more than this are read.
     """
     with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
         yield unmarked(file if longest is None else _bounded(file, longest + 16))
@@ -453,20 +453,20 @@ def unmarked(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _appending(source: str, target: str, tally: Tally) -> Iterator[Callable[[bytes], None]]:
-    """Hold the file of answers, whole lines in it, and what it has told to the tally."""
+    """Open and lock the file of answers, repair its last line and record its ids in `tally`."""
     if target == "-":
         yield _write_out
         return
     if os.path.exists(target) and source != "-" and os.path.samefile(source, target):
         raise labs.InputError(f"{target} cannot be both --input and --output")
     with open(target, "ab", buffering=0) as file:
-        if os.path.isfile(target):  # a device or a pipe has no past, and no end of it to read to
+        if os.path.isfile(target):  # a device or a pipe holds no earlier answers
             _lock(file.fileno(), target)
             _recover(target, tally)
 
         def write(data: bytes) -> None:
             try:
-                while data:  # what a full disk took of a line is mended by the next run
+                while data:  # the next run repairs a line cut by a full disk
                     data = data[file.write(data) :]
             except OSError as error:
                 raise labs.LabsError(f"{target}: {error.strerror}") from error
@@ -479,13 +479,13 @@ def _write_out(data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader has enough, which is no failure
+        if isinstance(error, BrokenPipeError):  # the reader has closed it: not a failure
             raise
         raise labs.LabsError(f"standard output: {error.strerror}") from error
 
 
 def _lock(descriptor: int, name: str) -> None:
-    with contextlib.suppress(ImportError):  # there is none on Windows
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
         import fcntl
 
         try:
@@ -495,7 +495,7 @@ def _lock(descriptor: int, name: str) -> None:
 
 
 def _recover(name: str, tally: Tally) -> None:
-    """Read which ids are answered; cut off a last line that was not written whole."""
+    """Record the ids that are answered. Remove a last line that was not written completely."""
     whole, data = 0, b"\n"
     with open(name, "r+b") as file:
         for number, data in enumerate(file, 1):
@@ -508,7 +508,7 @@ def _recover(name: str, tally: Tally) -> None:
 
 
 def _is_torn(data: bytes) -> bool:
-    """Tell whether it is the beginning of an answer's line, without its end."""
+    """Return whether it is an incomplete line of answers."""
     if data.endswith(b"\n") or not b'{"id":'.startswith(data[:6]):
         return False
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -519,7 +519,7 @@ def _is_torn(data: bytes) -> bool:
 
 @contextlib.contextmanager
 def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
-    """Show a bar where standard error is a terminal."""
+    """Show a progress bar if standard error is a terminal."""
     labs.require("tqdm")
     from tqdm import tqdm
 
@@ -536,11 +536,11 @@ def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
         yield show
 
 
-# ---------------------------------------------------------------- the same again
+# ---------------------------------------------------------------- replay
 
 
 class Verdict(Struct, frozen=True):
-    """How an answer compares with an earlier one. token: the first that differs, from 1."""
+    """How a new answer compares with the old one. token: the first that differs, from 1."""
 
     id: str | int
     verdict: Literal["same", "differs", "not comparable"]
@@ -551,7 +551,7 @@ class Verdict(Struct, frozen=True):
 def replay(
     model: labs.Model, context: labs_request.Context, lines: Lines, batch_rows: int | None = None
 ) -> Iterator[Verdict]:
-    """Run lines of answers again, as their fingerprints say, and compare; in their order."""
+    """Generate answers again with the settings of their fingerprints; yield verdicts in order."""
     answers: dict[int, OldAnswer] = {}
 
     def tasks() -> Iterator[Task]:
@@ -560,7 +560,7 @@ def replay(
             answers[order], task = _task_of(number, data)
             task.order = order
             _prepare(model, context, task)
-            if task.prepared is not None:  # the tokens come with the log-probabilities
+            if task.prepared is not None:  # log-probabilities come with token ids
                 generation = replace(task.prepared.generation, logprobs=0)
                 task.prepared = replace(task.prepared, generation=generation)
             yield task
@@ -570,18 +570,18 @@ def replay(
 
 
 def _task_of(number: int | str, data: bytes) -> tuple[OldAnswer, Task]:
-    """Return a line of answers and the task that it was the answer to."""
+    """Return the answer in a line and the task that it answers."""
     task, old = Task(number), OldAnswer()
     try:
         old = read_answer(data, f"line {number}")
         task.id = number if old.name is None else old.name
         if not old.texts:
-            raise labs.InputError("it was an error")
+            raise labs.InputError("the old answer is an error")
         if old.fingerprint is None or old.request is None:
             raise labs.InputError("the line does not hold its request and fingerprint")
         if old.finish_reason in UNFINISHED:
-            raise labs.InputError(f"it was cut ({old.finish_reason})")
-        _ask_again(task, old.request, old.fingerprint.generation)
+            raise labs.InputError(f"the old answer was cut ({old.finish_reason})")
+        _restore_request(task, old.request, old.fingerprint.generation)
         if len(old.texts) != len(task.request.prompts) * task.request.n:
             raise labs.InputError("the line is damaged: it lacks choices")
     except labs.LabsError as error:
@@ -591,8 +591,8 @@ def _task_of(number: int | str, data: bytes) -> tuple[OldAnswer, Task]:
     return old, task
 
 
-def _ask_again(task: Task, repeated: dict[str, Any], generation: labs.Generation) -> None:
-    """Ask for what an answer repeats, as it was, without a time limit and log-probabilities."""
+def _restore_request(task: Task, repeated: dict[str, Any], generation: labs.Generation) -> None:
+    """Set the request that an answer repeats, without its time limit and log-probabilities."""
     if "url" not in repeated:
         task.request = labs_request.request_of(msgspec.convert(repeated, Line), {})
     else:
@@ -618,12 +618,12 @@ def _compare(model: labs.Model, old: OldAnswer, task: Task) -> Verdict:
         return Verdict(task.id, "same")
     why = _difference(old.fingerprint, now[0].fingerprint)
     if not (why or model.decoder.invariant or model.dtype == "fp32"):
-        why = f"in {model.dtype} this model's text depends on its company in the batch"
+        why = f"in {model.dtype} this model's text depends on the other rows of the batch"
     return Verdict(task.id, "not comparable" if why else "differs", min(places), why or None)
 
 
 def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None:
-    """Return which token of the new text is the first that is not in the old one."""
+    """Return the number of the first new token that differs from the old text, or None."""
     if old == new.text:
         return None
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new.text, strict=False))
@@ -636,12 +636,12 @@ def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None
 
 
 def _difference(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
-    """Tell what is not as it was: a model by its name, unless only the name is another."""
+    """Describe what changed. A new name of the model counts only with a new revision."""
     before, after = _flat(old), _flat(new)
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     dropped = "revision" if {"model", "revision"} <= {*names} else "model"
     names = [name for name in names if name != dropped]
-    return ", ".join(f"{name} {before.get(name)} is now {after.get(name)}" for name in names)
+    return ", ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in names)
 
 
 def _flat(fingerprint: labs.Fingerprint | None) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What somebody asks for, on its one way from the shell, a file or HTTP to the model.
+"""Check requests and prepare them for the model, alike for the shell, files and HTTP.
 
     context = labs_request.open_context(config)  # the filters and the documents' encoder
-    request = labs_request.check(context, request)  # or refuses it, without a model
+    request = labs_request.check(context, request)  # raises LabsError, without a model
     prepared = labs_request.prepare(context, config, model, request)
-    for inputs, generation in prepared.answers(): ...  # one row of the decode batch each
+    for inputs, generation in prepared.answers(): ...  # one row of the batch each
 
-`check` needs no model, so none is loaded for what it refuses. `prepare` needs the tokenizer: it
-renders the template, adds passages of documents, counts tokens and compiles the grammar. Needs
-labs.py; a feature that a request uses also needs its own file.
+`check` needs no model, so a request that it refuses loads none. `prepare` needs the tokenizer: it
+renders the chat template, adds passages of documents, counts tokens and compiles the grammar.
+Needs labs.py, and the files of the features that a request uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Sources = Mapping[str, str] | None
 
 
 class JsonSchema(labs.Strict, frozen=True, kw_only=True):
-    """OpenAI's wrapping of a JSON schema; only the schema has an effect, which is always strict."""
+    """A JSON schema in OpenAI's wrapper. Only `schema` has an effect; it is always enforced."""
 
     schema: dict[str, Any]
     name: str | None = None
@@ -41,18 +41,18 @@ class JsonSchema(labs.Strict, frozen=True, kw_only=True):
 
 
 class ResponseFormat(labs.Strict, frozen=True, kw_only=True):
-    """What an answer has to be: any text, a JSON object, or JSON of a schema."""
+    """The format of an answer: any text, a JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     def __post_init__(self) -> None:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to the type json_schema, and that needs it")
+            raise ValueError("json_schema belongs to the type json_schema and is required with it")
 
 
 class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
-    """A prompt or messages, and any generation setting; what is unset is as configured."""
+    """A prompt or messages, and generation settings. Unset fields take the configured values."""
 
     model: str | None = None
     prompt: str | None = None
@@ -64,9 +64,9 @@ class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
 
 
 class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one prompt is built from: exactly one of prompt, messages and ids (token ids).
+    """One prompt: exactly one of prompt, messages and ids (token ids).
 
-    A chat toggle that is None is as configured.
+    The last two fields take the configured values where they are None.
     """
 
     prompt: str | None = None
@@ -77,17 +77,17 @@ class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def text(self) -> str:
-        """All text that somebody wrote, the prompt or the messages, with line ends between."""
+        """Return the prompt, or the contents of the messages joined by line ends."""
         contents = [message.content for message in self.messages or ()]
         return "\n".join([*([self.prompt] if self.prompt else []), *contents])
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """A request in labs' own words, whatever way it came.
+    """A request in labs' own format, whether it came from the shell, a file or over HTTP.
 
-    options: the generation settings that it names. n: answers to each prompt. model: the name it
-    asks for; documents: whether passages are used; None is as configured. choices: see Options.
-    within_context: whether an answer has to do with what the prompt leaves of the context.
+    options: the generation settings that it names. n: answers per prompt. documents: whether to add
+    passages. None in model and documents: as configured. choices: answers to rate, see Options.
+    within_context: lower max_new_tokens to the tokens that the prompt leaves in the context.
     """
 
     prompts: tuple[Prompt, ...]
@@ -101,7 +101,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
 
 class Refusal(labs.InputError):
-    """A request that is unknown, malformed, too much or not done here. status: HTTP's."""
+    """A request that is malformed, too large, unknown or unsupported. status: for HTTP."""
 
     def __init__(self, text: str, code: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(text)
@@ -109,7 +109,7 @@ class Refusal(labs.InputError):
 
 
 def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
-    """Return labs' own request format as a Request; `given` holds the fields that it names."""
+    """Convert labs' own request format. `given`: the fields of the JSON that it was read from."""
     names = labs.Generation.__struct_fields__
     options = {name: getattr(body, name) for name in names if name in given}
     rest = {name: getattr(body, name) for name in ("model", "response_format", "documents")}
@@ -117,16 +117,16 @@ def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
 
 
 def prompt_of(body: Any) -> Prompt:
-    """Return the prompt of a struct that has the fields prompt, messages and the chat toggles."""
+    """Return the prompt, messages and Chat fields of a struct as a Prompt."""
     names = ("prompt", "messages", *labs.Chat.__struct_fields__)
     return Prompt(**{name: getattr(body, name) for name in names})
 
 
 class Context(Struct, frozen=True, eq=False):
-    """What requests are checked against and prepared with; opened once, shared by all of them.
+    """The settings, filters and encoder that all requests share.
 
-    configs: the models that a request may name. filters: None where [guard] sets none. encoder:
-    None where documents are found by words only.
+    configs: settings of the models that a request may name. filters: None if [guard] sets none.
+    encoder: the embedding model of documents; None if they are searched by words only.
     """
 
     config: labs.Config
@@ -136,9 +136,9 @@ class Context(Struct, frozen=True, eq=False):
 
 
 def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
-    """Compile the filters and name the encoder. Raises LabsError where a setting cannot work.
+    """Compile the filters and find the encoder. Raises LabsError when a setting cannot work.
 
-    tell: is called with (name of the filter, "input" or "output") each time that one acts.
+    tell: called with (name of the filter, "input" or "output") each time a filter acts.
     """
     filters = encoder = None
     if config.guard != labs.Guard():
@@ -159,7 +159,7 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
 
 
 def check_documents(context: Context) -> None:
-    """Raise what would keep all requests from their passages: no database or encoder there."""
+    """Check that passages can be found. Raises LabsError without a database or an encoder."""
     if context.config.documents.database is not None:
         import labs_rag
 
@@ -167,18 +167,18 @@ def check_documents(context: Context) -> None:
 
 
 def check(context: Context, request: Request) -> Request:
-    """Return the request with the filters' masks in it; raise what needs no model to be refused."""
+    """Return the request with masked prompts. Raises LabsError for faults that need no model."""
     prompts = tuple(_check_prompt(context, prompt) for prompt in request.prompts)
     config = context.config
     if request.model is not None and not (request.model == "auto" and config.router.rules):
         if request.model not in context.configs:
-            text = f"there is no model {request.model!r} here, only {', '.join(context.configs)}"
+            text = f"unknown model {request.model!r}; known models: {', '.join(context.configs)}"
             raise Refusal(text, "model_not_found", "model", 404)
         config = context.configs[request.model]
     generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)
     if context.filters is not None:
-        context.filters.filters(generation)  # refuses log-probabilities
+        context.filters.filters(generation)  # raises for log-probabilities
     return replace(request, prompts=prompts)
 
 
@@ -194,22 +194,22 @@ def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
 
 
 class Prepared(Struct, frozen=True, eq=False):
-    """A request that only has to be computed. sources: None where no documents are used."""
+    """A request that is ready to run. sources: of its passages; None if documents are not used."""
 
     model: labs.Model
     request: Request
     generation: labs.Generation
     inputs: tuple[labs.Inputs, ...]
     sources: tuple[labs.Source, ...] | None = None
-    choice: Any = None  # a labs_choose.Options, where one is wanted
+    choice: Any = None  # labs_choose.Options, if the request has choices
 
     def answers(self) -> Iterator[tuple[labs.Inputs, labs.Generation]]:
-        """Yield what each answer is computed from, `n` of them for each prompt."""
+        """Yield the inputs and settings of each answer, `n` of them for each prompt."""
         for inputs, choice in itertools.product(self.inputs, range(self.request.n)):
             yield inputs, self.generation_of(inputs, choice)
 
     def generation_of(self, inputs: labs.Inputs, choice: int) -> labs.Generation:
-        """Return the options of one answer: with a seed of its own, in the context that is left."""
+        """Return the settings of one answer: its seed and, with within_context, its length."""
         generation, limit = seeded_choice(self.generation, choice), self.model.context_length
         left = 2**20 if limit is None else limit - len(inputs.input_ids)
         if not self.request.within_context or left >= generation.max_new_tokens:
@@ -217,18 +217,18 @@ class Prepared(Struct, frozen=True, eq=False):
         return replace(generation, max_new_tokens=max(1, left))
 
     def constraints(self) -> tuple[labs_typed.Constraint, ...]:
-        """Return what keeps one answer to the response_format; each answer needs its own."""
+        """Return logits processors for the response_format. Each answer needs new ones."""
         return constraints(self.model, self.request.response_format)
 
 
 def prepare(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
-    """Build the inputs of a checked request. config: of the model that answers.
+    """Build the inputs of a checked request. config: settings of the model that answers.
 
-    Raises InputError for what the model's template, context, filters or grammar refuse.
+    Raises InputError when the template, the context, a filter or the grammar refuses the request.
     """
     generation = labs.evolve(config.generation, **request.options)
     grounds = config.documents.apply(request.documents)
-    constraints(model, request.response_format)  # refuses now what cannot be expressed
+    constraints(model, request.response_format)  # raises if the schema is unsupported
     found = (_build(context, config, model, each, grounds) for each in request.prompts)
     (inputs, passages), choice = zip(*found, strict=True), None
     sources = tuple(itertools.chain(*passages))
@@ -242,7 +242,7 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 
 
 def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
-    """Build the inputs of one prompt, with the chat toggles as configured where it names none."""
+    """Build the inputs of one prompt. Fields of Chat that it leaves unset come from `config`."""
     if prompt.ids is not None:
         return labs.inputs_from_ids(model, prompt.ids)
     given = asdict(filled(prompt, config)).items()
@@ -250,7 +250,7 @@ def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
 
 
 def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
-    """Return the prompt with the chat toggles that it leaves open filled in."""
+    """Return the prompt with the fields of Chat that it leaves unset taken from `chat`."""
     names = [name for name in labs.Chat.__struct_fields__ if getattr(prompt, name) is None]
     return replace(prompt, **{name: getattr(chat, name) for name in names})
 
@@ -281,7 +281,7 @@ def _build(
 def constraints(
     model: labs.Model, wanted: ResponseFormat | None
 ) -> tuple[labs_typed.Constraint, ...]:
-    """Return processors that keep one answer to a response_format; raise InputError if none can."""
+    """Return logits processors for a response_format. Raises InputError if none can enforce it."""
     if wanted is None or wanted.type == "text":
         return ()
     labs.require("labs_typed")
@@ -292,7 +292,7 @@ def constraints(
 
 
 def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
-    """Return the options of a choice: a given seed plus its number, or all would be the same."""
+    """Return the settings of a choice. Its number is added to a given seed, so choices differ."""
     if generation.seed is None:
         return generation
     return replace(generation, seed=(generation.seed + choice) % 2**63)
@@ -301,7 +301,7 @@ def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
 def shown_events(
     context: Context, inputs: labs.Inputs, generation: labs.Generation
 ) -> Callable[[labs.Event], list[labs.Event]]:
-    """Return a function of each event of one answer to those that may be shown by now."""
+    """Return a function that filters the events of one answer: it maps one to those to show."""
     if context.filters is None:
         return lambda event: [event]
     import labs_guard
@@ -310,7 +310,7 @@ def shown_events(
 
 
 def shown(context: Context, completion: labs.Completion) -> labs.Completion:
-    """Return a whole answer as it may be shown."""
+    """Return a complete answer after the filters have changed it."""
     return completion if context.filters is None else context.filters.shown(completion)
 
 
@@ -322,7 +322,7 @@ class SettingValue(Struct, frozen=True):
 
 
 class Explanation(Struct, frozen=True):
-    """What a request would do. cache_bytes: of its keys and values; settings: all filled in."""
+    """How a request would run. cache_bytes: size of its KV cache. settings: with defaults."""
 
     prompt: str
     prompt_tokens: int
@@ -334,15 +334,15 @@ class Explanation(Struct, frozen=True):
     weight_bytes: int
     cache_bytes: int
     settings: dict[str, SettingValue]
-    generation_config: dict[str, str] = {}  # the model's own rules, and why some have no effect
+    generation_config: dict[str, str] = {}  # the model's rules, and why some have no effect
 
 
 def explain(
     model: labs.Model, inputs: labs.Inputs, generation: labs.Generation, sources: Sources = None
 ) -> Explanation:
-    """Tell how a request would run, without running it. Raises what running it would refuse.
+    """Return how a request would run, without running it. Raises the same errors as a run.
 
-    sources: where settings come from, as in Config; else they are the model's or defaults.
+    sources: where settings come from, as in Config; other settings are the model's or defaults.
     """
     decoder = model.decoder
     stream = labs.open_request(model, 0, inputs, generation)

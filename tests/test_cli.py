@@ -285,7 +285,7 @@ def test_json_settings_hold_every_setting_and_no_secret(
     assert "hf_secret" not in text
 
 
-@pytest.mark.parametrize(("left", "told"), [(97, "97"), (None, "any number of")])
+@pytest.mark.parametrize(("left", "told"), [(97, "room for 97 more"), (None, "no limit")])
 def test_explain_tells_what_would_run_and_runs_nothing(
     left: int | None, told: str, fake_labs: FakeLabs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,8 +298,11 @@ def test_explain_tells_what_would_run_and_runs_nothing(
     fake_labs.error = AssertionError("generated")
     text = invoke("--prompt", "Hi", "--explain").stdout
     assert text.startswith("templated\n---\nprompt tokens: 3;")
-    assert f"room for {told} more\nruns: joins (as it can); up to 8 rows at once" in text
-    assert "same text in any company: yes\nmemory: weights 2 MB, this request 0.1 MB" in text
+    assert f"{told}\nruns: joins (as it can); up to 8 rows at once" in text
+    assert (
+        "same text whatever else is in the batch: yes\nmemory: weights 2 MB, this request 0.1 MB"
+        in text
+    )
     assert text.endswith("---\ntop_k = 7  # --top-k\nstop = unset  # default\n")
     assert fake_labs.closed == 0
 
@@ -397,12 +400,12 @@ def test_an_error_nobody_foresaw_keeps_its_name(fake_labs: FakeLabs) -> None:
     fake_labs.error = ZeroDivisionError("oh")
     result = invoke("--prompt", "Hi")
     assert result.exit_code == 1
-    assert result.stderr == "Error: ZeroDivisionError: oh (LABS_DEBUG=1 shows where)\n"
+    assert result.stderr == "Error: ZeroDivisionError: oh (LABS_DEBUG=1 shows the traceback)\n"
 
 
 def test_standard_output_is_blamed_for_its_own_errors_only(fake_labs: FakeLabs) -> None:
     fake_labs.error = OSError(5, "Input/output error")
-    told = "Error: OSError: [Errno 5] Input/output error (LABS_DEBUG=1 shows where)\n"
+    told = "Error: OSError: [Errno 5] Input/output error (LABS_DEBUG=1 shows the traceback)\n"
     assert invoke("--prompt", "Hi").stderr == told
 
 

@@ -259,9 +259,9 @@ def test_no_lines_are_no_answers(tiny: labs.Model) -> None:
 
 BAD: list[tuple[Any, str]] = [
     (b"no JSON\n", "JSON is malformed"),
-    (b"[1, 2]\n", "no JSON object"),
-    (b"null\n", "no JSON object"),
-    (b'"text"\n', "no JSON object"),
+    (b"[1, 2]\n", "not a JSON object"),
+    (b"null\n", "not a JSON object"),
+    (b'"text"\n', "not a JSON object"),
     (b'{"id": "torn", "prompt": "on\n', "cannot be used"),
     (b"\xff\xfe\n", "cannot be used"),
     (b"[" * 100_000 + b"\n", "cannot be used"),
@@ -385,7 +385,7 @@ def test_an_id_that_was_used_before_is_an_error_of_its_line(tiny: labs.Model) ->
     first, *others = answers(tiny, [*rows, {"id": 1, "prompt": "x"}], ordered=True)
     assert (first["id"], first["request"]["prompt"]) == ("a", "one")
     assert [name_of(row) for row in others] == ["line 2", "line 3", 1]
-    assert all("'a' was used before" in message_of(row) for row in others[:2])
+    assert all("has the id 'a' too" in message_of(row) for row in others[:2])
     assert "line 2" in message_of(others[0])
 
 
@@ -558,7 +558,7 @@ def test_errors_of_an_earlier_run_are_told(tiny: labs.Model) -> None:
     run(tiny, "in", "out")
     again = run(tiny, "in", "out")
     assert counts(again) == (0, 0, 5)
-    assert "5 before (2 of them in error)" in str(again)
+    assert "5 before (2 of them failed)" in str(again)
 
 
 def test_ids_that_are_used_twice_are_told_of_once(tiny: labs.Model) -> None:
@@ -623,7 +623,7 @@ FOREIGN = [
 def test_a_file_that_holds_no_answers_is_left_as_it_is(tiny: labs.Model, data: bytes) -> None:
     written("in", prompts(1))
     Path("out").write_bytes(data)
-    with pytest.raises(labs.LabsError, match="out: line 1 is no answer of labs-gen") as caught:
+    with pytest.raises(labs.LabsError, match="out: line 1 is not an answer of labs-gen") as caught:
         run(tiny, "in", "out")
     assert kit.is_one_sentence(caught.value)
     assert Path("out").read_bytes() == data
@@ -920,7 +920,7 @@ def test_the_default_model_answers_a_file_and_the_same_again() -> None:
     assert again.returncode == 0
     assert {*again.stdout.decode().splitlines()} == {
         *(f"{name}: same" for name in ("river", "seeded", "drawn", "chat", "raw")),
-        "bad: not comparable (it was an error)",
+        "bad: not comparable (the old answer is an error)",
     }
 
 
@@ -1177,12 +1177,12 @@ def test_the_first_token_that_differs_is_of_any_choice(tiny: labs.Model) -> None
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        (("revision",), "revision old is now sha256:"),
-        (("versions", "torch"), "torch old is now "),
-        (("versions", "bitsandbytes"), "bitsandbytes old is now None"),
-        (("hardware",), "hardware old is now "),
-        (("dtype",), "dtype old is now fp32"),
-        (("prompt_sha256",), "prompt_sha256 old is now "),
+        (("revision",), "revision was old, is sha256:"),
+        (("versions", "torch"), "torch was old, is "),
+        (("versions", "bitsandbytes"), "bitsandbytes was old, is None"),
+        (("hardware",), "hardware was old, is "),
+        (("dtype",), "dtype was old, is fp32"),
+        (("prompt_sha256",), "prompt_sha256 was old, is "),
     ],
 )
 def test_a_text_of_other_surroundings_is_not_compared(
@@ -1208,7 +1208,7 @@ def test_another_model_is_told_by_its_name(tiny: labs.Model) -> None:
     row["fingerprint"] |= {"model": "org/other", "revision": "old"}
     found = verdict(tiny, {**row, "text": "b"})
     assert found.verdict == "not comparable"
-    assert found.why == f"model org/other is now {tiny.spec.model_name}"
+    assert found.why == f"model was org/other, is {tiny.spec.model_name}"
 
 
 def test_a_model_whose_text_depends_on_company_is_not_compared(tiny_folder: Path) -> None:
@@ -1237,14 +1237,14 @@ def test_a_line_that_cannot_be_run_again_says_why_and_stops_nothing(tiny: labs.M
     silent = [{**each, "message": {"content": None}} for each in body["choices"]]
     url = {**two["request"], "url": "/v1/embeddings"}
     cases: list[tuple[Any, str]] = [
-        (bad, "it was an error"),
-        (refused, "it was an error"),
-        ({**one, "finish_reason": "timeout"}, "it was cut (timeout)"),
-        ({**one, "finish_reason": "cancelled"}, "it was cut (cancelled)"),
+        (bad, "the old answer is an error"),
+        (refused, "the old answer is an error"),
+        ({**one, "finish_reason": "timeout"}, "the old answer was cut (timeout)"),
+        ({**one, "finish_reason": "cancelled"}, "the old answer was cut (cancelled)"),
         ({k: v for k, v in one.items() if k != "request"}, "does not hold its request"),
         ({k: v for k, v in one.items() if k != "fingerprint"}, "does not hold its request"),
         ({**one, "fingerprint": None}, "does not hold its request"),
-        ({**one, "fingerprint": {"model": "x"}}, "no answer of labs-gen"),
+        ({**one, "fingerprint": {"model": "x"}}, "not an answer of labs-gen"),
         ({**one, "request": {"prompt": 5}}, "damaged"),
         ({**one, "request": {}}, "not neither"),
         ({**two, "request": url}, "damaged"),
@@ -1253,13 +1253,13 @@ def test_a_line_that_cannot_be_run_again_says_why_and_stops_nothing(tiny: labs.M
         (damaged(two, body={**body, "choices": silent}), "damaged"),
         (damaged(two, body={**body, "choices": [5]}), "damaged"),
         (damaged(two, body="text"), "damaged"),
-        ({**two, "response": None}, "it was an error"),
+        ({**two, "response": None}, "the old answer is an error"),
         ({**two, "response": 5}, "damaged"),
-        ({"id": "a", "prompt": "one"}, "no answer of labs-gen"),
-        (b"broken\n", "no answer of labs-gen"),
-        (b"[1]\n", "no answer of labs-gen"),
-        (b"\xff\n", "no answer of labs-gen"),
-        (line(one)[:-50], "no answer of labs-gen"),
+        ({"id": "a", "prompt": "one"}, "not an answer of labs-gen"),
+        (b"broken\n", "not an answer of labs-gen"),
+        (b"[1]\n", "not an answer of labs-gen"),
+        (b"\xff\n", "not an answer of labs-gen"),
+        (line(one)[:-50], "not an answer of labs-gen"),
     ]
     rows = [each for row, _ in cases for each in (row, one)]
     found = replayed(tiny, rows, batch_rows=4)
@@ -1281,7 +1281,7 @@ def test_an_answer_that_time_cut_is_not_compared(tiny: labs.Model, asked: dict[s
     row = answer(tiny, asked, labs.Config(model_id="tiny", generation=generation))
     assert json.dumps(row["fingerprint"]).count('"timeout_s": 0.05')
     assert verdict(tiny, row) == labs_jsonl.Verdict(
-        "a", "not comparable", why="it was cut (timeout)"
+        "a", "not comparable", why="the old answer was cut (timeout)"
     )
 
 
@@ -1301,8 +1301,8 @@ def test_only_a_comparable_line_that_differs_is_exit_code_1(served: labs.Model) 
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "a: same"
-    assert lines[1] == "b: not comparable at token 4 (dtype x is now fp32)"
-    assert lines[2].startswith("3: not comparable (line 3 is no answer of labs-gen")
+    assert lines[1] == "b: not comparable at token 4 (dtype was x, is fp32)"
+    assert lines[2].startswith("3: not comparable (line 3 is not an answer of labs-gen")
     written("out", [row, other, {**row, "id": "c", "text": "ab"}])
     done = gen("--replay", "-", input=Path("out").read_bytes())
     assert done.exit_code == 1

@@ -169,7 +169,7 @@ def test_an_unknown_model_is_refused_with_those_that_are_there(name: str) -> Non
     error = refusal(config, changed(model=name))
     assert isinstance(error, labs_request.Refusal)
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
-    assert str(error) == f"there is no model {name!r} here, only tiny, large"
+    assert str(error) == f"unknown model {name!r}; known models: tiny, large"
 
 
 def test_the_router_answers_for_auto_where_it_has_rules() -> None:
