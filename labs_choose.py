@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely each of some answers is, computed in parts between which others may run.
+"""Probabilities of given answers, computed in parts between which other requests may run.
 
     options = labs_choose.Options(model, inputs, ["yes", "no"])
     stream = engine.open(inputs, options.generation(), owner, ())
     engine.take_in(stream, events, options.parts)
-    options.shares                                      # [0.97, 0.03], once the answer is done
+    options.shares                                      # [0.97, 0.03], once all parts are done
 
-The prompt is computed once, chunk by chunk. Where short prompts may share a call, options lie one
-behind the other after it, each of which sees the prompt and itself; else they come one by one.
-Needs labs.py, labs_decode.py and labs_forward.py.
+The prompt is computed once, in chunks. If the model can compute packed prompts, several options
+follow the prompt in one call, and each attends to the prompt and to itself; otherwise each option
+takes a call. Needs labs.py, labs_decode.py and labs_forward.py.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import labs
 if TYPE_CHECKING:
     import labs_decode
 
-OPTION_TOKENS = 8192  # of all options together, where the context is not longer
-LOGITS = 2**24  # numbers of one part, 64 MB in float32
-LINES = 16  # of logits that are float32 at once
-Found = list[tuple[int, float]]  # what is added to the log-probability of an option
+OPTION_TOKENS = 8192  # of all options together, unless the model's context is longer
+LOGITS = 2**24  # logits in one part: 64 MB in float32
+LINES = 16  # rows of logits that are converted to float32 at once
+Found = list[tuple[int, float]]  # (option, a log-probability to add to its total)
 
 
 class Piece(NamedTuple):
-    """Tokens of an option, from `start` to before `end`; the prompt's last one is at -1."""
+    """Tokens `start` to `end` of an option, `end` excluded; -1 is the prompt's last token."""
 
     option: int
     start: int
@@ -40,30 +40,30 @@ class Piece(NamedTuple):
 
 
 class Options:
-    """Answers to choose among, read for one prompt; `parts` computes how likely each is.
+    """Answers to choose among, tokenised for one prompt; `parts` computes their probabilities.
 
-    tokens: of the prompt and all of them; columns: what they need behind the prompt; shares: the
-    probabilities in their order, once all parts are done. Raises InputError for fewer than two
-    options, equal or empty ones, too many tokens; PromptTooLong.
+    tokens: of the prompt and all options. columns: KV cache columns needed after the prompt.
+    shares: probabilities in the options' order, once all parts are done. Raises InputError for
+    fewer than two, equal or empty options or too many tokens, PromptTooLong beyond the context.
     """
 
     def __init__(self, model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> None:
         if len(options) < 2 or len({*options}) < len(options) or not all(options):
-            raise labs.InputError("options: give two or more different texts")
+            raise labs.InputError("options: give two or more different, non-empty texts")
         with model.lock:
             encode = functools.partial(model.tokenizer, add_special_tokens=False)
             self.ids = [list(encode(option)["input_ids"]) for option in options]
         prompt, limit = len(inputs.input_ids), model.context_length
         vocabulary = min(model.decoder.config.vocab_size, model.decoder.embedded)
         if beyond := [token for ids in self.ids for token in ids if token >= vocabulary]:
-            text = f"options name token {beyond[0]}: the vocabulary has {vocabulary}"
+            text = f"options: token {beyond[0]} is outside the model's vocabulary of {vocabulary}"
             raise labs.InputError(text)
         longest, together = max(map(len, self.ids)), sum(map(len, self.ids))
         if limit is not None and prompt + longest > limit:
             raise labs.too_long(limit, prompt, longest)
         if together > (most := max(limit or 0, OPTION_TOKENS)):
-            text = f"options: they have {together} tokens together, at most {most}"
-            raise labs.InputError(f"{text}; give fewer or shorter ones")
+            text = f"options: they have {together} tokens together, at most {most} are allowed"
+            raise labs.InputError(f"{text}; give fewer or shorter options")
         self.model, self.tokens, self.shares = model, prompt + together, list[float]()
         decoder, lengths = model.decoder, [*map(len, self.ids)]
         size = min(together, decoder.chunk, LOGITS // decoder.config.vocab_size)
@@ -72,14 +72,14 @@ class Options:
         self.columns = max(longest, size)
 
     def generation(self, timeout_s: float | None = None) -> labs.Generation:
-        """Return what gives a row the room that this needs."""
+        """Return a Generation that reserves the columns which a row of this choice needs."""
         return labs.Generation(max_new_tokens=self.columns, timeout_s=timeout_s)
 
     def parts(self, row: labs_decode.Row, prefixes: Any) -> Iterator[None]:
-        """Compute the shares; pause after each part, which takes as long as a prefill call or less.
+        """Compute the shares; pause after each part, which takes no longer than a prefill call.
 
-        row: of the prompt, with room for `columns` more. It is computed once, or begins with what
-        prefixes, a labs_decode.PrefixStore or None, hold of it.
+        row: the prompt's, with room for `columns` more. prefixes: a labs_decode.PrefixStore or
+        None; the prompt starts from its longest stored prefix.
         """
         import torch
 
@@ -90,18 +90,18 @@ class Options:
                 totals[option] += logprob
             yield
         if max(totals) == -math.inf:
-            raise labs.GenerationError("the model holds none of the options for possible")
+            raise labs.GenerationError("the model gives each of the options the probability 0")
         self.shares += torch.tensor(totals, dtype=torch.float64).softmax(-1).tolist()
 
     def _behind(self, row: labs_decode.Row, prefixes: Any) -> Iterator[Found]:
-        """Yield what each part adds: those of the prompt nothing, those behind its columns some."""
+        """Yield the log-probabilities of each part; a part of the prompt has none."""
         labs.require("labs_forward")
         import labs_decode
         import labs_forward
 
         decoder = self.model.decoder
         prefixes = prefixes if decoder.can_reuse_prefix else None
-        row.exact_prefix = True  # the shares do not depend on what was kept
+        row.exact_prefix = True  # a stored prefix must not change the shares
         batch = labs_decode.new_batch(decoder, row)
         if prefixes is not None:
             prefixes.load(decoder, batch)
@@ -111,11 +111,11 @@ class Options:
         if prefixes is not None:
             prefixes.store(decoder, batch, 0)
         before = [Piece(option, -1, 0) for option in range(len(self.ids))]
-        assert batch.logits is not None  # nothing of the prompt is pending
+        assert batch.logits is not None  # the whole prompt is computed
         yield self._found(batch.logits.expand(len(before), -1), before)
         for part in self._parts:
             if not (decoder.can_reuse_prefix or part[0].start):
-                mine = replace(batch, cache=copy.deepcopy(batch.cache))  # states are never cut
+                mine = replace(batch, cache=copy.deepcopy(batch.cache))  # states cannot be cut
             elif decoder.can_reuse_prefix:
                 mine = batch
             texts = [self.ids[piece.option][piece.start : piece.end] for piece in part]
@@ -123,7 +123,7 @@ class Options:
             yield self._found(logits, part)
 
     def _whole(self, row: labs_decode.Row) -> Iterator[Found]:
-        """Yield the same, an option a part, where the model's prompt cannot be gone on from."""
+        """Yield the same, one option a part, for models that cannot continue a cached prompt."""
         import torch
 
         decoder = self.model.decoder
@@ -136,7 +136,7 @@ class Options:
             yield self._found(logits[-len(ids) - 1 :], [Piece(option, -1, len(ids))])
 
     def _found(self, logits: labs_decode.Tensor, pieces: list[Piece]) -> Found:
-        """Return log-probabilities by option: of what follows each place of the pieces."""
+        """Return (option, log-probability) of each token that follows a position in the pieces."""
         options, following = [], list[int | None]()
         for option, start, end in pieces:
             ids = self.ids[option]
@@ -148,7 +148,7 @@ class Options:
 
 
 def pieces(lengths: list[int], size: int, *, together: bool) -> Iterator[list[Piece]]:
-    """Yield parts of at most `size` tokens: several options, where they may, or a piece of one."""
+    """Yield parts of at most `size` tokens: several options if `together`, or a piece of one."""
     part, room = list[Piece](), size
     for option, length in enumerate(lengths):
         if part and (length > room or not together):
@@ -157,7 +157,7 @@ def pieces(lengths: list[int], size: int, *, together: bool) -> Iterator[list[Pi
         *begun, last = range(0, max(length, 1), size)
         yield from ([Piece(option, start, start + size)] for start in begun)
         part += [Piece(option, last, length)] if length else []
-        room = 0 if begun else room - length  # the end of a long one goes alone
+        room = 0 if begun else room - length  # the last piece of a long option shares no part
     if part:
         yield part
 
@@ -165,14 +165,17 @@ def pieces(lengths: list[int], size: int, *, together: bool) -> Iterator[list[Pi
 def _log_probabilities(
     logits: labs_decode.Tensor, following: list[int | None], ends: list[int]
 ) -> list[float]:
-    """Return how likely each token is after its line of logits [T, V]; None is any of `ends`."""
+    """Return the log-probability of each token under its row of logits [T, V].
+
+    A token that is None stands for any of `ends`. Raises GenerationError for logits not finite.
+    """
     import torch
 
     with torch.inference_mode():
-        lines = torch.split(logits, LINES)  # float32 of all of them would be much memory
+        lines = torch.split(logits, LINES)  # all rows in float32 at once would need much memory
         totals = torch.cat([few.float().logsumexp(-1) for few in lines])
         if not totals.isfinite().all():
-            raise labs.GenerationError("the model gave logits that are not finite")
+            raise labs.GenerationError("the model returned logits that are not finite")
         tokens = torch.tensor([token or 0 for token in following], device=logits.device)
         chosen = logits.gather(-1, tokens[:, None])[:, 0].float()
         last = torch.tensor([token is None for token in following], device=logits.device)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to vectors, by an embedding model.
+"""Vectors of texts, made by an embedding model.
 
     encoder = labs_embed.Encoder(labs.ModelSpec(model_name="package:NAME/FOLDER"))
-    vectors = encoder.encode(["How is it installed?"])  # of length 1, [texts, width]
+    vectors = encoder.encode(["How is it installed?"])  # [texts, width], each of length 1
 
-Nothing is loaded before the first text. Needs labs.py, torch and transformers.
+The model is loaded at the first text. Needs labs.py, torch and transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import labs
 
 
 class Encoder:
-    """An embedding model and the vectors that were searched last; threads may share it."""
+    """An embedding model and the vectors of the last search; threads may share it."""
 
     def __init__(self, spec: labs.ModelSpec) -> None:
         self.spec, self._lock = spec, threading.Lock()
@@ -26,7 +26,7 @@ class Encoder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights and of the vectors; 0 before the first use."""
+        """Bytes of the weights and of the cached vectors; 0 before the first use."""
         vectors = self._searched[2]
         held = [] if vectors is None else [vectors]
         held += self._loaded[1].parameters() if "_loaded" in vars(self) else []
@@ -34,7 +34,7 @@ class Encoder:
 
     @functools.cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        """The tokenizer and the model; asked for under the lock."""
+        """The tokenizer and the model; the caller holds the lock."""
         spec = self.spec
         with labs.loading():
             _, device, dtype = labs.device_of(spec)
@@ -45,14 +45,14 @@ class Encoder:
             return tokenizer, labs.pretrained("AutoModel", source, options).eval().to(device)
 
     def encode(self, texts: list[str]) -> Any:
-        """Return vectors of length 1, [texts, width]: the means of the model's last states."""
+        """Return vectors [texts, width] of length 1: the mean of each text's last hidden states."""
         import torch
 
         with self._lock:
             tokenizer, model = self._loaded
             limit = getattr(model.config, "max_position_embeddings", None) or 512
-            how = {"truncation": True, "max_length": min(tokenizer.model_max_length, limit)}
-            words = tokenizer(texts, return_tensors="pt", padding=True, **how).to(model.device)
+            cut = {"truncation": True, "max_length": min(tokenizer.model_max_length, limit)}
+            words = tokenizer(texts, return_tensors="pt", padding=True, **cut).to(model.device)
         with torch.inference_mode():
             states = model(**words).last_hidden_state.float()
             total = (states * words["attention_mask"].unsqueeze(-1)).sum(1)
@@ -61,9 +61,9 @@ class Encoder:
     def nearest(
         self, text: str, k: int, state: Hashable, read: Callable[[], list[tuple[int, bytes]]]
     ) -> list[int]:
-        """Return the keys of the k vectors most like a text, the most alike first.
+        """Return the keys of the k vectors most similar to a text, the most similar first.
 
-        read: returns keys with vectors as bytes of float16; called once for each new `state`.
+        read: returns (key, vector as float16 bytes) pairs; called once for each new `state`.
         """
         import torch
 

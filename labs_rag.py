@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers from documents: Markdown and text in one SQLite file, found by words and by meaning.
+"""Answers from documents: Markdown and text in one SQLite file, searched by words and by meaning.
 
-    labs_rag.index(["docs"], "docs.db")  # again: reads all, writes what has changed
+    labs_rag.index(["docs"], "docs.db")  # again: reads all files, writes the changed ones
     passages = labs_rag.search("docs.db", "How is it installed?", 4)
     messages, sources = labs_rag.ground(messages, passages, count_tokens, 1024)
 
@@ -25,15 +25,15 @@ import msgspec
 from msgspec import Struct
 
 import labs
-from labs_embed import Encoder as Encoder  # for those who only search
+from labs_embed import Encoder as Encoder  # callers of search need no second import
 
 PLAIN = (".txt", ".text", ".rst")
 KINDS = (*PLAIN, ".md", ".markdown")
-CHARACTERS = 1200  # of a chunk at most: 200 to 300 tokens
-DEPTH = 50  # of each ranking, before they are fused
-QUERY_CHARACTERS, QUERY_WORDS = 8000, 32  # of a query: read, looked up
-RANKED = 6000  # chunks that are ranked by words, unless a single word is in more: 2 µs each
-APPLICATION_ID = 0x6C616273  # of databases that labs made
+CHARACTERS = 1200  # in a chunk at most: 200 to 300 tokens
+DEPTH = 50  # chunks in each ranking, before the two are fused
+QUERY_CHARACTERS, QUERY_WORDS = 8000, 32  # of a query: characters read, words looked up
+RANKED = 6000  # chunks ranked by words at most (2 µs each), unless one word alone is in more
+APPLICATION_ID = 0x6C616273  # marks the databases that labs made
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, sha256 TEXT);
@@ -57,7 +57,7 @@ PRAGMA application_id = {APPLICATION_ID};
 COMMIT;
 PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
 """
-# Words of nearly every chunk do not tell chunks apart, and looking them up costs most of the time.
+# Nearly every chunk has these words: they distinguish no chunks and take most of a search's time.
 STOP_WORDS = re.compile(
     "a|about|all|am|an|and|any|are|as|at|be|been|but|by|can|could|did|do|does|for|from|had|has|have"
     "|how|i|if|in|into|is|it|its|me|my|no|not|of|on|or|our|should|so|that|the|their|them|then|there"
@@ -74,11 +74,11 @@ _BLANKS = re.compile(r"[ \n]*")
 
 
 class DocumentsError(labs.LabsError):
-    """The database or a path cannot be used; whoever runs the program sees it."""
+    """The database or a path cannot be used; the operator sees the message, clients do not."""
 
 
 class Indexed(Struct, frozen=True):
-    """What a run did to files, the chunks it wrote, and files that it passed over, with reasons."""
+    """Counts of one run's files and written chunks; unusable: files not read, with reasons."""
 
     written: int
     unchanged: int
@@ -88,7 +88,7 @@ class Indexed(Struct, frozen=True):
 
 
 class Passage(Struct, frozen=True):
-    """A chunk that was found. path: from the database's folder; score: tells only of ranks."""
+    """A chunk found. path: relative to the database's folder; score: made from ranks only."""
 
     path: str
     heading: str
@@ -97,9 +97,9 @@ class Passage(Struct, frozen=True):
 
 
 def chunk(text: str, *, markdown: bool = True) -> Iterator[tuple[str, str]]:
-    """Cut a document into (headings above, text); whole paragraphs and fences where they fit."""
+    """Cut a document into (headings above, text); keep paragraphs and fences whole if they fit."""
     titles: list[tuple[int, str]] = []
-    body, bare = "", False  # bare: nothing has come under the last heading yet
+    body, bare = "", False  # bare: the last heading has no text yet
     for level, block in itertools.chain(_blocks(text, markdown), [(1, "")]):
         heading = " > ".join(title for _, title in titles)
         if level:
@@ -116,7 +116,7 @@ def chunk(text: str, *, markdown: bool = True) -> Iterator[tuple[str, str]]:
 
 
 def _blocks(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
-    """Yield (level from 1, heading), and (0, paragraph or fenced code)."""
+    """Yield (level from 1, heading) and (0, paragraph or fenced code) in order."""
     lines: list[str] = []
     fence = ""
     for line in text.splitlines():
@@ -138,7 +138,7 @@ def _blocks(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
 
 
 def _title(line: str) -> tuple[int, str] | None:
-    """Return level and text of a heading, without the hashes that close it."""
+    """Return a heading's level and its text without closing hashes; None for other lines."""
     if not (found := _HEADING.match(line)):
         return None
     text = found[2].rstrip(" \t").rstrip("#").rstrip(" \t") or "#"
@@ -146,7 +146,7 @@ def _title(line: str) -> tuple[int, str] | None:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut what is too long: at the end of a line, a sentence or a word, or else anywhere."""
+    """Cut a long text at the end of a line, a sentence or a word, or else anywhere."""
     start = 0
     while len(text) - start > CHARACTERS:
         head = text[start : start + CHARACTERS + 1]
@@ -186,16 +186,16 @@ def _facts(connection: sqlite3.Connection) -> dict[str, Any]:
 
 
 def index(paths: Iterable[str], database: str, *, encoder: Encoder | None = None) -> Indexed:
-    """Bring the database up to what files and folders hold; what went away from them is removed.
+    """Update the database from files and folders; deleted files are removed from it.
 
-    Of a folder: all of KINDS but hidden files and links. encoder: it gives each chunk a vector.
-    Several processes may do it at once; one that is killed leaves what it has done.
+    A folder's KINDS are read, except hidden files and links. encoder: makes a vector per chunk.
+    Processes may index at once, and a killed one keeps its progress. Raises DocumentsError.
     """
     base = os.path.realpath(os.path.dirname(database))
     roots = dict.fromkeys(map(os.path.realpath, paths))
     with _opened(database, "rwc") as connection:
         if (model := _facts(connection)["embedding_model"]) and encoder is None:
-            text = f"has vectors of {model}: name it here too"
+            text = f"has vectors of {model}: set embedding_model to it"
             raise DocumentsError(f"the database {database} {text}")
         known = dict(connection.execute("SELECT path, sha256 FROM files"))
         above = {name: _parents(os.path.join(base, name)) for name in known}
@@ -240,7 +240,7 @@ File = tuple[str, str, list[tuple[str, str]]]  # its name, from the database's f
 def _read_changed_files(
     base: str, roots: Iterable[str], known: Hashes, seen: Hashes, unusable: list[str]
 ) -> Iterator[File]:
-    """Read all files; yield those whose hash is not known. seen: takes the hashes of all."""
+    """Read all files and yield those whose hash is not in `known`; fill seen and unusable."""
     for path in itertools.chain.from_iterable(map(_files, roots)):
         name = os.path.relpath(path, base)
         try:
@@ -257,7 +257,7 @@ def _read_changed_files(
 
 
 def _transaction(files: Iterator[File]) -> Iterator[File]:
-    """Take files for one transaction, which costs as much as many chunks."""
+    """Yield files for one transaction, which takes as long as writing many chunks."""
     count = 0
     while count < 500 and (file := next(files, None)):
         count += 1 + len(file[2])
@@ -265,12 +265,12 @@ def _transaction(files: Iterator[File]) -> Iterator[File]:
 
 
 def _store(connection: sqlite3.Connection, files: list[File]) -> None:
-    """Put files in place of what is there of them; of one without a hash nothing stays."""
+    """Replace the stored chunks of these files; a file with an empty hash is removed."""
     with _changing(connection) as execute:
         for name, digest, chunks in files:
             same = "SELECT 1 FROM files WHERE (path, sha256) = (?, ?)"
             if execute(same, (name, digest)).fetchone():
-                continue  # another process was first
+                continue  # another process has stored it
             execute("DELETE FROM chunks WHERE file = ?", (name,))
             execute("DELETE FROM files WHERE path = ?", (name,))
             for row in chunks:
@@ -280,7 +280,7 @@ def _store(connection: sqlite3.Connection, files: list[File]) -> None:
 
 
 def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
-    """Give a vector to each chunk that has none; each batch is a transaction of its own."""
+    """Store a vector for each chunk without one; each batch is one transaction."""
     name = encoder.spec.model_name
     if _facts(connection)["embedding_model"] != name:
         with _changing(connection) as execute:
@@ -289,13 +289,13 @@ def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
     missing = "SELECT id FROM chunks WHERE id NOT IN (SELECT chunk FROM vectors)"
     ids = [row[0] for row in connection.execute(f"{missing} ORDER BY length(text)")]
     for start in range(0, len(ids), 64):
-        some = ids[start : start + 64]
-        wanted = f"SELECT id, heading, text FROM chunks WHERE id IN ({', '.join('?' * len(some))})"
-        rows = connection.execute(wanted, some).fetchall()
+        part = ids[start : start + 64]
+        query = f"SELECT id, heading, text FROM chunks WHERE id IN ({', '.join('?' * len(part))})"
+        rows = connection.execute(query, part).fetchall()
         vectors = encoder.encode([f"{heading}\n{text}" for _, heading, text in rows])
         with _changing(connection) as execute:
             for (key, *_), vector in zip(rows, vectors.half(), strict=True):
-                execute(  # chunks, and the model too, may have been replaced meanwhile
+                execute(  # another process may have replaced the chunk or the model
                     "INSERT OR IGNORE INTO vectors SELECT id, ? FROM chunks, facts"
                     " WHERE id = ? AND name = 'embedding_model' AND value = ?",
                     (vector.numpy().tobytes(), key, name),
@@ -305,10 +305,10 @@ def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
 def search(
     database: str, query: str, k: int = 4, *, encoder: Encoder | None = None
 ) -> tuple[Passage, ...]:
-    """Return k passages at most, the best first; nothing in `query` is an operator.
+    """Return at most k passages, the best first; `query` is plain text without operators.
 
-    encoder: that of the index, to rank by meaning too. Ranks are fused as in Cormack et al. 2009,
-    Reciprocal Rank Fusion.
+    encoder: the one given to index, to rank by meaning too. Ranks are fused as in Cormack et al.
+    2009, Reciprocal Rank Fusion. Raises DocumentsError when the database cannot be used.
     """
     query = query[:QUERY_CHARACTERS]
     with _opened(database) as connection:
@@ -326,7 +326,7 @@ def search(
 
 
 def _by_words(connection: sqlite3.Connection, query: str) -> list[int]:
-    """Rank by BM25, in large databases only the chunks that hold one of the rarer words."""
+    """Rank by BM25; in a large database rank only chunks with one of the query's rarer words."""
     words = dict.fromkeys(re.findall(r"\w+", query.lower()))
     found = [f'"{word}"' for word in words if not STOP_WORDS.fullmatch(word)][:QUERY_WORDS]
     count = "SELECT count(*) FROM words WHERE words MATCH ?"
@@ -359,8 +359,8 @@ def ground(
 ) -> tuple[tuple[labs.Message, ...], tuple[labs.Source, ...]]:
     """Put passages, numbered and quoted, before the text of the user's last message.
 
-    Each line of a document begins with "> ", so none ends its passage or looks like another one.
-    budget: tokens of all passages; one that does not fit is left out whole.
+    Each line of a document begins with "> ", so it cannot end its passage or imitate another.
+    budget: tokens of all passages together; a passage that does not fit is left out whole.
     """
     parts, sources = list[str](), list[labs.Source]()
     for passage in passages:
@@ -371,22 +371,22 @@ def ground(
         if (cost := count_tokens(part)) <= budget:
             budget -= cost
             parts, sources = [*parts, part], [*sources, source]
-    asked = [number for number, each in enumerate(messages) if each.role == "user"]
-    if not (parts and asked):
+    questions = [number for number, each in enumerate(messages) if each.role == "user"]
+    if not (parts and questions):
         return tuple(messages), ()
     found = list(messages)
-    text = "\n\n".join((INTRODUCTION, *parts, found[asked[-1]].content))
-    found[asked[-1]] = labs.Message(role="user", content=text)
+    text = "\n\n".join((INTRODUCTION, *parts, found[questions[-1]].content))
+    found[questions[-1]] = labs.Message(role="user", content=text)
     return tuple(found), tuple(sources)
 
 
 def _plain(text: str) -> str:
-    """Keep a name or a title in one line, and without codes for terminals."""
+    """Put a file name or a title on one line and remove terminal control characters."""
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def encoder_of(config: labs.Config) -> Encoder | None:
-    """Return the configured embedding model; the trust in the model, and its bits, are its own."""
+    """Return the configured embedding model; remote code and quantization stay off for it."""
     name = config.documents.embedding_model
     options: dict[str, Any] = {"model_name": name, "revision": None, "trust_remote_code": False}
     options |= {"use_safetensors": True, "quantization": labs.Quantization()}
@@ -394,17 +394,17 @@ def encoder_of(config: labs.Config) -> Encoder | None:
 
 
 def check(config: labs.Config, encoder: Encoder | None) -> None:
-    """Raise what would keep requests from being answered: a database or model that is not there."""
+    """Raise DocumentsError or ModelError when the database or embedding model is unusable."""
     search(cast("str", config.documents.database), "", encoder=encoder)
 
 
 def with_passages(
     documents: labs.Documents, encoder: Encoder | None, model: labs.Model, prompt: Any
 ) -> tuple[tuple[labs.Message, ...], tuple[labs.Source, ...]]:
-    """Return a prompt's messages with what is found for the user's last one, and the sources.
+    """Return a prompt's messages with passages for the last user message, and their sources.
 
-    prompt: as labs_request.Prompt, with its chat toggles filled in. Raises InputError where no chat
-    template keeps passages from being more than text.
+    prompt: a labs_request.Prompt with its chat toggles filled in. Raises InputError without a chat
+    template, because only a template keeps passages from being read as turns.
     """
     if not (prompt.use_chat_template and model.tokenizer.chat_template):
         raise labs.InputError("documents: passages need the model's chat template")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schemas of strangers: what a grammar's compiler, which is native code, may be given.
+"""Bounds on JSON schemas from untrusted clients, which llguidance, native code, compiles.
 
-    text = labs_schema.check(schema)  # walks it; SchemaError names the place and the bound
-    wrong = labs_schema.trial(text)  # compiles it in a process of its own, which may die of it
+    text = labs_schema.check(schema)  # measures it; SchemaError names the place and the bound
+    fault = labs_schema.trial(text)  # compiles it in a separate process, which may crash
 
-`check` needs nothing but Python. `trial` runs this source as a program, which needs llguidance;
-what the program does not use is imported where it is used, since each new schema starts one.
+`check` uses only Python. `trial` runs this source as a program, which needs llguidance. Other
+modules are imported inside functions, because each new schema starts such a program.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import threading
 import types
 from typing import Any
 
-Place = tuple[Any, str] | None  # of a part of a schema: the place that it is in, its name there
-LARGEST_INTEGER = 2**53 - 1  # what all readers of JSON agree on (RFC 8259 §6)
+Place = tuple[Any, str] | None  # of a part of a schema: its parent's place and its name there
+LARGEST_INTEGER = 2**53 - 1  # all readers of JSON agree on integers up to this (RFC 8259 §6)
 
-# What native code is given at most, for memory, time and its stack.
-MAX_DEPTH = 100  # objects and lists in one another; llguidance reads 127
+# Bounds on a schema that protect llguidance's memory, time and stack.
+MAX_DEPTH = 100  # nested objects and lists; llguidance reads 127 levels
 MAX_VALUES = 20_000
 MAX_CHARACTERS = 200_000  # of all names and texts together
-MAX_OPTIONAL = 400  # properties of one object; each takes five of the 2,000 items of its row
+MAX_OPTIONAL = 400  # properties of one object; each takes 5 of the parser's 2,000 items per row
 MAX_REFERENCES = 500
-MAX_HOPS = 32  # from a $ref to what is only a $ref again
-MAX_WRITTEN_OUT = 10_000  # characters of a pattern that (ab){9} has 18 of
+MAX_HOPS = 32  # references in a row that lead only to another reference
+MAX_WRITTEN_OUT = 10_000  # characters of a pattern whose repetitions are expanded: (ab){9} has 18
 MOST_ENTRIES = {"enum": 5000, "properties": 1000, "required": 1000, "prefixItems": 1000}
 MOST_CHARACTERS = {"pattern": 2000, "$ref": 1000}
 LARGEST = {"minItems": 500, "minProperties": 500, "minLength": 100_000}
@@ -38,28 +38,28 @@ NAMED = dict.fromkeys(("properties", "patternProperties", "dependentSchemas"), "
 ROLES = NAMED | dict.fromkeys(("$defs", "definitions"), "named")
 ROLES |= dict.fromkeys(("const", "enum", "default", "examples"), "data")
 REFUSED = {
-    "contentEncoding": "llguidance passes over it",
-    "x-guidance": "it changes what the other keywords mean",
+    "contentEncoding": "llguidance ignores it",
+    "x-guidance": "it changes the meaning of other keywords",
 }
-PIECE = re.compile(  # of a pattern; a class in brackets and an escape are one character
+PIECE = re.compile(  # one character of a pattern; a bracketed class or an escape counts as one
     r"\\[pPxu]\{[^}]*+\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL
 )
 
-# What llguidance may take for one grammar: its own fuel and states, and a trial's time and memory.
+# llguidance's own limits for one grammar, then the limits of the process that tries it.
 LIMITS = {"initial_lexer_fuel": 300_000, "max_lexer_states": 20_000, "max_grammar_size": 200_000}
 TRIAL_CPU_S, TRIAL_WALL_S, TRIAL_BYTES, TRIAL_STEPS = 2, 60, 2**30, 24
-TRIAL_STACK = 2**21  # bytes: a quarter of what a thread has here, so that a trial ends before it
+TRIAL_STACK = 2**21  # bytes: a quarter of a thread's stack here, so that a trial overflows first
 _TRIALS = threading.BoundedSemaphore(2)
 
 
 class SchemaError(ValueError):
-    """A schema that is too much, or no JSON; tells the place in it and the bound."""
+    """A schema exceeds a bound or is not JSON; the message names the place and the bound."""
 
 
 def check(schema: Any) -> str:
-    """Return a schema as JSON. Raises SchemaError, with place and bound, for one that is too much.
+    """Return a schema as JSON text. Raises SchemaError when it exceeds a bound.
 
-    Never recursive: what is nested a thousand deep ends no process here.
+    It does not recurse, so a schema nested a thousand levels deep cannot exhaust Python's stack.
     """
     values = characters = 0
     references: set[str] = set()
@@ -83,10 +83,10 @@ def check(schema: Any) -> str:
 
 
 def _inner(value: Any, place: Place, role: str) -> list[tuple[Any, str, str]]:
-    """Return what is in a part, each with its name and its role: a schema, named ones or data."""
+    """Return a part's values, each with name and role: "schema", "named" (schemas) or "data"."""
     if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
-            raise _refused(place, "has a name that is no text")
+            raise _refused(place, "has a name that is not a string")
         known = ROLES if role == "schema" else {}
         other = "data" if role == "data" else "schema"
         return [(each, name, known.get(name, other)) for name, each in value.items()]
@@ -95,7 +95,7 @@ def _inner(value: Any, place: Place, role: str) -> list[tuple[Any, str, str]]:
     if isinstance(value, int | float) and not abs(value) <= LARGEST_INTEGER:  # nan is neither
         raise _refused(place, f"is beyond ±{LARGEST_INTEGER}")
     if value is not None and not isinstance(value, str | int | float):
-        raise _refused(place, f"is of the type {type(value).__name__}, which JSON has not")
+        raise _refused(place, f"is of the type {type(value).__name__}, which is not JSON")
     return []
 
 
@@ -113,8 +113,8 @@ def _check_keywords(schema: dict[str, Any], place: Place) -> None:
     properties, required = schema.get("properties"), schema.get("required")
     if isinstance(properties, dict):
         names = required if isinstance(required, list) else []
-        due = {name for name in names if isinstance(name, str)}
-        _bound(MAX_OPTIONAL, len({*properties} - due), (place, "properties"), "optional entries")
+        needed = {name for name in names if isinstance(name, str)}
+        _bound(MAX_OPTIONAL, len({*properties} - needed), (place, "properties"), "optional entries")
     named = schema.get("patternProperties")
     for pattern in (schema.get("pattern"), *(named if isinstance(named, dict) else ())):
         if isinstance(pattern, str):
@@ -123,8 +123,8 @@ def _check_keywords(schema: dict[str, Any], place: Place) -> None:
 
 
 def _written_out(pattern: str) -> int:
-    """Return about how many characters a pattern has where (ab){9} is written as 18."""
-    open_groups, last = [0], 0  # last: what a repetition would repeat
+    """Return the approximate length of a pattern with its repetitions expanded: (ab){9} has 18."""
+    open_groups, last = [0], 0  # last: length of the piece that a repetition would repeat
     for found in PIECE.finditer(pattern):
         piece, (low, high) = found[0], found.groups()
         if low is not None:
@@ -143,20 +143,20 @@ def _written_out(pattern: str) -> int:
 
 
 def _check_chains(schema: Any, references: set[str]) -> None:
-    """Refuse a $ref that leads through others to itself, or to nothing else for long."""
+    """Refuse a $ref that leads to itself, or through more than MAX_HOPS other references."""
     following = {reference: _target(schema, reference) for reference in references}
     for first in references:
         reference, hops = following[first], 0
         while reference in following:
             hops += 1
-            _bound(MAX_HOPS, hops, None, f"references one after the other from {first[:80]!r}")
+            _bound(MAX_HOPS, hops, None, f"references in a row from {first[:80]!r}")
             if reference == first:
                 raise _refused(None, f"has a reference to itself, {first[:80]!r}")
             reference = following[reference]
 
 
 def _target(schema: Any, reference: str) -> Any:
-    """Return the $ref of the schema that a reference names, if that has one."""
+    """Return the $ref of the schema that a reference points to, or None without one."""
     import urllib.parse
 
     found = schema if reference == "#" or reference.startswith("#/") else None
@@ -188,34 +188,34 @@ def _refused(place: Place, what: str) -> SchemaError:
 
 
 def compiled(library: Any, tokenizer: Any, schema: str) -> Any:
-    """Return llguidance's matcher of a schema at its beginning, or a text of what is wrong."""
-    compact = {"whitespace_flexible": False}  # a small model may write blanks without end
+    """Return llguidance's matcher at the start of an answer, or a text that names the fault."""
+    compact = {"whitespace_flexible": False}  # a small model may write whitespace endlessly
     try:
         grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
     except ValueError as error:
         return _cut(str(error))
     limits = library.LLParserLimits(verbose_errors=False, **LIMITS)
     matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    told = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
-    return _cut("; ".join(told)) or matcher
+    faults = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+    return _cut("; ".join(faults)) or matcher
 
 
-def told(matcher: Any) -> str:
-    """Return what went wrong in a matcher, in one line; "" for nothing."""
+def error_of(matcher: Any) -> str:
+    """Return a matcher's error in one line, "" without one."""
     return _cut(matcher.get_error())
 
 
 def _cut(text: str) -> str:
     line = " ".join(text.removesuffix("<non-verbose/>").split())
-    if line.isidentifier():  # llguidance's word for a parser that has no way to go
-        return f"no JSON is as it asks ({line})"
+    if line.isidentifier():  # llguidance's code for a parser that cannot continue
+        return f"no JSON satisfies it ({line})"
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 
 def trial(schema: str) -> str:
-    """Return what is wrong with a schema, "" for nothing, as a process of its own found out.
+    """Compile a schema in a separate process; return the fault found, "" for none.
 
-    Raises OSError or subprocess.SubprocessError where none could be run, or waited for.
+    Raises OSError or subprocess.SubprocessError when the process could not run or did not end.
     """
     import importlib.util
     import inspect
@@ -224,7 +224,7 @@ def trial(schema: str) -> str:
 
     package = importlib.util.find_spec("llguidance")
     folder = next(iter(package.submodule_search_locations or ())) if package else ""
-    source = inspect.getsource(sys.modules[__name__])  # there is no file of it in a zip
+    source = inspect.getsource(sys.modules[__name__])  # in a zip archive it has no file
     command = [sys.executable, "-I", "-S", "-c", source, folder]
     with _TRIALS:
         done = subprocess.run(
@@ -234,15 +234,14 @@ def trial(schema: str) -> str:
         raise ChildProcessError(done.stderr.decode(errors="replace").strip()[-300:])
     if done.returncode == 0:
         return str(json.loads(done.stdout))
-    bounds = (
-        f"{TRIAL_CPU_S} s of a processor, {TRIAL_BYTES >> 20} MiB, {TRIAL_STACK >> 20} of stack"
-    )
+    bounds = f"{TRIAL_CPU_S} s of CPU time, {TRIAL_BYTES >> 20} MiB of memory"
+    bounds += f" and {TRIAL_STACK >> 20} MiB of stack"
     ended = signal.Signals(-done.returncode).name
-    return f"is more than its compiler can do ({ended}; it has {bounds}); a simpler one is due"
+    return f"it is too large to compile within {bounds} ({ended}); simplify it"
 
 
 class _Bytes:
-    """A tokenizer of single bytes, as llguidance wants it."""
+    """A tokenizer of single bytes, with the attributes that llguidance reads."""
 
     eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
     tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
@@ -253,7 +252,7 @@ class _Bytes:
 
 
 def _main(folder: str) -> None:
-    """Try the schema on stdin, within bounds, and print what is wrong with it, as JSON."""
+    """Try the schema on stdin, within bounds, and print the fault found as JSON."""
     found: list[str] = []
     try:
         import resource
@@ -262,8 +261,8 @@ def _main(folder: str) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_S, TRIAL_CPU_S + 1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, AttributeError, OSError, ValueError):
-        pass  # where a system knows no such bounds
-    package: Any = types.ModuleType("llguidance")  # its own imports take a tenth of a second
+        pass  # this system does not support such limits
+    package: Any = types.ModuleType("llguidance")  # its real __init__ takes a tenth of a second
     package.__path__ = [folder]
     sys.modules["llguidance"] = package
     library, schema = importlib.import_module("llguidance._lib"), sys.stdin.read()
@@ -275,7 +274,7 @@ def _main(folder: str) -> None:
 
 
 def steps(library: Any, schema: str, seed: int = 0) -> str:
-    """Return what is wrong at the beginning of an answer that chance leads, "" for nothing."""
+    """Compile a schema and begin a random answer; return the fault found, "" for none."""
     tokenizer, chance = library.LLTokenizer(_Bytes()), random.Random(seed)
     try:
         matcher = compiled(library, tokenizer, schema)
@@ -285,8 +284,8 @@ def steps(library: Any, schema: str, seed: int = 0) -> str:
             if matcher.is_error() or not allowed:
                 break
             matcher.consume_token(chance.choice(allowed))
-        return matcher if isinstance(matcher, str) else told(matcher)
-    except BaseException as error:  # a panic of Rust is no Exception
+        return matcher if isinstance(matcher, str) else error_of(matcher)
+    except BaseException as error:  # a Rust panic is not an Exception
         return _cut(f"{type(error).__name__}: {error}")
 
 

@@ -6,11 +6,11 @@
     only = labs_typed.Constraint(model, schema)                     # JSON schema, as a dict
     labs.generate(model, inputs, processors=[only])                 # one Constraint for each answer
 
-The grammar is llguidance's (pip install llguidance): before each token it tells which ones may
-follow, and the row chooses among those. A schema that it cannot express is refused, and the error
-names the keyword. Schemas are a stranger's and its code is native, so each is measured first
-and compiled in a process of its own before it is compiled here. Needs labs.py, labs_schema.py; for
-choices labs_choose.py.
+Before each token, llguidance (pip install llguidance) computes the tokens that the schema allows,
+and the row samples among those. A schema that llguidance does not support is refused, and the
+error names the keyword. Schemas come from untrusted clients and llguidance is native code, so each
+schema is first measured, then compiled in a separate process, and only then compiled here. Needs
+labs.py and labs_schema.py; choices need labs_choose.py.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     import labs_choose
 
 T = TypeVar("T")
-GRAMMAR_BYTES = 2**24  # what one may hold within labs_schema.LIMITS
-KEPT_BYTES = 2**28  # of grammars, for each tokenizer
-MAX_TRIED = 4096  # schemas that are known to compile
-SPACING = 64  # tokens that a grammar made anew has to last for
+GRAMMAR_BYTES = 2**24  # memory that one grammar may take within labs_schema.LIMITS
+KEPT_BYTES = 2**28  # size of the cache of grammars, for each tokenizer
+MAX_TRIED = 4096  # schemas remembered because their trial succeeded
+SPACING = 64  # tokens of an answer before its grammar may be compiled again
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, _Grammars] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 class IncompleteOutput(labs.GenerationError):
-    """The answer ended before it was complete; `completion` is what there is of it."""
+    """The answer ended before it was complete; `completion` holds the part that was generated."""
 
     def __init__(self, completion: labs.Completion) -> None:
         reason = completion.finish_reason
-        super().__init__(f"the answer is not whole ({reason}); allow more tokens or time")
+        super().__init__(f"the answer is incomplete ({reason}); allow more tokens or time")
         self.completion = completion
 
 
@@ -58,10 +58,10 @@ def generate_as(
     generation: labs.Generation | None = None,
     **changes: Any,
 ) -> T:
-    """Return an answer as a value of `kind`: whatever msgspec makes a JSON schema of and decodes.
+    """Generate an answer and return it decoded as `kind`, a type that msgspec supports.
 
-    Raises IncompleteOutput where the answer was cut, InputError for a type that has no schema or
-    whose schema cannot be expressed.
+    Raises IncompleteOutput when the answer was cut short, InputError when the type has no JSON
+    schema or llguidance does not support its schema.
     """
     try:
         schema = _bounded(msgspec.json.schema(kind))
@@ -73,14 +73,14 @@ def generate_as(
         raise IncompleteOutput(completion)
     try:
         return msgspec.json.decode(completion.text, type=kind)
-    except msgspec.DecodeError as error:  # more than a schema can say: 31 February
-        raise labs.GenerationError(f"the answer is no {kind}: {error}") from error
+    except msgspec.DecodeError as error:  # a schema cannot exclude 31 February
+        raise labs.GenerationError(f"the answer is not a valid {kind}: {error}") from error
 
 
 def _bounded(schema: Any) -> Any:
-    """Forbid fields that the type of an object does not name, and bound its integers.
+    """Forbid fields that an object does not declare, and bound all integers.
 
-    Decoding would drop such fields, and a small model may write digits without end.
+    Decoding would drop undeclared fields, and a small model may write digits endlessly.
     """
     if isinstance(schema, list):
         return [_bounded(each) for each in schema]
@@ -96,9 +96,9 @@ def _bounded(schema: Any) -> Any:
 
 
 class Constraint:
-    """Keeps one answer to JSON of a schema; a processor as in labs_decode.Sampling.
+    """Restricts one answer to JSON that matches a schema; a processor as in labs_decode.Sampling.
 
-    Raises InputError, which names what cannot be expressed, where it is, or what it is too much of.
+    Raises InputError, which names the unsupported keyword or the exceeded bound, and its place.
     """
 
     def __init__(self, model: labs.Model, schema: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Constraint:
             self._schema = labs_schema.check(schema)
         except labs_schema.SchemaError as error:
             raise labs.InputError(f"schema: {error}") from error
-        with _LOCK:  # making one takes most of a second, once for a tokenizer
+        with _LOCK:  # reading a tokenizer takes most of a second, so it happens once
             if (grammars := _TOKENIZERS.get(model.tokenizer)) is None:
                 grammars = _TOKENIZERS[model.tokenizer] = _Grammars(model)
         self._grammars = grammars
@@ -118,26 +118,26 @@ class Constraint:
     def __call__(self, ids: list[int], logits: Any) -> Any:
         """Return logits [V] with -inf for each token that may not follow `ids`.
 
-        ids: of the prompt in the first call, then of the prompt and the answer. A later call may
-        have fewer: guessed tokens can be wrong. Raises InputError where the schema asks too much.
+        ids: the prompt's tokens in the first call, then the prompt's and the answer's. A later call
+        may have fewer, because guessed tokens can be wrong. Raises InputError at a grammar's limit.
         """
         self._start = len(ids) if self._start is None else self._start
         answer = ids[self._start :]
         allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error() and len(answer) >= self._made_at + SPACING:
-            # Answers share what a grammar's lexer has learnt, which fills up: it begins again.
+            # Answers share the states of a grammar's lexer, which are limited: start with none.
             self._matcher, self._read = self._grammars.anew(self._schema), []
             self._made_at = len(answer)
             allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error():
-            told = labs_schema.told(self._matcher)
-            raise labs.InputError(f"schema: the answer cannot be kept to it: {told}")
+            reason = labs_schema.error_of(self._matcher)
+            raise labs.InputError(f"schema: the grammar failed during the answer: {reason}")
         if not allowed.any():
-            raise labs.InputError("schema: this model has no token that the answer goes on with")
+            raise labs.InputError("schema: no token of this model can continue the answer")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def _allowed(self, answer: list[int], size: int) -> Any:
-        """Return which tokens may follow the answer, [size]; the matcher tells of errors."""
+        """Return a mask [size] of the tokens that may follow; the matcher holds any error."""
         import torch
 
         pairs = zip(self._read, answer, strict=False)
@@ -151,29 +151,29 @@ class Constraint:
 
 
 class _Grammars:
-    """Matchers for one tokenizer. A schema is compiled once, and only who asks for it waits."""
+    """Matchers for one tokenizer; a schema is compiled once, and only its requests wait for it."""
 
     def __init__(self, model: labs.Model) -> None:
         if importlib.util.find_spec("llguidance") is None:
-            raise labs.InputError("answers of a type need llguidance: pip install llguidance")
+            raise labs.InputError("a schema needs llguidance: pip install llguidance")
         labs.require("cachetools")
         import cachetools
 
         self._library: Any = importlib.import_module("llguidance")
         hf: Any = importlib.import_module("llguidance.hf")
         self._vocabulary = model.decoder.config.vocab_size
-        count = max(self._vocabulary, len(model.tokenizer))  # some tokenizers know more
+        count = max(self._vocabulary, len(model.tokenizer))  # a tokenizer may have more tokens
         try:
             self._tokenizer = hf.from_tokenizer(model.tokenizer, n_vocab=count)
         except ValueError as error:
-            raise labs.InputError(f"this tokenizer keeps to no schema: {error}") from error
+            raise labs.InputError(f"llguidance cannot use this tokenizer: {error}") from error
         self._ends = list(model.eos_token_ids)
         self._lock = threading.Lock()
         self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
         self._tried: Any = cachetools.LRUCache(MAX_TRIED)
 
     def matcher(self, schema: str) -> Any:
-        """Return a matcher at its beginning. Raises InputError."""
+        """Return a matcher at the start of an answer. Raises InputError for a refused schema."""
         key = hashlib.sha256(schema.encode()).digest()
         with self._lock:
             made = self._made.get(key)
@@ -186,13 +186,13 @@ class _Grammars:
         return found.deep_copy()
 
     def anew(self, schema: str) -> Any:
-        """Return a matcher as matcher does, which shares nothing with those of before."""
+        """Compile the schema again; return a matcher that shares no state with earlier ones."""
         with self._lock:
             self._made.pop(hashlib.sha256(schema.encode()).digest(), None)
         return self.matcher(schema)
 
     def allowed(self, matcher: Any, tokens: Any) -> Any:
-        """Return tokens [V], all false before, with those that may follow set."""
+        """Set in tokens [V], all false before, those that may follow, and return it."""
         import torch
 
         bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
@@ -203,7 +203,7 @@ class _Grammars:
         return tokens
 
     def _make(self, key: bytes, schema: str, made: Future[Any]) -> None:
-        """Compile a schema for all who wait for it; what is wrong with it is remembered too."""
+        """Compile a schema for all requests that wait for it; its refusal is remembered too."""
         try:
             made.set_result(self._compiled(key, schema))
         except BaseException as error:
@@ -212,7 +212,7 @@ class _Grammars:
             if self._made.get(key) is made:
                 del self._made[key]
                 if made.exception() is None:
-                    self._made[key] = made  # counted by what it holds now
+                    self._made[key] = made  # now that it is done, the cache reads its real size
 
     def _compiled(self, key: bytes, schema: str) -> Any:
         import torch
@@ -221,7 +221,7 @@ class _Grammars:
             try:
                 wrong = labs_schema.trial(schema)
             except (OSError, subprocess.SubprocessError) as error:
-                raise labs.GenerationError(f"the schema could not be tried out: {error}") from error
+                raise labs.GenerationError(f"the schema's trial could not run: {error}") from error
             if wrong:
                 return wrong
         found = labs_schema.compiled(self._library, self._tokenizer, schema)
@@ -229,7 +229,7 @@ class _Grammars:
             return found
         first = self.allowed(found, torch.zeros(self._vocabulary, dtype=torch.bool))
         if found.is_error() or not first.any():
-            return labs_schema.told(found) or "no JSON is as it asks, in this model's tokens"
+            return labs_schema.error_of(found) or "this model's tokens can write no JSON for it"
         with self._lock:
             self._tried[key] = True
         return found
@@ -243,7 +243,7 @@ def _bytes_of(made: Future[Any]) -> int:
 def read_options(
     model: labs.Model, inputs: labs.Inputs, options: Sequence[str]
 ) -> labs_choose.Options:
-    """Return answers to choose among as the model reads them, for an engine."""
+    """Return answers to choose among, tokenised for the model, ready for an engine."""
     labs.require("labs_choose")
     import labs_choose
 
@@ -251,12 +251,12 @@ def read_options(
 
 
 def choose(model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> dict[str, float]:
-    """Return the probability of each option as the whole answer, with an end after it.
+    """Return each option's probability of being the whole answer, its end included.
 
-    They are scaled so that all sum to 1. Raises what labs_choose.Options refuses.
+    The probabilities are scaled to sum to 1. Raises the errors of labs_choose.Options.
     """
-    asked = read_options(model, inputs, options)
-    row = labs.open_request(model, 0, inputs, asked.generation()).row
-    for _ in asked.parts(row, model.prefixes):
+    choice = read_options(model, inputs, options)
+    row = labs.open_request(model, 0, inputs, choice.generation()).row
+    for _ in choice.parts(row, model.prefixes):
         pass
-    return dict(zip(options, asked.shares, strict=True))
+    return dict(zip(options, choice.shares, strict=True))

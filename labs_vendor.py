@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of labs in another project, which know what they are copies of.
+"""Copies of labs in another project, which record the version they were copied from.
 
     labs-gen --vendor DEST --rooms api,typed        labs.py, these rooms and what they need
     labs-gen --vendor DEST --rooms fast,sources     the core with speed, package: and .gguf models
-    labs-gen --vendor DEST                          the same again, from a newer labs
-    labs-gen --vendor DEST --check                  how each copy differs; writes nothing
+    labs-gen --vendor DEST                          update the copies from a newer labs
+    labs-gen --vendor DEST --check                  show how each copy differs; write nothing
 
-A copy begins with a comment that holds the hashes of the original and of itself. In a package (a
-folder with an __init__.py) `import labs` becomes `from . import labs`. No file is overwritten
-that was not written here, or was edited since. Needs labs.py, and beside it what is to be copied.
+A copy begins with a comment that has the hashes of the original and of the copy. In a package (a
+folder with an __init__.py) `import labs` becomes `from . import labs`. A file that this command
+did not write, or that was edited later, is never overwritten. Needs the files of labs beside it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 HEADER = """\
 # {name} of labs {version}, copied by `labs-gen --vendor FOLDER`{changed}.
 # Copyright 2026 the labs authors, Apache-2.0. Do not edit: an edited copy cannot be updated.
-# `labs-gen --vendor FOLDER --check` tells whether it is as it was written, and up to date.
+# `labs-gen --vendor FOLDER --check` shows whether it was edited and whether it is up to date.
 # sha256 of the original: {original}
-# sha256 of what follows: {copy}
+# sha256 of the text below: {copy}
 """
 READ = re.compile(r"# labs\S* of labs (?P<version>\S+), (?:.*\n){4}# .*: (?P<copy>\w{64})\n")
 
 
 def vendor(folder: str, rooms: Collection[str] = ()) -> int:
-    """Write the copies that are missing or outdated; return how many.
+    """Write the copies that are missing or outdated; return their number.
 
-    Raises LabsError, and writes nothing, where there is no such room or something would be lost.
+    Raises LabsError and writes nothing when a room is unknown or a foreign or edited file is there.
     """
     copies = _copies(Path(folder), rooms)
     states = {name: _state(Path(folder, name), text) for name, text in copies.items()}
@@ -58,7 +58,7 @@ def vendor(folder: str, rooms: Collection[str] = ()) -> int:
 
 
 def check(folder: str) -> dict[str, str]:
-    """Return how each copy is that is there or ought to be: the file's name, and words."""
+    """Return the state of each expected copy in words, by file name."""
     copies = _copies(Path(folder), ())
     return {name: _state(Path(folder, name), text) for name, text in copies.items()}
 
@@ -73,17 +73,17 @@ def _state(path: Path, text: str) -> str:
         return FOREIGN
     if header["copy"] != _digest(there[header.end() :]):
         return EDITED
-    return f"outdated (from labs {header['version']}; {labs.__version__} has it otherwise)"
+    return f"outdated (copied from labs {header['version']}; labs {labs.__version__} differs)"
 
 
 def _copies(folder: Path, rooms: Collection[str]) -> dict[str, str]:
-    """Return what the files are to hold: these rooms', those that are there, and their needs."""
+    """Return the texts of the copies: these rooms, those already there, and their imports."""
     texts = {path.stem: path.read_text("utf-8") for path in Path(__file__).parent.glob("labs*.py")}
     if READ.match(texts["labs_vendor"]):
-        raise labs.LabsError("this labs is a copy itself: run the labs-gen that made it")
+        raise labs.LabsError("this labs is itself a copy: run the labs-gen that made it")
     known = sorted(name.removeprefix("labs_") for name in texts if name != "labs")
     if unknown := [room for room in rooms if room not in known]:
-        raise labs.LabsError(f"there is no room {unknown[0]!r}, only {', '.join(known)}")
+        raise labs.LabsError(f"unknown room {unknown[0]!r}; the rooms are {', '.join(known)}")
     there = [name for name in texts if (folder / f"{name}.py").exists()]
     wanted = _needed([*ALWAYS, *there, *(f"labs_{room}" for room in rooms)], texts)
     ours = texts if (folder / "__init__.py").exists() else {}
@@ -91,7 +91,7 @@ def _copies(folder: Path, rooms: Collection[str]) -> dict[str, str]:
 
 
 def _needed(names: Iterable[str], texts: dict[str, str]) -> set[str]:
-    """Return these modules and those of labs that importing them imports."""
+    """Return these modules and the modules of labs that they import at their top level."""
     needed, waiting = set[str](), [*names]
     while waiting:
         needed.add(name := waiting.pop())
@@ -106,12 +106,12 @@ def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 def _copy(name: str, text: str, ours: Collection[str]) -> str:
     body, changed = relative(text, ours), ", imports made relative" if ours else ""
-    told = {"name": name, "version": labs.__version__, "changed": changed}
-    return HEADER.format(**told, original=_digest(text), copy=_digest(body)) + body
+    words = {"name": name, "version": labs.__version__, "changed": changed}
+    return HEADER.format(**words, original=_digest(text), copy=_digest(body)) + body
 
 
 def relative(text: str, ours: Collection[str]) -> str:
-    """Return a module's text with its imports of `ours` made relative, and nothing else moved."""
+    """Return a module's text with its imports of `ours` made relative and nothing else changed."""
     data, edits = text.encode(), []
     starts = [0, *itertools.accumulate(map(len, data.splitlines(keepends=True)))]
     for node in ast.walk(ast.parse(text)):

@@ -8,7 +8,7 @@ import labs
 
 config = labs.load_config()
 model = labs.load_model(config)
-model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())  # earlier turns are kept
+model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())  # keeps the KV cache
 messages: list[dict[str, str]] = []
 
 with contextlib.suppress(EOFError):  # Ctrl-D

@@ -27,5 +27,5 @@ def ask() -> flask.Response:
 
 
 if __name__ == "__main__":
-    make_server(app, config).run()  # any WSGI server with threads does as well
+    make_server(app, config).run()  # any threaded WSGI server works too
     engine.close()

@@ -518,7 +518,7 @@ def test_another_embedding_model_than_the_index_has_is_told(bert: labs_rag.Encod
     with pytest.raises(labs_rag.DocumentsError, match="has vectors of None, not of"):
         paths_found("whales", encoder=bert)
     with_vectors(bert)
-    with pytest.raises(labs_rag.DocumentsError, match="name it here too"):
+    with pytest.raises(labs_rag.DocumentsError, match="set embedding_model to it"):
         indexed()
     other = labs_rag.Encoder(msgspec.structs.replace(bert.spec, model_name="other"))
     with pytest.raises(labs_rag.DocumentsError, match="not of other: index it again"):

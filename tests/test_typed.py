@@ -330,7 +330,7 @@ def test_who_asks_for_another_schema_does_not_wait_for_one_that_compiles(tiny, m
 
 def test_a_trial_that_could_not_begin_is_no_verdict(tiny, trials, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(labs.GenerationError, match="tried out"):
+    with pytest.raises(labs.GenerationError, match="trial could not run"):
         labs_typed.Constraint(tiny, {"const": "later"})
     monkeypatch.undo()
     labs_typed.Constraint(tiny, {"const": "later"})
@@ -365,7 +365,7 @@ def test_a_row_whose_grammar_asks_too_much_later_ends_alone(tiny, trials, monkey
     )
     ends = dict(labs.run(tiny, streams, 3))  # the last event of each
     assert [type(ends[i]) for i in range(3)] == [labs.Done, labs.Failed, labs.Done]
-    assert "cannot be kept to it" in str(ends[1].error)
+    assert "the grammar failed during the answer" in str(ends[1].error)
 
 
 def test_a_tokenizer_may_know_more_tokens_than_the_model(tmp_path):
@@ -409,7 +409,7 @@ TOO_MUCH = [
     ({"minimum": math.nan}, "#/minimum is beyond"),
     ({"const": 1e17}, "#/const is beyond"),
     (chain(600), "different references; at most 500"),
-    (chain(40), "references one after the other"),
+    (chain(40), "references in a row"),
     ({"$defs": {"a/b": {"$ref": "#/%24defs/a~1b"}}}, "reference to itself"),
     ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "reference to itself"),
     ({"items": {"required": [f"n{i}" for i in range(2000)]}}, "#/items/required has 2000 entries"),
@@ -425,7 +425,7 @@ TOO_MUCH = [
     ({"maxLength": 2**31}, "at most 2147483647"),
     ({"x-guidance": {"lenient": True}}, "#/x-guidance cannot be used"),
     ({"const": {1, 2}}, "#/const is of the type set"),
-    ({"properties": {1: {}}}, "a name that is no text"),
+    ({"properties": {1: {}}}, "a name that is not a string"),
 ]
 
 
@@ -483,7 +483,7 @@ DEADLY = [
 
 @pytest.mark.parametrize("schema", DEADLY)
 def test_a_schema_that_ends_its_compiler_is_refused_by_who_lives_on(schema):
-    assert "more than its compiler can do (SIG" in labs_schema.trial(json.dumps(schema))
+    assert "too large to compile within 2 s of CPU time" in labs_schema.trial(json.dumps(schema))
 
 
 NOTHING = [
@@ -498,7 +498,7 @@ NOTHING = [
 
 @pytest.mark.parametrize("schema", NOTHING)
 def test_a_schema_that_nothing_satisfies_is_refused(tiny, schema):
-    with pytest.raises(labs.InputError, match=r"nsatisfiable|no JSON is as it asks"):
+    with pytest.raises(labs.InputError, match=r"nsatisfiable|no JSON"):
         labs_typed.Constraint(tiny, schema)
 
 
@@ -638,11 +638,14 @@ def test_an_answer_that_its_grammar_ends_is_a_400_or_an_event(site, trials, monk
     wanted = {"type": "json_schema", "json_schema": {"schema": STATES}}
     options = {"max_new_tokens": 120, "temperature": 1.0, "logit_bias": {"113": 2.0}}
     body = {"prompt": "hi", "response_format": wanted, **options}
-    assert "cannot be kept to it" in error_of(site.post("/generate", body), 400)["message"]
+    assert (
+        "the grammar failed during the answer"
+        in error_of(site.post("/generate", body), 400)["message"]
+    )
     stream = site.post("/generate/stream", body)
     assert stream.status_code == 200
     assert "event: error" in stream.text
-    assert "cannot be kept to it" in stream.text
+    assert "the grammar failed during the answer" in stream.text
 
 
 # ---------------------------------------------------------------- files and the shell
@@ -676,7 +679,7 @@ def test_lines_of_a_file_have_formats_of_their_own_and_are_replayed(tiny):
     assert json.loads(message) in ("red", "green")
     assert "json_schema" in found[3]["error"]["message"]
     assert "not" in found[4]["error"]["message"]
-    assert "compiler" in found[5]["error"]["message"]
+    assert "compile" in found[5]["error"]["message"]
     verdicts = [v.verdict for v in labs_jsonl.replay(tiny, context, enumerate(rows[:3], 1))]
     assert verdicts == ["same"] * 3
 
@@ -705,7 +708,7 @@ def test_the_shell_keeps_an_answer_to_a_schema_and_chooses(folder, tiny_folder):
     Path("deadly.json").write_text(json.dumps(DEADLY[1]))
     done = gen(*model, "--schema", "deadly.json")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    assert "more than its compiler can do" in done.stderr
+    assert "too large to compile" in done.stderr
 
 
 def test_a_file_with_a_schema_or_messages_of_any_depth_is_refused_by_name(folder):

@@ -106,7 +106,7 @@ def test_a_room_comes_with_what_it_imports_and_no_more(rooms, copied):
 
 @pytest.mark.parametrize("room", ["tpyed", "labs_typed", "typed.py", "", "labs"])
 def test_a_room_that_there_is_not_is_refused_with_those_that_there_are(room):
-    with pytest.raises(labs.LabsError, match=f"no room '{re.escape(room)}', only api, .*typed"):
+    with pytest.raises(labs.LabsError, match=f"unknown room '{re.escape(room)}'; .* api, .*typed"):
         labs_vendor.vendor("copy", ["cli", room])
     assert not Path("copy").exists()
 
@@ -130,7 +130,7 @@ def test_a_flat_copy_is_the_original_below_its_header(place):
         assert body.encode() == (ROOT / name).read_bytes()
         assert f"# {name} of labs {labs.__version__}, copied by `labs-gen --vendor" in header
         assert f"original: {digest(body)}\n" in header
-        assert f"follows: {digest(body)}\n" in header
+        assert f"below: {digest(body)}\n" in header
         assert "SPDX-License-Identifier: Apache-2.0" in body
 
 
@@ -141,7 +141,7 @@ def test_a_copy_in_a_package_differs_in_its_imports_alone():
         header, body = parts(place / name)
         assert "imports made relative" in header
         assert f"original: {digest(original)}\n" in header
-        assert f"follows: {digest(body)}\n" in header
+        assert f"below: {digest(body)}\n" in header
         documentation = ast.get_docstring(ast.parse(original))
         assert ast.get_docstring(ast.parse(header + body)) == documentation
         pairs = zip(original.splitlines(), body.splitlines(), strict=True)
@@ -265,7 +265,7 @@ def test_a_newer_labs_is_told_with_both_versions_and_what_it_needs_besides(reque
     request.getfixturevalue("newer")
     states = labs_vendor.check("copy")
     assert states.pop("labs_more.py") == "missing"
-    assert set(states.values()) == {"outdated (from labs 0.1.0; 0.2.0 has it otherwise)"}
+    assert set(states.values()) == {"outdated (copied from labs 0.1.0; labs 0.2.0 differs)"}
 
 
 def test_a_folder_that_is_not_there_lacks_everything_and_is_not_made():
@@ -365,7 +365,7 @@ def test_a_place_that_is_no_folder_is_refused_in_one_sentence(place):
 def test_a_copy_is_no_source_of_copies():
     labs_vendor.vendor("copy", ["cli", "vendor"])
     done = python("copy/labs_cli.py", "--vendor", "other", path="copy")
-    assert done.stderr == "Error: this labs is a copy itself: run the labs-gen that made it\n"
+    assert done.stderr == "Error: this labs is itself a copy: run the labs-gen that made it\n"
     assert not Path("other").exists()
 
 
