@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """ids → logits: how the rows of one transformers model share forward calls. Tensors only.
 
-Rows live in left-aligned slots: row b owns the first columns of a preallocated buffer, so that rows
-of any length join and leave at any step and nothing is copied in between. These functions change
-the cache; each consumes the batch that it is given and returns the next one:
+A slot is a row of preallocated buffers with a column for each token, filled from the left: rows of
+any length join and leave at any step. These functions change the cache, in this order. All but
+`forward` return the batch to go on with; the one that they were given is used up:
 
-    prefill   write the next chunk of one prompt
-    join      copy a row that was prefilled alone into a free slot beside the others
-    forward   write one token of every row and return the logits after it
-    keep      drop all other rows; the last row moves into each hole
+    prefill   write the next chunk of one new prompt, until none is pending
+    join      copy a row that has made its first step alone into a free slot of another batch
+    forward   write one token of every row and return the logits after it (labs_loop chooses)
+    keep      drop all rows but those named; the last row moves into each hole
 
 The model makes its own masks: importing this file registers `attention` and `attention_mask` with
 transformers, and the mask reads the position of each row from the cache. This file needs torch and
@@ -37,20 +37,20 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-LONE_ROW_COPIES = 4  # a lone row is computed 4 times over: oneDNN is faster with 4 than with 2
+LONE_ROW_COPIES = 4  # rows in the call of a lone row: one alone rounds differently, 2 are slower
 CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows wait for it
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
-KEPT_SHARE = 0.125  # the share of free memory for stored prefixes and for spare slots
+KEPT_SHARE = 0.125  # the share of free memory for stored prefixes and for unused slots
 MEMORY_SHARE = 0.5  # the share of free memory for slots
-OOM_WORDS = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
+OOM_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
 UNKNOWN_BUDGET = 2**30  # bytes, assumed if the system does not report its free memory
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
 Processor = Callable[[list[int], Tensor], Tensor]  # (ids so far, float32 logits [V]) to logits
 Mode = Literal["joins", "whole", "alone"]
-PretrainedModel = Any  # transformers leaves these untyped: their attributes differ by family
+PretrainedModel = Any  # untyped, because their attributes differ from model to model
 PretrainedConfig = Any
 Tokenizer = Any
 CacheLayer = Any
@@ -81,13 +81,13 @@ class Sampling:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One sequence. `ids` grows; `written` counts the columns that its slot holds.
+    """One sequence. `ids` grows; `written` counts the columns that are filled in its slot.
 
-    lookahead: tokens that one step may guess. owner: only prefixes of the same owner are reused;
-    with exact_prefix, only columns with the bits of a prefill. cancelled: set by any thread. over:
-    set by the reader of the tokens. exact_columns: those prefilled in whole chunks from the first
-    on. cached: prompt tokens taken from a prefix. deadline, entered: by time.perf_counter(). seen:
-    the distinct ids. bias: ids and values of logit_bias on the device of the logits, once uploaded.
+    lookahead: tokens that a step may guess. owner: only prefixes of this owner are reused; with
+    exact_prefix, only columns that a prefill computed. cancelled: set by any thread. over: the
+    reader wants no more tokens. exact_columns: the leading columns prefilled in whole chunks.
+    cached: prompt tokens taken from a prefix. deadline, entered: by time.perf_counter(). seen: the
+    distinct ids. bias: ids and values of logit_bias on the device of the logits, once uploaded.
     """
 
     id: int
@@ -129,11 +129,12 @@ class Row:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows and their slots; consumed by the function that takes it.
+    """Rows and their slots.
 
-    stepwise: replaces the slots of a model that cannot be batched. logits: float32 [1, V] after the
-    last token of a prompt, until a step chooses from them. at_once: rows per forward call, 0 for
-    all; lowered after a step ran out of memory. graphs: takes the slots when the batch has ended.
+    stepwise: yields the logits, if the model cannot be batched and has no slots. logits: float32
+    [1, V] after the last token of a prompt, until a step chooses from them. at_once: rows per
+    forward call, 0 for all; lowered after a step ran out of memory. graphs: keeps the slots for the
+    next batch when this one has ended.
     """
 
     rows: tuple[Row, ...]
@@ -146,7 +147,7 @@ class Batch:
     @property
     def pending(self) -> int:
         """Tokens that `prefill` must still write before this newcomer's next step."""
-        row = self.rows[0]
+        row = self.rows[0]  # one that starts again writes all ids but the last
         known = len(row.ids) - 1 if row.generated else row.prompt_length
         return 0 if self.stepwise is not None else max(known - row.written, 0)
 
@@ -158,9 +159,9 @@ class Batch:
 class Cursor:
     """Where the current forward call writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `write_from` on. A step writes row index[b], which is
-    first_row + b, at column positions[b]. speculative: all queries belong to row 0, and each
-    attends to the columns up to its own position.
+    Prefill writes one row from column `write_from` on. A step writes query b to row index[b] at
+    column positions[b]. index[b] is first_row + b, but with `speculative` all queries belong to row
+    0, and each attends to the columns up to its own position.
     """
 
     rows: int
@@ -173,14 +174,14 @@ class Cursor:
     speculative: bool = False
 
     @property
-    def live(self) -> int:
+    def queries(self) -> int:
         return 1 if self.positions is None else len(self.positions)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values as [rows, heads, columns, head_dim], allocated once.
 
-    The slot of a live row holds finite numbers in every column, because 0 * NaN is NaN.
+    Every column of a used slot is finite: masked columns get weight 0, and 0 * NaN is NaN.
     """
 
     is_sliding = False  # all columns are kept; the mask applies the window
@@ -213,11 +214,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 buffer[:1, :, at.write_from : at.read_to] = states
             else:
                 index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
-                buffer[index, :, positions] = states[: at.live, :, 0]
-        rows = slice(at.first_row, at.first_row + (1 if at.speculative else at.live))
+                buffer[index, :, positions] = states[: at.queries, :, 0]
+        rows = slice(at.first_row, at.first_row + (1 if at.speculative else at.queries))
         keys, values = self.keys[rows, :, : at.read_to], self.values[rows, :, : at.read_to]
         if at.speculative:
-            keys, values = (each.expand(at.live, -1, -1, -1) for each in (keys, values))
+            keys, values = (each.expand(at.queries, -1, -1, -1) for each in (keys, values))
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -265,7 +266,7 @@ class StateLayer(LinearAttentionLayer):
         return [(states, i) for states in (self.conv_states, self.recurrent_states) for i in states]
 
     def write(self, row: int, other: StateLayer, columns: int) -> None:
-        """Append a newcomer's states; a kind that the model does not use is None in both layers."""
+        """Append a newcomer's states; those that the model does not use are None in both layers."""
         for (states, i), (others, _) in zip(self._states(), other._states(), strict=True):
             if states[i] is not None:
                 states[i] = torch.cat([states[i][:row], others[i]])
@@ -308,7 +309,8 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
         StateLayer.move(self, source, target, columns)
 
 
-# By exact type, as a subclass may hold more. Not every version of transformers has every name.
+# Looked up by exact type: a subclass may hold more. None: transformers' own layer stays. Not every
+# version of transformers has every name.
 _LAYERS: dict[type, type | None] = {
     getattr(cache_utils, name): kind
     for name, kind in (
@@ -352,13 +354,14 @@ class Slots(cache_utils.Cache):
         return sum(buffer[0, :, 0].nbytes for buffer in self.buffers)
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
+        """Return each row's position, which transformers passes to `attention_mask`."""
         return self.cursor.write_from if self.cursor.positions is None else self.cursor.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cursor.write_from if self.cursor.positions is None else self.cursor.read_to - 1
 
     def make_room(self, live: int, columns: int) -> None:
-        """Make room for one more row beside `live` rows; double the rows if there is none."""
+        """Have a slot free beside the first `live` ones, doubling their number if all are taken."""
         at = self.cursor
         rows = at.rows if live < at.rows else 2 * at.rows
         self.resize(live, rows, max(columns, at.columns))
@@ -377,7 +380,7 @@ def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
 
 
 def _blocks(columns: int) -> int:
-    """Round up to 64, 128, 256, 512, then to blocks: other lengths may round sums differently."""
+    """Return 64, 128, 256, 512 or whole blocks: few lengths, so that sums keep their bits."""
     if columns <= 8 * COLUMNS:
         return max(COLUMNS, 1 << (columns - 1).bit_length())
     return math.ceil(columns / COLUMNS) * COLUMNS
@@ -394,12 +397,12 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention [B, Q, heads, dim] by sdpa, unless the model has soft-capping or sinks.
+    """Compute attention [B, Q, heads, dim] by sdpa where it can and is fast, else by products.
 
     The parameters have transformers' names, because some models pass them by name.
     """
     states = query, key, value
-    if lengths := getattr(attention_mask, "lengths", None):  # several prompts in one row
+    if lengths := getattr(attention_mask, "lengths", None):  # set by labs_forward.packed_mask
         parts = zip(*(torch.split(each, lengths, 2) for each in states), strict=True)
         outputs = [attention(module, a, b, c, None, **options)[0] for a, b, c in parts]
         return torch.cat(outputs, 1), None
@@ -417,15 +420,15 @@ def attention_invariant(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention that gives a row the same bits whatever else is in the batch, on CPU.
+    """Compute attention whose steps give a row the same bits whatever else is in the batch, on CPU.
 
-    In float32, plain products do so and sdpa does not. In 16 bits, sdpa does if each of its threads
-    has an aligned scratch buffer: queries are padded to a multiple of eight to give it one.
+    In float32, plain products do so and sdpa does not. In 16 bits, sdpa does so if the number of
+    queries is a multiple of eight, which aligns its buffers: they are padded.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
     if query.shape[2] > 1 or options.get("position_bias") is not None:
         return attention(module, query, key, value, attention_mask, **options)
-    # The copies of a lone row have no slots: they get the row's output.
+    # The copies of a lone row have no keys of their own: they get the row's output.
     live = query[: len(key)]
     if special or query.dtype == torch.float32:
         output = _eager_attention(live, key, value, attention_mask, options)
@@ -437,7 +440,7 @@ def attention_invariant(
 def _padded_sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Compute attention [B, 1, heads, dim] of one query per row; a group's heads become queries."""
+    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head."""
     (batch, heads, _, dim), groups = q.shape, k.shape[1]
     queries = q.reshape(batch, groups, -1, dim)
     real = queries.shape[2]
@@ -450,7 +453,7 @@ def _padded_sdpa(
 def _eager_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Return softmax(q k) v [B, Q, heads, dim] of q [B, heads, Q, dim] and k, v [B, groups, T, dim]."""
+    """Return [B, Q, heads, dim] from q [B, heads, Q, dim] and k, v [B, groups, T, dim]."""
     (batch, heads, queries, dim), (groups, total) = q.shape, k.shape[1:3]
     if mask is None:
         mask = q.new_ones((1, 1, queries, total), dtype=torch.bool).tril(total - queries)
@@ -464,7 +467,7 @@ def _eager_attention(
     if mask.dtype == torch.bool:
         mask = additive(mask, scores.dtype)
     scores.view(batch, groups, -1, queries, total).add_(mask.unsqueeze(2))
-    if (sinks := options.get("s_aux")) is not None:  # a sink takes a share, but has no value
+    if (sinks := options.get("s_aux")) is not None:  # a sink takes weight, but adds no value
         sinks = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(queries, 2)
         scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], -1)
     weights = scores.softmax(-1)[..., :total].to(v.dtype)
@@ -472,7 +475,7 @@ def _eager_attention(
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return q k [B, groups, ., T], in float32 on a GPU, as fused attention kernels compute it."""
+    """Return q k [B, groups, N, T], in float32 on a GPU, as fused attention kernels compute it."""
     if not _sums_in_float32(q):
         return q @ k.transpose(2, 3)
     q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
@@ -485,7 +488,7 @@ def _sums_in_float32(q: Tensor) -> bool:
 
 
 def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:
-    """Return whether sdpa leaves most of a GPU idle; plain products divide the columns among it.
+    """Return whether sdpa would leave most of a GPU idle; plain products use more of it.
 
     An H200 takes 20 instead of 83 us for one query, 4,096 columns and 8 heads of keys.
     """
@@ -500,7 +503,7 @@ def _multiprocessor_count(device: torch.device) -> int:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a bool mask as one to add to scores; sdpa would convert it again in every layer."""
+    """Return a bool mask as numbers to add to scores; sdpa would convert it in every layer."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
@@ -510,7 +513,7 @@ def attention_mask(
     """Return the mask [B, 1, Q, T] of the model's own mask_function at each row's position."""
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
-    if (own := getattr(q_offset, "mask", None)) is not None:  # several prompts in one row
+    if (own := getattr(q_offset, "mask", None)) is not None:  # set by labs_forward.packed_mask
         return cast("Tensor", own(q_offset, kv_length - q_length, **options))
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
@@ -569,9 +572,9 @@ class PrefillPacked(Protocol):
 # ---------------------------------------------------------------- how the rows of a model run
 
 
-CACHE_WORDS = ("cache", "past_key_values", "cache_params")  # transformers 5.24, older ones, mamba
-WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # each chunk's scan drops earlier states
-SINGLE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
+CACHE_PARAMETERS = ("cache", "past_key_values", "cache_params")  # transformers 5.24, older ones, mamba
+WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # they lose their state between chunks
+ALONE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -579,13 +582,14 @@ class Decoder:
     """A transformers causal model and how its rows run.
 
     mode: "joins": rows share calls; "whole": they do, but a prompt is prefilled in one call;
-    "alone". packable: its linear layers may be replaced. can_reuse_prefix: columns of a row may be
-    cut anywhere and begin another row. forward_words: the parameters of the model's forward.
-    invariant: the bits of a row do not depend on other rows; for that, at most `steady` rows share
-    a call (0: any number), and with duplicates_lone_row a lone row is computed beside copies of
-    itself, because a product of one row rounds differently. came_with: the attention that each
-    configuration in the model named at first. prefill_packed: None if each prompt is prefilled
-    alone. step_alone: steps a lone row by one or more tokens. halves: splits a batch.
+    "alone": each row runs by itself through transformers' generate. packable: labs_fast may replace
+    its linear layers. can_reuse_prefix: a row's first columns can begin another row.
+    forward_parameters: the names that the model's forward takes. invariant: the bits of a row do
+    not depend on other rows; for that, at most `steady` rows share a call (0: any number), and with
+    duplicates_lone_row a lone row is computed beside copies of itself. came_with: each
+    configuration in the model and its attention before labs changed it. prefill_packed: None if
+    each prompt is prefilled alone. step_alone: steps a lone row by one token and guessed ones.
+    halves: splits a batch in two after memory ran out.
     """
 
     model: PretrainedModel
@@ -593,7 +597,7 @@ class Decoder:
     reason: str
     packable: bool
     can_reuse_prefix: bool
-    forward_words: frozenset[str]
+    forward_parameters: frozenset[str]
     weight_bytes: int
     invariant: bool = False
     duplicates_lone_row: bool = False
@@ -619,7 +623,7 @@ class Decoder:
         if kinds := [i for i in ids if not hasattr(i, "__index__")]:
             return f"the prompt has {kinds[0]!r} in place of a token id"
         wrong = [i for i in cast("Sequence[int]", ids) if not 0 <= i < held]
-        reason = f"prompt names token {wrong[0]}: the model holds {held} tokens" if wrong else None
+        reason = f"prompt has token id {wrong[0]}, but the model has {held} tokens" if wrong else None
         return reason if ids else "the prompt has no tokens"
 
     @property
@@ -648,7 +652,7 @@ class Decoder:
 def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     """Decide how the rows of `model` run, and set the attention that they need.
 
-    With plain products in float32 the bits of a row depend on other rows; with labs_fast's not.
+    torch's own linear layers in float32 are not batch-invariant; those of labs_fast are.
     """
     mode, reason = mode_of(model)
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
@@ -663,18 +667,18 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
         reason=reason,
         packable=mode == "joins" and not recurrent,
         can_reuse_prefix=bool(layers) and slots_only,
-        forward_words=words,
+        forward_parameters=words,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         came_with=tuple((each, each._attn_implementation) for each in parts),
     )
-    exact = all(each.dtype != torch.float32 for each in model.parameters())
-    return with_invariance(decoder, batch_invariant and exact)
+    half = all(each.dtype != torch.float32 for each in model.parameters())
+    return with_invariance(decoder, batch_invariant and half)
 
 
 def with_invariance(decoder: Decoder, wanted: bool) -> Decoder:
     """Return a decoder whose rows have the same bits whatever else is in a batch, if possible.
 
-    wanted: false if its products cannot do this. The attention is chosen to match.
+    wanted: False if its linear layers depend on other rows. The attention is chosen to match.
     """
     model = decoder.model
     on_cpu = {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -688,10 +692,10 @@ def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
     """Return how the rows of a model run, and the reason as a phrase."""
     config = model.config.get_text_config()
     kind = config.model_type
-    if kind in SINGLE_TYPES or getattr(config, "alibi", False):
+    if kind in ALONE_TYPES or getattr(config, "alibi", False):
         return "alone", f"{kind} cannot batch rows of different length"
     if rope := _whole_call_rope(config):
-        return "alone", f"its {rope} positions depend on the longest row of a call"
+        return "alone", f"its {rope} positions depend on the longest row in a call"
     try:
         layers = {type(layer) for layer in _cache_layers(config)}
     except Exception as error:  # the configuration may be of any kind
@@ -699,7 +703,7 @@ def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
     if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
     slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
-    if not {*CACHE_WORDS} & {*inspect.signature(model.forward).parameters}:
+    if not {*CACHE_PARAMETERS} & {*inspect.signature(model.forward).parameters}:
         return "alone", f"{kind} takes its cache by a name that labs does not know"
     if slotted and not model._can_set_attn_implementation():
         return "alone", f"{kind} does not take another attention implementation"
@@ -760,7 +764,7 @@ def prefill(decoder: Decoder, batch: Batch) -> Batch:
     at.write_from, at.read_to, at.positions, at.speculative = row.written, end, None, False
     ids = torch.tensor([row.ids[row.written : end]], device=decoder.device)
     positions = torch.arange(row.written, end, device=ids.device)[None]
-    # Two logits, because a product of one row rounds differently.
+    # Logits of two positions, because a product with a single row rounds differently.
     logits = call_model(decoder, ids, positions, batch.cache, 2)[:, -1].float()
     if row.exact_columns == row.written == end - decoder.chunk:
         row.exact_columns = end
@@ -797,7 +801,7 @@ def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
                 layer.move(len(rows), hole, last.written)
     for layer in batch.cache.stateful_layers:
         layer.cut(len(rows))
-    at_once = batch.at_once if len(rows) > batch.at_once else 0  # a call of this many did fit
+    at_once = batch.at_once if len(rows) > batch.at_once else 0  # this many fit
     if not rows and batch.graphs is not None:
         batch.graphs.take_slots(batch.cache)
     return replace(batch, rows=tuple(rows), at_once=at_once) if rows else None
@@ -809,7 +813,7 @@ def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
 def upload(
     values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return values as a tensor on a device; unlike torch.tensor, do not wait for a GPU."""
+    """Return values as a tensor on a device, copied to a GPU without waiting for it."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
@@ -841,7 +845,7 @@ def forward_slots(
 ) -> Tensor:
     """Return logits [B, V] after ids [B, 1] at the columns `written` of the slots from `first` on.
 
-    If there are more ids than rows, all of them continue the first slot.
+    More ids than rows are guesses: all of them continue the first slot.
     """
     at, live = batch.cache.cursor, len(ids)
     positions = upload(written, ids.device)[:, None]
@@ -855,15 +859,15 @@ def forward_slots(
 
 
 def call_model(
-    decoder: Decoder, ids: Tensor, positions: Tensor, cache: cache_utils.Cache, keep: int | Tensor
+    decoder: Decoder, ids: Tensor, positions: Tensor, cache: cache_utils.Cache, wanted: int | Tensor
 ) -> Tensor:
     """Call the model with the keywords that its forward accepts; return its logits.
 
-    keep: the number of last positions, or the positions, to return, if it has logits_to_keep.
+    wanted: how many last positions, or which, to return logits of, if it has logits_to_keep.
     """
-    words: dict[str, object] = {"position_ids": positions, "logits_to_keep": keep}
-    words |= {"use_cache": True, **dict.fromkeys(CACHE_WORDS, cache)}
-    known = {name: value for name, value in words.items() if name in decoder.forward_words}
+    words: dict[str, object] = {"position_ids": positions, "logits_to_keep": wanted}
+    words |= {"use_cache": True, **dict.fromkeys(CACHE_PARAMETERS, cache)}
+    known = {name: value for name, value in words.items() if name in decoder.forward_parameters}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
 
 
@@ -878,8 +882,8 @@ def _generate_stepwise(decoder: Decoder, row: Row) -> Generator[Tensor, int, Non
 def _stepwise(
     model: PretrainedModel, input_ids: Tensor, **kwargs: Any
 ) -> Generator[Tensor, int, None]:
-    """Decode as transformers' own loop does (GenerationMixin._sample), one token a send."""
-    length = None  # the whole prompt, then one token at a time where there is a cache
+    """Decode as transformers' own loop does (GenerationMixin._sample), a token per send()."""
+    length = None  # None passes all ids; 1 only the last, once there is a cache
     for name in ("logits_processor", "stopping_criteria", "generation_config"):
         kwargs.pop(name, None)
     while True:
@@ -899,7 +903,7 @@ def _stepwise(
 def out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out: on a GPU, in Python, or in torch on a CPU (by its message)."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(words in str(error) for words in OOM_WORDS)
+    return known or any(words in str(error) for words in OOM_MESSAGES)
 
 
 def _int_of(config: PretrainedConfig, name: str) -> int:

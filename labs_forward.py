@@ -32,7 +32,7 @@ def speed_up(decoder: Decoder) -> Decoder:
         return decoder
     layers = DynamicCache(config=decoder.config).layers
     plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
-    words = {"position_ids", "logits_to_keep"} <= decoder.forward_words
+    words = {"position_ids", "logits_to_keep"} <= decoder.forward_parameters
     return replace(decoder, prefill_packed=prefill_packed) if plain and words else decoder
 
 

@@ -209,7 +209,7 @@ def test_positions_that_look_at_the_whole_call_run_alone(rope: str) -> None:
 
 def test_a_model_that_takes_its_cache_by_an_unknown_name_runs_alone(monkeypatch: Any) -> None:
     model = random_model("llama")
-    monkeypatch.setattr(decode, "CACHE_WORDS", ("memory",))
+    monkeypatch.setattr(decode, "CACHE_PARAMETERS", ("memory",))
     assert decode.mode_of(model)[0] == "alone"
 
 
