@@ -129,7 +129,9 @@ class Options:
         decoder = self.model.decoder
         for option, ids in enumerate(self.ids):
             words = {"use_cache": False, "logits_to_keep": len(ids) + 1}
-            known = {name: value for name, value in words.items() if name in decoder.forward_parameters}
+            known = {
+                name: value for name, value in words.items() if name in decoder.forward_parameters
+            }
             with torch.inference_mode():
                 given = torch.tensor([[*row.ids, *ids]], device=decoder.device)
                 logits = decoder.model(input_ids=given, return_dict=True, **known).logits[0]

@@ -133,8 +133,7 @@ class Batch:
 
     stepwise: yields the logits, if the model cannot be batched and has no slots. logits: float32
     [1, V] after the last token of a prompt, until a step chooses from them. at_once: rows per
-    forward call, 0 for all; lowered after a step ran out of memory. graphs: keeps the slots for the
-    next batch when this one has ended.
+    forward call, 0 for all; lowered after a step ran out of memory. graphs: reuses the slots.
     """
 
     rows: tuple[Row, ...]
@@ -197,10 +196,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return (self.keys, self.values) if self.is_initialized else ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, columns = self.cursor.rows, self.cursor.columns
         self.keys, self.values = (
-            states.new_empty(
-                (self.cursor.rows, states.shape[1], self.cursor.columns, states.shape[3])
-            )
+            states.new_empty((rows, states.shape[1], columns, states.shape[3]))
             for states in (key_states, value_states)
         )
         self.keys[:1], self.values[:1], self.is_initialized = 0, 0, True
@@ -309,8 +307,7 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
         StateLayer.move(self, source, target, columns)
 
 
-# Looked up by exact type: a subclass may hold more. None: transformers' own layer stays. Not every
-# version of transformers has every name.
+# By exact type, as a subclass may hold more. Not every version of transformers has every name.
 _LAYERS: dict[type, type | None] = {
     getattr(cache_utils, name): kind
     for name, kind in (
@@ -319,7 +316,7 @@ _LAYERS: dict[type, type | None] = {
         ("LinearAttentionAndFullAttentionLayer", HybridLayer),
         ("LinearAttentionAndSlidingWindowAttentionLayer", HybridLayer),
         ("LinearAttentionLayer", StateLayer),
-        ("DummyLayer", None),
+        ("DummyLayer", None),  # it stays as it is
     )
     if hasattr(cache_utils, name)
 }
@@ -572,7 +569,7 @@ class PrefillPacked(Protocol):
 # ---------------------------------------------------------------- how the rows of a model run
 
 
-CACHE_PARAMETERS = ("cache", "past_key_values", "cache_params")  # transformers 5.24, older ones, mamba
+CACHE_PARAMETERS = ("cache", "past_key_values", "cache_params")  # since 5.24, before, mamba
 WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # they lose their state between chunks
 ALONE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
 
@@ -622,9 +619,9 @@ class Decoder:
         held = self.embedded
         if kinds := [i for i in ids if not hasattr(i, "__index__")]:
             return f"the prompt has {kinds[0]!r} in place of a token id"
-        wrong = [i for i in cast("Sequence[int]", ids) if not 0 <= i < held]
-        reason = f"prompt has token id {wrong[0]}, but the model has {held} tokens" if wrong else None
-        return reason if ids else "the prompt has no tokens"
+        if wrong := [i for i in cast("Sequence[int]", ids) if not 0 <= i < held]:
+            return f"the prompt has token id {wrong[0]}, but the model has only {held} tokens"
+        return None if ids else "the prompt has no tokens"
 
     @property
     def device(self) -> torch.device:
@@ -780,9 +777,8 @@ def join(batch: Batch, newcomer: Batch) -> Batch:
     if batch.graphs is not None and columns > batch.cache.cursor.columns:
         columns = batch.graphs.padded_columns(batch.cache, columns)
     batch.cache.make_room(live, columns)
-    for mine, theirs in zip(
-        batch.cache.stateful_layers, newcomer.cache.stateful_layers, strict=True
-    ):
+    layers = (each.cache.stateful_layers for each in (batch, newcomer))
+    for mine, theirs in zip(*layers, strict=True):
         mine.write(live, theirs, row.written)
     return replace(batch, rows=(*batch.rows, row))
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""logits → tokens: which rows run when, and which token each row takes. The only loop of labs.
+"""logits → tokens: decides which rows run when, and which token each row takes next.
 
     for row_id, outcome in labs_loop.run(decoder, rows, limit, labs_loop.Loop()):
-        ...  # a Choice for each token, or Ended; the reader sets row.over when it has enough
+        ...  # a Choice for each token, or Ended; the caller sets row.over to end a row
 
-A step is `labs_decode.forward`, which needs the model, followed by `choose`, which needs only the
-logits. Rows join and leave at any step. This file needs labs_decode.py and handles no text.
+A row is one prompt and its answer. It waits in the iterator `rows`, becomes a newcomer in a batch
+of its own, whose prompt is prefilled in chunks, takes its first token, joins a batch and leaves it
+when it is over. Its keys and values lie in a slot, one column a token. A step is
+`labs_decode.forward`, which needs the model, followed by `choose`, which needs only the logits.
+This file needs labs_decode.py and handles no text.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ import torch
 import labs_decode
 from labs_decode import Batch, Decoder, PrefixStore, Processor, Row, Sampling, Tensor, upload
 
-COLDEST = 1e-30  # lower temperatures are greedy: logits over them would overflow float32
+COLDEST = 1e-30  # lower temperatures are greedy: dividing by them overflows float32
 LOW_32 = 0xFFFFFFFF  # a mask of 32 bits
-LARGEST = torch.finfo(torch.float32).max  # the limit of a logit over a temperature
+LARGEST = torch.finfo(torch.float32).max  # the largest logit / temperature
 CANDIDATES = (128, 1024)  # a draw looks at the 128 likeliest tokens, then at 1,024, then at all
 MOST_ROWS = 64  # the default limit of rows in a batch
-TYPICAL_COLUMNS = 1024  # of one row, assumed to estimate how many rows fit in memory
+TYPICAL_COLUMNS = 1024  # columns per row, assumed to estimate how many rows fit in memory
 log = logging.getLogger("labs.loop")
 
 
@@ -46,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a row that gets no more tokens: cancelled, timed out, or failed."""
+    """The end of a row that the loop itself stops; a Choice with an error also ends its row."""
 
     reason: Literal["cancelled", "timeout", "failed"]
     error: Exception | None = None
@@ -61,10 +64,11 @@ class Loop:
     """The state of a running loop; other threads may read it.
 
     rows: the current rows, by id. batches: each is stepped in turn. prefilling: one batch for each
-    row whose prompt is not written yet. before_step: called before each forward call. last_step_at:
-    time.perf_counter() after the last call. steps: the number of steps so far. oom_splits: steps
-    that ran out of memory. one_prompt_per_call: set after a prefill call of several prompts ran out
-    of memory. prefixes: stores the prefixes of prompts; None if nothing is stored.
+    row whose prompt is not wholly in its slot. before_step: called before each forward call.
+    last_step_at: time.perf_counter() after the last call. steps: the number of steps so far.
+    oom_splits: steps that ran out of memory. one_prompt_per_call: True from a prefill of several
+    prompts that ran out of memory until no prompt waits. prefixes: stores the prefixes of prompts;
+    None if nothing is stored.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
@@ -85,9 +89,10 @@ class Loop:
 def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop: Loop) -> Outcomes:
     """Decode all rows, at most `limit` at once; yield (row id, Choice or Ended) as they come.
 
-    rows: an iterator that is read whenever there is room. It yields None when no row is waiting;
-    the loop ends when there is no waiting row and no current row. Outcomes are passed on unchanged.
-    loop: an empty Loop.
+    rows: an iterator that is read while there is room and little prefill is waiting. It yields None
+    when no row is waiting; the loop ends when there is no waiting row and no current row. It may
+    also yield the outcome of a row that was refused, which is yielded unchanged. loop: a Loop
+    without rows.
     """
     limit = 1 if decoder.mode == "alone" else limit
     while True:
@@ -103,9 +108,9 @@ def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop
 def _admit(
     decoder: Decoder, loop: Loop, rows: Iterator[Row | Outcome | None], limit: int
 ) -> Outcomes:
-    """Prefill waiting prompts, one chunk of tokens at most, so running rows never wait longer."""
+    """Prefill waiting prompts until about one chunk is done, so that running rows wait little."""
     budget = decoder.chunk
-    while budget > 0 or not loop.rows:
+    while budget > 0 or not loop.rows:  # with no row left, look for more before the loop ends
         yield from _drop_cancelled(loop)
         yield from _take_in(decoder, loop, rows, limit)
         group = _next_prompts(decoder, loop)
@@ -125,17 +130,19 @@ def _admit(
 
 
 def _begin(decoder: Decoder, loop: Loop, newcomer: Batch) -> Outcomes:
-    """Choose the first token of a newcomer whose prompt is written, and put it into a batch."""
+    """Choose the first token of a newcomer after its prefill, and put it into a batch."""
     _store_prefix(decoder, loop, newcomer, 0)
     for batch in (yield from _step(decoder, loop, newcomer)):
         loop.batches = join_best(decoder, loop.batches, batch)
 
 
 def _drop_cancelled(loop: Loop) -> Outcomes:
-    """Drop rows that are cancelled, or past their deadline without a token."""
+    """Drop rows that are cancelled, or whose deadline passed before their first token."""
     loop.before_step()
-    late = (row for row in loop.rows.values() if row.cancelled or (row.late and not row.generated))
-    gone = {row.id: row for row in late}
+    dropped = (
+        row for row in loop.rows.values() if row.cancelled or (row.late and not row.generated)
+    )
+    gone = {row.id: row for row in dropped}
     if not gone:
         return
     loop.prefilling = [each for each in loop.prefilling if each.rows[0].id not in gone]
@@ -152,6 +159,7 @@ def _take_in(
 ) -> Outcomes:
     """Accept waiting rows while the limit allows and less than one chunk waits for prefill."""
     while len(loop.rows) < limit:
+        # A row with nothing to prefill still counts as one token.
         ahead = sum(newcomer.pending or 1 for newcomer in loop.prefilling)
         row = next(rows, None) if ahead < decoder.chunk else None
         if row is None:
@@ -165,7 +173,7 @@ def _take_in(
 
 
 def _next_prompts(decoder: Decoder, loop: Loop) -> list[Batch]:
-    """Return the newcomers to prefill in the next call; [] if their slots do not fit in memory."""
+    """Return the newcomers to prefill in the next call; [] if there is no memory for them."""
     if loop.prefixes is not None and decoder.can_reuse_prefix:
         for newcomer in loop.prefilling:
             loop.prefixes.load(decoder, newcomer)
@@ -190,7 +198,7 @@ def _fail_or_retry_alone(
     decoder: Decoder, loop: Loop, group: list[Batch], error: Exception
 ) -> Outcomes:
     """Fail a newcomer whose prefill ran out of memory; retry several newcomers one by one."""
-    error.__traceback__ = None  # its frames hold tensors
+    error.__traceback__ = None  # its frames keep tensors in memory
     if len(group) > 1:
         loop.one_prompt_per_call = True
     else:
@@ -201,7 +209,7 @@ def _fail_or_retry_alone(
 
 
 def _release(decoder: Decoder, loop: Loop) -> bool:
-    """Free stored prefixes and spare slots; return whether there were any."""
+    """Free stored prefixes and the slots kept for CUDA graphs; return whether there were any."""
     held = loop.prefixes is not None and loop.prefixes.release()
     held |= decoder.graphs is not None and decoder.graphs.release()
     labs_decode.release_memory()
@@ -214,7 +222,7 @@ def _store_prefix(decoder: Decoder, loop: Loop, batch: Batch, index: int) -> Non
 
 
 def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None, list[Batch]]:
-    """Step a batch and yield its choices; return the batch without the rows that ended."""
+    """Step a batch and yield its choices; return the batches that remain, without ended rows."""
     try:
         alone = decoder.step_alone if len(loop.rows) == 1 else None
         batch, choices = (alone or step)(decoder, batch)
@@ -223,19 +231,23 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None
             raise
         return (yield from _split_or_fail(decoder, loop, batch, error))
     loop.last_step_at, loop.steps = time.perf_counter(), loop.steps + 1
+    # A step of a lone row returns several choices if guessed tokens (prompt lookup) were right.
     rows = batch.rows * len(choices) if len(batch.rows) == 1 else batch.rows
     embedded = decoder.embedded
     for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         if row.over:
-            break  # the row ended before its last guessed token
+            break  # only a lone row: its remaining guesses are not needed
         row.over = choice.error is not None
         yield row.id, choice
         if not row.over and choice.token >= embedded:
-            row.over, beyond = True, f"token {choice.token} is beyond the model's input embedding"
-            yield row.id, Choice(error=IndexError(f"{beyond}, which holds {embedded}"))
+            row.over, has = True, f"its input embedding has only {embedded} tokens"
+            yield (
+                row.id,
+                Choice(error=IndexError(f"the model chose token {choice.token}, but {has}")),
+            )
         if row.over:
             del loop.rows[row.id]
-            if not decoder.invariant:
+            if not decoder.invariant:  # stepped columns have other bits than prefilled ones
                 _store_prefix(decoder, loop, batch, index % len(batch.rows))
     kept = [row.id for row in batch.rows if not row.over]
     left = batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
@@ -245,8 +257,8 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None
 def _split_or_fail(
     decoder: Decoder, loop: Loop, batch: Batch, error: Exception
 ) -> Generator[Outcome, None, list[Batch]]:
-    """Return smaller batches for one whose step ran out of memory; fail its rows if none can be."""
-    error.__traceback__ = None  # its frames hold tensors
+    """Split a batch whose step ran out of memory; fail its rows if it cannot be split."""
+    error.__traceback__ = None  # its frames keep tensors in memory
     loop.oom_splits += 1
     _release(decoder, loop)
     try:
@@ -268,7 +280,7 @@ def _split_or_fail(
 
 @torch.inference_mode()
 def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
-    """Forward one token of each row and choose the next one.
+    """Run the model on the last token of each row and choose the next token.
 
     A newcomer's first step chooses from the logits of its prompt. If a step fails, it may be
     repeated, unless the model has recurrent states.
@@ -276,15 +288,15 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
     logits = labs_decode.forward(decoder, batch) if batch.logits is None else batch.logits
     choices = choose(logits, batch.rows)
     for row, choice in zip(batch.rows, choices, strict=True):
-        row.take(choice.token, batch.logits is None)
+        row.take(choice.token, written=int(batch.logits is None))
     return replace(batch, logits=None), choices
 
 
 def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
     """Join the newcomer to the first batch that it does not slow down, else begin a new batch.
 
-    A call reads every row up to the length of the longest one. This is cheaper than a second call,
-    which reads the weights again, as long as the padding has fewer bytes than the weights.
+    A call reads the slot of every row up to the length of the longest row. This is cheaper than a
+    second call, which reads the weights again, as long as the padding has fewer bytes than they.
     """
     for index, batch in enumerate(batches):
         lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
@@ -294,9 +306,9 @@ def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> li
                 return [*batches[:index], labs_decode.join(batch, newcomer), *batches[index + 1 :]]
             except (RuntimeError, MemoryError) as error:
                 if not labs_decode.out_of_memory(error):
-                    raise  # otherwise the newcomer keeps its own slot
-                for layer in batch.cache.stateful_layers:
-                    layer.cut(len(batch.rows))  # some layers may already hold its states
+                    raise
+                for layer in batch.cache.stateful_layers:  # undo, then try the next batch
+                    layer.cut(len(batch.rows))
     graphs = decoder.graphs
     return [*batches, newcomer if graphs is None else graphs.begin(newcomer)]
 
@@ -319,9 +331,10 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
 
 
 def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
-    """Return whether the newcomers' slots fit beside the others; a single first row always may."""
+    """Return whether the newcomers' slots fit in memory; the first row of all is always tried."""
     if not batches and len(newcomers) == 1:
         return True
+    # They have slots until they join the first batch, which doubles its slots until all fit.
     own = [newcomer.cache.cursor.columns for newcomer in newcomers]
     at = batches[0].cache.cursor if batches else labs_decode.Cursor(0, 0)
     rows, live = max(at.rows, 1), len(batches[0].rows) if batches else 0
@@ -333,7 +346,7 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
 
 
 def cache_usage(batches: Sequence[Batch]) -> float:
-    """Return the share, 0 to 1, of written columns in the memory that slots take or may take."""
+    """Return the filled bytes of slots as a share, 0 to 1, of those held or still available."""
     caches = [batch.cache for batch in batches if batch.cache.buffers]
     used = sum(b.cache.bytes_per_column * row.written for b in batches for row in b.rows)
     held = sum(c.bytes_per_column * c.cursor.rows * c.cursor.columns for c in caches)
@@ -355,7 +368,7 @@ def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
 def sampling_of(
     options: Any, recommended: Mapping[str, object], seed: int, processors: tuple[Processor, ...]
 ) -> Sampling:
-    """Resolve unset options of a request: to the model's recommendation, else to the neutral value.
+    """Fill unset options from the model's recommendation, else with values that have no effect.
 
     options: a labs_settings.Generation. recommended: fields of the model's generation_config.
     """
@@ -365,13 +378,14 @@ def sampling_of(
         return recommended.get(name, neutral) if given is None else given
 
     implied = any((options.top_k, options.top_p, options.min_p))
-    samples = options.do_sample  # if unset, other options imply it, or the model recommends it
+    samples = options.do_sample  # if unset: by temperature, else by the others, else as recommended
     if samples is None and options.temperature is not None:
         samples = options.temperature > 0
     elif samples is None:
         warm = recommended.get("temperature") != 0
         samples = implied or (warm and bool(recommended.get("do_sample")))
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    # do_sample with temperature 0 means temperature 1.
     temperature = (pick("temperature", 1.0) or 1.0) if samples else 0.0
     return Sampling(
         **{name: pick(name, value) for name, value in neutral.items()},
@@ -386,13 +400,14 @@ def sampling_of(
 
 
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """Choose one token per row from float32 logits [B, V], each by its row's own options.
+    """Choose one token per row from float32 logits [B rows, V tokens], by each row's own options.
 
-    If a row's processor fails or its logits are not finite, its Choice has the error; others go on.
+    If a row's processor fails or its logits are not finite, its Choice holds the error; other rows
+    are not affected.
     """
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
     errors = _process(scores, rows)
-    # All work of a GPU is queued before `tolist` waits for the first result.
+    # A GPU is given this work before `draw` waits for its first result.
     highest = scores.amax(-1)
     greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
     best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
@@ -420,7 +435,7 @@ def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
     _penalise(scores, rows)
     for index, row in enumerate(rows):
         if row.bias is not None and len(row.bias[0]) < len(row.sampling.logit_bias):
-            beyond = f"logit_bias names a token beyond the {scores.shape[-1]} of the model"
+            beyond = f"logit_bias names a token id that is not below {scores.shape[-1]}"
             errors[index] = IndexError(beyond)
         try:
             for processor in row.sampling.processors:
@@ -433,13 +448,13 @@ def _process(scores: Tensor, rows: Sequence[Row]) -> dict[int, Exception]:
 def _penalise(scores: Tensor, rows: Sequence[Row]) -> None:
     """Apply each row's penalties and biases to scores [B, V], in place.
 
-    repetition_penalty counts prompt and answer, as transformers' RepetitionPenaltyLogitsProcessor.
-    frequency_penalty and presence_penalty count the answer only, as OpenAI's API reference says.
+    repetition_penalty covers prompt and answer (transformers' RepetitionPenaltyLogitsProcessor).
+    frequency_penalty and presence_penalty cover the answer only (OpenAI's API reference).
     """
     options = [(i, row, row.sampling) for i, row in enumerate(rows)]
-    every = range(scores.shape[-1])  # some models have no logits for tokens that pad the vocabulary
+    valid = range(scores.shape[-1])  # a prompt may hold ids for which the model has no logits
     if seen := [
-        ([token for token in row.seen if token in every], i, s.repetition_penalty)
+        ([token for token in row.seen if token in valid], i, s.repetition_penalty)
         for i, row, s in options
         if s.repetition_penalty != 1
     ]:
@@ -470,7 +485,7 @@ def _bias(row: Row, scores: Tensor) -> tuple[Tensor, Tensor]:
 def _flatten(
     table: Sequence[tuple[Collection[int], int, *tuple[float, ...]]], scores: Tensor
 ) -> list[Tensor]:
-    """Return all ids of a table of (ids, line, numbers ...), with each id's line and numbers."""
+    """Flatten a table of (ids, row, numbers ...): all ids, and for each its row and numbers."""
     ids = [token for some, *_ in table for token in some]
     _, lines, *numbers = zip(*table, strict=True)
     lengths = upload([len(some) for some, *_ in table], scores.device)
@@ -497,12 +512,13 @@ def _choice(logits: Tensor, row: Row, token: int) -> Choice:
 def draw(
     scores: Tensor, rows: Sequence[Row], places: Sequence[int], sizes: Sequence[int] = CANDIDATES
 ) -> list[int]:
-    """Draw a token for each of rows[places] from scores [B, V], by Gumbel-max over its kept set.
+    """Draw a token for each of rows[places] from scores [B, V]: add Gumbel noise, take the maximum.
 
     The noise is a hash of (seed, step, token id). It has no state and is the same whatever else is
-    in the batch, on any device but mps. If a row's kept set may reach beyond the candidates, it is
-    drawn again from more of them. If no option drops tokens, all tokens beyond the candidates
-    compete as one lump, whose maximum has a known distribution, and are read only if it wins.
+    in the batch, on any device but mps. Only the likeliest tokens are looked at, the candidates. A
+    row whose top_k, top_p or min_p may keep more than these is drawn again from more of them. If no
+    option drops tokens, all other tokens first compete as one, the lump, with their total weight;
+    each of them is looked at only if the lump wins.
     """
     if not places:
         return []
@@ -519,12 +535,13 @@ def draw(
     whole = size == scaled.shape[-1]
     open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
     may_cut = {n for n in open_ended if (s := options[n]).top_p < 1 or s.min_p or s.top_k > size}
-    # top_p is a share of the tokens that top_k keeps, so all of these must be candidates.
+    # top_p is a share of the tokens that top_k keeps: without all of these, draw again from more.
     deep = (n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1)
-    cut = sorted(may_cut if whole else {*may_cut, *deep})
-    for n, token in zip(cut, draw(scores, rows, [places[n] for n in cut], sizes[1:]), strict=True):
+    again = sorted(may_cut if whole else {*may_cut, *deep})
+    redrawn = draw(scores, rows, [places[n] for n in again], sizes[1:])
+    for n, token in zip(again, redrawn, strict=True):
         tokens[n] = token
-    lumps = [n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in cut]
+    lumps = [n for n in open_ended if chosen[n].sampling.top_k == 0 and n not in again]
     if lumps:
         at = upload(lumps, device)
         rest = scaled[at].scatter(-1, top.indices[at], -torch.inf)
@@ -571,7 +588,7 @@ def _draw_lumps(rest: Tensor, rows: Sequence[Row], best: Tensor) -> dict[int, in
 def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
     """Return Gumbel noise for token ids [N, K], a function of (seed, step, id) only.
 
-    It hashes the id by two rounds of murmur3's finaliser, keyed by 64 bits of seed and step.
+    It mixes the id with 64 bits of seed and step, twice, by the last step of the hash murmur3.
     """
     keys = [_key(row.sampling.seed, len(row.ids) - row.prompt_length) for row in rows]
     low, high = (
@@ -579,7 +596,9 @@ def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
     )
     hashed = _mix((_mix(ids ^ low) + high) & LOW_32)
     real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
-    below = 1 - torch.finfo(real).eps / 2  # 1 would give infinite noise
+    below = (
+        1 - torch.finfo(real).eps / 2
+    )  # the largest value under 1, whose noise would be infinite
     return -torch.log(-torch.log(((hashed.to(real) + 0.5) / 2**32).clamp(max=below)))
 
 

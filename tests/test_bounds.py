@@ -42,13 +42,13 @@ def test_a_token_of_the_tokenizer_that_the_embedding_lacks_is_refused_by_its_id(
     model = msgspec.structs.replace(tiny, tokenizer=byte_tokenizer())
     model.tokenizer.add_tokens(["<new>"])
     inputs = labs.build_inputs(model, prompt="so <new> it is")
-    with pytest.raises(labs.InputError, match="token 262: the model holds 262"):
+    with pytest.raises(labs.InputError, match="token id 262, but the model has only 262"):
         labs.generate(model, inputs)
 
 
 def test_the_bound_is_what_the_embedding_holds_not_what_the_configuration_says(tiny, monkeypatch):
     monkeypatch.setattr(tiny.decoder.config, "vocab_size", 5000)
-    with pytest.raises(labs.InputError, match="token 300"):
+    with pytest.raises(labs.InputError, match="token id 300"):
         labs.inputs_from_ids(tiny, [300])
 
 
@@ -61,7 +61,7 @@ def test_a_chosen_token_that_cannot_be_read_again_ends_its_own_row(tmp_path: Pat
     options = [labs.Generation(max_new_tokens=n, logit_bias=b) for b, n in ((wide, 5), (plain, 5))]
     options.append(labs.Generation(max_new_tokens=1, logit_bias=wide))
     found = dict(labs.stream_batch(model, [SHORT] * 3, options))
-    assert "token 180 is beyond the model's input embedding" in str(found[0].error)
+    assert "token 180, but its input embedding has only" in str(found[0].error)
     assert [type(found[i]) for i in (1, 2)] == [labs.Done] * 2
 
 

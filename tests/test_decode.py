@@ -1062,7 +1062,7 @@ def test_a_bias_on_a_token_that_the_model_has_not_ends_its_row_only() -> None:
     rows = rows_of([{"logit_bias": ((30, 1.0),)}, {"logit_bias": ((3, 100.0),)}, {}], [3, 99])
     logits = torch.randn(3, 30)
     choices = loop.choose(logits, rows)
-    assert str(choices[0].error) == "logit_bias names a token beyond the 30 of the model"
+    assert str(choices[0].error) == "logit_bias names a token id that is not below 30"
     assert [choice.token for choice in choices[1:]] == [3, int(logits[2].argmax())]
 
 
