@@ -1,74 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md holds: blocks tagged `run` are run, in order, and must show what they then say.
+"""README.md and docs/*.md hold: blocks tagged `run` are run in order and print what they show.
 
-The text that the default model generates is compared too, letter by letter, on machines like the
-one where it was recorded; elsewhere those tests are skipped. After a change that is meant to change
-outputs or settings, write them anew and read the diff:
+Each page begins with fresh names; all pages share one loaded default model and one server. Pages
+but the README and those of ON_ANY_MODEL need the mark `real`. What the default model generates was
+recorded on bf16 with AVX512: elsewhere a block still has to run, but its text may differ. After a
+change of outputs or settings, write pages, settings.md, labs.toml's comments and the README's line
+counts anew, and read the diff:
 
-    LABS_README=1 uv run pytest test_labs_readme.py
+    LABS_README=1 uv run pytest -m "" tests/test_readme.py
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
-import itertools
 import json
+import logging
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 import labs
+import labs_api
 import labs_cli
+import labs_models
+import labs_serve
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "labs.py").exists())
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+ON_ANY_MODEL = ("vendoring.md",)  # pages whose blocks do not load a model
 REWRITE = os.environ.get("LABS_README") == "1"
 BIN = Path(sys.executable).parent
-HOST = "localhost:8000"  # what the README asks; the test's server has a free port
+HOST = "localhost:8000"  # in the pages; the server of the tests takes a free port
+RECORDED = "bf16 on AVX512"
 
-RECORDED = "bf16 on AVX512"  # where else text is generated it may differ
-
-# What differs from run to run, each by what the README shows in its place.
+# What differs from run to run, and what the pages show in its place.
 VARIES = (
     (r"http://127\.0\.0\.1:\d+", "http://127.0.0.1:8000"),
-    (r"ready after [\d.]+ s", "ready after … s"),
+    (r"ready after [\d.]+ s \(.*\)", "ready after … s (cpu, bf16, 64 rows)"),
     (r"in [\d.]+ s, [\d.]+ tokens/s", "in … s, … tokens/s"),
     (r'("(?:load|prefill|decode|tokens_per|queue)_s":)[^,}]+', r"\1…"),
     (r'("fingerprint":)\{.*?"prompt_sha256":"\w+"\}', r"\1{…}"),
     (r'("id":)"[^"]+"', r'\1"…"'),
-    (r"(finish_reason='\w+'), .*\)", r"\1, …)"),  # Done with all that it tells
-    (r"(0\.\d{3})\d{5,}", r"\1…"),
+    (r"(finish_reason='\w+'), .*\)", r"\1, …)"),  # the other fields of Done
+    (r"(0\.\d)\d{3,}", r"\1…"),  # probabilities
 )
 
-# Blocks that are not run, by their first lines.
+# Blocks that are not run, by their first lines, and why.
 UNTAGGED = {
     'pip install uv && uv run labs-gen --prompt "Hello! Who are you?"': "network; .ci/run",
     "python3 -m venv .venv && . .venv/bin/activate": "network",
-    "[[tool.mypy.overrides]]": "test_labs_examples.py checks with it",
+    "[[tool.mypy.overrides]]": "test_examples.py checks with it",
+    "labs-gen --chat ": "needs a terminal",
     "labs-gen --messages-file chat.json --temperature 0.7 --seed 1 --json": "answers are long",
+    "eval ": "changes the shell",
     'default_model = "small"': "names models that are not there",
     "[guard]": "names a classifier that is not there",
+    "[quantization]": "needs another load of the model",
     "location / {": "nginx",
     "[Service]": "changes the system",
     "pip install 'labs-gen[ray]'": "needs a cluster",
+    "docker build": "needs Docker",
+    "docker compose": "needs Docker",
+    "LABS_API_KEYS=": "listens on every address",
 }
 
 
 class Block(NamedTuple):
     """language: of the fence; runs: whether tagged; output: of the `text` block below, if any."""
 
+    page: Path
     language: str
     runs: bool
     text: str
@@ -80,18 +98,23 @@ FENCE = re.compile(
 )
 
 
-def blocks() -> list[Block]:
-    found = FENCE.finditer(README.read_text(encoding="utf-8"))
-    return [Block(each[1], bool(each[2]), each[3], each[4]) for each in found]
+def blocks(page: Path) -> list[Block]:
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [Block(page, each[1], bool(each[2]), each[3], each[4]) for each in found]
 
 
-TAGGED = [block for block in blocks() if block.runs]
+TAGGED = {page.name: [block for block in blocks(page) if block.runs] for page in PAGES}
 
 
-def replace(old: str, new: str) -> None:
-    text = README.read_text(encoding="utf-8")
+def marked(name: str, index: int) -> Any:
+    marks = () if name in ("README.md", *ON_ANY_MODEL) else pytest.mark.real
+    return pytest.param(name, index, marks=marks, id=f"{name}-{index}")
+
+
+def replace(page: Path, old: str, new: str) -> None:
+    text = page.read_text(encoding="utf-8")
     assert text.count(old) == 1, old
-    README.write_text(text.replace(old, new), encoding="utf-8")
+    page.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def as_shown(output: str) -> str:
@@ -100,33 +123,68 @@ def as_shown(output: str) -> str:
     return output if output.endswith("\n") or not output else f"{output}\n"
 
 
-# Running
+# ---------------------------------------------------------------- running the blocks
+
+
+class LabsApi:
+    """labs-api in this process, on a free port, with the model that the other blocks use."""
+
+    def __init__(self) -> None:
+        self.greeting = ""
+        ready = threading.Event()
+
+        class Listen(logging.Handler):
+            def emit(_, record: logging.LogRecord) -> None:
+                self.greeting += f"{record.getMessage()}\n"
+                if "ready after" in self.greeting:
+                    ready.set()
+
+        config = labs.load_config(overrides={"server_port": 0})
+        self.models = labs_models.Models(config, start=False)
+        self.server = labs_serve.make_server(labs_api.create_app(config, self.models), config)
+        handler, logger = Listen(), logging.getLogger("labs.serve")
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(labs_serve, "on_signals", lambda stop: None)  # of the main thread only
+            arguments = (self.server, self.models, config)
+            self.thread = threading.Thread(target=labs_serve._run, args=arguments, daemon=True)
+            self.thread.start()
+            assert ready.wait(120), self.greeting
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        self.address = f"127.0.0.1:{self.server.effective_port}"
+
+    def close(self) -> None:
+        labs_serve.drain(self.server, self.models, 1.0)
+        self.thread.join(30)
 
 
 class Place:
-    """A folder in which the blocks run, a module of their names, and a server once it is asked."""
+    """One page: a folder in which its blocks run, and a module of their names."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, page: str, folder: Path, labs_api: Any) -> None:
+        self.blocks = TAGGED[page]
         self.folder = folder
         self.module = types.ModuleType("readme")
-        self.server: subprocess.Popen[str] | None = None
-        self.greeting = self.address = ""
-        self.outputs: list[Any] = []  # of the blocks that ran
+        self.labs_api = labs_api
+        self.outputs: list[str] = []  # of the blocks that ran
 
-    def output(self, index: int) -> Any:
-        """Run what has not been run up to there: a block may use what earlier ones left."""
-        for block in TAGGED[len(self.outputs) : index + 1]:
+    def output(self, index: int) -> str:
+        """Return a block's output; the blocks before it run first if they have not run yet."""
+        for block in self.blocks[len(self.outputs) : index + 1]:
             run = self.run_python if block.language == "python" else self.run_console
             self.outputs.append(run(block.text))
         return self.outputs[index]
 
     def run_python(self, code: str) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as told:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(self.local(code), "README.md", "exec"), vars(self.module))
-        return as_shown(told.getvalue())
+        return as_shown(printed.getvalue())
 
     def run_console(self, text: str) -> str:
-        """Return the commands of a transcript, with what they say now."""
+        """Return the commands of a transcript, each followed by what it prints now."""
         shown = ""
         for command in commands(text):
             shown += f"$ {command}\n{as_shown(self.shell(command))}"
@@ -134,48 +192,30 @@ class Place:
 
     def shell(self, command: str) -> str:
         if command == "labs-api":
-            self.local(HOST)
-            return self.greeting
+            return self.labs_api().greeting
         if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen (-[^|]*)", command, re.DOTALL):
-            said = self.bash(found[1]) if found[1] else None
-            return self.labs_gen(shlex.split(found[2], comments=True), said)
+            typed = self.bash(found[1]) if found[1] else None
+            return self.labs_gen(shlex.split(found[2], comments=True), typed)
         return self.bash(self.local(command))
 
-    def labs_gen(self, arguments: list[str], said: str | None) -> str:
+    def labs_gen(self, arguments: list[str], typed: str | None) -> str:
         """Run it in this process, where the model is loaded already."""
         gen = labs_cli.make_command("labs-gen", labs_cli.run, labs_cli.OPTIONS, labs_cli.EPILOG)
         try:
-            return CliRunner().invoke(gen, arguments, input=said).output
+            return CliRunner().invoke(gen, arguments, input=typed).output
         finally:
             gc.unfreeze()
 
     def bash(self, command: str) -> str:
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        told: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=environment, text=True, timeout=60, **told
+            ["bash", "-c", command], cwd=self.folder, env=environment, text=True, timeout=60, **streams
         ).stdout
 
     def local(self, text: str) -> str:
-        """Return it with the address of the server, which is started for the first who asks."""
-        if HOST in text and self.server is None:
-            self.server = subprocess.Popen(
-                [BIN / "labs-api", "--port", "0"],
-                cwd=self.folder,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for line in self.server.stderr or ():
-                self.greeting += line
-                if "ready after" in line:
-                    break
-            self.address = re.search(r"//(\S+)", self.greeting)[1]  # type: ignore[index]
-        return text.replace(HOST, self.address)
-
-    def close(self) -> None:
-        if self.server:
-            self.server.terminate()
-            self.server.communicate(timeout=60)
+        """Return the text with the address of the server, which the first one to need it starts."""
+        return text.replace(HOST, self.labs_api().address) if HOST in text else text
 
 
 def commands(text: str) -> Iterator[str]:
@@ -191,28 +231,50 @@ def commands(text: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    made = Place(tmp_path_factory.mktemp("readme"))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return a function from a page's name to its Place, in whose folder it then is."""
+    running: list[LabsApi] = []
+
+    def labs_api() -> LabsApi:
+        if not running:
+            running.append(LabsApi())
+        return running[0]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made.folder)
-        patch.setitem(sys.modules, "readme", made.module)
         patch.setenv("NO_PROXY", "localhost,127.0.0.1")
         for name in [name for name in os.environ if name.startswith("LABS_")]:
             if name != "LABS_CACHE_DIR":
                 patch.delenv(name)
-        model = labs.load_model(labs.load_config())
-        here = f"{model.dtype} on {model.fingerprint.hardware.partition(',')[0]}"
-        if here != RECORDED and not REWRITE:
-            pytest.skip(f"the outputs were recorded in {RECORDED}, this is {here}")
-        yield made
-        made.close()
+
+        @functools.cache
+        def made(page: str) -> Place:
+            return Place(page, tmp_path_factory.mktemp(page.partition(".")[0]), labs_api)
+
+        def entered(page: str) -> Place:
+            here = made(page)
+            patch.chdir(here.folder)
+            patch.setitem(sys.modules, "readme", here.module)
+            return here
+
+        yield entered
+        for server in running:
+            server.close()
 
 
-@pytest.mark.parametrize("index", range(len(TAGGED)))
-def test_a_tagged_block_says_what_the_readme_shows(index: int, place: Place) -> None:
-    block, output = TAGGED[index], place.output(index)
+def recorded_here() -> bool:
+    model = labs.load_model(labs.load_config(env={}))
+    return f"{model.dtype} on {model.fingerprint.hardware.partition(',')[0]}" == RECORDED
+
+
+@pytest.mark.parametrize(
+    ("page", "index"),
+    [marked(page.name, index) for page in PAGES for index in range(len(TAGGED[page.name]))],
+)
+def test_a_tagged_block_prints_what_its_page_shows(page: str, index: int, place: Any) -> None:
+    block = TAGGED[page][index]
     if "curl" in block.text and not shutil.which("curl"):
         pytest.skip("curl is not installed")
+    output = place(page).output(index)
     before = f"```{block.language} run\n{block.text}```"
     after, shown = f"```console run\n{output}```", block.text
     if block.language == "python":
@@ -220,65 +282,175 @@ def test_a_tagged_block_says_what_the_readme_shows(index: int, place: Place) -> 
         after = f"{before}\n\n```text\n{output}```"
         before = f"{before}\n\n```text\n{shown}```" if block.output is not None else before
     if REWRITE and output != shown:
-        replace(before, after)
+        replace(block.page, before, after)
+    elif output != shown and page not in ON_ANY_MODEL and not recorded_here():
+        assert output.count("\n$ ") == shown.count("\n$ ")
+        pytest.skip(f"the texts were recorded on {RECORDED}; on this machine they differ")
     else:
         assert output == shown
 
 
-# What stands in the README
-
-
-def table() -> str:
-    """Write every setting, with its default and its meaning, three in a row."""
-    rows = ["| setting = default | | |", "|---|---|---|"]
-    for section, found in itertools.groupby(labs.settings(), lambda each: each.section):
-        rows.append(f"| **[{section}]** | | |")
-        cells = [cell(setting) for setting in found]
-        rows += [f"| {' | '.join(cells[at : at + 3])} |" for at in range(0, len(cells), 3)]
-    return "\n".join(rows)
-
-
-def cell(setting: labs.Setting) -> str:
-    default = "" if setting.default in (None, ()) else f" = {json.dumps(setting.default)}"
-    return f"`{setting.field}{default}`<br>{setting.description}"
-
-
-def test_the_table_of_settings_is_that_of_the_structs() -> None:
-    text = README.read_text(encoding="utf-8")
-    (shown,) = re.findall(r"<!-- settings.* -->\n(.*)\n?<!-- end of settings -->", text, re.DOTALL)
-    if REWRITE and shown.strip() != table():
-        start = text.index("<!-- end of settings -->") - len(shown)
-        replace(f"{text[start - 4 : start]}{shown}<!-- end", f"-->\n{table()}\n<!-- end")
-    else:
-        assert shown.strip() == table()
-
-
 def test_each_block_is_run_or_has_a_reason_not_to() -> None:
-    lines = [block.text.partition("\n")[0] for block in blocks() if not block.runs]
-    told = {line for line in lines if any(line.startswith(known) for known in UNTAGGED)}
-    assert set(lines) == told
-    assert len(told) == len(UNTAGGED)
+    first = [block.text.partition("\n")[0] for page in PAGES for block in blocks(page) if not block.runs]
+    known = {line: [start for start in UNTAGGED if line.startswith(start)] for line in first}
+    assert [line for line, starts in known.items() if not starts] == []
+    assert {start for starts in known.values() for start in starts} == set(UNTAGGED)
+
+
+# ---------------------------------------------------------------- settings.md and labs.toml
+
+
+def bounds(kind: Any) -> tuple[str, str]:
+    """Return the type of a setting and its bounds, both in words."""
+    notes = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, msgspec.Meta)]
+    signs = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}
+    limits = [
+        f"{sign}{number(getattr(note, name))}"
+        for note in notes
+        for name, sign in signs.items()
+        if getattr(note, name) is not None
+    ]
+    inner, origin = get_args(kind), get_origin(kind)
+    if origin is Annotated:
+        name, below = bounds(inner[0])
+        item = "items" if get_origin(inner[0]) in (tuple, dict) else "characters"
+        for note in notes:
+            least, most = note.min_length, note.max_length
+            limits += [f"at least {least} {item}"] if most is None and least is not None else []
+            limits += [f"{least or 0} to {most:,} {item}"] if most is not None else []
+        return name, ", ".join(filter(None, [below, *limits]))
+    if origin is Literal:
+        return "one of " + ", ".join(f"`{each}`" for each in inner), ""
+    if NoneType in inner:
+        return bounds(inner[0])
+    if origin is tuple:
+        name, below = bounds(inner[0])
+        return f"list of {name}", f"each {below}" if below else ""
+    if origin is dict:
+        return "table", "; ".join(
+            f"{what} {below}" for what, below in zip(("keys", "values"), map(limit, inner), strict=True)
+        )
+    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(kind, "table"), ""
+
+
+def limit(kind: Any) -> str:
+    return bounds(kind)[1]
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def settings_tables() -> str:
+    """Return all settings in Markdown: a table for each section, a row for each setting."""
+    command = labs_cli.make_command("labs-api", None, (), "")
+    flags = {option.name: option.opts for option in command.params}
+    lines: list[str] = []
+    section = ""
+    for each in labs.settings():
+        if each.section != section:
+            section = each.section
+            lines += ["", f"## [{section}]", ""]
+            lines += ["| key | variable | flag | type | default | bounds | what it does |"]
+            lines += ["|---|---|---|---|---|---|---|"]
+        kind, limits = bounds(each.type)
+        default = "" if each.default in (None, (), {}) else f"`{json.dumps(each.default)}`"
+        names = "<br>".join(f"`{flag}`" for flag in flags[each.key] if flag.startswith("--"))
+        cells = (f"`{each.field}`", f"`{each.environment}`", names, kind, default, limits)
+        lines.append(f"| {' | '.join((*cells, each.description))} |")
+    return "\n".join(lines).strip()
+
+
+def test_settings_md_shows_the_settings_of_the_structs() -> None:
+    page = ROOT / "docs" / "settings.md"
+    text = page.read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- settings.* -->\n(.*)\n?<!-- end of settings -->", text, re.DOTALL)
+    if REWRITE and shown.strip() != settings_tables():
+        start = text.index("<!-- end of settings -->") - len(shown)
+        page.write_text(
+            f"{text[:start]}{settings_tables()}\n{text[start + len(shown) :]}", encoding="utf-8"
+        )
+    else:
+        assert shown.strip() == settings_tables()
+
+
+def test_labs_toml_describes_each_setting_in_the_words_of_its_struct() -> None:
+    file = ROOT / "labs.toml"
+    section, comment, lines = "", list[str](), list[str]()
+    described = {(each.section, each.field): each.description for each in labs.settings()}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if found := re.fullmatch(r"\[(\w+)\]", line):
+            section = found[1]
+        key = re.match(r"# (\w+) = ", line)
+        if key and (section, key[1]) in described:
+            text = described[(section, key[1])]
+            comment = [f"# {part}" for part in textwrap.wrap(text, 98)]
+        if line.startswith("# ") and not key:
+            comment.append(line)
+            continue
+        lines += [*comment, line]
+        comment = []
+    expected = "\n".join([*lines, *comment]) + "\n"
+    if REWRITE:
+        file.write_text(expected, encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == expected
+
+
+# ---------------------------------------------------------------- what stands in the pages
 
 
 def test_the_budgets_of_contributing_are_those_of_the_tests() -> None:
     tests = (ROOT / "test_labs.py").read_text(encoding="utf-8")
     rooms = re.search(r"^ROOMS = \{(.*?)^\}", tests, re.MULTILINE | re.DOTALL)
-    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"^\| `(\w+\.py)` .* \| (\d+) \|$", told, re.M))
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(\w+\.py)` .* \| (\d+) \|$", text, re.M))
     assert shown == dict(re.findall(r'"(\w+\.py)": \(\s*(\d+)', rooms[1] if rooms else ""))
 
 
-def test_the_readme_can_be_read_in_one_go() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 600
+def test_the_readme_is_one_short_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.encode()) <= 10_240
+    assert max(map(len, text.splitlines())) <= 400
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def test_a_page_of_the_docs_is_short_too() -> None:
+    written = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    del written["models.md"]  # a table with a row for each model type
+    assert {name: len(text.splitlines()) for name, text in written.items() if text.count("\n") > 200} == {}
+
+
+def test_the_readme_counts_the_lines_of_the_core_rounded_up_to_tens() -> None:
+    page = ROOT / "README.md"
+    rows = re.findall(r"^(\| .* \| \[(\w+\.py)\]\(\w+\.py\) \| )([\d,]+)( \|.*)$", page.read_text(), re.M)
+    assert len(rows) == 4
+    for start, name, shown, rest in rows:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        counted = f"{-(-lines // 10) * 10:,}"
+        if REWRITE and counted != shown:
+            replace(page, f"{start}{shown}{rest}", f"{start}{counted}{rest}")
+        else:
+            assert (name, shown) == (name, counted)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    headings = [re.sub(r"[`*]|\]\(.*?\)", "", each) for each in re.findall(r"^#+ (.*)", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
     for target in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', text):
         path, _, anchor = "".join(target).partition("#")
         if not path.startswith("http"):
-            assert (ROOT / path).exists(), target
-            assert not anchor or path or anchor in anchors, target
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def test_the_readme_links_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
