@@ -13,7 +13,6 @@ counts anew, and read the diff:
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import io
 import json
@@ -27,13 +26,14 @@ import sys
 import textwrap
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import labs
@@ -42,7 +42,7 @@ import labs_cli
 import labs_models
 import labs_serve
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "labs.py").exists())
+ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 ON_ANY_MODEL = ("vendoring.md",)  # pages whose blocks do not load a model
@@ -103,12 +103,13 @@ def blocks(page: Path) -> list[Block]:
     return [Block(page, each[1], bool(each[2]), each[3], each[4]) for each in found]
 
 
-TAGGED = {page.name: [block for block in blocks(page) if block.runs] for page in PAGES}
+def tagged(page: Path) -> list[Block]:
+    return [block for block in blocks(page) if block.runs]
 
 
-def marked(name: str, index: int) -> Any:
-    marks = () if name in ("README.md", *ON_ANY_MODEL) else pytest.mark.real
-    return pytest.param(name, index, marks=marks, id=f"{name}-{index}")
+def marked(page: Path) -> Any:
+    marks = () if page.name in ("README.md", *ON_ANY_MODEL) else pytest.mark.real
+    return pytest.param(page, marks=marks, id=page.name)
 
 
 def replace(page: Path, old: str, new: str) -> None:
@@ -162,21 +163,18 @@ class LabsApi:
 
 
 class Place:
-    """One page: a folder in which its blocks run, and a module of their names."""
+    """The working directory, in which the blocks of one page run, and a module of their names."""
 
-    def __init__(self, page: str, folder: Path, labs_api: Any) -> None:
-        self.blocks = TAGGED[page]
-        self.folder = folder
+    def __init__(self, serving: Callable[[], LabsApi]) -> None:
         self.module = types.ModuleType("readme")
-        self.labs_api = labs_api
-        self.outputs: list[str] = []  # of the blocks that ran
+        self.serving = serving
 
-    def output(self, index: int) -> str:
-        """Return a block's output; the blocks before it run first if they have not run yet."""
-        for block in self.blocks[len(self.outputs) : index + 1]:
-            run = self.run_python if block.language == "python" else self.run_console
-            self.outputs.append(run(block.text))
-        return self.outputs[index]
+    def output(self, block: Block) -> str:
+        return (
+            self.run_python(block.text)
+            if block.language == "python"
+            else self.run_console(block.text)
+        )
 
     def run_python(self, code: str) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -192,7 +190,7 @@ class Place:
 
     def shell(self, command: str) -> str:
         if command == "labs-api":
-            return self.labs_api().greeting
+            return self.serving().greeting
         if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen (-[^|]*)", command, re.DOTALL):
             typed = self.bash(found[1]) if found[1] else None
             return self.labs_gen(shlex.split(found[2], comments=True), typed)
@@ -210,12 +208,12 @@ class Place:
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=environment, text=True, timeout=60, **streams
+            ["bash", "-c", command], env=environment, text=True, timeout=60, **streams
         ).stdout
 
     def local(self, text: str) -> str:
         """Return the text with the address of the server, which the first one to need it starts."""
-        return text.replace(HOST, self.labs_api().address) if HOST in text else text
+        return text.replace(HOST, self.serving().address) if HOST in text else text
 
 
 def commands(text: str) -> Iterator[str]:
@@ -231,34 +229,28 @@ def commands(text: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Return a function from a page's name to its Place, in whose folder it then is."""
+def serving() -> Iterator[Callable[[], LabsApi]]:
+    """Return a function that returns the server, which the first block to need it starts."""
     running: list[LabsApi] = []
 
-    def labs_api() -> LabsApi:
-        if not running:
-            running.append(LabsApi())
+    def started() -> LabsApi:
+        running[:] = running or [LabsApi()]
         return running[0]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "localhost,127.0.0.1")
-        for name in [name for name in os.environ if name.startswith("LABS_")]:
-            if name != "LABS_CACHE_DIR":
-                patch.delenv(name)
+    yield started
+    for server in running:
+        server.close()
 
-        @functools.cache
-        def made(page: str) -> Place:
-            return Place(page, tmp_path_factory.mktemp(page.partition(".")[0]), labs_api)
 
-        def entered(page: str) -> Place:
-            here = made(page)
-            patch.chdir(here.folder)
-            patch.setitem(sys.modules, "readme", here.module)
-            return here
-
-        yield entered
-        for server in running:
-            server.close()
+@pytest.fixture
+def place(folder: Path, serving: Callable[[], LabsApi], monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+    for name in [name for name in os.environ if name.startswith("LABS_")]:
+        if name != "LABS_CACHE_DIR":
+            monkeypatch.delenv(name)
+    made = Place(serving)
+    monkeypatch.setitem(sys.modules, "readme", made.module)
+    return made
 
 
 def recorded_here() -> bool:
@@ -266,32 +258,34 @@ def recorded_here() -> bool:
     return f"{model.dtype} on {model.fingerprint.hardware.partition(',')[0]}" == RECORDED
 
 
-@pytest.mark.parametrize(
-    ("page", "index"),
-    [marked(page.name, index) for page in PAGES for index in range(len(TAGGED[page.name]))],
-)
-def test_a_tagged_block_prints_what_its_page_shows(page: str, index: int, place: Any) -> None:
-    block = TAGGED[page][index]
-    if "curl" in block.text and not shutil.which("curl"):
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if tagged(page)])
+def test_the_tagged_blocks_of_a_page_print_what_it_shows(page: Path, place: Place) -> None:
+    if any("curl" in block.text for block in tagged(page)) and not shutil.which("curl"):
         pytest.skip("curl is not installed")
-    output = place(page).output(index)
-    before = f"```{block.language} run\n{block.text}```"
-    after, shown = f"```console run\n{output}```", block.text
-    if block.language == "python":
-        shown = block.output or ""
-        after = f"{before}\n\n```text\n{output}```"
-        before = f"{before}\n\n```text\n{shown}```" if block.output is not None else before
-    if REWRITE and output != shown:
-        replace(block.page, before, after)
-    elif output != shown and page not in ON_ANY_MODEL and not recorded_here():
-        assert output.count("\n$ ") == shown.count("\n$ ")
+    unlike = False
+    for block in tagged(page):
+        output = place.output(block)
+        before = f"```{block.language} run\n{block.text}```"
+        after, shown = f"```console run\n{output}```", block.text
+        if block.language == "python":
+            shown = block.output or ""
+            after = f"{before}\n\n```text\n{output}```"
+            before = f"{before}\n\n```text\n{shown}```" if block.output is not None else before
+        if REWRITE and output != shown:
+            replace(page, before, after)
+        elif output != shown and page.name not in ON_ANY_MODEL and not recorded_here():
+            assert output.count("\n$ ") == shown.count("\n$ ")
+            unlike = True
+        else:
+            assert output == shown
+    if unlike:
         pytest.skip(f"the texts were recorded on {RECORDED}; on this machine they differ")
-    else:
-        assert output == shown
 
 
 def test_each_block_is_run_or_has_a_reason_not_to() -> None:
-    first = [block.text.partition("\n")[0] for page in PAGES for block in blocks(page) if not block.runs]
+    first = [
+        block.text.partition("\n")[0] for page in PAGES for block in blocks(page) if not block.runs
+    ]
     known = {line: [start for start in UNTAGGED if line.startswith(start)] for line in first}
     assert [line for line, starts in known.items() if not starts] == []
     assert {start for starts in known.values() for start in starts} == set(UNTAGGED)
@@ -328,9 +322,12 @@ def bounds(kind: Any) -> tuple[str, str]:
         return f"list of {name}", f"each {below}" if below else ""
     if origin is dict:
         return "table", "; ".join(
-            f"{what} {below}" for what, below in zip(("keys", "values"), map(limit, inner), strict=True)
+            f"{what} {below}"
+            for what, below in zip(("keys", "values"), map(limit, inner), strict=True)
         )
-    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(kind, "table"), ""
+    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(
+        kind, "table"
+    ), ""
 
 
 def limit(kind: Any) -> str:
@@ -417,12 +414,16 @@ def test_the_readme_is_one_short_page() -> None:
 def test_a_page_of_the_docs_is_short_too() -> None:
     written = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
     del written["models.md"]  # a table with a row for each model type
-    assert {name: len(text.splitlines()) for name, text in written.items() if text.count("\n") > 200} == {}
+    assert {
+        name: len(text.splitlines()) for name, text in written.items() if text.count("\n") > 200
+    } == {}
 
 
 def test_the_readme_counts_the_lines_of_the_core_rounded_up_to_tens() -> None:
     page = ROOT / "README.md"
-    rows = re.findall(r"^(\| .* \| \[(\w+\.py)\]\(\w+\.py\) \| )([\d,]+)( \|.*)$", page.read_text(), re.M)
+    rows = re.findall(
+        r"^(\| .* \| \[(\w+\.py)\]\(\w+\.py\) \| )([\d,]+)( \|.*)$", page.read_text(), re.M
+    )
     assert len(rows) == 4
     for start, name, shown, rest in rows:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
@@ -454,3 +455,32 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_links_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+
+
+# ---------------------------------------------------------------- Docker
+
+
+def test_the_image_runs_as_a_user_checks_readiness_and_holds_no_secret() -> None:
+    text = (ROOT / "docs" / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^USER [1-9]\d*$", text, re.M)
+    assert re.search(r"^HEALTHCHECK .*\\\n.*/readyz", text, re.M)
+    assert not re.search(r"^(?:ARG|ENV|COPY).*(?:KEY|TOKEN|\.env\b)", text, re.M)
+    copied = re.findall(r"^COPY (?!--from)(.*) \./$", text, re.M)
+    sent = (ROOT / "docs" / "Dockerfile.dockerignore").read_text(encoding="utf-8")
+    first, *names = [line for line in sent.splitlines() if not line.startswith("#")]
+    assert first == "*"
+    assert [" ".join(name.removeprefix("!") for name in names)] == copied
+
+
+def test_the_compose_file_takes_keys_from_a_secret_and_bounds_what_it_starts() -> None:
+    spec = yaml.safe_load((ROOT / "docs" / "compose.yaml").read_text(encoding="utf-8"))
+    service = spec["services"]["labs-api"]
+    assert service["environment"]["LABS_SERVER_API_KEYS_FILE"] == "/run/secrets/api_keys"
+    assert service["secrets"] == list(spec["secrets"])
+    assert service["read_only"]
+    assert all(name in service for name in ("mem_limit", "cpus", "pids_limit"))
+    assert "/readyz" in service["healthcheck"]["test"][-1]
+    known = {setting.environment for setting in labs.settings()}
+    assert set(service["environment"]) <= known
+    volumes = [volume.partition(":")[0] for volume in service["volumes"]]
+    assert volumes == list(spec["volumes"])
