@@ -70,16 +70,15 @@ UNTAGGED = {
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
     "labs-gen --chat ": "needs a terminal",
     "labs-gen --messages-file chat.json --temperature 0.7 --seed 1 --json": "answers are long",
-    "eval ": "changes the shell",
+    'eval "$(_LABS_GEN': "changes the shell",
     'default_model = "small"': "names models that are not there",
     "[guard]": "names a classifier that is not there",
-    "[quantization]": "needs another load of the model",
     "location / {": "nginx",
     "[Service]": "changes the system",
     "pip install 'labs-gen[ray]'": "needs a cluster",
     "docker build": "needs Docker",
+    "docker run": "needs Docker",
     "docker compose": "needs Docker",
-    "LABS_API_KEYS=": "listens on every address",
 }
 
 
