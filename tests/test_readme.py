@@ -69,7 +69,7 @@ UNTAGGED = {
     "python3 -m venv .venv && . .venv/bin/activate": "network",
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
     "labs-gen --chat ": "needs a terminal",
-    "labs-gen --messages-file chat.json --temperature 0.7 --seed 1 --json": "answers are long",
+    'labs-gen --prompt "Name three rivers."': "answers are long",
     'eval "$(_LABS_GEN': "changes the shell",
     'default_model = "small"': "names models that are not there",
     "[guard]": "names a classifier that is not there",
