@@ -190,9 +190,9 @@ class Place:
     def shell(self, command: str) -> str:
         if command == "labs-api":
             return self.serving().greeting
-        if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen (-[^|]*)", command, re.DOTALL):
+        if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen( -[^|]*)?", command, re.DOTALL):
             typed = self.bash(found[1]) if found[1] else None
-            return self.labs_gen(shlex.split(found[2], comments=True), typed)
+            return self.labs_gen(shlex.split(found[2] or "", comments=True), typed)
         return self.bash(self.local(command))
 
     def labs_gen(self, arguments: list[str], typed: str | None) -> str:
