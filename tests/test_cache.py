@@ -1,72 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of labs_cache.py: what is kept on disk, where disks, users and processes come between."""
+"""Tests of labs_cache.py: converted GGUF files and digests, with failing disks and processes."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import kit
 import pytest
-from kit import answer, conversions
+import torch
+import transformers
+from kit import ROOT, SHORT, answer, conversions, is_one_sentence, load, python, save_gguf, write
 
 import labs
 import labs_cache
 
 
-def zero(path: Path, start: int, count: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(count))
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Convert a GGUF file; return the folder of both and the model's answer."""
+    place = tmp_path_factory.mktemp("converted")
+    path, cache = save_gguf(place / "tiny.gguf"), str(place / "cache")
+    return place, answer(labs.ModelSpec(model_name=str(path), torch_dtype="fp32", cache_dir=cache))
 
 
 @pytest.fixture
-def made(packed: labs.ModelSpec) -> tuple[labs.ModelSpec, Path, str]:
-    """Convert a model; return its spec, the folder of the conversion, and its answer."""
-    text = answer(packed)
-    return packed, conversions(packed)[0], text
+def made(template: tuple[Path, str], packed: labs.ModelSpec) -> tuple[labs.ModelSpec, Path, str]:
+    """Return a model's spec, the folder of its conversion, and its answer."""
+    shutil.copytree(template[0] / "cache", Path(str(packed.cache_dir)))
+    assert answer(packed) == template[1]
+    (place,) = conversions(packed)
+    return packed, place, template[1]
+
+
+def converts(monkeypatch: pytest.MonkeyPatch, instead: Callable[..., Any]) -> None:
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", instead)
+
+
+# ---------------------------------------------------------------- one conversion, whole
+
+
+def test_a_gguf_file_is_converted_once_for_each_dtype_and_content(packed, monkeypatch):
+    saved, save = list[Any](), transformers.PreTrainedModel.save_pretrained
+    converts(monkeypatch, lambda *given, **options: saved.append(given) or save(*given, **options))
+    first = answer(packed)
+    assert (answer(packed), len(saved)) == (first, 1)
+    answer(labs.evolve(packed, torch_dtype="bf16"))
+    assert len(saved) == len(conversions(packed)) == 2
+    save_gguf(Path(packed.model_name), seed=1)
+    assert answer(packed) != first
+
+
+def zeros(name: str, share: float) -> Callable[[Path], None]:
+    """Return a function that writes zeros into a file and leaves its times as they were."""
+
+    def spoil(place: Path) -> None:
+        path, held = place / name, (place / name).stat()
+        count = int(held.st_size * share)
+        path.write_bytes(path.read_bytes()[: held.st_size - count] + bytes(count))
+        os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))
+
+    return spoil
+
+
+def contents(name: str, text: str | None) -> Callable[[Path], None]:
+    def spoil(place: Path) -> None:
+        (place / name).unlink()
+        if text is not None:
+            (place / name).write_text(text)
+
+    return spoil
 
 
 @pytest.mark.parametrize(
-    ("name", "share"),
-    [("model.safetensors", 0.25), ("model.safetensors", 1), ("tokenizer.json", 1)],
+    "spoil",
+    [
+        zeros("model.safetensors", 0.25),
+        zeros("tokenizer.json", 1),
+        contents("model.safetensors", "half"),
+        contents("config.json", None),
+        contents("complete.json", "\0" * 300),
+        contents("complete.json", "{}"),
+        contents("complete.json", "[3]"),
+        contents("complete.json", '{"config.json": 818}'),
+    ],
 )
-def test_a_conversion_with_zeros_in_it_is_made_again(made: Any, name: str, share: float) -> None:
+def test_a_conversion_that_is_spoilt_is_made_again(spoil, made):
     spec, place, text = made
-    size = (place / name).stat().st_size
-    before = (place / name).read_bytes()
-    zero(place / name, size - int(size * share), int(size * share))
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    spoil(place)
     assert answer(spec) == text
-    assert (place / name).read_bytes() == before
+    after = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert {*json.loads(after.pop("complete.json"))} >= {"config.json"}
+    assert after.items() <= before.items()
+    assert len(after) == len(before) - 1
 
 
-def test_zeros_with_the_old_time_of_change_are_seen_too(made: Any) -> None:
-    spec, place, text = made
-    weights = place / "model.safetensors"
-    before, held = weights.read_bytes(), weights.stat()
-    zero(weights, held.st_size // 2, held.st_size // 3)
-    os.utime(weights, ns=(held.st_atime_ns, held.st_mtime_ns))
-    assert answer(spec) == text
-    assert weights.read_bytes() == before
-
-
-@pytest.mark.parametrize("text", ["\0" * 300, "{}", "[3]", '{"config.json": 818}'])
-def test_a_conversion_whose_list_of_files_is_spoilt_is_made_again(made: Any, text: str) -> None:
-    spec, place, expected = made
-    (place / "complete.json").write_text(text)
-    assert answer(spec) == expected
-    assert {*json.loads((place / "complete.json").read_text())} >= {"config.json"}
-
-
-def test_files_that_were_touched_are_read_once_and_kept(
-    made: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_were_touched_are_read_once_and_kept(made, monkeypatch):
     spec, place, text = made
     read, digest_of = list[str](), labs_cache._digest_of_file
     monkeypatch.setattr(
@@ -78,9 +120,7 @@ def test_files_that_were_touched_are_read_once_and_kept(
     assert read == ["model.safetensors"]
 
 
-def test_a_conversion_is_on_the_disk_before_it_has_its_name(
-    packed: labs.ModelSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_is_on_the_disk_before_it_has_its_name(packed, monkeypatch):
     flushed, named, fsync, replace = set[int](), list[set[int]](), os.fsync, os.replace
 
     def note(descriptor: int) -> None:
@@ -100,20 +140,97 @@ def test_a_conversion_is_on_the_disk_before_it_has_its_name(
     assert Path(str(packed.cache_dir)).stat().st_ino in flushed
 
 
-@pytest.mark.parametrize(("umask", "file", "place"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
-def test_others_may_read_a_conversion_as_far_as_the_umask_lets_them(
-    packed: labs.ModelSpec, umask: int, file: int, place: int
-) -> None:
-    before = os.umask(umask)
+def test_other_users_may_read_a_conversion_as_the_umask_allows(packed):
+    before = os.umask(0o027)
     try:
         answer(packed)
     finally:
         os.umask(before)
-    found = conversions(packed)[0]
-    modes = {stat.S_IMODE(each.stat().st_mode) for each in found.iterdir()}
-    assert (stat.S_IMODE(found.stat().st_mode), modes) == (place, {file})
-    kept = Path(str(packed.cache_dir)).glob(".digest-*")
-    assert {stat.S_IMODE(each.stat().st_mode) for each in kept} == {file}
+    (place,) = conversions(packed)
+    inside = [*place.iterdir(), *Path(str(packed.cache_dir)).glob(".digest-*")]
+    assert stat.S_IMODE(place.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(each.stat().st_mode) for each in inside} == {0o640}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_conversion_shows_its_progress_only_on_a_terminal(terminal, packed, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    answer(packed)
+    assert ("%" in screen.getvalue()) == terminal == bool(screen.getvalue())
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_a_conversion_that_cannot_be_written_is_refused_and_leaves_nothing(
+    packed, folder, monkeypatch
+):
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refused(named: str, **changes: Any) -> None:
+        with pytest.raises(labs.ModelError, match=named) as caught:
+            labs.load_model(labs.evolve(packed, **changes))
+        assert is_one_sentence(caught.value)
+
+    with monkeypatch.context() as patch:
+        converts(patch, full)
+        refused("disk is full")
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        refused(r"GB.*cache_dir")
+    assert conversions(packed) == []
+    write("file", "")
+    refused("file", cache_dir=str(folder / "file" / "cache"))
+
+
+LOAD = """
+import labs, pathlib
+spec = labs.ModelSpec(model_name={name!r}, torch_dtype="fp32", cache_dir={cache!r})
+model = labs.load_model(spec)
+print(labs.generate(model, labs.Inputs((104, 101, 121), ""), max_new_tokens=8, temperature=0).text)
+"""
+KILLED = """
+import os, pathlib, transformers
+def half(model, folder, **options):
+    pathlib.Path(folder, "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+transformers.PreTrainedModel.save_pretrained = half
+"""
+
+
+def test_processes_that_convert_at_once_answer_also_after_one_was_killed(packed, folder):
+    code = LOAD.format(name=packed.model_name, cache=packed.cache_dir)
+    assert python(KILLED + code, folder).returncode == -9
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: python(code, folder), range(2))
+    assert [(each.returncode, each.stderr) for each in (first, second)] == [(0, "")] * 2
+    assert first.stdout == second.stdout
+    assert [path.name[:5] for path in conversions(packed)] == ["tiny-"]
+
+
+def test_threads_that_convert_at_once_both_answer_and_leave_nothing_patched(packed, monkeypatch):
+    import gguf
+
+    places = [(transformers.PreTrainedModel, "tie_weights"), (gguf, "GGUFReader")]
+    before = [getattr(*place) for place in places]
+    for place, value in zip(places, before, strict=True):
+        monkeypatch.setattr(*place, value)  # undone at the end, should the test fail
+    together = threading.Barrier(2)
+
+    def ask(batch_invariant: bool) -> str:
+        spec = labs.evolve(packed, batch_invariant=batch_invariant)
+        together.wait()
+        return labs.generate(labs.load_model(spec), SHORT, max_new_tokens=8, temperature=0).text
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(ask, [True, False])
+    assert first == second
+    assert len(conversions(packed)) == 1
+    assert [getattr(*place) for place in places] == before
 
 
 HELD = """
@@ -126,11 +243,11 @@ with labs_cache._locked(pathlib.Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(folder: Path) -> Iterator[Any]:
-    """Hold a conversion of another model under way, in another process."""
+    """Hold the conversion of another model in another process."""
     (scratch := folder / "cache" / ".converting-other-0123-bf16").mkdir(parents=True)
     (scratch / "half").write_text("half of it")
     command = [sys.executable, "-c", HELD, str(scratch)]
-    environment = {**os.environ, "PYTHONPATH": str(kit.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
@@ -138,11 +255,14 @@ def holder(folder: Path) -> Iterator[Any]:
         process.kill()
 
 
-def test_what_another_process_is_converting_is_left_alone_until_it_ends(
-    packed: labs.ModelSpec, holder: Any
-) -> None:
+def test_the_conversion_of_another_process_is_left_alone_until_it_ends(packed, holder, monkeypatch):
+    def dead(*_: Any) -> None:
+        raise ProcessLookupError  # its number means nothing here, as in another container
+
     process, scratch = holder
-    answer(packed)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", dead)
+        answer(packed)
     assert (scratch / "half").is_file()
     process.kill()
     process.wait()
@@ -150,25 +270,55 @@ def test_what_another_process_is_converting_is_left_alone_until_it_ends(
     assert not scratch.exists()
 
 
-def test_the_number_of_a_process_says_nothing_of_who_converts(
-    packed: labs.ModelSpec, holder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dead(*_: Any) -> None:
-        raise ProcessLookupError  # as in another container
-
-    monkeypatch.setattr(os, "kill", dead)
-    answer(packed)
-    assert (holder[1] / "half").is_file()
+# ---------------------------------------------------------------- digests
 
 
 @pytest.mark.parametrize(
     "spoilt",
     [b"", b"../../" + b"x" * 58, b"g" * 64, b"\xff" * 64, b"A" * 64, b"0" * 63, b"0" * 63 + b"\n"],
 )
-def test_a_digest_that_is_none_is_made_again(folder: Path, spoilt: bytes) -> None:
+def test_a_remembered_digest_that_is_malformed_is_computed_again(folder: Path, spoilt: bytes):
     (file := folder / "model.bin").write_bytes(b"weights")
     right = labs_cache.digest(file, str(folder / "cache"))
     (memory,) = (folder / "cache").glob(".digest-*")
     memory.write_bytes(spoilt)
     assert labs_cache.digest(file, str(folder / "cache")) == right
     assert memory.read_text() == right
+
+
+def revision(model: labs.Model) -> str:
+    assert model.fingerprint is not None
+    return model.fingerprint.revision
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_the_revision_of_a_folder_depends_on_its_contents(name, folder, tiny_folder):
+    place, moved, cache = folder / "model", folder / "moved", str(folder / "cache")
+    shutil.copytree(tiny_folder, place)
+    shutil.copytree(tiny_folder, moved)
+    (moved / "README.md").write_text("hello")
+    before = labs_cache.digest(place, cache)
+    assert labs_cache.digest(moved, cache) == before
+    data = (place / name).read_bytes()
+    (place / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert labs_cache.digest(place, cache) != before
+
+
+def test_a_folder_is_hashed_once(folder, tiny_folder, fresh, monkeypatch):
+    hashed, hash_file = [], labs_cache._digest_of_file
+    monkeypatch.setattr(labs_cache, "_digest_of_file", lambda p: hashed.append(p) or hash_file(p))
+    cache = str(folder / "cache")
+    model = load(tiny_folder, cache_dir=cache)
+    assert revision(model) == f"sha256:{labs_cache.digest(tiny_folder, cache)}"
+    assert len(hashed) == len({*hashed}) > 2
+
+
+def test_the_revision_of_a_gguf_file_is_its_sha256_and_of_a_hub_model_its_commit(made):
+    digest = hashlib.sha256(Path(made[0].model_name).read_bytes()).hexdigest()
+    assert revision(labs.load_model(made[0])) == f"sha256:{digest}"
+    model = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
+    decoder: Any = SimpleNamespace(model=model, device=torch.device("cpu"), invariant=True)
+    spec = labs.ModelSpec(model_name="org/name", device_map="cpu")
+    found = labs._fingerprint_of(decoder, spec, "fp32", None)
+    assert found is not None
+    assert found.revision == "c0ffee"

