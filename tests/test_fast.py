@@ -1,0 +1,730 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs_fast and labs_forward: packed weights, CUDA graphs, guesses, split steps; the same text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+import random
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from decoding import FOUR, NO_MEMORY, answers_of, joined, raising, reference, tokens_of
+from kit import NEW_TOKENS, PROMPTS, newcomer, prepare, random_model, row_of
+
+import labs
+import labs_decode as decode
+import labs_fast as fast
+import labs_forward as forward_room
+import labs_loop as loop
+
+SOME = ["llama", "gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3"]  # masks of each kind
+METHODS = ("int8", "int4")
+packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN here")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+# ---------------------------------------------------------------- packed weights
+
+
+def linear_of(
+    dtype: torch.dtype, *, bias: bool = False, wide: int = 96, out: int = 160
+) -> torch.nn.Linear:
+    torch.manual_seed(4)
+    return torch.nn.Linear(wide, out, bias=bias).to(dtype).requires_grad_(False)
+
+
+def packed(linear: torch.nn.Linear, method: str | None = None) -> fast.PackedLinear:
+    return fast.PackedLinear(linear, fast.FusedWeight([linear], fast.PACKINGS[method]), 0)
+
+
+def keeps_bits(layer: Any, dtype: torch.dtype, first: int) -> bool:
+    """Return whether rows have the same bits among `first` rows and more, up to 64."""
+    x = torch.randn(64, 96).to(dtype)
+    whole = layer(x)
+    return all(torch.equal(layer(x[:rows]), whole[:rows]) for rows in range(first, 65))
+
+
+@packs
+@dtypes
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_gives_what_the_plain_layer_gives(bias: bool, dtype: torch.dtype) -> None:
+    linear = linear_of(dtype, bias=bias)
+    for shape in ((1, 96), (7, 96), (3, 5, 96), (2, 1, 96)):
+        x = torch.randn(*shape).to(dtype)
+        found, expected = packed(linear)(x), linear(x)
+        assert (found.shape, found.dtype) == (expected.shape, dtype)
+        torch.testing.assert_close(found, expected)
+    assert keeps_bits(packed(linear), dtype, 2)
+    odd = linear_of(dtype, wide=97)
+    assert torch.equal(packed(odd).weight, odd.weight)
+
+
+class Quantised(torch.nn.Linear):
+    """Stands for the layers of bitsandbytes, which are linear layers with other weights."""
+
+
+@packs
+def test_packing_replaces_plain_layers_of_a_packed_type_once_and_frees_their_weights() -> None:
+    layers = {
+        "plain": linear_of(torch.float32),
+        "short": linear_of(torch.float16),
+        "other": Quantised(4, 4),
+        "meta": torch.nn.Linear(4, 4, device="meta"),
+        "embedding": torch.nn.Embedding(4, 4),
+        "hooked": linear_of(torch.float32),
+        "inner": torch.nn.Sequential(linear_of(torch.bfloat16)),
+    }
+    layers["hooked"].register_forward_hook(lambda *args: None)
+    model = torch.nn.ModuleDict(layers)
+    weights = [weakref.ref(layers.pop("plain").weight), weakref.ref(model["inner"][0].weight)]
+    gc.disable()
+    try:
+        fast.pack(model)
+        assert [weight() for weight in weights] == [None, None]
+    finally:
+        gc.enable()
+    changed = [name for name, child in model.items() if layers.get(name) is not child]
+    assert changed == ["plain"]
+    plain = model["plain"]
+    assert isinstance(plain, fast.PackedLinear)
+    assert isinstance(model["inner"][0], fast.PackedLinear)
+    fast.pack(model)
+    assert model["plain"] is plain
+
+
+class Reads(torch.nn.Module):
+    """Three layers that read one input, as attention's."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, bias: tuple[bool, ...] = (False,) * 3):
+        super().__init__()
+        for name, out, has in zip(("q_proj", "k_proj", "v_proj"), (32, 16, 16), bias, strict=True):
+            setattr(self, name, linear_of(dtype, out=out, bias=has))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+
+@packs
+@dtypes
+@pytest.mark.parametrize("bias", [(False,) * 3, (True,) * 3])
+@pytest.mark.parametrize("packing", [fast.onednn_weight, fast.dense_weight])
+def test_layers_that_read_the_same_input_are_one_product(
+    packing: Any, bias: tuple[bool, ...], dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    model, calls = Reads(dtype, bias), list[Any]()
+    x, weight = torch.randn(5, 96).to(dtype), model.k_proj.weight
+    expected = model(x)
+
+    def counted(weight: torch.Tensor) -> fast.PackedWeight:
+        product = packing(weight)
+        return dataclasses.replace(
+            product, multiply=lambda *a: calls.append(a) or product.multiply(*a)
+        )
+
+    monkeypatch.setitem(fast.PACKINGS, None, counted)
+    fast.pack(model)
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 1
+    assert model.q_proj.fused.last == (None, ())  # nothing of a request stays
+    assert torch.equal(model.k_proj.weight, weight)
+
+
+@packs
+def test_a_layer_of_a_fused_product_may_be_called_alone_in_any_order_and_by_threads() -> None:
+    model = Reads()
+    inputs = [torch.randn(5, 96) for _ in range(8)]
+    expected = [model(x) for x in inputs]
+    fast.pack(model)
+
+    def ask(index: int) -> None:
+        for _ in range(20):
+            for name, part in zip(("v_proj", "q_proj", "k_proj"), (2, 0, 1), strict=True):
+                found = getattr(model, name)(inputs[index])
+                torch.testing.assert_close(found, expected[index][part])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+
+
+@packs
+@pytest.mark.parametrize("bias", [(True, False, False), (True, True, False)])
+def test_layers_that_differ_are_packed_one_by_one(bias: tuple[bool, ...]) -> None:
+    model = Reads(bias=bias)
+    fast.pack(model)
+    assert len({model.q_proj.fused, model.k_proj.fused, model.v_proj.fused}) == 3
+
+
+# ---------------------------------------------------------------- weights in fewer bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "off"), [("int8", 0.01), ("int4", 0.12)])
+def test_a_product_in_fewer_bits_is_near_the_whole_one_and_is_the_one_of_its_weight(
+    method: str, off: float, dtype: torch.dtype
+) -> None:
+    for out in (48, 50):
+        linear = linear_of(dtype, out=out, bias=True)
+        layer, x = packed(linear, method), torch.randn(2, 3, 96).to(dtype)
+        found, whole = layer(x).float(), linear(x)
+        assert (found.shape, layer.weight.shape) == (whole.shape, linear.weight.shape)
+        assert (found - whole.float()).norm() <= off * whole.float().norm()
+        read = x.float() @ layer.weight.float().t() + linear.bias.float()
+        torch.testing.assert_close(found, read, atol=2e-2, rtol=2e-2)
+    assert dtype == torch.float16 or keeps_bits(packed(linear_of(dtype), method), dtype, 1)
+
+
+def test_weights_that_fewer_bits_can_express_survive_them() -> None:
+    linear = linear_of(torch.float32, out=64)
+    levels = torch.randint(0, 16, (64, 96)).float()
+    levels[:, ::32], levels[:, 1::32] = 0, 15  # sixteen levels in each group of 32
+    linear.weight.copy_(levels * 0.25 - 2)
+    torch.testing.assert_close(packed(linear, "int4").weight, linear.weight, rtol=1e-6, atol=1e-6)
+    for value in (0.0, 0.5):
+        torch.nn.init.constant_(linear.weight, value)
+        for method in METHODS:
+            torch.testing.assert_close(packed(linear, method).weight, linear.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen2"])
+def test_a_model_in_fewer_bits_is_the_one_of_its_rounded_weights(kind: str, method: str) -> None:
+    decoder = prepare(random_model(kind, intermediate_size=128), method=method)
+    plain = random_model(kind, intermediate_size=128)
+    for name, module in decoder.model.named_modules():
+        if isinstance(module, fast.PackedLinear):
+            with torch.no_grad():
+                plain.get_submodule(name).weight.copy_(module.weight)
+    logits = [decode.forward(d, newcomer(d, FOUR[2])) for d in (decoder, prepare(plain))]
+    torch.testing.assert_close(*logits, atol=2e-3, rtol=2e-3)
+    assert not decoder.duplicates_lone_row
+
+
+def test_fewer_bits_take_less_memory_and_the_output_layer_keeps_8_of_4() -> None:
+    decoders = [prepare(random_model("llama"), method=method) for method in (None, *METHODS)]
+    sizes = [decoder.weight_bytes for decoder in decoders]
+    assert sizes[0] > sizes[1] > sizes[2] > 0
+    assert decoders[0].graphs is None  # for GPUs only
+    model = decoders[2].model
+    head, other = model.lm_head.fused, model.model.layers[0].mlp.up_proj.fused
+    assert head.packed.nbytes > head.numel > other.packed.nbytes * head.numel / other.numel
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba2", "rwkv"])
+def test_fewer_bits_are_refused_without_plain_layers_or_for_a_model_that_does_not_join(
+    kind: str,
+) -> None:
+    with pytest.raises(ValueError, match="int4: needs a model with only plain linear layers"):
+        prepare(random_model(kind), method="int4")
+
+
+# ---------------------------------------------------------------- norms
+
+
+def norms_of(model: Any) -> list[Any]:
+    return [each for each in model.modules() if hasattr(each, "variance_epsilon")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "deepseek_v3"])
+def test_norms_that_are_torchs_rms_norm_are_computed_by_it(kind: str) -> None:
+    model, ids = random_model(kind), torch.tensor([FOUR[3]])
+    for norm in norms_of(model):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        fast.fuse_norms(model)
+        assert all(isinstance(norm.forward, functools.partial) for norm in norms_of(model))
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("cohere2", 1.0), ("cohere2", 0.004), ("mamba2", 1.0)])
+def test_norms_that_do_something_else_stay_however_small_they_are(kind: str, scale: float) -> None:
+    model = random_model(kind)
+    kept = [norm for norm in norms_of(model) if type(norm).__name__ != "Mamba2RMSNorm"]
+    for norm in kept:
+        torch.nn.init.constant_(norm.weight, scale)
+    fast.fuse_norms(model)
+    assert [isinstance(norm.forward, functools.partial) for norm in kept] == [False] * len(kept)
+    assert kept
+
+
+# ---------------------------------------------------------------- steps as graphs
+
+
+class Recorded:
+    """Stands for CUDA graphs: a recorded step runs again, on the tensors that it was given."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.replays = 0
+        monkeypatch.setattr(fast, "record", self.record)
+        monkeypatch.setattr(fast, "CAPTURE_AFTER", 1)
+
+    def record(self, graphs: fast.Graphs, step: Any) -> Any:
+        logits = step().clone()
+        self.shapes.append(tuple(logits.shape))
+
+        def replay() -> None:
+            self.replays += 1
+            logits.copy_(step())
+
+        return replay, logits
+
+
+@pytest.fixture
+def recorded(monkeypatch: Any) -> Recorded:
+    return Recorded(monkeypatch)
+
+
+def graphed(kind: str = "llama") -> Any:
+    decoder = prepare(random_model(kind), batch_invariant=False)
+    return dataclasses.replace(decoder, graphs=fast.Graphs(torch.device("cpu")))
+
+
+def begun(decoder: decode.Decoder, prompt: list[int], new: int = NEW_TOKENS) -> decode.Batch:
+    row = decode.Row(id=0, ids=list(prompt), max_new_tokens=new, sampling=decode.Sampling())
+    batch = decode.prefill(decoder, decode.new_batch(decoder, row))
+    return loop.join_best(decoder, [], loop.step(decoder, batch)[0])[0]
+
+
+def ended(decoder: decode.Decoder, batch: decode.Batch) -> list[int]:
+    [row] = batch.rows
+    while len(row.ids) < row.columns:
+        batch, _ = loop.step(decoder, batch)
+    assert decode.keep(batch, []) is None
+    return tokens_of(row)
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_graphs_keep_the_tokens_of_rows_that_join_and_leave(kind: str, recorded: Recorded) -> None:
+    (_, expected), decoder, chance = reference(kind), graphed(kind), random.Random(7)
+    waiting, batch, found = list(range(len(FOUR))) * 3, None, []
+    while waiting or batch:
+        if waiting and (batch is None or (len(batch.rows) < 5 and chance.random() < 0.5)):
+            index = waiting.pop(0)
+            one = newcomer(decoder, FOUR[index], (len(waiting), index))
+            batch = decode.join(batch, one) if batch else one
+            continue
+        batch, _ = loop.step(decoder, batch)
+        over = [row for row in batch.rows if len(row.ids) >= row.columns or chance.random() < 0.02]
+        found += [(row.id[1], tokens_of(row)) for row in over]
+        batch = decode.keep(batch, [row.id for row in batch.rows if row not in over])
+    assert len(found) == 3 * len(FOUR)
+    assert found == [(index, expected[index][: len(tokens)]) for index, tokens in found]
+    assert recorded.replays >= 20
+    assert {rows for rows, _ in recorded.shapes} >= {2, 4, 8}
+    assert not decoder.graphs.failed
+
+
+def test_a_shape_is_captured_after_some_steps_and_anew_if_its_slots_move(
+    recorded: Recorded, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(fast, "CAPTURE_AFTER", 3)
+    decoder = graphed()
+    batch = newcomer(decoder, FOUR[1])
+    for captured in (0, 0, 0, 1, 1):
+        batch, _ = loop.step(decoder, batch)
+        assert len(recorded.shapes) == captured
+    batch = decode.join(batch, newcomer(decoder, FOUR[2], 1))
+    assert batch.cache.captured == {}
+
+
+@pytest.mark.parametrize("wrong", ["raises", "is off", "is not finite", "replays nothing"])
+def test_steps_go_on_without_graphs_if_capturing_fails(
+    wrong: str, recorded: Recorded, monkeypatch: Any, caplog: Any
+) -> None:
+    def record(graphs: Any, step: Any) -> Any:
+        if wrong == "raises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if wrong == "replays nothing":
+            return int, step().clone()
+        replay, logits = recorded.record(graphs, step)
+        change = {"is off": 1.0, "is not finite": math.nan}[wrong]
+        return (lambda: (replay(), logits.add_(change * logits.abs().max()))), logits
+
+    monkeypatch.setattr(fast, "record", record)
+    decoder, (_, expected) = graphed(), reference("llama")
+    assert ended(decoder, newcomer(decoder, FOUR[1])) == expected[1]
+    assert ended(decoder, newcomer(decoder, FOUR[2])) == expected[2]
+    assert decoder.graphs.failed
+    assert caplog.text.count("steps run without CUDA graphs") == 1
+    assert ("off by nan" in caplog.text) == (wrong in ("is not finite", "replays nothing"))
+
+
+def test_captured_slots_are_freed_with_their_batch(recorded: Recorded, monkeypatch: Any) -> None:
+    def record(graphs: Any, step: Any) -> Any:  # holds what comes out, not what is read
+        logits = recorded.record(graphs, step)[1].clone()
+        return functools.partial(logits.copy_, logits.clone()), logits
+
+    monkeypatch.setattr(fast, "record", record)
+    decoder = graphed()
+    batch = newcomer(decoder, FOUR[1])
+    for _ in range(4):
+        batch, _ = loop.step(decoder, batch)
+    assert any(isinstance(each, fast.Captured) for each in batch.cache.captured.values())
+    buffers = [weakref.ref(buffer) for buffer in batch.cache.buffers]
+    gc.disable()
+    try:
+        del batch
+        assert [ref() for ref in buffers if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_batches_begin_in_the_slots_of_the_last_one_but_two_never_share_them(
+    recorded: Recorded,
+) -> None:
+    decoder, (_, expected) = graphed(), reference("llama")
+    for index in (3, 1, 2):
+        assert ended(decoder, begun(decoder, FOUR[index])) == expected[index]
+    assert recorded.shapes == [(1, 211)]
+    batches = [begun(decoder, FOUR[index]) for index in (1, 2)]
+    assert batches[0].cache is not batches[1].cache
+    for _ in range(5):
+        batches = [loop.step(decoder, batch)[0] for batch in batches]
+    assert [ended(decoder, batch) for batch in batches] == expected[1:3]
+    assert len(decoder.graphs.spare_slots) == 1
+
+
+def test_a_row_too_long_for_the_spare_slots_gets_larger_ones(
+    recorded: Recorded, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(fast, "MIN_GRAPH_COLUMNS", 64)
+    decoder, sizes = graphed(), []
+    for new in (40, 100, 60):
+        ended(decoder, begun(decoder, FOUR[1], new))
+        sizes.append(decoder.graphs.spare_slots[0].cursor.columns)
+    assert sizes == [64, 128, 128]
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_slots_are_larger_than_needed_and_kept_only_if_memory_is_free(
+    free: int, recorded: Recorded, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(decode, "available_bytes", lambda device: free)
+    decoder = graphed()
+    batch = begun(decoder, FOUR[1])
+    assert batch.cache.cursor.columns == (fast.MIN_GRAPH_COLUMNS if free else 64)
+    assert batch.cache.cursor.rows == 1
+    ended(decoder, batch)
+    assert len(decoder.graphs.spare_slots) == bool(free)
+
+
+def test_a_batch_that_finds_no_memory_for_larger_slots_stays_in_its_own(
+    recorded: Recorded, monkeypatch: Any
+) -> None:
+    decoder, (_, expected) = graphed(), reference("llama")
+    with monkeypatch.context() as patched:
+        patched.setattr(decode.Slots, "resize", raising(NO_MEMORY))
+        batch = begun(decoder, FOUR[1])
+    assert batch.graphs is None
+    assert ended(decoder, batch) == expected[1]
+
+
+def test_spare_slots_are_freed_for_a_newcomer(recorded: Recorded, monkeypatch: Any) -> None:
+    decoder = graphed()
+    ended(decoder, begun(decoder, FOUR[1]))
+    assert decoder.graphs.spare_slots
+    monkeypatch.setattr(loop, "has_room", lambda *args: not decoder.graphs.spare_slots)
+    waiting = decode.new_batch(decoder, row_of(FOUR[0]))
+    assert loop._next_prompts(decoder, loop.Loop(prefilling=[waiting])) == [waiting]
+    assert decoder.graphs.pool is None
+
+
+def test_threads_that_replay_the_same_memory_get_their_own_logits(monkeypatch: Any) -> None:
+    """Graphs of one pool do so: the output of one lies where the next one's does."""
+    place: list[torch.Tensor] = []
+
+    def record(graphs: Any, step: Any) -> Any:
+        place.append(place[0] if place else torch.zeros_like(step()))
+
+        def replay() -> None:
+            place[0].copy_(step())
+
+        return replay, place[0]
+
+    monkeypatch.setattr(fast, "record", record)
+    monkeypatch.setattr(fast, "CAPTURE_AFTER", 1)
+    decoder, (_, expected) = graphed(), reference("llama")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda p: ended(decoder, begun(decoder, p)), FOUR * 2))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == expected * 2
+
+
+@torch.inference_mode()
+def test_the_tensors_that_a_graph_reads_live_as_long_as_it(monkeypatch: Any) -> None:
+    """The real graph keeps addresses, not tensors: the stand-in's closure would hide that."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    arange = torch.arange
+
+    def watched(*size: Any, **options: Any) -> torch.Tensor:
+        made.append(weakref.ref(tensor := arange(*size, **options)))
+        return tensor
+
+    decoder = graphed()
+    batch = newcomer(decoder, FOUR[1])
+    row = batch.rows[0]
+    ids = torch.tensor([[row.ids[row.written]]])
+    monkeypatch.setattr(fast, "record", lambda graphs, step: (int, step().clone()))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "arange", watched)
+        captured = fast.Captured(decoder, batch.cache, (1, 64), ids, [row.written])
+    assert made[0]() is captured.index
+
+
+# ---------------------------------------------------------------- packed prompts
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "deepseek_v3"])
+def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -> None:
+    decoder = prepare(random_model(kind))
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
+    together = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
+    for batch, prompt in zip(forward_room.prefill_packed(decoder, together), prompts, strict=True):
+        alone = decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt)))
+        torch.testing.assert_close(batch.logits, alone.logits, atol=1e-4, rtol=1e-3)
+        stepped = [loop.step(decoder, each)[0] for each in (batch, alone)]
+        logits = [decode.forward(decoder, each) for each in stepped]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
+
+
+# ---------------------------------------------------------------- guesses
+
+REPEATING = [5, 9, 11, 7, 5, 9, 11, 7, 5, 9, 11]
+PENALISED = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2}
+
+
+def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling: Any) -> Any:
+    """Return a row's tokens by step_speculative, and how many calls that took."""
+    row = row_of(prompt, **sampling)
+    row.lookahead, calls = lookahead, 0
+    batch = decode.new_batch(decoder, row)
+    while batch.pending:
+        batch = decode.prefill(decoder, batch)
+    while len(row.ids) < len(prompt) + NEW_TOKENS:
+        batch, choices = forward_room.step_speculative(decoder, batch)
+        assert choices[-1].error is None
+        calls += 1
+    return tokens_of(row), calls
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3} | PENALISED])
+@pytest.mark.parametrize("kind", SOME)
+def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatch: Any) -> None:
+    decoder = prepare(random_model(kind))
+    expected, calls = ahead(decoder, REPEATING, 0, **sampling)
+    assert calls == NEW_TOKENS
+    assert ahead(decoder, REPEATING, 4, **sampling)[0] == expected
+    guesses = iter([expected[1:4], [8, *expected[5:8]], [expected[5], 8], expected[7:13]])
+    monkeypatch.setattr(forward_room, "prompt_lookup", lambda row: next(guesses, []))
+    tokens, calls = ahead(decoder, REPEATING, 4, **sampling)
+    assert tokens == expected
+    # 1, then 4, 1 and 2 of the first three, 7 of the last: five calls for 15 tokens.
+    assert calls <= 1 + 4 + NEW_TOKENS - 15 + 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "most", "new", "expected"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3], 2, 20, [4, 1]),
+        ([1, 2, 3, 4, 1, 2, 3], 9, 20, [4, 1, 2, 3]),
+        ([9, 2, 3, 4, 1, 2, 3], 2, 20, [4, 1]),  # two are enough
+        ([1, 2, 3, 4, 8, 2, 3, 5, 1, 2, 3], 1, 20, [4]),  # three are better
+        ([2, 3, 4, 2, 3, 5, 2, 3], 1, 20, [5]),  # the last place counts
+        ([3, 4, 9, 3], 3, 20, []),
+        ([7, 7, 7, 7], 3, 20, [7]),
+        ([1, 2, 3, 4, 1, 2, 3], 0, 20, []),
+        ([1], 3, 20, []),
+        ([1, 2, 3, 4, 5, 1, 2, 3], 9, 3, [4, 5]),  # no more than may be generated
+        ([1, 2, 3, 4, 5, 1, 2, 3], 9, 1, []),
+    ],
+)
+def test_a_guess_is_what_followed_the_last_tokens_before(
+    ids: list[int], most: int, new: int, expected: list[int]
+) -> None:
+    row = dataclasses.replace(row_of(ids), max_new_tokens=new, lookahead=most)
+    assert forward_room.prompt_lookup(row) == expected
+
+
+def test_guesses_stay_within_the_rows_that_keep_their_bits(monkeypatch: Any) -> None:
+    decoder = dataclasses.replace(reference("llama")[0], steady=4)
+    batch = newcomer(decoder, [5, 6, 7, 8, 9, 10] * 3)
+    batch.rows[0].lookahead, batch.rows[0].ids[-1] = 9, 5
+    sizes, slots = list[int](), decode.forward_slots
+
+    def watched(decoder: Any, batch: Any, ids: Any, *rest: Any) -> Any:
+        sizes.append(len(ids))
+        return slots(decoder, batch, ids, *rest)
+
+    monkeypatch.setattr(decode, "forward_slots", watched)
+    forward_room.step_speculative(decoder, batch)
+    assert sizes == [4]
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+def test_a_halved_batch_of_slots_has_the_logits_that_it_had() -> None:
+    decoder, _ = reference("llama")
+    batch = decode.join(joined(decoder, range(4)), newcomer(decoder, PROMPTS[6], 4))
+    expected = decode.forward(decoder, batch)
+    for size in (3, 2, 1):
+        (batch,) = forward_room.split_after_oom(decoder, batch)
+        assert batch.at_once == size
+        assert torch.equal(decode.forward(decoder, batch), expected)
+    assert forward_room.split_after_oom(decoder, batch) == []
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba"])
+def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
+    kind: str, monkeypatch: Any
+) -> None:
+    decoder, expected = reference(kind)
+    assert forward_room.split_after_oom(decoder, newcomer(decoder, FOUR[1])) == []
+    batch = joined(decoder, range(3))
+    for _ in range(4):
+        batch, _ = loop.step(decoder, batch)
+    layers = next(m for m in decoder.model.modules() if isinstance(m, torch.nn.ModuleList))
+    handle = layers[2].register_forward_hook(raising(NO_MEMORY))
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.step(decoder, batch)
+    handle.remove()
+    monkeypatch.setattr(decode, "CHUNK", 7)
+    halves = forward_room.split_after_oom(decoder, batch)
+    assert [len(half.rows) for half in halves] == [2, 1]
+    assert answers_of(decoder, halves) == dict(enumerate(expected[:3]))
+
+
+# ---------------------------------------------------------------- bits of products
+
+
+class Border(torch.nn.Linear):
+    """A linear layer whose products of more rows than `border` have other bits."""
+
+    border = 32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = x @ self.weight.T
+        return product + (1e-3 if x.numel() // x.shape[-1] > self.border else 0)
+
+
+@pytest.mark.parametrize("border", [2, 3, 16, 40])
+def test_products_that_change_with_the_number_of_rows_limit_a_call_or_end_invariance(
+    border: int,
+) -> None:
+    decoder = decode.prepare(random_model("llama").bfloat16())
+    assert decoder.invariant
+    layer = decoder.model.model.layers[1].mlp
+    made = Border(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    made.border, made.weight.data = border, torch.ones_like(made.weight).bfloat16()
+    layer.up_proj = made
+    steady = forward_room.steadied(decoder)
+    expected = (True, True, 32) if border == 40 else (False, False, 0)
+    assert (steady.invariant, steady.duplicates_lone_row, steady.steady) == expected
+
+
+# ---------------------------------------------------------------- the default model
+
+TOPICS = ("fox", "river", "mountain", "python", "battery", "cloud", "king", "music", "water")
+
+
+def loaded(**settings: str) -> labs.Model:
+    return labs.load_model(labs.load_config(env={}, overrides=settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"torch_dtype": "bf16"}, 8),
+        pytest.param({"torch_dtype": "bf16"}, 48, marks=pytest.mark.real),
+        pytest.param({"torch_dtype": "fp32"}, 12, marks=pytest.mark.real),
+        pytest.param({"quant_method": "int8"}, 12, marks=pytest.mark.real),
+        pytest.param({"quant_method": "int4"}, 12, marks=pytest.mark.real),
+    ],
+)
+def test_texts_of_the_default_model_are_the_same_whatever_else_is_in_the_batch(
+    settings: dict[str, str], count: int
+) -> None:
+    model, chance = loaded(**settings), random.Random(0)
+    assert model.decoder.invariant
+    words = [
+        " and ".join(chance.choices(TOPICS, k=chance.choice([1, 3, 30]))) for _ in range(count)
+    ]
+    inputs = [labs.build_inputs(model, prompt=f"Tell me about {word}.") for word in words]
+    each = [
+        labs.Generation(
+            max_new_tokens=chance.randint(2, 16),
+            temperature=0.8 * (i % 2),
+            seed=i,
+            top_p=0.95 if i % 4 == 1 else 1,
+        )
+        for i in range(count)
+    ]
+    alone = [labs.generate(model, *pair).text for pair in zip(inputs, each, strict=True)]
+    texts = [""] * count
+    for index, event in labs.stream_batch(model, inputs, each, batch_rows=16):
+        if isinstance(event, labs.Delta):
+            texts[index] += event.text
+    assert texts == alone
+    assert len(set(alone)) >= count * 0.8
+
+
+@pytest.mark.real
+def test_prompts_of_the_default_model_that_share_a_call_have_the_bits_they_have_alone() -> None:
+    decoder, chance = loaded().decoder, random.Random(1)
+    prompts = [[chance.randrange(2000) for _ in range(n)] for n in (2, 3, 40, 17, 64, 5, 100, 9)]
+    newcomers = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
+    for mine, prompt in zip(forward_room.prefill_packed(decoder, newcomers), prompts, strict=True):
+        alone = decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt)))
+        assert torch.equal(mine.logits, alone.logits)
+        for a, b in zip(mine.cache.buffers, alone.cache.buffers, strict=True):
+            assert torch.equal(a[:, :, : len(prompt)], b[:, :, : len(prompt)])
+
+
+TEXT = """The river begins in the mountains, where the snow melts in spring, and runs for two
+hundred miles through forests and farms before it reaches the sea. For most of the year it is slow
+and brown. In April it is neither: the water rises by the height of a man in three days, takes
+fences, boats and once a bridge with it, and leaves behind a layer of fine black soil that has fed
+the valley since people first settled there. Nobody who lives beside it has ever wanted to move.
+They build their houses on stone, keep a rope by the door, and speak of the floods as others speak
+of a relative who visits too often: with complaint, and with some pride.
+"""
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("settings", [{}, {"torch_dtype": "fp32"}, {"quant_method": "int4"}])
+def test_texts_of_the_default_model_are_the_same_with_guesses(settings: dict[str, str]) -> None:
+    model = loaded(**settings)
+    inputs = labs.build_inputs(model, prompt=f"Quote the first two sentences of this:\n\n{TEXT}")
+    for seed in (None, 4):
+        temperature = 0.5 if seed else 0.0
+        options = labs.Generation(max_new_tokens=60, temperature=temperature, seed=seed)
+        plain = labs.generate(model, inputs, options)
+        guessed = labs.generate(model, inputs, options, prompt_lookup_num_tokens=5)
+        assert (guessed.text, guessed.finish_reason) == (plain.text, plain.finish_reason)
+        assert guessed.usage == plain.usage
+
+
+def perplexity(model: labs.Model) -> float:
+    ids = model.tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    with torch.inference_mode():
+        logits = model.model(input_ids=torch.cat([torch.tensor([1]), ids])[None]).logits[0, :-1]
+    logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, None])
+    return math.exp(-float(logprobs.mean()))
+
+
+@pytest.mark.real
+def test_fewer_bits_hardly_raise_the_perplexity_of_the_default_model() -> None:
+    """Its file has 4 bits already, so that 4 bits lose nothing but in the output layer."""
+    whole, *fewer = [perplexity(loaded(**s)) for s in ({}, *({"quant_method": m} for m in METHODS))]
+    assert max(fewer) <= 1.02 * whole
