@@ -137,9 +137,7 @@ def once(gate: Gate, error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("kind", "seed"), [("llama", None), ("llama", 7), ("mamba2", 7), ("bamba", None), ("rwkv", 7)]
 )
-def test_requests_submitted_together_share_steps_and_give_the_texts_they_give_alone(
-    kind, seed, start
-):
+def test_requests_share_steps_and_give_the_texts_they_give_alone(kind, seed, start):
     expected = [alone(kind, n, seed=seed) for n in range(6)]
     engine, gate = start(kind)
     answers = submit(engine, gate, 6, asked(seed))
@@ -166,27 +164,6 @@ def test_answers_may_share_a_queue_and_end_in_the_order_of_their_arrival(start):
     assert [*found.values()] == [alone("llama", n) for n in range(4)]
 
 
-def test_a_model_that_runs_alone_takes_one_request_at_a_time(start):
-    engine, gate = start("rwkv")
-    answers = submit(engine, gate, 3)
-    gate.until(1)
-    status = engine.status()
-    assert (status.max_rows, status.running, status.waiting) == (1, 1, 2)
-    gate.let(math.inf)
-    assert texts(answers) == [alone("rwkv", n) for n in range(3)]
-
-
-def test_an_answer_is_iterated_to_its_end_and_may_be_closed_twice_then(start):
-    engine, _ = start()
-    answer = engine.submit(prompt(0), asked())
-    *deltas, done = answer
-    assert labs.fold(deltas, done).text == alone("llama", 0)
-    assert [*answer] == []
-    answer.close()
-    answer.close()
-    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
-
-
 # ---------------------------------------------------------------- admission
 
 
@@ -198,16 +175,13 @@ def test_a_full_engine_refuses_at_once_and_has_room_again_after_an_end(start):
     gate.let(math.inf)
     assert reasons(answers) == ["length"] * 3
     assert max(gate.steps) == 2
-    assert read(engine.submit(prompt(3), asked()))[0] == alone("llama", 3)
-
-
-def test_there_is_room_again_at_once_when_a_waiting_request_is_closed(start):
-    engine, gate = start(max_batch_rows=1, max_waiting=1)
-    (first,) = submit(engine, gate, 1)
-    engine.submit(prompt(1), options()).close()
-    third = engine.submit(prompt(2), options())
-    gate.let(math.inf)
-    assert reasons([first, third]) == ["length"] * 2
+    answer = engine.submit(prompt(3), asked())
+    *deltas, done = answer
+    assert labs.fold(deltas, done).text == alone("llama", 3)
+    assert [*answer] == []
+    answer.close()
+    answer.close()
+    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +191,7 @@ def test_there_is_room_again_at_once_when_a_waiting_request_is_closed(start):
         (prompt(0), {"logit_bias": {9999: 1.0}}, labs.InputError),
     ],
 )
-def test_a_wrong_request_is_refused_in_the_caller_before_it_is_queued(
-    inputs, changes, error, start
-):
+def test_a_wrong_request_is_refused_before_it_is_queued(inputs, changes, error, start):
     engine, gate = start()
     with pytest.raises(error):
         engine.submit(inputs, options(**changes))
@@ -256,7 +228,7 @@ def test_a_request_cancelled_while_waiting_is_never_computed(kind, leave, start)
 @pytest.mark.parametrize(
     ("kind", "leave"), [("llama", close), ("mamba2", forget), ("llama", be_late)]
 )
-def test_a_request_cancelled_while_its_prompt_is_read_ends_before_the_next_chunk(
+def test_a_request_cancelled_in_its_prefill_ends_before_the_next_chunk(
     kind, leave, start, monkeypatch
 ):
     monkeypatch.setattr(labs_decode, "CHUNK", 16)
@@ -288,14 +260,6 @@ def test_a_request_cancelled_while_decoding_frees_its_row_before_the_next_step(k
     assert texts(answers) == [alone(kind, n) for n in range(2)]
 
 
-def test_a_request_cancelled_in_a_model_that_runs_alone_costs_one_more_step_at_most(start):
-    engine, gate = start("rwkv")
-    held(engine, gate, 3).close()
-    gate.let(math.inf)
-    assert quiet(engine)
-    assert len(gate.calls) <= 5
-
-
 @pytest.mark.parametrize("kind", ["llama", "rwkv"])
 def test_a_request_too_late_while_all_rows_are_busy_ends_without_waiting_for_one(kind, start):
     engine, gate = start(kind, max_batch_rows=1)
@@ -320,17 +284,6 @@ def test_a_request_too_late_while_decoding_ends_with_the_text_so_far(kind, start
     text, done = read(answer)
     assert (done.finish_reason, len(gate.calls)) == ("timeout", 4)
     assert alone(kind, 0).startswith(text.rstrip("\ufffd"))
-
-
-def test_two_hundred_abandoned_requests_cost_the_next_one_nothing(start):
-    engine, gate = start(max_batch_rows=4, max_waiting=300)
-    for answer in submit(engine, gate, 200):
-        answer.close()
-    last = engine.submit(prompt(500, 9), asked())
-    gate.let(math.inf)
-    assert read(last)[0] == alone("llama", 500, 9)
-    assert len(gate.calls) <= 1 + 1 + NEW
-    assert quiet(engine)
 
 
 # ---------------------------------------------------------------- faults
@@ -389,17 +342,6 @@ def test_a_fault_of_one_row_ends_that_row_only(fault, reason, start):
     assert read(engine.submit(prompt(3), asked()))[0] == alone("llama", 3)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
-def test_logits_that_are_not_finite_in_all_rows_never_become_text(kind, start):
-    engine, gate = start(kind)
-    gate.after = lambda words, output: output.logits.fill_(math.nan)
-    found = [read(answer) for answer in [engine.submit(prompt(n), options()) for n in range(3)]]
-    assert [text for text, _ in found] == [""] * 3
-    assert all("not finite" in str(failed.error) for _, failed in found)
-    gate.after = lambda words, output: None
-    assert read(engine.submit(prompt(5), asked()))[0] == alone(kind, 5)
-
-
 # ---------------------------------------------------------------- memory
 
 
@@ -422,14 +364,12 @@ def little_memory(model: labs.Model, rows: int) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows"), [("llama", 2), ("llama", 3), ("mamba2", 3), ("bamba", 2)]
-)
+@pytest.mark.parametrize(("kind", "rows"), [("llama", 2), ("mamba2", 3), ("bamba", 1)])
 def test_a_batch_too_large_for_memory_is_split_and_loses_no_text(kind, rows, start):
-    expected = [alone(kind, n, new=24) for n in range(8)]
+    expected = [alone(kind, n) for n in range(5)]
     engine, gate = start(kind)
     with little_memory(engine.model, rows) as failed:
-        answers = submit(engine, gate, 8, asked(new=24))
+        answers = submit(engine, gate, 5, asked())
         gate.let(math.inf)
         assert texts(answers) == expected
         assert engine.status().halvings == len(failed) > 0
@@ -503,7 +443,7 @@ def work(
 @pytest.mark.parametrize(
     ("kind", "cache"), [("llama", CACHE), ("mamba2", CACHE), ("bamba", None), ("rwkv", None)]
 )
-def test_a_choice_runs_between_the_steps_of_others_and_changes_no_text(kind, cache, start):
+def test_a_choice_runs_between_steps_and_changes_no_text(kind, cache, start):
     words, numbers = ["a", "bc", "d" * 9, "efg"], range(3)
     expected = [labs_typed.choose(model_of(kind), prompt(n, 40), words) for n in numbers]
     engine, _ = start(kind, cache)
@@ -533,23 +473,6 @@ def test_rows_are_stepped_between_the_parts_of_a_work(start):
     assert reasons([work(engine, parts)]) == ["stop"]
     assert all(later > earlier for earlier, later in itertools.pairwise(steps))
     answer.close()
-
-
-def test_works_are_counted_and_bounded_like_rows(start):
-    engine, _ = start(max_batch_rows=1, max_waiting=2)
-    go = threading.Event()
-
-    def parts(row: Any, prefixes: Any) -> Iterator[None]:
-        assert go.wait(WAIT_S)
-        yield
-
-    answers = [work(engine, parts) for _ in range(3)]
-    until(lambda: (engine.status().running, engine.status().waiting) == (1, 2))
-    for ask in (lambda: work(engine, parts), lambda: engine.submit(prompt(0), options())):
-        with pytest.raises(labs_engine.Busy, match="3 requests"):
-            ask()
-    go.set()
-    assert reasons(answers) == ["stop"] * 3
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -612,37 +535,6 @@ def test_an_owner_with_one_request_waits_for_one_row_of_another_at_most(start):
     assert len(many) == 8
 
 
-def test_owners_that_wait_have_as_many_rows_as_each_other(start):
-    engine, gate = start(max_batch_rows=4, max_waiting=40)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    few = options(max_new_tokens=2)
-    first = submit(engine, gate, 12, few, owner="a", events=events)
-    gate.until(1)
-    other = [engine.submit(prompt(n), few, owner="b", events=events) for n in range(12)]
-    gate.let(math.inf)
-    order = ends(events, 24)
-    assert sum(ticket in {answer.ticket for answer in other} for ticket in order[4:18]) >= 7
-    assert {answer.ticket for answer in (*first, *other)} == {*order}
-
-
-def test_works_are_begun_in_turn_by_owner(start):
-    engine, _ = start()
-    go, order = threading.Event(), []
-
-    def parts(name: str) -> Callable[..., Iterator[None]]:
-        def run(row: Any, prefixes: Any) -> Iterator[None]:
-            assert go.wait(WAIT_S)
-            order.append(name)
-            yield
-
-        return run
-
-    answers = [work(engine, parts(owner), owner) for owner in "aaaab"]
-    go.set()
-    assert reasons(answers) == ["stop"] * 5
-    assert order.index("b") <= 1
-
-
 def test_a_full_engine_has_a_place_for_an_owner_below_its_share(start):
     engine, gate = start(max_batch_rows=1, max_waiting=4)
     answers = submit(engine, gate, 5, owner="a")
@@ -655,18 +547,27 @@ def test_a_full_engine_has_a_place_for_an_owner_below_its_share(start):
     assert reasons(answers) == ["length"] * 8
 
 
+def job_of(owner: str) -> labs_turns.Job:
+    stream = labs.open_request(model_of("llama"), 0, prompt(0), options())
+    stream.row.owner = owner
+    return labs_turns.Job(stream, print)
+
+
+def test_the_next_job_is_of_the_owner_with_the_fewest_running_then_of_the_longest_waiting():
+    waiting, jobs, order = labs_turns.Waiting(9), [job_of(owner) for owner in "aaaabbc"], ""
+    for job in jobs:
+        waiting.add(job)
+    while first := waiting.begin(jobs, works=False):
+        order += first.owner
+    assert order == "abcabaa"
+
+
 @pytest.mark.parametrize(("places", "keys"), [(1, 9), (7, 3), (5, 40)])
 def test_no_more_jobs_wait_than_places_and_the_shares_of_latecomers(places, keys):
     waiting = labs_turns.Waiting(places)
-
-    def job(owner: int) -> Any:
-        stream = labs.open_request(model_of("llama"), 0, prompt(0), options())
-        stream.row.owner = str(owner)
-        return labs_turns.Job(stream, print)
-
-    for owner in range(keys):
-        while len(waiting) < places or waiting.has_place(str(owner)):
-            waiting.add(job(owner))
+    for owner in map(str, range(keys)):
+        while len(waiting) < places or waiting.has_place(owner):
+            waiting.add(job_of(owner))
     assert len(waiting) <= places + labs_turns.places_beyond(places, keys)
 
 
@@ -786,9 +687,7 @@ def cached(engine: labs_engine.AnyEngine, turn: labs.Inputs, owner: str = "", **
 
 
 @pytest.mark.parametrize("seed", [None, 5])
-def test_a_second_turn_computes_only_its_new_tokens_and_gives_the_same_text(
-    seed, start, chunks_of_eight
-):
+def test_a_second_turn_computes_only_its_new_tokens(seed, start, chunks_of_eight):
     expected = [labs.generate(model_of("llama"), turn, asked(seed)).text for turn in TURNS]
     engine, gate = start()
     found = [read(engine.submit(turn, asked(seed))) for turn in TURNS]
@@ -798,9 +697,7 @@ def test_a_second_turn_computes_only_its_new_tokens_and_gives_the_same_text(
     assert computed == [8, 8, 8, 6, 8, 7]
 
 
-def test_prefixes_are_reused_by_their_owner_only_and_not_where_none_are_kept(
-    start, chunks_of_eight
-):
+def test_prefixes_are_reused_by_their_owner_only_and_may_be_off(start, chunks_of_eight):
     engine, _ = start()
     found = [cached(engine, TURNS[0], owner) for owner in ("one", "two", "one", "two", "")]
     assert found == [0, 0, 24, 24, 0]
@@ -953,21 +850,19 @@ def test_the_same_request_is_answered_without_a_forward_call(kind, seed, start):
     assert engine.status().response_cache_hits == 1
 
 
-def test_an_answer_expires_after_its_time(start, monkeypatch):
-    now = [0.0]
-    timed = functools.partial(cachetools.TTLCache, timer=lambda: now[0])
-    monkeypatch.setattr(cachetools, "TTLCache", timed)
-    engine, gate = start(cache=labs.ResponseCache(max_entries=4, ttl_s=100))
-    for now[0], calls in ((0, NEW), (99, NEW), (101, 2 * NEW)):
-        read(engine.submit(prompt(0), asked()))
-        assert len(gate.calls) == calls
+def test_cached_answers_expire_and_are_bounded_in_number(start, monkeypatch):
+    now = [0]
 
+    class Timed(cachetools.TTLCache):
+        def __init__(self, *limits: Any) -> None:
+            super().__init__(*limits, timer=lambda: now[0])
 
-def test_no_more_answers_are_kept_than_allowed(start):
-    engine, gate = start(cache=labs.ResponseCache(max_entries=2))
-    for number, calls in ((0, 1), (1, 2), (2, 3), (2, 3), (0, 4)):
+    monkeypatch.setattr(cachetools, "TTLCache", Timed)
+    engine, gate = start(cache=labs.ResponseCache(max_entries=2, ttl_s=100))
+    each = [(0, 0, 1), (99, 0, 1), (101, 0, 2), (101, 1, 3), (101, 2, 4), (101, 2, 4), (101, 0, 5)]
+    for now[0], number, computed in each:
         read(engine.submit(prompt(number), asked()))
-        assert len(gate.calls) == calls * NEW
+        assert len(gate.calls) == computed * NEW
     assert len(engine._response_cache) == 2
 
 
@@ -979,11 +874,12 @@ def test_identical_running_requests_are_computed_once(leader_closes, start):
     if leader_closes:
         leader.close()
     gate.let(math.inf)
-    events = [[*answer] for answer in (follower, leader)]
-    assert labs.fold(events[0][:-1], events[0][-1]).text == alone("llama", 0)
-    assert events[0][-1].usage.response_cached
-    assert leader_closes or events[0][:-1] == events[1][:-1]
-    assert leader_closes or not events[1][-1].usage.response_cached
+    *deltas, done = follower
+    assert labs.fold(deltas, done).text == alone("llama", 0)
+    if not leader_closes:
+        *first, end = leader
+        assert first == deltas
+        assert (end.usage.response_cached, done.usage.response_cached) == (False, True)
     assert len(gate.calls) == NEW
 
 
@@ -1067,15 +963,6 @@ def test_a_cached_answer_is_given_by_a_full_engine_and_after_its_end(start):
     assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
 
 
-def test_shared_answers_and_others_may_use_one_queue(start):
-    engine, _ = start(cache=CACHE)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    each = [(0, asked()), (0, asked()), (0, SAMPLED), (1, asked())]
-    answers = [engine.submit(prompt(n), wanted, events=events) for n, wanted in each]
-    tickets = [answer.ticket for answer in answers]
-    assert sorted(ends(events, 4)) == sorted({*tickets})
-
-
 # ---------------------------------------------------------------- many threads
 
 
@@ -1112,9 +999,9 @@ def ask_at_random(engine: labs_engine.AnyEngine, number: int) -> int:
 def test_many_threads_get_their_own_texts_and_leave_nothing_behind(cache, start):
     for which, seed in itertools.product(range(6), (None, 7)):
         alone("llama", which, seed=seed)
-    engine, _ = start(cache=cache, max_batch_rows=8, max_waiting=48)
-    with ThreadPoolExecutor(64) as pool:
-        counts = [*pool.map(functools.partial(ask_at_random, engine), range(64))]
+    engine, _ = start(cache=cache, max_batch_rows=4, max_waiting=24)
+    with ThreadPoolExecutor(40) as pool:
+        counts = [*pool.map(functools.partial(ask_at_random, engine), range(40))]
     assert sum(counts) > 0
     assert quiet(engine)
     status = engine.status()
@@ -1146,33 +1033,12 @@ def lead_and_follow(engine: labs_engine.Cached, which: int, chance: random.Rando
 def test_leaders_that_leave_while_others_join_leave_no_listener_waiting_and_no_row(start):
     engine, _ = start(cache=labs.ResponseCache(max_entries=1), max_batch_rows=4)
     chance = random.Random(0)
-    for turn in range(60):
+    for turn in range(30):
         assert lead_and_follow(engine, turn % 3, chance)
         assert quiet(engine)
     status = engine.status()
     assert (status.failures, status.alive) == (0, True)
-    assert status.response_cache_hits > 60
-
-
-def test_clients_that_leave_at_random_leave_no_row(start):
-    engine, _ = start(cache=labs.ResponseCache(max_entries=1), max_batch_rows=2, max_waiting=90)
-
-    def come_and_go(number: int) -> None:
-        chance = random.Random(number)
-        for _ in range(10):
-            answer = engine.submit(prompt(chance.randrange(3)), asked(new=400))
-            for _ in range(chance.randrange(3)):
-                answer.get(0.01)
-            if chance.random() < 0.5:
-                answer.close()
-            else:
-                del answer
-
-    with ThreadPoolExecutor(8) as pool:
-        [*pool.map(come_and_go, range(8))]
-    assert quiet(engine)
-    assert len(engine._response_cache) == 0
-    assert read(engine.submit(prompt(0), asked()))[0] == alone("llama", 0)
+    assert status.response_cache_hits > 30
 
 
 def test_events_are_put_while_the_engine_has_no_lock(start):

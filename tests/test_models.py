@@ -264,29 +264,13 @@ def test_a_loading_model_raises_loading_wakes_who_waits_and_answers_then(begin, 
     assert not engine._thread.is_alive()
 
 
-@pytest.mark.parametrize("closed", [False, True])
-def test_nothing_is_loaded_before_the_start_or_after_the_close(closed, loader):
+def test_closed_models_load_nothing(loader):
     models = labs_models.Models(config_of("llama"), start=False)
-    if closed:
-        models.close()
-        assert closed_to(models, "llama")
-    else:
-        want(models, "llama")
-    assert loader.loads == []
+    models.close()
+    assert closed_to(models, "llama")
     models.start()
-    if not closed:
-        use(models, "llama")
     stop(models)
-    assert loader.loads == ["llama"] * (not closed)
-
-
-def test_many_requests_at_once_load_a_model_once(begin, loader):
-    models = begin("llama", "qwen2")
-    with ThreadPoolExecutor(12) as pool:
-        answers = [pool.submit(ask, models, "qwen2", n % 3) for n in range(12)]
-        texts = [read(answer.result())[0] for answer in answers]
-    assert texts == [alone("qwen2", n % 3) for n in range(12)]
-    assert loader.loads == ["llama", "qwen2"]
+    assert loader.loads == []
 
 
 FAILURES = [
@@ -298,9 +282,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
-def test_the_reason_of_a_failed_load_is_for_the_owner_and_the_log_only(
-    failure, begin, loader, caplog
-):
+def test_the_reason_of_a_failed_load_is_for_owner_and_log_only(failure, begin, loader, caplog):
     loader.failures["llama"] = failure
     models = begin("llama")
     for ask_of_owner in (models.wait, models.check):
@@ -329,18 +311,6 @@ def test_a_failed_load_is_tried_again_only_after_a_while(begin, loader, monkeypa
     use(models, "llama")
     models.check()
     assert (models.failed, loader.loads) == (False, ["llama", "llama"])
-
-
-def test_a_model_that_cannot_be_loaded_does_not_affect_another(begin, loader):
-    loader.failures["qwen2"] = RuntimeError("broken")
-    loader.door.clear()
-    models = begin(*KINDS)
-    for name in ("qwen2", "gpt2"):
-        want(models, name)
-    loader.door.set()
-    use(models, "gpt2", "llama")
-    assert loader.loads == ["llama", "qwen2", "gpt2"]
-    assert not models.failed
 
 
 @pytest.mark.parametrize("failing", ["load", "reading", "engine"])
@@ -420,7 +390,7 @@ def test_a_request_for_another_model_waits_while_all_are_busy(begin, gate, loade
     use(models, "qwen2")
 
 
-def test_a_model_that_is_busy_for_too_long_ends_its_answers_and_is_unloaded(
+def test_a_model_busy_for_too_long_ends_its_answers_and_is_unloaded(
     begin, gate, loader, monkeypatch
 ):
     models = begin("llama", "qwen2", max_loaded_models=1)
@@ -485,10 +455,8 @@ def test_a_model_stays_for_a_while_for_the_request_that_waited(comes, begin, loa
     assert loader.loads == ["llama", "qwen2", "llama"]
 
 
-def test_two_models_in_turn_for_many_clients_answer_all_though_one_has_room(
-    begin, loader, monkeypatch
-):
-    clients, rounds, names = 8, 3, ("llama", "qwen2")
+def test_clients_of_two_models_are_all_answered_though_one_has_room(begin, loader, monkeypatch):
+    clients, rounds, names = 6, 3, ("llama", "qwen2")
     expected = {(name, n): alone(name, n) for name in names for n in range(clients)}
     assert len({*expected.values()}) == len(expected), "a text shows whose it is"
     monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.1)
@@ -581,19 +549,19 @@ def sizes_of(*folders: Path) -> list[int]:
     return [labs_models.weight_bytes(spec_of(folder)) for folder in folders]
 
 
-def test_models_that_fit_the_limit_stay_side_by_side(places, tiny_folder, other_folder):
-    limit = sum(sizes_of(tiny_folder, other_folder))
-    third = replace(spec_of(other_folder), cuda_graphs=False)
-    models = places(third, model_memory_bytes=limit)
+@pytest.mark.parametrize(
+    ("spare", "others", "fit"), [(0, 0, True), (-1, 0, False), (101, 101, True), (100, 101, False)]
+)
+def test_models_stay_side_by_side_where_the_limit_holds_them_and_those_of_filters(
+    spare, others, fit, places, tiny_folder, other_folder
+):
+    models = places(model_memory_bytes=sum(sizes_of(tiny_folder, other_folder)) + spare)
+    models.account(lambda: others // 2)
+    models.account(lambda: others - others // 2)
     for name in ("tiny", "other", "tiny"):
         answered(models, name)
-    assert [*models.loaded()] == ["tiny", "other"]
-    answered(models, "third")
-    assert [*models.loaded()] == ["tiny", "third"]
-    models = places(model_memory_bytes=limit - 1)
-    for name in ("tiny", "other", "tiny"):
-        answered(models, name)
-        assert [*models.loaded()] == [name]
+        assert fit or [*models.loaded()] == [name]
+    assert [*models.loaded()] == (["tiny", "other"] if fit else ["tiny"])
 
 
 @pytest.mark.parametrize("problem", ["too large", "beside others", "not there"])
@@ -636,23 +604,6 @@ def test_without_a_limit_models_take_the_free_memory(begin, loader, monkeypatch)
     assert [*models.loaded()] == ["qwen2"]
     use(models, "llama")  # a tenth is for the rows
     assert [*models.loaded()] == ["llama"]
-
-
-def test_models_of_filters_and_documents_count_within_the_limit(places, tiny_folder, other_folder):
-    taken = [0, 0]
-    models = places(model_memory_bytes=sum(sizes_of(tiny_folder, other_folder)) + 100)
-    for index in range(2):
-        models.account(lambda index=index: taken[index])
-    references = [answered(models, name) for name in ("tiny", "other")]
-    assert [*models.loaded()] == ["tiny", "other"]
-    taken[:] = [50, 51]  # they are loaded on first use
-    other = models._entries["other"]
-    assert not models._has_room(labs_models.Entry("third", other.config))
-    models._unload(other)
-    assert not models._has_room(other)
-    taken[1] = 50
-    assert models._has_room(other)
-    assert references[0]() is not None
 
 
 def test_cached_answers_are_a_models_own_setting_and_go_with_it(tiny_folder):
@@ -698,7 +649,7 @@ def test_nothing_refers_to_a_model_that_was_unloaded(cause, places):
 
 def test_the_memory_of_a_model_that_was_unloaded_is_free(tmp_path):
     config = transformers.LlamaConfig(
-        vocab_size=262, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
+        vocab_size=262, hidden_size=1024, intermediate_size=4096, num_hidden_layers=1,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
     )  # fmt: skip
     first = save_model(tmp_path / "first", config)
@@ -709,7 +660,7 @@ def test_the_memory_of_a_model_that_was_unloaded_is_free(tmp_path):
     def memory(name: str) -> int:
         """Let a model answer, and hold it; return what the process takes then."""
         if name:
-            read(come(models, name).submit(prompt(0), asked()))
+            read(come(models, name).submit(prompt(0), asked(new=2)))
         gc.collect()
         labs.release_memory()
         info = psutil.Process().memory_info()
@@ -717,7 +668,7 @@ def test_the_memory_of_a_model_that_was_unloaded_is_free(tmp_path):
 
     alone, both = memory("first"), memory("second")
     weights = models.loaded()["first"].model.decoder.weight_bytes
-    assert 100e6 < weights < 200e6
+    assert weights > 50e6
     assert both - alone >= 0.7 * weights
     models.release("first")
     until(lambda: both - memory("") >= 0.7 * weights)
@@ -793,9 +744,7 @@ def closed_to(models: labs_models.Models, name: str) -> bool:
 
 
 @pytest.mark.parametrize(("deadline_s", "reason"), [(WAIT_S, "length"), (0.0, "cancelled")])
-def test_answers_under_way_end_before_the_deadline_or_are_cancelled(
-    deadline_s, reason, begin, gate
-):
+def test_answers_end_before_the_deadline_or_are_cancelled(deadline_s, reason, begin, gate):
     models = use(begin("llama", "qwen2"), "qwen2")
     answers = [held_answer(models, gate), ask(models, "qwen2", 1)]
     with ThreadPoolExecutor() as pool:
@@ -994,7 +943,7 @@ def test_streams_report_that_their_model_is_loading_and_then_answer(live, loader
         (ASKED["/generate"], labs.ModelError("/srv/secret: is gone"), "server_error", None),
     ],
 )
-def test_an_error_after_a_load_is_an_event_in_streams_and_a_status_elsewhere(
+def test_an_error_after_a_load_is_an_event_or_a_status(
     body, failure, kind, param, live, loader, after_load
 ):
     site, status = live(), 400 if failure is None else 503
@@ -1091,14 +1040,16 @@ def test_a_slow_reader_holds_no_model(tiny_folder, other_folder):
     req = falcon.testing.create_req()
     req.context.owner, req.context.began = "", time.perf_counter()
     prompts = (labs_request.Prompt(prompt="hi"),)
-    wanted = labs_request.Request(prompts=prompts, model="tiny", options=dict(A))
+    wanted = labs_request.Request(
+        prompts=prompts, model="tiny", options={**A, "max_new_tokens": 60}
+    )
     request = labs_request.check(service.context, wanted)
     answer = service.submit(req, request, service.leased(req, request))
     weights = answered(models, "tiny")
     answered(models, "other")
     until(lambda: weights() is None)
-    assert "".join(getattr(event, "text", "") for _, event in answer) == "a" * 256
-    assert answer.record()["completion_tokens"] == 256
+    assert "".join(getattr(event, "text", "") for _, event in answer) == "a" * 60
+    assert answer.record()["completion_tokens"] == 60
     stop(models)
 
 
@@ -1229,7 +1180,7 @@ class Exits(BaseException):
         ("_settle", Exits("oh")),
     ],
 )
-def test_an_exception_in_the_loading_thread_fails_waiting_requests_only(
+def test_an_exception_in_the_loading_thread_fails_waiting_requests(
     place, error, many, loader, monkeypatch
 ):
     use((site := many("llama", "qwen2", max_loaded_models=2)).engine, "llama")

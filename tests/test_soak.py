@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""64 clients of one labs-api at once, for LABS_SOAK_S seconds: 60 unless said."""
+"""64 clients of one labs-api at once, for LABS_SOAK_S seconds, by default 60."""
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import random
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,24 +13,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from kit import events_of, program, serving
 
 import labs
 
 CLIENTS, NEW = 64, 24
 SECONDS = float(os.environ.get("LABS_SOAK_S", "60"))
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def watch(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Show each thread's stack only where the run hangs: pytest would after a fixed time."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        terminal = os.fdopen(os.dup(2), "w")
-    with terminal:
-        faulthandler.dump_traceback_later(SECONDS + 600, file=terminal)
-        yield
-        faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.long
 
 
 def body(client: int) -> dict[str, Any]:
@@ -46,50 +31,39 @@ def body(client: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[str]:
+def expected(default: labs.Model) -> list[str]:
     """The text of each client when it is alone, computed without any server."""
-    model = labs.load_model(labs.load_config(env={}))
     texts = []
     for client in range(CLIENTS):
-        asked = body(client)
-        inputs = labs.build_inputs(model, prompt=asked.pop("prompt"))
-        texts.append(labs.generate(model, inputs, **asked).text)
-    labs.load_model.cache_clear()
-    assert len(set(texts)) == CLIENTS  # so that a text tells whose it is
+        options = body(client)
+        inputs = labs.build_inputs(default, prompt=options.pop("prompt"))
+        texts.append(labs.generate(default, inputs, **options).text)
+    assert len(set(texts)) == CLIENTS  # so that a text shows whose it is
     return texts
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, psutil.Process]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import labs_cli; labs_cli.main_api()", "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines = iter(process.stderr or ())
-    url = next(found[0] for line in lines if (found := re.search(r"http://\S+", line)))
-    next(line for line in lines if "ready" in line)
-    threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
-    yield url, psutil.Process(process.pid)
-    process.terminate()
-    assert process.wait(60) == 0
+    with program() as process:
+        url = serving(process)
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
+        yield url, psutil.Process(process.pid)
+        process.terminate()
+        assert process.wait(60) == 0
 
 
-def streamed(client: httpx.Client, url: str, asked: dict[str, Any], leave: bool) -> str:
+def streamed(client: httpx.Client, url: str, number: int, leave: bool) -> str:
     """Return the text of a stream, or "" after hanging up at its first piece."""
-    lines: list[str] = []
-    with client.stream("POST", f"{url}/generate/stream", json=asked) as response:
+    data = b""
+    with client.stream("POST", f"{url}/generate/stream", json=body(number)) as response:
         assert response.status_code == 200, response.read()
-        for line in response.iter_lines():
-            if line == "event: done":
-                break
-            assert not line.startswith("event:"), line
-            lines.append(line)
-            if leave and line.startswith("data: "):
+        for part in response.iter_raw():
+            data += part
+            if leave and b"data: " in data:
                 return ""
-    events = "\n".join(lines).split("\n\n")
-    data = ("\n".join(re.findall(r"^data: (.*)$", event, re.MULTILINE)) for event in events)
-    return "".join(data)
+    *events, (kind, _) = events_of(data)
+    assert (kind, {name for name, _ in events}) == ("done", {"message"})
+    return "".join(text for _, text in events)
 
 
 def test_each_client_gets_its_own_text_for_as_long_as_it_asks(expected: Any, server: Any) -> None:
@@ -106,9 +80,10 @@ def test_each_client_gets_its_own_text_for_as_long_as_it_asks(expected: Any, ser
                 kind = draw.choice(["whole", "stream", "leave"])
                 try:
                     if kind == "whole":
-                        text = client.post(f"{url}/generate", json=body(number)).json()["text"]
+                        answer = client.post(f"{url}/generate", json=body(number))
+                        text = answer.json()["text"]
                     else:
-                        text = streamed(client, url, body(number), kind == "leave")
+                        text = streamed(client, url, number, kind == "leave")
                 except Exception as error:
                     wrong.append(f"client {number}, {kind}: {error!r}")
                     return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of labs_wire.py: true sockets, half closed, closed, idle and with what is no request."""
+"""Connections under waitress: half-closed, closed, idle, slow, and with invalid requests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import kit
 import pytest
 from kit import A, Brake, Live, configured, events_of, request, until
 
@@ -49,17 +50,13 @@ def rest_of(connection: Any) -> bytes:
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("path", ["/health", "/v1/models", "/nothing"])
-def test_who_sends_no_more_gets_what_is_there(live: Live, version: str, path: str) -> None:
-    sent = f"GET {path} HTTP/{version}\r\nHost: localhost\r\n\r\n".encode()
-    status, body = parsed(half_closed(live, sent))
-    assert status == (404 if path == "/nothing" else 200)
-    assert json.loads(body)
-
-
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_who_sends_no_more_gets_a_slow_answer_whole(live: Live, brake: Brake, version: str) -> None:
-    brake.pause_s = labs_wire.PROBE_S
+def test_a_half_closed_client_gets_every_response(live: Live, brake: Brake, version: str) -> None:
+    for path in ("/health", "/v1/models", "/nothing"):
+        sent = f"GET {path} HTTP/{version}\r\nHost: localhost\r\n\r\n".encode()
+        status, body = parsed(half_closed(live, sent))
+        assert status == (404 if path == "/nothing" else 200)
+        assert json.loads(body)
+    brake.pause_s = labs_wire.PROBE_S  # slow enough for early bytes of the status line
     data = rest_of(half_closed(live, request("/generate", BODY, version=version)))
     head, _, body = data.partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/{version} 200 OK\r\n".encode())
@@ -67,26 +64,25 @@ def test_who_sends_no_more_gets_a_slow_answer_whole(live: Live, brake: Brake, ve
     assert json.loads(body)["text"] == "aaaa"
 
 
-def test_who_sends_no_more_gets_a_stream_to_its_end(live: Live, brake: Brake) -> None:
+def test_a_half_closed_client_gets_a_stream_to_its_end(live: Live, brake: Brake) -> None:
     brake.pause_s = 0.1
     _, body = parsed(half_closed(live, request("/generate/stream", BODY)))
     assert [kind for kind, _ in events_of(body)] == ["message"] * 4 + ["done"]
 
 
-def test_all_requests_before_the_end_are_answered(live: Live) -> None:
+def test_only_whole_requests_before_the_end_are_answered(live: Live) -> None:
     data = rest_of(half_closed(live, request("/generate", BODY) * 3))
     assert data.count(b"HTTP/1.1 200 OK") == data.count(b'"text":"aaaa"') == 3
-
-
-def test_half_a_request_and_its_end_ask_for_nothing(live: Live) -> None:
-    assert rest_of(half_closed(live, request("/generate", BODY)[:-3])) == b""
-    assert rest_of(half_closed(live, b"")) == b""
+    for sent in (request("/generate", BODY)[:-3], b""):
+        assert rest_of(half_closed(live, sent)) == b""
     until(lambda: len(live.server.active_channels) == 0)
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-def test_who_has_sent_all_and_leaves_later_frees_the_row(
+@pytest.mark.parametrize(
+    ("path", "version"),
+    [("/generate", "1.0"), ("/generate", "1.1"), ("/generate/stream", "1.1")],
+)
+def test_a_half_closed_client_that_leaves_later_frees_its_row(
     live: Live, brake: Brake, path: str, version: str
 ) -> None:
     brake.pause_s = 0.02
@@ -94,13 +90,15 @@ def test_who_has_sent_all_and_leaves_later_frees_the_row(
     connection = half_closed(live, sent)
     until(lambda: live.doing() == (1, 0))
     steps = live.engine.status().steps
-    until(lambda: live.engine.status().steps > steps + 20)  # probes have been sent and heard
+    until(lambda: live.engine.status().steps > steps + 20)  # early bytes have been sent
     assert live.doing() == (1, 0)
     connection.close()
     until(lambda: live.doing() == (0, 0))
 
 
-def test_a_stream_that_waits_for_a_row_tells_who_has_left(live: Live, brake: Brake) -> None:
+def test_a_half_closed_stream_that_waits_for_a_row_frees_its_place(
+    live: Live, brake: Brake
+) -> None:
     brake.pause_s = 0.02
     long = {**BODY, "max_new_tokens": 4000}
     busy = [live.connect(request("/generate", long)) for _ in range(2)]
@@ -130,7 +128,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("head", "status", "code"), REFUSED)
-def test_what_the_server_itself_refuses_is_told_as_all_else_is(
+def test_an_invalid_request_gets_the_apps_error_format(
     live: Live, head: bytes, status: int, code: str
 ) -> None:
     head = head.removesuffix(b"\r\n") if head.startswith(b"nonsense") else head
@@ -142,14 +140,13 @@ def test_what_the_server_itself_refuses_is_told_as_all_else_is(
     assert [*body["error"]] == ["message", "type", "param", "code"]
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
-    if status not in (400, 431):  # a head that is none has no headers to go by
+    if status not in (400, 431):  # these heads have no readable headers
         assert response.headers["access-control-allow-origin"] == ORIGIN
 
 
-@pytest.mark.parametrize("size", [6_000_000, 40_000_000])
-def test_a_client_that_sends_too_much_can_send_it_all_and_read_why(live: Live, size: int) -> None:
+def test_a_client_that_sends_too_much_can_send_it_all_and_read_the_error(live: Live) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=60)
-    connection.request("POST", "/generate", b"x" * size, {"Content-Type": "application/json"})
+    connection.request("POST", "/generate", b"x" * 40_000_000, kit.JSON)
     response = connection.getresponse()
     error = json.loads(response.read())["error"]
     assert (response.status, error["code"]) == (413, "body_too_large")
@@ -157,7 +154,7 @@ def test_a_client_that_sends_too_much_can_send_it_all_and_read_why(live: Live, s
     connection.close()
 
 
-def test_who_never_ends_what_was_refused_is_cut(live: Live) -> None:
+def test_a_refused_body_that_never_ends_is_cut(live: Live) -> None:
     with live.connect(b"POST / HTTP/1.1\r\nContent-Length: 600000000\r\n\r\n") as connection:
         assert b" 413 " in rest_of(connection)
         channel = until(lambda: only_of(live))
@@ -167,7 +164,8 @@ def test_who_never_ends_what_was_refused_is_cut(live: Live) -> None:
         assert channel.will_close
 
 
-def test_an_idle_connection_is_kept_as_long_as_is_set(live: Live) -> None:
+def test_an_idle_connection_is_kept_as_long_as_its_setting_says(live: Live) -> None:
+    assert labs.Server().connection_idle_s > 60  # longer than the usual proxies keep theirs
     with live.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
         assert connection.recv(65_536)
         channel = until(lambda: only_of(live))
@@ -176,7 +174,3 @@ def test_an_idle_connection_is_kept_as_long_as_is_set(live: Live) -> None:
         assert not channel.will_close
         live.server.maintenance(time.time() + 45)
         assert channel.will_close
-
-
-def test_idle_connections_outlive_those_of_the_usual_proxies() -> None:
-    assert labs.Server().connection_idle_s > 60
