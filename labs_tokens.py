@@ -81,9 +81,9 @@ class Places:
     def take(self, token: int) -> tuple[int, bytes]:
         """Return where the next token begins in the text, and the bytes that it adds."""
         place, data = self._read, self.spelling.bytes_of(token)
-        if self._first and data and self.spelling.drops_a_space:
+        first, self._first = self._first, self._first and not data
+        if first and self.spelling.drops_a_space:
             data = data.removeprefix(b" ")
-        self._first &= not data
         self._read += len(self._decoder.decode(data))
         return place, data
 
