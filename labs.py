@@ -8,13 +8,13 @@
     inputs = labs.build_inputs(model, prompt="Hello! Who are you?")
     print(labs.generate(model, inputs, config.generation).text)
 
-The functions take and return frozen structs. Only `load_config` and `load_model` have effects: they
-read files and load weights.
+The functions take and return frozen structs; only `load_config` and `load_model` read files.
 
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
-labs.py, labs_settings.py, labs_loop.py and labs_decode.py work alone, with torch, transformers and
-msgspec. labs_sources.py adds `package:` and .gguf files; the README lists the other files.
+labs.py, labs_settings.py, labs_loop.py and labs_decode.py are enough, with torch, transformers and
+msgspec; docs/vendoring.md lists the optional files. A request is a prompt with its options; while
+it runs it is a row of the batch.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Inputs(Struct, frozen=True):
 
 
 class Fingerprint(Struct, frozen=True, kw_only=True):
-    """Everything an answer depends on; without batch_invariant also on the other rows of its batch.
+    """What fixes an answer, but for processors and, without batch_invariant, the other rows.
 
     revision: the hub's commit, or the sha256 of the file or folder. quantization: the values that
-    are not defaults. generation: no option is unset. prompt_sha256: of the ids as a JSON list.
+    are not defaults. generation: the options used. prompt_sha256: a hash of the ids as JSON.
     """
 
     model: str
@@ -87,9 +87,9 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
 class Model(Struct, frozen=True, eq=False):
     """A loaded model. `lock` guards the tokenizer, which threads share; load_s is in seconds.
 
-    fingerprint: of its answers, without the fields of one request. prefixes: the KV cache of prompt
-    prefixes, as in the turns of a chat, shared by all calls with this model; see `new_prefixes`.
-    generation_defaults: settings that its own files recommend; defaults: their other fields.
+    fingerprint: that of its answers, without generation and prompt. prefixes: KV caches of prompt
+    prefixes, as in the turns of a chat, that all calls share; None unless set, see `new_prefixes`.
+    generation_defaults: options that generation_config.json recommends; defaults: its other fields.
     """
 
     decoder: labs_decode.Decoder
@@ -133,7 +133,7 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """Seconds: queue_s until a row is free, prefill_s until the first token, decode_s after it."""
+    """Seconds: queue_s waiting to start, prefill_s to the first token, decode_s for all others."""
 
     load_s: float
     prefill_s: float
@@ -161,7 +161,7 @@ class Delta(Struct, frozen=True, tag="delta", repr_omit_defaults=True):
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """The end of an answer. matched_stop: the stop string that ended it. seed: the seed used."""
+    """The end of an answer. matched_stop: the stop string that ended it. seed: as used or given."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -172,7 +172,7 @@ class Done(Struct, frozen=True, tag="done"):
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """A row failed; the other rows of the batch continue."""
+    """A request failed; the others in its batch continue."""
 
     error: LabsError
 
@@ -203,15 +203,14 @@ def load_config(
     env: Mapping[str, str] | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Config:
-    """Read the settings from overrides, environment, .env, labs.toml and defaults; the first wins.
+    """Read the settings: overrides win over environment, then .env, then labs.toml, then defaults.
 
-    path: a TOML file, by default ./labs.toml if it exists. .env is read from the working directory.
-    overrides: {key: value} with the keys of `settings`. Raises ConfigError when one is wrong.
+    path: a TOML file, by default ./labs.toml if it exists. env: by default os.environ. overrides:
+    {key: value}, as {"temperature": 0}. Raises ConfigError when a setting is wrong.
     """
     file = Path(path) if path is not None else Path("labs.toml")
     tables = _read_toml(file, required=path is not None)
-    dotenv = _read_dotenv(Path(".env"))
-    environment = os.environ if env is None else env
+    dotenv, environment = _read_dotenv(Path(".env")), os.environ if env is None else env
     upper = {
         **labs_settings.read_variables(dotenv, ".env"),
         **labs_settings.read_variables(environment, "environment"),
@@ -228,9 +227,9 @@ def load_config(
 def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", "fp16", "fp32"]:
     """Return the dtype for `name` ("auto" or a dtype) on a device type such as "cuda".
 
-    Raises ModelError when a CUDA device lacks bf16; a dtype is never changed silently.
+    Raises ModelError for bf16 on a CUDA device without it, and for an unknown name.
     """
-    short = {long: short for short, long in TORCH_DTYPES.items()}.get(name, name)
+    short = {long: brief for brief, long in TORCH_DTYPES.items()}.get(name, name)
     if short == "bf16" and device == "cuda" and not has_bf16:
         raise ModelError("torch_dtype = bf16: this GPU has no bfloat16; use fp16 or auto")
     if short in ("bf16", "fp16", "fp32"):
@@ -243,10 +242,10 @@ def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", 
 
 
 def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
-    """Load a model, or return one of the last two; simultaneous calls load it once.
+    """Load a model; the last two are kept for the next call, and threads share one load.
 
-    `load_model.cache_clear()` frees the memory. With cached=False only the caller holds the model,
-    and the last reference frees it. Raises ModelError when the model cannot be loaded.
+    `load_model.cache_clear()` frees them. With cached=False it is not kept: dropping the last
+    reference frees it. Raises ModelError when the model cannot be loaded.
     """
     spec = config.model if isinstance(config, Config) else config
     with loading():
@@ -285,7 +284,7 @@ def build_inputs(
 
 @contextlib.contextmanager
 def _refusing(model: Model, what: str) -> Iterator[None]:
-    """Hold the tokenizer's lock; turn any error of it or its template into InputError."""
+    """Hold the tokenizer's lock; raise any error of it or its template as InputError."""
     try:
         with model.lock:
             yield
@@ -306,7 +305,7 @@ def generate(
     processors: Iterable[Processor] = (),
     **changes: object,
 ) -> Completion:
-    """Generate a whole answer. Raises PromptTooLong before computing, GenerationError later."""
+    """Generate a whole answer; the rest is as for `stream_generate`."""
     *deltas, done = stream_generate(model, inputs, generation, processors=processors, **changes)
     return fold(cast("list[Delta]", deltas), cast("Done", done))
 
@@ -321,7 +320,8 @@ def stream_generate(
 ) -> Iterator[Delta | Done]:
     """Generate an answer as events: Delta, ..., Done. Closing the iterator stops computing.
 
-    processors: each takes (ids so far, float32 logits [V]) and returns logits [V].
+    processors: each takes (ids so far, float32 logits [vocabulary]) and returns logits. changes:
+    options to replace. Raises PromptTooLong at the call, or GenerationError midway.
     """
     import labs_loop
 
@@ -339,10 +339,10 @@ def stream_batch(
     batch_rows: int | None = None,
     **changes: object,
 ) -> Events:
-    """Generate answers to many prompts in one batch, as (index, event); a row that ends makes room.
+    """Generate answers to many prompts as (index, event); when one ends, the next prompt starts.
 
-    inputs: read lazily. generation: one for all or one each. batch_rows: rows at once, by default
-    what memory allows, up to 64. A row ends in Done, or in Failed, which leaves the others alone.
+    inputs: read lazily. generation: one for all or one each. batch_rows: prompts at once, by
+    default what memory allows, up to 64. Each ends in Done or Failed; GenerationError ends all.
     """
     if batch_rows is not None and batch_rows < 1:
         raise InputError(f"batch_rows = {batch_rows}: must be at least 1")
@@ -401,7 +401,7 @@ def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
 
 
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_LOADING = threading.RLock()  # transformers patches its classes while it loads a model
+_LOADING = threading.RLock()  # transformers' loading is not thread-safe
 
 
 def _cache_clear() -> None:
@@ -420,7 +420,7 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Hold the lock for loading parts of transformers.
+    """Let only one thread load with transformers.
 
     Progress bars of transformers and the hub are shown only if standard error is a terminal.
     """
@@ -452,7 +452,7 @@ def require(*names: str) -> None:
 
 def _is_there(name: str) -> bool:
     package = __name__.removesuffix("labs") if name.startswith("labs_") else ""
-    return importlib.util.find_spec(package + name) is not None  # labs may be in a package
+    return importlib.util.find_spec(package + name) is not None  # as in package.labs
 
 
 @functools.lru_cache(maxsize=2)
@@ -478,7 +478,7 @@ def _load(spec: ModelSpec) -> Model:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{model.name_or_path}: the weights lack {missing[0]}{more}")
     decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
-    decoder, eos = _sped_up(decoder, spec), labs_decode.eos_token_ids_of(model, tokenizer)
+    decoder, eos = _speed_up(decoder, spec), labs_decode.eos_token_ids_of(model, tokenizer)
     settings, defaults = _recommended(model, tokenizer, eos, spec.use_generation_config)
     return Model(
         decoder=decoder,
@@ -496,7 +496,8 @@ def _load(spec: ModelSpec) -> Model:
     )
 
 
-def _sped_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
+def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
+    """Apply the optional files that make a decoder faster, after trying what the model can do."""
     method = spec.quantization.quant_method
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
     require(*(["labs_fast"] if method else []))
@@ -521,7 +522,7 @@ def _sped_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decod
 def locate(
     spec: ModelSpec, dtype: str, *, convert: bool = True
 ) -> tuple[str, dict[str, Any], Path | None]:
-    """Return (source for from_pretrained, its options, local origin or None for the hub).
+    """Return (source for from_pretrained, its options, local path or None for the hub).
 
     convert: whether to convert a new GGUF file. Raises ModelError when the model is not found.
     """
@@ -551,7 +552,7 @@ def pretrained(kind: str, source: str, options: Mapping[str, object]) -> Any:
 
     try:
         return getattr(transformers, kind).from_pretrained(source, **options)
-    except Exception as error:  # Rust code below raises bare Exceptions, model code anything
+    except Exception as error:  # its Rust code raises plain Exceptions, model code anything
         raise ModelError(f"{source}: {reason(error)}") from error
 
 
@@ -580,7 +581,7 @@ def _fingerprint_of(
 
 
 def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, str]:
-    """Return (device_map for transformers, device type, dtype); only this function probes."""
+    """Return (device_map for transformers, device type, dtype), by what torch finds here."""
     import torch
 
     import labs_decode
@@ -593,8 +594,7 @@ def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, 
         try:
             device_map = msgspec.json.decode(wanted, type=dict[str, int | str])
         except msgspec.DecodeError as error:
-            text = f"device_map = {wanted}: is not a JSON map of modules to devices"
-            raise ModelError(text) from error
+            raise ModelError(f"device_map = {wanted}: is not a JSON map to devices") from error
     elif wanted == "auto":
         device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
         device_map = {"cuda": "auto", "mps": "mps", "cpu": None}[device]
@@ -626,10 +626,10 @@ def _quantization(wanted: Quantization, dtype: str) -> object:
 
 
 def _recommended(
-    model: labs_decode.PretrainedModel, tokenizer: Tokenizer, eos: frozenset[int], obeyed: bool
+    model: labs_decode.PretrainedModel, tokenizer: Tokenizer, eos: frozenset[int], use: bool
 ) -> tuple[dict[str, object], labs_defaults.Defaults | None]:
     """Return (settings that generation_config.json recommends, its other fields)."""
-    stated = vars(model.generation_config) if obeyed else {}
+    stated = vars(model.generation_config) if use else {}
     values = {name: value for name, value in stated.items() if value is not None and name[0] != "_"}
     if _is_there("labs_defaults"):
         import labs_defaults
@@ -638,7 +638,7 @@ def _recommended(
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found, wrong = labs_settings.recommended({key: values[key] for key in names if key in values})
     if left := [key for key in values if key not in found and not key.endswith("token_id")]:
-        log.warning("without labs_defaults.py %s have no effect; %s", left, wrong)
+        log.warning("without labs_defaults.py %s have no effect %s", left, wrong or "")
     return found, None
 
 
@@ -646,7 +646,7 @@ def _recommended(
 
 
 def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
-    """Make Inputs of token ids. Raises InputError when the vocabulary lacks one."""
+    """Make Inputs of token ids. Raises InputError for an unknown id, or for too many."""
     ids, limit = tuple(ids), model.context_length
     if limit is not None and len(ids) >= limit:
         raise too_long(limit, len(ids))
@@ -661,7 +661,7 @@ def check_prompt(
 ) -> list[Message] | None:
     """Return the messages as structs, or None for a prompt.
 
-    Raises InputError for every fault that shows without a model.
+    Raises InputError for any fault that is visible without a model.
     """
     if (prompt is None) == (messages is None):
         raise InputError("give exactly one of prompt and messages")
@@ -695,7 +695,7 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _template(model: Model, messages: list[Message], add_generation_prompt: bool) -> list[int]:
-    """Tokenise inside the template: BOS is not doubled, and control tokens in texts stay text."""
+    """Let the template make tokens: BOS comes once, and control tokens in messages stay text."""
     options = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": True}
     options |= {"tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
@@ -711,20 +711,20 @@ def _template(model: Model, messages: list[Message], add_generation_prompt: bool
 
 
 class PartialText(Struct):
-    """The growing text of one row: ids that are not final yet, and text that is held back."""
+    """The growing text of one row: its ids, and text that is held back."""
 
     ids: list[int] = msgspec.field(default_factory=list)
-    prefix: int = 0  # ids before this only give context
-    read: int = 0  # the text has the ids before this
+    prefix: int = 0  # ids before this are not needed any more
+    read: int = 0  # ids before this are in the text
     held: str = ""  # may be the beginning of a stop string
 
 
 def decode_next(
     tokenizer: Tokenizer, text: PartialText, token: int | None, *, last: bool = False
 ) -> str:
-    """Return the text that `token` completes; "" inside a character of several tokens.
+    """Return the text that `token` completes, or "" while a character is unfinished.
 
-    Like TGI's decode_token: the difference between decodings of a short window, O(1) per token.
+    It is the difference of a short window decoded with and without the token (source: TGI).
     """
     text.ids += [] if token is None else [token]
     before = tokenizer.decode(text.ids[text.prefix : text.read], skip_special_tokens=True)
@@ -733,9 +733,9 @@ def decode_next(
     if token is not None and (broken or after == before):
         alone = [tokenizer.decode([token], skip_special_tokens=skip) for skip in (False, True)]
         if alone[0] != alone[1] or tokenizer.convert_ids_to_tokens(token) is None:
-            text.ids.pop()  # a token without text is not context either
+            text.ids.pop()  # a special token has no text and is not context for the next one
             return decode_next(tokenizer, text, None, last=True) if last else ""
-    # A character has at most four bytes: a longer broken text is the text that the model wrote.
+    # A character has at most four bytes: after four tokens U+FFFD is what the model wrote.
     if broken and len(text.ids) - text.read < 4 and not last:
         return ""
     text.prefix, text.read = text.read, len(text.ids)
@@ -745,7 +745,7 @@ def decode_next(
 def match_stop(text: PartialText, piece: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
     """Return (the text that may be shown, the stop string that is complete now or None).
 
-    The stop string that is complete first wins, then the longest, in whatever pieces text comes.
+    The stop string that ends first wins, then the longest, however the text is split.
     """
     buffer = text.held + piece
     found = [(at + len(stop), at, stop) for stop in stops if (at := buffer.find(stop)) >= 0]
@@ -778,16 +778,16 @@ class InFlight(Struct, eq=False):
     inputs: Inputs
     generation: Generation
     began: float
-    sampling: labs_decode.Sampling  # without the model's own rules, which `row` has too
+    sampling: labs_decode.Sampling  # without the model's own rules, unlike row.sampling
     stops: dict[str, str]  # {text that is searched for: its stop string}
-    marks: dict[int, str]  # {special token: character that replaces it}
+    marks: dict[int, str]  # {special token: its stand-in, a character to search for}
     text: PartialText = msgspec.field(default_factory=PartialText)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
     first: float = 0.0
 
 
-Opened = InFlight | tuple[int, Failed] | None
+Opened = InFlight | tuple[int, Failed] | None  # None: no request is waiting
 
 
 def open_request(
@@ -797,7 +797,7 @@ def open_request(
     generation: Generation,
     processors: tuple[Processor, ...] = (),
 ) -> InFlight:
-    """Check all of a request before computing. index: the one that its events will have.
+    """Check a whole request before computing. index: the one that its events carry.
 
     Raises PromptTooLong, or another InputError when the model cannot do what it asks.
     """
@@ -815,15 +815,15 @@ def open_request(
     began, sampling = time.perf_counter(), _sampling(model, generation, processors)
     own = cast("tuple[str, ...]", model.generation_defaults.get("stop", ()))
     stops, marks = {stop: stop for stop in (*generation.stop, *own)}, dict[int, str]()
-    ruled = sampling
+    with_rules = sampling
     if model.defaults is not None:
-        ruled = model.defaults.apply(sampling, ids, generation.max_new_tokens)
+        with_rules = model.defaults.apply(sampling, ids, generation.max_new_tokens)
         stops, marks = model.defaults.mark(tuple(stops))
     row = labs_decode.Row(
         id=index,
         ids=ids,
         max_new_tokens=generation.max_new_tokens,
-        sampling=ruled,
+        sampling=with_rules,
         lookahead=generation.prompt_lookup_num_tokens or 0,
         deadline=began + (generation.timeout_s or float("inf")),
         exact_prefix=model.decoder.invariant or generation.seed is not None,
@@ -846,7 +846,7 @@ def _sampling(
 
 
 def resolved(request: InFlight) -> Generation:
-    """Return the options that were used, with none unset; they reproduce the answer elsewhere."""
+    """Return the options used; without processors, they reproduce the answer elsewhere."""
     sampling, given = request.sampling, request.generation
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     used = {name: getattr(sampling, name) for name in names}
@@ -865,7 +865,7 @@ def new_prefixes(max_bytes: int | None = None) -> labs_decode.PrefixStore | None
 
 
 def rows_in_memory(model: Model, most: int | None = None) -> int:
-    """Return how many rows of typical length fit in free memory, at most `most`, or 64."""
+    """Return how many typical rows fit in free memory, up to `most` (by default 64)."""
     import labs_loop
 
     return labs_loop.rows_in_memory(model.decoder, most or labs_loop.MOST_ROWS)
@@ -876,7 +876,7 @@ def run(
 ) -> Events:
     """Decode all requests, at most `limit` at once, and yield their events.
 
-    requests: as the rows of labs_loop.run; a Failed among them is passed on. loop: a new one, whose
+    requests: read while there is room; a Failed among them is passed on. loop: a new one, whose
     state the caller can watch.
     """
     import labs_loop
@@ -900,7 +900,7 @@ def run(
     except (RuntimeError, MemoryError) as error:
         if (clear := _with_remedy(error)) is error:
             raise
-        raise clear from None  # the frames of `error` hold tensors
+        raise clear from None  # the traceback of `error` would keep tensors
 
 
 def _with_remedy(error: Exception) -> Exception:
@@ -947,7 +947,7 @@ def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Itera
     why = "stop" if stop else why
     if why:
         shown += request.text.held
-    shown = shown.translate(dict.fromkeys(map(ord, request.marks.values())))
+    shown = shown.translate(dict.fromkeys(map(ord, request.marks.values())))  # no stand-ins
     if shown or (why and request.logprobs):
         logprobs, request.logprobs = tuple(request.logprobs), []
         yield Delta(shown, logprobs)
