@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,38 @@ def answers_of(decoder: decode.Decoder, batches: Sequence[decode.Batch]) -> dict
             batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
             batch = loop.step(decoder, batch)[0] if batch else None
     return found
+
+
+def run_at_random(
+    decoder: decode.Decoder,
+    prompts: Sequence[list[int]],
+    seed: int,
+    most: int = 8,
+    see: Callable[[decode.Batch], object] = lambda batch: None,
+) -> list[list[int]]:
+    """Return the tokens of rows that join and leave at random; `see` gets the batch of each step."""
+    chance, waiting = random.Random(seed), list(range(len(prompts)))
+    batch: decode.Batch | None = None
+    found: dict[Any, list[int]] = {}
+    while waiting or batch:
+        if waiting and (batch is None or (len(batch.rows) < most and chance.random() < 0.5)):
+            key = waiting.pop(0)
+            new = newcomer(decoder, prompts[key], key)
+            batch = decode.join(batch, new) if batch else new
+        elif batch:
+            batch, _ = loop.step(decoder, batch)
+            see(batch)
+            over = [r for r in batch.rows if len(r.ids) == r.columns or chance.random() < 0.02]
+            found |= {row.id: tokens_of(row) for row in over}
+            batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
+    assert sum(map(len, found.values())) > 0.6 * NEW_TOKENS * len(prompts)
+    return [found[key] for key in range(len(prompts))]
+
+
+def begin_alike(found: list[list[int]], expected: list[list[int]]) -> bool:
+    """Return whether rows have the first of the tokens expected of FOUR, again and again."""
+    wanted = [expected[i % len(expected)][: len(tokens)] for i, tokens in enumerate(found)]
+    return found == wanted
 
 
 def raising(error: BaseException) -> Any:

@@ -5,13 +5,22 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import random
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from decoding import FOUR, answers_of, failing_at, joined, raising, reference, tokens_of
+from decoding import (
+    FOUR,
+    answers_of,
+    begin_alike,
+    failing_at,
+    joined,
+    raising,
+    reference,
+    run_at_random,
+    tokens_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import (
@@ -45,23 +54,11 @@ def test_rows_that_join_and_leave_at_random_keep_transformers_tokens(
         alone = [newcomer(decoder, prompt, key) for key, prompt in enumerate(FOUR)]
         assert answers_of(decoder, alone) == dict(enumerate(expected))
         return
-    chance = random.Random(1)
-    waiting, batch, answers = list(range(len(FOUR))), None, {}
-    while waiting or batch:
-        while waiting and chance.random() < 0.5:
-            key = waiting.pop(chance.randrange(len(waiting)))
-            new = newcomer(decoder, FOUR[key], key)
-            batch = decode.join(batch, new) if batch else new
-        if batch is None:
-            continue
-        if kind not in HEADS:
-            assert decoder.column_bytes == batch.cache.bytes_per_column
-        batch, _ = loop.step(decoder, batch)
-        done = [r for r in batch.rows if len(tokens_of(r)) == NEW_TOKENS or chance.random() < 0.02]
-        answers |= {row.id: tokens_of(row) for row in done}
-        batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in answers])
-    assert sum(map(len, answers.values())) >= 2.5 * NEW_TOKENS
-    assert answers == {key: expected[key][: len(tokens)] for key, tokens in answers.items()}
+
+    def see(batch: decode.Batch) -> None:
+        assert kind in HEADS or decoder.column_bytes == batch.cache.bytes_per_column
+
+    assert begin_alike(run_at_random(decoder, FOUR, 1, see=see), expected)
 
 
 @pytest.mark.parametrize("kind", HEADS)

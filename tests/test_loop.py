@@ -307,28 +307,14 @@ def test_rows_that_need_more_candidates_are_drawn_beside_rows_that_do_not() -> N
 
 def test_a_draw_depends_on_its_own_seed_and_step_and_not_on_other_rows() -> None:
     torch.manual_seed(1)
-    logits = torch.randn(6, 2000)
-    options = [
-        {"temperature": 1.0, "seed": 5},
-        {"temperature": 0.0},
-        {"temperature": 2.0, "top_k": 40, "seed": 5},
-        {"temperature": 1.0, "top_p": 0.99, "seed": 7},
-        {"temperature": 3.0, "seed": 8},
-        {"temperature": 1.0, "min_p": 0.2, "seed": 9},
-    ]
-    together = [choice.token for choice in loop.choose(logits, rows_of(options))]
-    alone = [drawn(logits[i : i + 1], rows_of([each]))[0] for i, each in enumerate(options)]
-    assert together == alone
-
-
-def test_draws_from_all_tokens_are_alike_alone_and_beside_other_rows() -> None:
-    torch.manual_seed(1)
-    logits, rows = torch.randn(1, 2000), seeded(60)
-    together = drawn(logits, rows)
-    assert together == [drawn(logits, [row])[0] for row in rows]
+    logits, options = torch.randn(1, 2000), [{"temperature": 1.0, "seed": n} for n in range(60)]
+    options += [{}, {"temperature": 2.0, "top_k": 40}, {"temperature": 3.0, "seed": 8}]
+    options += [{"temperature": 1.0, "top_p": 0.99}, {"temperature": 1.0, "min_p": 0.2, "seed": 9}]
+    together = drawn(logits, rows_of(options))
+    assert together == [drawn(logits, rows_of([each]))[0] for each in options]
     candidates = {*logits[0].topk(loop.CANDIDATES[0]).indices.tolist()}
-    assert {*together} & candidates
-    assert {*together} & ({*range(2000)} - candidates)
+    assert {*together[:60]} & candidates
+    assert {*together[:60]} - candidates
 
 
 def test_tokens_beyond_the_candidates_are_drawn_by_their_shares() -> None:
@@ -340,13 +326,6 @@ def test_tokens_beyond_the_candidates_are_drawn_by_their_shares() -> None:
     assert share == pytest.approx(likely, abs=3 * math.sqrt(0.24 / len(beyond)))
     inside = size * math.exp(3)
     assert len(beyond) == pytest.approx(9000 * 150 / (150 + inside), rel=0.25)
-
-
-def test_a_higher_temperature_draws_more_kinds_of_tokens() -> None:
-    torch.manual_seed(1)
-    logits = torch.randn(1, 2000)
-    kinds = [len({*drawn(logits, seeded(200, temperature=t))}) for t in (0.1, 0.5, 1.0, 3.0)]
-    assert kinds == sorted({*kinds})
 
 
 def finaliser(x: int, bits: int, rounds: Sequence[tuple[int, int]]) -> int:
