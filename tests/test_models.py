@@ -13,7 +13,6 @@ import re
 import shutil
 import threading
 import time
-import tomllib
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +27,6 @@ import psutil
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from kit import (
     CHAT,
     COMPLETIONS,
@@ -124,20 +120,31 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-Begin = Callable[..., labs_models.Models]
+Begin = Callable[..., Any]
 
 
 @pytest.fixture
-def begin(loader: Loader) -> Iterator[Begin]:
-    """Begin to load models; at the end all of their threads have to end."""
+def run() -> Iterator[Begin]:
+    """Begin to load models, behind an app if wanted; at the end all threads have to end."""
     with contextlib.ExitStack() as stack:
 
-        def start(*names: str, **server: Any) -> labs_models.Models:
-            models = labs_models.Models(config_of(*names, **server))
-            stack.callback(stop, models, loader)
-            return models
+        def start(config: labs.Config, kind: Any = None) -> Any:
+            models = labs_models.Models(config)
+            stack.callback(stop, models)
+            if kind is None:
+                return models
+            site = kind(models, config)
+            if isinstance(site, Live):
+                stack.callback(site.close)
+            return site
 
         yield start
+
+
+@pytest.fixture
+def begin(loader: Loader, run: Begin) -> Begin:
+    """Load the tiny models of these kinds."""
+    return lambda *names, **server: run(config_of(*names, **server))
 
 
 @pytest.fixture
@@ -163,11 +170,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     return waits
 
 
-def stop(models: labs_models.Models, loader: Loader | None = None) -> None:
+def stop(models: labs_models.Models) -> None:
     """Close, and wait for the thread that loads."""
     engines = models.loaded().values()
     models.close()
-    if loader is not None:
+    if loader := getattr(labs.load_model, "__self__", None):
         loader.door.set()
     models._thread.join(WAIT_S)
     assert not models._thread.is_alive()
@@ -244,26 +251,6 @@ def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 # ---------------------------------------------------------------- one model
 
 
-def test_a_loading_model_raises_loading_wakes_who_waits_and_answers_then(begin, loader, waits):
-    loader.door.clear()
-    models = begin("llama")
-    with pytest.raises(labs_models.Loading, match="llama is being loaded") as caught:
-        models.check()
-    want(models, "llama")
-    assert (models.failed, models.loaded()) == (False, {})
-    with ThreadPoolExecutor() as pool:
-        woken = pool.submit(caught.value.wait, 10 * WAIT_S)
-        until(lambda: waits)
-        loader.door.set()
-        woken.result(WAIT_S)
-    engine = models.wait()
-    models.check()
-    use(models, "llama")
-    assert models.loaded() == {"llama": engine}
-    models.close()
-    assert not engine._thread.is_alive()
-
-
 def test_closed_models_load_nothing(loader):
     models = labs_models.Models(config_of("llama"), start=False)
     models.close()
@@ -271,46 +258,6 @@ def test_closed_models_load_nothing(loader):
     models.start()
     stop(models)
     assert loader.loads == []
-
-
-FAILURES = [
-    labs.ModelError("/srv/secret: there is no such model"),
-    labs.ConfigError("torch_dtype = float16: /srv/secret refuses"),
-    RuntimeError("unforeseen in /srv/secret"),
-    torch.OutOfMemoryError(OOM),
-]
-
-
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
-def test_the_reason_of_a_failed_load_is_for_owner_and_log_only(failure, begin, loader, caplog):
-    loader.failures["llama"] = failure
-    models = begin("llama")
-    for ask_of_owner in (models.wait, models.check):
-        with pytest.raises(labs.LabsError, match=re.escape(str(failure))):
-            ask_of_owner()
-    assert models.failed
-    for ask_of_client in (models, models.reader):
-        with pytest.raises(labs.ModelError, match=f"^llama {REASON}"):
-            ask_of_client("llama")
-    errors = [record for record in caplog.records if record.name == "labs.models"]
-    assert [record.levelname for record in errors] == ["ERROR"]
-    assert str(failure) in caplog.text
-
-
-def test_a_failed_load_is_tried_again_only_after_a_while(begin, loader, monkeypatch):
-    loader.failures["llama"] = labs.ModelError("the disk is away")
-    models = begin("llama")
-    with pytest.raises(labs.ModelError, match="the disk is away"):
-        models.wait()
-    del loader.failures["llama"]
-    for _ in range(3):
-        with pytest.raises(labs.ModelError, match=REASON):
-            models("llama")
-    assert loader.loads == ["llama"]
-    monkeypatch.setattr(labs_models, "RETRY_S", 0.0)
-    use(models, "llama")
-    models.check()
-    assert (models.failed, loader.loads) == (False, ["llama", "llama"])
 
 
 @pytest.mark.parametrize("failing", ["load", "reading", "engine"])
@@ -483,24 +430,19 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def places(tiny_folder: Path, other_folder: Path) -> Iterator[Callable[..., labs_models.Models]]:
-    """Begin to load true models by their folders."""
-    with contextlib.ExitStack() as stack:
+def places(tiny_folder: Path, other_folder: Path, run: Begin) -> Begin:
+    """Load true models by their folders."""
 
-        def start(
-            *more: labs.ModelSpec, default: str = "tiny", **server: Any
-        ) -> labs_models.Models:
-            specs = [spec_of(tiny_folder), spec_of(other_folder), *more]
-            shared = labs.Server(**server)
-            configs = {
-                name: labs.Config(model=spec, model_id=name, server=shared)
-                for name, spec in zip(("tiny", "other", "third"), specs, strict=False)
-            }
-            models = labs_models.Models(replace(configs[default], models=configs))
-            stack.callback(stop, models)
-            return models
+    def start(*more: labs.ModelSpec, default: str = "tiny", **server: Any) -> labs_models.Models:
+        specs = [spec_of(tiny_folder), spec_of(other_folder), *more]
+        shared = labs.Server(**server)
+        configs = {
+            name: labs.Config(model=spec, model_id=name, server=shared)
+            for name, spec in zip(("tiny", "other", "third"), specs, strict=False)
+        }
+        return run(replace(configs[default], models=configs))
 
-        yield start
+    return start
 
 
 def tables(**places: Path) -> str:
@@ -679,22 +621,15 @@ def test_the_memory_of_a_model_that_was_unloaded_is_free(tmp_path):
 # ---------------------------------------------------------------- idle models
 
 
-def test_an_idle_model_is_unloaded_after_a_while_and_loaded_again_on_demand(begin, loader):
-    models = use(begin("llama", keep_alive_s=0.05), "llama")
-    until(lambda: models.loaded() == {})
-    models.check()  # an unloaded model is not a failure
-    assert not models.failed
-    use(models, "llama")
-    assert loader.loads == ["llama", "llama"]
-
-
 @pytest.mark.parametrize("busy", ["running", "held"])
-def test_a_busy_model_is_not_idle(busy, begin, gate, loader):
-    models = begin("llama", "qwen2", keep_alive_s=0.05)
+def test_a_busy_model_is_not_idle_and_stays_for_its_time_after_that(busy, begin, gate, loader):
+    models = begin("llama", "qwen2", keep_alive_s=0.5)
     answers = [held_answer(models, gate)] if busy == "running" else []
     engine = models.loaded()["llama"] if answers else come(models, "llama")
     use(models, "qwen2")
     until(lambda: [*models.loaded()] == ["llama"])
+    models._entries["llama"].last_used -= 10_000
+    until(lambda: time.monotonic() - models._entries["llama"].last_used < 10)
     gate.let(math.inf)
     assert models.loaded() == {"llama": engine}
     assert [read(answer)[0] for answer in answers] == [alone("llama", 0)] * len(answers)
@@ -702,22 +637,6 @@ def test_a_busy_model_is_not_idle(busy, begin, gate, loader):
         models.release("llama")
     until(lambda: models.loaded() == {})
     assert loader.loads == ["llama", "qwen2"]
-
-
-def test_the_idle_time_begins_when_a_model_becomes_idle_and_is_unlimited_by_default(begin, gate):
-    models = begin("llama", "qwen2", keep_alive_s=3600.0)
-    answer, entry = held_answer(models, gate), models._entries["llama"]
-    entry.last_used -= 10_000
-    until(lambda: time.monotonic() - entry.last_used < 3600)
-    gate.let(math.inf)
-    read(answer)
-    use(models, "qwen2")
-    assert [*models.loaded()] == ["llama", "qwen2"]
-    models = use(begin(*KINDS), "llama", "qwen2")
-    for entry in models._entries.values():
-        entry.last_used -= 10**9
-    use(models, "gpt2")
-    assert [*models.loaded()] == [*KINDS]
 
 
 def test_waiting_for_the_default_model_succeeds_though_another_is_wanted(begin, loader):
@@ -828,30 +747,23 @@ class LiveMany(Live):
 
 
 @pytest.fixture
-def many(loader: Loader) -> Iterator[Callable[..., Any]]:
+def many(loader: Loader, run: Begin) -> Begin:
     """Serve models of these kinds, or of a whole configuration."""
-    with contextlib.ExitStack() as stack:
 
-        def start(*names: Any, kind: Any = Many, **server: Any) -> Any:
-            given = isinstance(names[0], labs.Config)
-            config = names[0] if given else config_of(*names, **server)
-            models = labs_models.Models(config)
-            stack.callback(stop, models, loader)
-            site = kind(models, config)
-            if kind is LiveMany:
-                stack.callback(site.close)
-            return site
+    def start(*names: Any, **server: Any) -> Many:
+        given = isinstance(names[0], labs.Config)
+        return run(names[0] if given else config_of(*names, **server), Many)
 
-        yield start
+    return start
 
 
 @pytest.fixture
-def live(many: Any, loader: Loader, waits: set[int]) -> Callable[..., LiveMany]:
+def live(loader: Loader, run: Begin, waits: set[int]) -> Begin:
     """Serve llama and, behind a closed door, qwen2: on a free port, with few places."""
 
     def start(**server: Any) -> LiveMany:
-        few = {"port": 0, "max_batch_rows": ROWS, "max_waiting": 1}
-        site = many("llama", "qwen2", kind=LiveMany, **few | server)
+        few = {"port": 0, "max_batch_rows": ROWS, "max_waiting": 1} | server
+        site = run(config_of("llama", "qwen2", **few), LiveMany)
         use(site.engine, "llama")
         waits.clear()  # of the test's own thread
         loader.door.clear()
@@ -876,11 +788,8 @@ def body_of(kind: str) -> dict[str, Any]:
     return {"model": kind, "prompt": ids, "max_tokens": NEW, "temperature": 0}
 
 
-Loaded = Callable[..., Any]
-
-
 @pytest.fixture
-def after_load(loader: Loader, waits: set[int]) -> Loaded:
+def after_load(loader: Loader, waits: set[int]) -> Begin:
     """Return a function that sends a request while its model loads and returns the response."""
 
     def ask_early(site: Any, path: str, body: Any) -> Any:
@@ -1075,6 +984,8 @@ def test_each_model_has_the_settings_of_its_table(many):
         assert site.post("/generate", body).json["text"] == "a" * new
         assert site.post("/explain", body).json["prompt"] == text
     assert site.post("/generate", {"prompt": "hi", **A}).json["model"] == "first"
+    explained = site.post("/explain", {"prompt": "hi", "model": "second"}).json
+    assert explained["settings"]["max_new_tokens"]["value"] == 5
     chat = {"messages": HELLO, "model": "second", **A}
     assert "template" in error_of(site.post(CHAT, chat), 400)["message"]
     assert site.post(CHAT, {**chat, "model": "first"}).json["model"] == "first"
@@ -1151,19 +1062,38 @@ def test_readiness_goes_from_loading_to_ok_to_draining(many, loader, gate):
     assert read(answer)[0] == alone("llama", 0)
 
 
-@pytest.mark.parametrize("failure", [labs.ModelError("gone"), OSError("/srv/secret is gone")])
-def test_a_default_model_that_cannot_be_loaded_leaves_others_to_answer(failure, many, loader):
+FAILURES = [
+    labs.ModelError("/srv/secret: there is no such model"),
+    labs.ConfigError("torch_dtype = float16: /srv/secret refuses"),
+    OSError("/srv/secret is gone"),
+    torch.OutOfMemoryError(OOM),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failed_load_of_the_default_model_is_reported_retried_and_no_harm_to_others(
+    failure, many, loader, caplog, monkeypatch
+):
     loader.failures["llama"] = failure
-    site = many("llama", "qwen2", keep_alive_s=0.2, max_loaded_models=2)
-    until(lambda: site.get("/readyz").json == {"status": "dead"})
-    come(site.engine, "qwen2")
-    assert site.get("/readyz").json == {"status": "ok"}
+    site = many("llama", "qwen2", max_loaded_models=2)
+    for ask_of_owner in (site.engine.wait, site.engine.check):
+        with pytest.raises(labs.LabsError, match=re.escape(str(failure))):
+            ask_of_owner()
+    assert site.get("/readyz").json == {"status": "dead"}
     assert site.post("/generate", ASKED["/generate"]).json["text"] == "aaa"
-    answer = site.post("/generate", SHORT)
-    error = error_of(answer, 503)
-    assert (error["code"], error["message"]) == ("model_not_loaded", f"llama {REASON}")
-    assert int(answer.headers["Retry-After"]) == labs_models.RETRY_S
-    site.engine.release("qwen2")
+    assert site.get("/readyz").json == {"status": "ok"}
+    for path in ("/generate", "/explain"):
+        answer = site.post(path, {"prompt": "hi"})
+        error = error_of(answer, 503)
+        assert (error["code"], error["message"]) == ("model_not_loaded", f"llama {REASON}")
+        assert int(answer.headers["Retry-After"]) == labs_models.RETRY_S
+    assert [str(failure) in line for line in errors_in(caplog)] == [True]
+    assert loader.loads == ["llama", "qwen2"]
+    del loader.failures["llama"]
+    monkeypatch.setattr(labs_models, "RETRY_S", 0.0)
+    assert site.post("/generate", SHORT).json["text"] == "aaa"
+    site.engine.check()
+    assert loader.loads == ["llama", "qwen2", "llama"]
 
 
 class Exits(BaseException):
@@ -1300,13 +1230,6 @@ def test_a_request_that_names_a_model_or_none_is_not_routed(path, many):
         assert f'"model":"{name}"' in site.post(path, unnamed | named).text
 
 
-def test_a_routed_request_has_the_settings_of_its_model(many):
-    body = {"prompt": "my code " * 6, "model": "auto"}
-    explained = many(configured(ROUTED)).post("/explain", body).json
-    assert explained["prompt"] == "<bos>" + "my code " * 6
-    assert explained["settings"]["max_new_tokens"]["value"] == 5
-
-
 @pytest.mark.parametrize("long", ["x" * 200, [120] * 200], ids=["text", "ids"])
 def test_a_prompt_longer_than_the_default_models_context_is_routed(long, many, loader):
     loader.made = lambda name: replace(
@@ -1316,14 +1239,6 @@ def test_a_prompt_longer_than_the_default_models_context_is_routed(long, many, l
     site = many(configured(ROUTED))
     assert error_of(site.post(COMPLETIONS, body), 400)["code"] == "context_length_exceeded"
     assert site.post(COMPLETIONS, {**body, "model": "auto"}).json["model"] == "last"
-
-
-def test_routing_by_length_waits_for_the_default_model(many, loader, after_load):
-    loader.door.clear()
-    body = {"model": "auto", "prompt": [120] * 81, "max_tokens": 2, **A}
-    answer = after_load(many(configured(ROUTED)), COMPLETIONS, body)
-    assert answer.json["model"] == "last"
-    assert loader.loads == ["llama", "gpt2"]
 
 
 def test_a_rule_of_a_pattern_alone_waits_for_no_other_model(many, loader):
@@ -1442,25 +1357,7 @@ def test_a_wrong_rule_is_named_in_the_environment_and_in_a_flag(text, fragments,
         assert "\n" not in error
 
 
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\x7f")
-TEXTS = st.text(CHARACTERS, max_size=9).map(re.escape)
-PATTERNS = st.one_of(st.none(), TEXTS, st.sampled_from([r"\bcode\b", '"', "'''", "#"]))
-COUNTS = st.one_of(st.none(), st.integers(0, 10**6))
-
-
-@given(st.lists(st.tuples(PATTERNS, COUNTS).filter(any), max_size=4))
-@hypothesis_settings(max_examples=20, deadline=None)
-def test_the_effective_configuration_shows_the_rules_as_toml(found):
-    rules = tuple(
-        labs.RouterRule(model="org/small", pattern=pattern, over_prompt_tokens=count)
-        for pattern, count in found
-    )
-    config = labs.Config(model_id="org/small", router=labs.Router(rules=rules))
-    tables = tomllib.loads(labs_cli.dump_effective_config(config))
-    assert tuple(labs.RouterRule(**rule) for rule in tables["router"]["rules"]) == rules
-
-
-def test_a_rule_may_name_the_default_model_by_its_id_and_a_flag_replaces_the_rules(monkeypatch):
+def test_a_flag_replaces_rules_which_may_name_the_default_model_by_its_id(monkeypatch):
     rule = '[[router.rules]]\nmodel = "org/usual"\npattern = "a"\n'
     config = configured('[generation]\nmodel_name = "org/usual"\n' + NAMES + rule)
     assert config.router.rules[0].model == config.model_id == "org/usual"
