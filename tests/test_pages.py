@@ -4,78 +4,61 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
+import kit
 import msgspec
 import pytest
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 import labs
-import labs_api
 import labs_engine
-import labs_models
 import labs_serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+absent = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+pytestmark = [pytest.mark.browser, absent]
 WAIT_S = 10
 
 
-class Site:
-    """An engine that says what a test tells it to, and where the app serves it.
+class Engine(kit.FakeEngine):
+    """An engine that answers as a test says, and sees the messages as they were sent.
 
     pieces: texts; an Event among them holds the rest back until it is set, an error ends them.
-    cuts: the answer comes byte by byte, with carriage returns.
+    cuts: the answer arrives byte by byte, with carriage returns.
     """
 
-    names = ("context_length", "decoder", "fingerprint")
-    model = msgspec.defstruct("Model", names)(4096, None, None)
-    url: str
+    url, cuts = "", False
     room = 1000  # characters of all messages that fit the context
 
-    def __init__(self) -> None:
-        self.pieces: list[str | threading.Event | labs.LabsError] = ["Hello", " there"]
-        self.finish_reason: Any = "stop"
-        self.refusal: labs.LabsError | None = None
-        self.cuts = False
-        self.asked: list[tuple[list[dict[str, str]], labs.Generation]] = []
-        self.gone = threading.Event()  # set when an answer is let go
-
-    def submit(self, inputs: Any, generation: Any, *, events: Any, **_: Any) -> Any:
-        self.asked.append((json.loads(inputs.prompt), generation))
+    def submit(self, inputs, generation, *, events, **_):
+        messages = json.loads(inputs.prompt)
+        self.asked.append((messages, generation))
         if self.refusal:
             raise self.refusal
-        if sum(len(message["content"]) for message in self.asked[-1][0]) > self.room:
+        if sum(len(message["content"]) for message in messages) > self.room:
             raise labs.PromptTooLong("the prompt is too long")
         threading.Thread(target=self._say, args=(events,), daemon=True).start()
         return labs_engine.Answer(0, events, lambda _: self.gone.set())
 
-    def status(self) -> Any:
-        return SimpleNamespace(max_rows=4, max_waiting=4)
-
-    def _say(self, events: Any) -> None:
+    def _say(self, events):
         for piece in self.pieces:
             if isinstance(piece, threading.Event):
                 piece.wait(WAIT_S)
             else:
                 failed = isinstance(piece, labs.LabsError)
                 events.put((0, labs.Failed(piece) if failed else labs.Delta(piece)))
-        timings = labs.Timings(0.0, 0.0, 0.0, 0.0)
-        events.put((0, labs.Done(self.finish_reason, labs.Usage(3, 4), timings)))
+        events.put((0, labs.Done(self.reason, labs.Usage(3, 4), labs.Timings(0.0, 0.0, 0.0, 0.0))))
 
 
-def in_bytes(frames: Any) -> Iterator[bytes]:
+def in_bytes(frames):
     """Cut a stream as no server would: inside lines, line ends and characters."""
     with contextlib.closing(frames):
         for byte in itertools.chain.from_iterable(frames):
@@ -86,38 +69,32 @@ def in_bytes(frames: Any) -> Iterator[bytes]:
 
 
 @pytest.fixture
-def site(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """Serve the app on a free port; the engine gets the messages as they came."""
-    settings = getattr(request, "param", {})
-    site, config = Site(), labs.Config(server=labs.Server(port=0), **settings)
-    app = labs_api.create_app(config, labs_models.One(site, config.model_id))  # type: ignore[arg-type]
+def site(request, tiny, monkeypatch):
+    """Serve the app on a free port, at / and at /a/prefix; yield its engine."""
+    engine, make_server = Engine(tiny), labs_serve.make_server
+    engine.gone = threading.Event()  # set when an answer is cancelled
 
-    def cut(environ: Any, start_response: Any) -> Any:
-        frames = app(environ, start_response)
-        return in_bytes(frames) if site.cuts and environ["REQUEST_METHOD"] == "POST" else frames
+    def mounted(app, config):
+        def cut(environ, start_response):
+            frames = app(environ, start_response)
+            cuts = engine.cuts and environ["REQUEST_METHOD"] == "POST"
+            return in_bytes(frames) if cuts else frames
 
-    def stop() -> None:
-        for channel in list(server.active_channels.values()):
-            channel.handle_close()
-        server.close()
+        return make_server(DispatcherMiddleware(cut, {"/a/prefix": cut}), config)
 
-    def build_inputs(model: Any, *, messages: Any, **_: Any) -> labs.Inputs:
+    def build_inputs(model, *, messages, **_):
         return labs.Inputs((1, 2, 3), msgspec.json.encode(messages).decode())
 
+    monkeypatch.setattr(labs_serve, "make_server", mounted)
     monkeypatch.setattr(labs, "build_inputs", build_inputs)
-    mounted = DispatcherMiddleware(cut, {"/a/prefix": cut})
-    server = labs_serve.make_server(mounted, config)
-    site.url = f"http://127.0.0.1:{server.effective_port}"
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    yield site
-    server.trigger.pull_trigger(stop)
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
+    live = kit.Live(engine, kit.configured(*getattr(request, "param", ()), port=0))
+    engine.url = live.url
+    yield engine
+    live.close()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -125,9 +102,9 @@ def browser() -> Iterator[Any]:
 
 
 class Tab:
-    """The page as its reader sees it, and what it did behind the reader's back."""
+    """The page as its reader sees it, with its console errors and requests."""
 
-    def __init__(self, page: Any, url: str) -> None:
+    def __init__(self, page, url):
         self.page, self.complaints, self.addresses = page, [], []
         page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -142,19 +119,19 @@ class Tab:
         self.answer = page.locator("article.model").last
         self.notes = page.locator("article.model small")
 
-    def ask(self, text: str) -> None:
+    def ask(self, text):
         self.text.fill(text)
         self.text.press("Enter")
 
-    def set(self, **values: str) -> None:
+    def set(self, **values: str):
         self.page.get_by_text("Settings").click()
         for name, value in values.items():
             self.page.get_by_label(name).fill(value)
 
 
 @pytest.fixture
-def tab(browser: Any, site: Site) -> Iterator[Tab]:
-    """Open the page; at the end, it has complained of nothing and asked no other server."""
+def tab(browser, site):
+    """Open the page; at the end, check that it logged no error and called no other server."""
     tab = Tab(browser.new_page(), site.url)
     yield tab
     tab.page.close()
@@ -163,26 +140,26 @@ def tab(browser: Any, site: Site) -> Iterator[Tab]:
     assert [url for url in tab.addresses if not url.startswith((site.url, "data:"))] == []
 
 
-def test_who_is_faster_than_the_list_of_models_asks_the_default_one(tab: Tab) -> None:
+def test_a_question_before_the_list_of_models_arrives_goes_to_the_default_model(tab):
     tab.page.route("**/v1/models", lambda route: route.abort())
     tab.page.reload()
     tab.ask("Hello?")
     expect(tab.answer).to_contain_text("Hello there")
 
 
-def test_the_page_works_under_a_prefix_with_or_without_its_slash(tab: Tab, site: Site) -> None:
+def test_the_page_works_under_a_prefix_with_or_without_its_slash(tab, site):
     for end in ("", "/"):
         tab.page.goto(f"{site.url}/a/prefix{end}")
-        expect(tab.models).to_have_text([labs.DEFAULT_MODEL])
+        expect(tab.models).to_have_text(["tiny"])
         tab.ask("Hello?")
         expect(tab.answer).to_contain_text("Hello there")
     assert tab.addresses.count(f"{site.url}/a/prefix/v1/chat/completions") == 2
 
 
 @pytest.mark.parametrize("cuts", [False, True])
-def test_an_answer_grows_and_ends_with_its_figures(tab: Tab, site: Site, cuts: bool) -> None:
+def test_an_answer_grows_and_ends_with_its_figures(tab, site, cuts):
     rest = threading.Event()
-    site.finish_reason = "length"
+    site.reason = "length"
     site.cuts, site.pieces = cuts, ["Bonjour", " à tous 🦊", rest, ", and", " farewell"]
     tab.ask("Hello?")
     expect(tab.answer).to_have_text("Bonjour à tous 🦊")
@@ -197,8 +174,8 @@ def test_an_answer_grows_and_ends_with_its_figures(tab: Tab, site: Site, cuts: b
     expect(tab.text).to_have_value("")
 
 
-def test_only_the_settings_that_are_filled_in_are_sent(tab: Tab, site: Site) -> None:
-    expect(tab.models).to_have_text([labs.DEFAULT_MODEL])
+def test_only_the_settings_that_are_filled_in_are_sent(tab, site):
+    expect(tab.models).to_have_text(["tiny"])
     tab.ask("One")
     expect(tab.notes.last).to_be_visible()
     assert site.asked[0] == ([{"role": "user", "content": "One"}], labs.Generation())
@@ -210,7 +187,7 @@ def test_only_the_settings_that_are_filled_in_are_sent(tab: Tab, site: Site) -> 
     assert generation == labs.Generation(max_new_tokens=5, temperature=0.5, top_p=0.9, seed=7)
 
 
-def test_shift_enter_makes_a_new_line_and_composing_sends_nothing(tab: Tab, site: Site) -> None:
+def test_shift_enter_makes_a_new_line_and_composing_sends_nothing(tab, site):
     tab.text.fill("One")
     tab.text.press("Shift+Enter")
     tab.text.press_sequentially("Two")
@@ -221,7 +198,7 @@ def test_shift_enter_makes_a_new_line_and_composing_sends_nothing(tab: Tab, site
     assert [messages[-1]["content"] for messages, _ in site.asked] == ["One\nTwo"]
 
 
-def test_the_log_follows_the_answer_only_for_a_reader_at_its_end(tab: Tab, site: Site) -> None:
+def test_the_log_follows_the_answer_only_for_a_reader_at_its_end(tab, site):
     more, rest = threading.Event(), threading.Event()
     site.pieces = ["line\n" * 200, more, "line\n" * 200, rest, "line\n" * 200, "end"]
     tab.ask("Hello?")
@@ -238,7 +215,7 @@ def test_the_log_follows_the_answer_only_for_a_reader_at_its_end(tab: Tab, site:
     assert tab.page.evaluate(f"() => {top} > 0")
 
 
-def test_stop_keeps_what_has_come_and_a_new_chat_forgets_it(tab: Tab, site: Site) -> None:
+def test_stop_keeps_the_text_so_far_and_a_new_chat_forgets_it(tab, site):
     site.pieces = ["Once upon", threading.Event(), " a time"]
     tab.ask("A story")
     expect(tab.answer).to_have_text("Once upon")
@@ -259,7 +236,7 @@ def test_stop_keeps_what_has_come_and_a_new_chat_forgets_it(tab: Tab, site: Site
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_an_error_is_shown_and_the_question_comes_back(tab: Tab, site: Site, early: bool) -> None:
+def test_an_error_is_shown_and_the_question_comes_back(tab, site, early):
     error = labs.PromptTooLong("the prompt is too long")
     site.refusal, site.pieces = (error, []) if early else (None, [error])
     tab.ask("Hello?")
@@ -273,9 +250,7 @@ def test_an_error_is_shown_and_the_question_comes_back(tab: Tab, site: Site, ear
     assert site.asked[1][0] == [{"role": "user", "content": "Hello?"}]
 
 
-def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
-    tab: Tab, site: Site
-) -> None:
+def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(tab, site):
     site.room, site.pieces = 20, ["answer"]
     for text in ("one", "two", "three"):
         tab.ask(text)
@@ -286,7 +261,7 @@ def test_a_conversation_that_outgrows_the_context_loses_its_oldest_turns(
     assert contents == ["two", "answer", "three"]
 
 
-def test_a_setting_is_refused_by_name_and_a_lost_server_is_told(tab: Tab, site: Site) -> None:
+def test_a_refused_setting_is_named_and_a_lost_server_is_reported(tab, site):
     tab.set(max_tokens="-2")
     tab.ask("Hello?")
     expect(tab.notes.last).to_contain_text("max_tokens")
@@ -297,10 +272,8 @@ def test_a_setting_is_refused_by_name_and_a_lost_server_is_told(tab: Tab, site: 
     assert site.asked == []
 
 
-@pytest.mark.parametrize(
-    "site", [{"api_keys": (hashlib.sha256(b"secret").hexdigest(),)}], indirect=True
-)
-def test_a_key_is_asked_for_and_kept_for_the_session(tab: Tab) -> None:
+@pytest.mark.parametrize("site", [("secret",)], indirect=True)
+def test_the_page_asks_for_a_key_and_keeps_it_for_the_session(tab):
     status = tab.page.get_by_role("status")
     expect(status).to_contain_text("send a valid API key")
     tab.page.get_by_label("API key").fill("secret")
@@ -314,7 +287,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session(tab: Tab) -> None:
     assert tab.page.evaluate("() => localStorage.length + document.cookie.length") == 0
 
 
-def test_markup_from_the_model_or_the_user_stays_text(tab: Tab, site: Site) -> None:
+def test_markup_from_the_model_or_the_user_stays_text(tab, site):
     markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     site.pieces = [markup]
     tab.ask(markup)
@@ -324,7 +297,7 @@ def test_markup_from_the_model_or_the_user_stays_text(tab: Tab, site: Site) -> N
     assert tab.page.locator("#log img, #log script").count() == 0
 
 
-def test_the_page_fits_a_phone_and_is_dark_where_wanted(tab: Tab, site: Site) -> None:
+def test_the_page_fits_a_phone_and_is_dark_where_wanted(tab, site):
     site.pieces = ["word" * 200]
     tab.page.set_viewport_size({"width": 320, "height": 568})
     tab.set()
