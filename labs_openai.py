@@ -235,7 +235,8 @@ def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
 
 def param_of(message: str) -> str | None:
     """Return the field that an error message of msgspec or labs names, or None."""
-    found = re.search(r"- at `\$\.(.+?)`|field `(.+?)`|^(\w+(?:\[\d+\])?)(?: = |:| names)", message)
+    first = r"^(\w+(?:\[\d+\])?)(?: = |:| names)|^the (prompt) has"
+    found = re.search(rf"- at `\$\.(.+?)`|field `(.+?)`|{first}", message)
     return next((part for part in found.groups() if part), None) if found else None
 
 
