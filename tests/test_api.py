@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import math
 import queue
 import re
 import threading
@@ -414,12 +412,6 @@ def test_settings_that_are_null_or_missing_are_as_configured(fake, path):
     assert [each for _, each, _ in fake.asked] == [labs.evolve(generation, **c) for c in changes]
 
 
-@pytest.mark.parametrize("path", OPENAI)
-def test_each_choice_of_a_seeded_request_has_another_seed(site, path):
-    site.post(path, {**BODIES[path], "n": 3, "seed": 2**63 - 2})
-    assert [generation.seed for _, generation, _ in site.engine.asked] == [2**63 - 2, 2**63 - 1, 0]
-
-
 def test_completions_take_texts_and_token_ids(site):
     for prompt, *expected in (
         ("hi", "<bos>hi"),
@@ -721,55 +713,47 @@ def test_readiness_is_the_state_of_the_engine(site):
         assert site.get("/health").json == {"status": "ok"}
 
 
-def test_the_time_that_a_model_loads_counts_but_is_not_a_setting(fake, monkeypatch):
-    def engine_of(name):
-        time.sleep(0.2)
-        return fake
+class Counting(labs_models.One):
+    """One engine that arrives late; holders counts its leases."""
 
+    holders, given, pause_s = 0, 0, 0.0
+
+    def __call__(self, name):
+        time.sleep(self.pause_s)
+        self.holders, self.given = self.holders + 1, self.given + 1
+        return super().__call__(name)
+
+    def release(self, name):
+        self.holders -= 1
+
+
+def test_the_time_that_a_model_loads_counts_but_is_not_a_setting(fake, monkeypatch):
     monkeypatch.setattr(labs_turns, "WORTH_COUNTING_S", 0.1)
-    generation = labs.Generation(timeout_s=60)
-    site = Site(fake, kit.configured(generation=generation), kit.Later(engine_of))
+    models = Counting(fake, "tiny")
+    models.pause_s = 0.2
+    site = Site(fake, kit.configured(generation=labs.Generation(timeout_s=60)), models)
     assert site.post("/explain", {"prompt": "hi"}).json["settings"]["timeout_s"]["value"] == 60
     assert site.post("/generate", {"prompt": "hi"}).status_code == 200
-    assert 0 < fake.generation.timeout_s < 60
+    assert 0 < fake.generation.timeout_s <= 59.8
     metrics = site.get("/metrics").text
     for name in ("time_to_first_token", "e2e_request_latency"):
         (seconds,) = re.findall(rf"^labs_{name}_seconds_sum{{.*}} (.*)$", metrics, re.MULTILINE)
         assert float(seconds) > 0.2
 
 
-def test_an_app_whose_model_is_being_loaded_says_so():
-    def loading(name):
-        raise labs_engine.Busy(f"{name} is being loaded")
+@pytest.mark.parametrize("path", BODIES)
+def test_a_lease_is_released_whatever_becomes_of_the_request(path, fake, monkeypatch):
+    def raises(*_, **__):
+        raise labs_engine.Busy("full")
 
-    site = Site(None, kit.configured(), kit.Later(loading))
-    ready = site.get("/readyz")
-    assert (ready.status_code, ready.json) == (503, {"status": "loading"})
-    assert site.get("/health").status_code == 200
-    refused = site.post("/generate", {"prompt": "a"})
-    assert error_of(refused, 503)["message"] == "tiny is being loaded"
-    assert site.get("/v1/models").json["data"][0]["loaded"] is False
-    assert site.get("/metrics").status_code == 200
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("/srv/secret"), labs.ConfigError("torch_dtype = a: /srv/secret refuses")]
-)
-def test_an_app_whose_model_cannot_be_loaded_is_not_ready_and_hides_why(monkeypatch, error):
-    def load_model(config, *, cached):
-        raise error
-
-    monkeypatch.setattr(labs, "load_model", load_model)
-    engines = labs_models.Models(kit.configured())
-    with pytest.raises(Exception, match="secret"):
-        engines.wait()
-    site = Site(None, kit.configured(), engines)
-    answers = [site.get("/readyz"), site.post("/generate", {"prompt": "a"})]
-    answers += [site.get("/v1/models"), site.get("/metrics")]
-    assert answers[0].status_code == 503
-    assert answers[1].status_code in (500, 503)
-    assert [each.status_code for each in answers[2:]] == [200, 200]
-    assert not any("secret" in each.text for each in answers)
+    models = Counting(fake, "tiny")
+    site = Site(fake, kit.configured(), models)
+    assert site.post(path, BODIES[path]).status_code == 200
+    fake.refusal = labs_engine.Busy("full")
+    assert site.post(path, BODIES[path]).status_code == (200 if path == "/explain" else 503)
+    monkeypatch.setattr(labs, "build_inputs", raises)  # fails before the engine is called
+    assert site.post(path, BODIES[path]).status_code == 503
+    assert (models.holders, models.given) == (0, 3)
 
 
 # ---------------------------------------------------------------- real clients of a real server
@@ -807,15 +791,6 @@ def test_openais_client_streams(sdk):
     assert last.usage.completion_tokens == 6
     chunks = sdk.completions.create(prompt="hi", max_tokens=3, stream=True, **SDK)
     assert "".join(chunk.choices[0].text for chunk in chunks) == "aaa"
-
-
-def test_openais_client_frees_the_row_when_it_closes_a_stream(live, sdk, brake):
-    brake.pause_s = 0.02
-    stream = sdk.completions.create(prompt="hi", max_tokens=4000, stream=True, **SDK)
-    assert next(stream).choices[0].text == "a"
-    assert live.doing() == (1, 0)
-    stream.close()
-    until(lambda: live.doing() == (0, 0))
 
 
 def test_openais_client_raises_its_own_errors(sdk, fake):
@@ -963,115 +938,6 @@ def test_metrics_count_requests_and_tokens(live):
     assert found["inter_token_latency_seconds_count"] == "6.0"
     assert found["batch_rows"] == str(float(ROWS))
     assert float(found["steps_total"]) > before
-
-
-# ---------------------------------------------------------------- a model that loads slowly
-
-
-class Slow(kit.Later):
-    """Models whose only one appears some seconds after the first request for it."""
-
-    def __init__(self, engine, seconds):
-        super().__init__(self.get)
-        self.engine, self.seconds = engine, seconds
-        self.began = math.inf  # of the load
-        self.holders = self.given = 0
-
-    def get(self, name):
-        self.began = min(self.began, time.monotonic())
-        if time.monotonic() < self.began + self.seconds:
-            raise labs_models.Loading(f"{name} is being loaded", lambda s: time.sleep(s))
-        return self.engine
-
-    def __call__(self, name):
-        engine = self.get(name)
-        self.holders, self.given = self.holders + 1, self.given + 1
-        return engine
-
-    def release(self, name):
-        self.holders -= 1
-
-    def reader(self, name):
-        return self.get(name).model
-
-
-@pytest.fixture
-def slow(fake):
-    """Serve a fake engine that appears after some seconds."""
-    with contextlib.ExitStack() as stack:
-
-        def start(seconds, **server):
-            models = Slow(fake, seconds)
-            live = kit.Live(fake, kit.configured(port=0, **server), models)
-            stack.callback(live.close)
-            return models, live
-
-        yield start
-
-
-@pytest.mark.parametrize("path", STREAMS)
-def test_a_stream_sends_comments_while_its_model_is_being_loaded(path, slow, monkeypatch):
-    monkeypatch.setattr(labs_api, "LOADING_S", 0.2)
-    models, live = slow(1.1)
-    with httpx.stream("POST", live.url + path, json=streamed(path), timeout=WAIT_S) as response:
-        assert response.status_code == 200
-        lines = [line for line in response.iter_lines() if line]
-    comments = [line for line in lines if line.startswith(":")]
-    assert lines[: len(comments)] == comments
-    assert comments[0] == ": ok"
-    assert {*comments[1:]} == {f": loading the model for {n} s" for n in (0, 1)}
-    assert (models.holders, models.given, len(live.engine.asked)) == (0, 1, 1)
-
-
-@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-def test_the_timeout_of_a_request_counts_from_its_arrival(path, slow, monkeypatch):
-    monkeypatch.setattr(labs_turns, "WORTH_COUNTING_S", 0.1)
-    models, live = slow(math.inf)
-    late = {"prompt": "hi", "timeout_s": 0.3}
-    response = httpx.post(live.url + path, json=late, timeout=WAIT_S)
-    assert "tiny is being loaded" in response.text
-    assert response.status_code == (503 if path == "/generate" else 200)
-    models.began, models.seconds = math.inf, 0.5
-    early = {"prompt": "hi", "timeout_s": 10.0}
-    assert httpx.post(live.url + path, json=early, timeout=WAIT_S).status_code == 200
-    assert 0 < live.engine.generation.timeout_s <= 9.5
-    assert (models.holders, models.given) == (0, 1)
-
-
-@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-def test_a_client_that_disconnects_before_its_model_is_loaded_frees_its_place(path, slow):
-    models, live = slow(math.inf, max_waiting=1)
-    connection = live.connect(kit.request(path, {"prompt": "hi"}))
-    until(lambda: models.began < math.inf)
-
-    def status(timeout_s):
-        body = {"prompt": "hi", "timeout_s": timeout_s}
-        return httpx.post(f"{live.url}/generate", json=body, timeout=WAIT_S).status_code
-
-    service = live.app._router.find("/generate")[0].service
-    until(lambda: service._waiting._value == 0)
-    assert status(60) == 503, "the only place is taken"
-    connection.close()
-    until(lambda: service._waiting._value == 1)
-    models.seconds = 0
-    assert status(60) == 200
-    assert (models.holders, models.given, len(live.engine.asked)) == (0, 1, 1)
-
-
-@pytest.mark.parametrize("path", BODIES)
-def test_a_lease_is_released_whatever_becomes_of_the_request(path, slow, monkeypatch):
-    def raises(*_, **__):
-        raise labs_engine.Busy("full")
-
-    models, live = slow(0.0)
-    ask = functools.partial(httpx.post, live.url + path, json=BODIES[path], timeout=WAIT_S)
-    assert ask().status_code == 200
-    monkeypatch.setattr(live.engine, "submit", raises)
-    monkeypatch.setattr(live.engine, "take_in", raises)
-    assert ask().status_code == (200 if path == "/explain" else 503)
-    monkeypatch.setattr(labs, "build_inputs", raises)  # fails before the engine is called
-    assert ask().status_code == 503
-    assert (models.holders, models.given) == (0, 3)
 
 
 # ---------------------------------------------------------------- the OpenAPI document

@@ -12,20 +12,9 @@ import re
 import sys
 from types import SimpleNamespace
 
+import kit
 import pytest
-from kit import (
-    BODIES,
-    CHAT,
-    COMPLETIONS,
-    KEYS,
-    PUBLIC,
-    WAIT_S,
-    Site,
-    configured,
-    error_of,
-    log_lines,
-    until,
-)
+from kit import BODIES, CHAT, COMPLETIONS, KEYS, PUBLIC, WAIT_S, Site, configured, error_of, until
 from msgspec.structs import replace
 
 import labs
@@ -164,19 +153,12 @@ def test_only_known_hosts_are_served(site, path):
         assert error_of(site.get(path, Host=host), 421)["code"] == "wrong_host", host
 
 
-@pytest.mark.parametrize(
-    ("allowed", "host", "status"),
-    [
-        ("Labs.Example.org", "labs.example.org:443", 200),
-        ("Labs.Example.org", "localhost", 200),
-        ("Labs.Example.org", "labs.example.org.", 200),
-        ("Labs.Example.org", "evil.com", 421),
-        ("*", "evil.com", 200),
-    ],
-)
-def test_more_hosts_may_be_allowed(fake, allowed, host, status):
-    site = Site(fake, configured(allowed_hosts=(allowed,)))
-    assert site.get("/health", Host=host).status_code == status
+def test_more_hosts_may_be_allowed(fake):
+    some, every = (Site(fake, configured(allowed_hosts=(h,))) for h in ("Labs.Example.org", "*"))
+    for host in ("labs.example.org:443", "localhost", "labs.example.org."):
+        assert some.get("/health", Host=host).status_code == 200
+    assert some.get("/health", Host="evil.com").status_code == 421
+    assert every.get("/health", Host="evil.com").status_code == 200
 
 
 ORIGIN, EVIL = "https://app.example", "https://evil.com"
@@ -224,7 +206,7 @@ def test_head_answers_as_get_does_without_a_body(site, path, caplog):
     assert found.headers["content-type"] == got.headers["content-type"]
     if path != "/metrics":
         assert found.headers["content-length"] == str(len(got.content))
-    assert [line["method"] for line in log_lines(caplog)] in ([], ["GET", "HEAD"])
+    assert [line["method"] for line in kit.log_lines(caplog)] in ([], ["GET", "HEAD"])
 
 
 def test_head_needs_the_same_key_and_path(fake):
@@ -283,7 +265,7 @@ def test_no_path_adds_a_header_or_breaks_a_log_line(site, caplog):
         response = site.get(path)
         assert response.status_code == 404
         assert "x-evil" not in response.headers
-    assert len(log_lines(caplog)) == 2
+    assert len(kit.log_lines(caplog)) == 2
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
@@ -299,7 +281,7 @@ def test_each_request_but_health_checks_is_one_line_of_json_without_secrets(fake
         assert site.post(path, body, Authorization=RIGHT).status_code == 200
     site.post("/generate", {"prompt": "a private matter"}, Authorization="Bearer gue55ed")
     site.post("/generate", {"prompt": 5, "private": 5}, Authorization=RIGHT)
-    lines = log_lines(caplog)
+    lines = kit.log_lines(caplog)
     assert [line["status"] for line in lines] == [200] * len(paths) + [401, 400]
     assert [line["path"] for line in lines] == [*paths, "/generate", "/generate"]
     assert lines[0]["completion_tokens"] == 2

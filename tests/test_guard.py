@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import falcon.testing
 import kit
 import pytest
 import torch
@@ -27,7 +26,6 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 import labs
-import labs_api
 import labs_cli
 import labs_engine
 import labs_guard
@@ -167,24 +165,18 @@ def test_a_card_number_is_one_whose_check_digit_fits(number, group):
     [
         ({"deny": ("ok", "bad word")}, "A BAD WORD.", "deny[1]"),
         ({"deny": ("bad",)}, "so embaddened", "deny[0]"),
-        ({"deny": ("a.c",)}, "a.c", "deny[0]"),
-        ({"deny": ("straße",)}, "STRAßE", "deny[0]"),
-        ({"deny": ("敏感",)}, "这是敏感词", "deny[0]"),
+        ({"deny": ("a.c",)}, "a.c", "deny[0]"), ({"deny": ("a.c",)}, "abc", None),
+        ({"deny": ("straße",)}, "STRAßE", "deny[0]"), ({"deny": ("(",)}, ")", None),
+        ({"deny": ("敏感",)}, "这是敏感词", "deny[0]"), ({"deny": ("b", "a")}, "ab", "deny[1]"),
         ({"deny_patterns": ("x", "(?i)\\bb(a)d\\b")}, "so BAD", "deny_patterns[1]"),
         ({"deny_patterns": ("(?=bad)",)}, "so bad", "deny_patterns[0]"),
-        ({"deny_pii": ("email",)}, "me@example.org", "email"),
-        ({"deny_pii": ("phone",)}, "call 0171 2345678", "phone"),
-        ({"deny_pii": ("card",)}, CARD, "card"),
+        ({"deny_patterns": ("bad\\b",)}, "badge", None), ({"deny_patterns": ("Bad",)}, "bad", None),
+        *(({"deny_pii": (kind,)}, text.split("|")[0], kind) for kind, text in PERSONAL.items()),
         ({"deny_pii": ("card",), "mask": ("email",)}, f"a@b.co {CARD}", "card"),
-        ({"deny": ("b", "a")}, "ab", "deny[1]"),
-        ({"deny": ("a.c",)}, "abc", None),
-        ({"deny": ("(",)}, ")", None),
-        ({"deny_patterns": ("bad\\b",)}, "badge", None),
-        ({"deny_patterns": ("Bad",)}, "bad", None),
         ({"deny_pii": ("email", "phone", "card")}, "4111 at 10:30, a@b", None),
         ({}, f"{CARD} me@example.org", None),
     ],
-)
+)  # fmt: skip
 def test_denied_text_is_refused_by_the_rules_name_and_other_text_stays(guard, text, rule):
     if rule is None:
         assert rules(**guard).check_text(text) == text
@@ -590,14 +582,6 @@ def test_a_refused_prompt_is_400_with_the_rules_name(fake, path, stream):
     assert site_of(fake, max_prompt_tokens=20).post(path, body).status_code == 200
 
 
-def test_a_prompt_of_token_ids_is_filtered_too(fake):
-    site = site_of(fake, deny=("hi",), mask=("email",))
-    assert site.post(COMPLETIONS, {"prompt": [104]}).status_code == 200
-    for text, rule in (("hi", "deny[0]"), ("a@b.co", "mask")):
-        error = error_of(site.post(COMPLETIONS, {"prompt": list(text.encode())}), 400)
-        assert rule in error["message"]
-
-
 @pytest.mark.parametrize(("path", "more"), WAYS)
 def test_every_choice_is_cut_where_it_is_refused(fake, path, more):
     fake.pieces = ["so ", "it ", "is b", "ad an", "d more"]
@@ -618,25 +602,6 @@ def test_every_choice_is_masked_and_other_text_passes_whole(fake, path, more):
     end = "\n" if path == "/generate/stream" else "\r\n"
     response = site.post(path, {**BODIES[path], **more})
     assert {*answers_of(response, path)} == {(f"hello{end} there @ 41", "stop")}
-
-
-def test_an_answer_refused_at_its_end_reports_its_whole_usage(fake):
-    site = site_of(fake, deny_patterns=("bad$",))
-    fake.pieces = ["so ", "bad"]
-    answer = site.post("/generate", {"prompt": "hi"}).json
-    assert (answer["text"], answer["finish_reason"]) == ("so ", "content_filter")
-    assert answer["usage"]["completion_tokens"] == 2
-    usage = {"stream": True, "stream_options": {"include_usage": True}}
-    *_, last = kit.chunks_of(site.post(CHAT, {**BODIES[CHAT], **usage}))
-    assert last["usage"]["completion_tokens"] == 2
-
-
-def test_a_failure_after_an_answer_was_cut_does_not_matter(fake):
-    fake.pieces, fake.error = ["bad"], labs.GenerationError("broken")
-    answer = site_of(fake, deny=("bad",)).post("/generate", {"prompt": "hi"})
-    assert answer.json["finish_reason"] == "content_filter"
-    fake.pieces = ["good"]
-    error_of(site_of(fake, deny=("bad",)).post("/generate", {"prompt": "hi"}), 500)
 
 
 @pytest.mark.parametrize(
@@ -667,18 +632,6 @@ def test_metrics_count_each_rules_acts(fake):
     assert 'finished_reason="content_filter",model_name="tiny"} 3.0' in text
 
 
-def test_a_prompt_is_refused_before_its_model_is_loaded():
-    def loading(name):
-        raise labs_engine.Busy(f"{name} is being loaded")
-
-    config = replace(kit.configured(), guard=labs.Guard(deny=("bad",)))
-    app = labs_api.create_app(config, kit.Later(loading))
-    client = falcon.testing.TestClient(app, headers={"Host": "localhost"})
-    for text, status in (("bad", 400), ("good", 503)):
-        answer = client.simulate_post("/generate/stream", json={"prompt": text})
-        assert answer.status_code == status
-
-
 def test_a_classifier_is_used_on_requests_and_answers(fake, classifier):
     site = site_of(fake, classifier=classifier, classifier_labels=("toxic",))
     error = error_of(site.post(CHAT, {"messages": [{"role": "user", "content": "so bad"}]}), 400)
@@ -688,15 +641,6 @@ def test_a_classifier_is_used_on_requests_and_answers(fake, classifier):
     assert answers_of(response, CHAT) == [("It is good. ", "content_filter")]
     with pytest.raises(labs.ModelError, match="guard_classifier"):
         site_of(fake, classifier="./nowhere", classifier_labels=("toxic",))
-
-
-def test_a_stream_that_is_held_back_sends_comments(fake, monkeypatch):
-    monkeypatch.setattr(labs_api, "PING_S", 0.0)
-    fake.pieces = ["a", "b", "c"]
-    site = site_of(fake, deny=("bad",), deny_patterns=("z",))
-    response = site.post("/generate/stream", {"prompt": "hello"})
-    assert response.content.count(b": ping") >= 3
-    assert answers_of(response, "/generate/stream") == [("abc", "stop")]
 
 
 # ---------------------------------------------------------------- with a real engine
@@ -729,21 +673,6 @@ def test_an_answer_from_the_cache_is_filtered_too(engine):
         found = site_of(engine, deny_patterns=patterns).post("/generate", body).json
         cached = found["usage"]["response_cached"]
         assert (found["text"], found["finish_reason"], cached) == outcome
-
-
-def test_in_python_a_cut_answer_stops_computing(tiny):
-    found = rules(deny_patterns=("(?<=aaa)a",), hold_back_chars=1, mask=("card",))
-    prompt = found.check_text(f"with {CARD}")
-    inputs = found.check_inputs(labs.build_inputs(tiny, prompt=prompt))
-    assert "with [card]" in inputs.prompt
-    options = labs.Generation(max_new_tokens=4000, temperature=0, logit_bias={97: 100.0})
-    with kit.counted(tiny) as calls:
-        events = labs.stream_generate(tiny, inputs, options)
-        *deltas, done = labs_guard.Filter(found, inputs, options).all(events)
-    assert "".join(each.text for each in deltas) == "aaa"
-    assert done.finish_reason == "content_filter"
-    assert done.usage.prompt_tokens == len(inputs.input_ids)
-    assert len(calls) < 20
 
 
 # ---------------------------------------------------------------- in the shell and in files
@@ -808,27 +737,26 @@ def test_answers_in_files_are_filtered_and_only_unchanged_ones_are_replayed(tiny
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('deny = [""]', ["guard_deny", "length >= 1"]),
-        ('deny = "bad"', ["guard_deny = 'bad'", "array"]),
-        ('deny_patterns = ["a", "("]', ["deny_patterns[1] = '('", "position 0"]),
-        ('deny_patterns = ["a*"]', ["deny_patterns[0] = 'a*'", "every text"]),
-        ('mask = ["name"]', ["guard_mask", "'name'"]),
-        ('mask = ["card"]\ndeny_pii = ["card"]', ["mask and deny_pii", "card"]),
-        ('classifier = "a/b"', ["classifier_labels"]),
-        ('classifier_labels = ["toxic"]', ["classifier"]),
-        ("classifier_threshold = 2", ["guard_classifier_threshold = 2", "1"]),
-        ('max_prompt_tokens = 5\nside = "output"', ["max_prompt_tokens", "side"]),
-        ('side = "both"', ["guard_side = 'both'"]),
-        ("hold_back_chars = 0", ["guard_hold_back_chars = 0"]),
-        ('denny = ["bad"]', ["'denny'", "[guard]", "deny?"]),
+        ('deny = [""]', "guard_deny|length >= 1"), ('deny = "bad"', "guard_deny = 'bad'|array"),
+        ('deny_patterns = ["a", "("]', "deny_patterns[1] = '('|position 0"),
+        ('deny_patterns = ["a*"]', "deny_patterns[0] = 'a*'|every text"),
+        ('mask = ["name"]', "guard_mask|'name'"), ('side = "both"', "guard_side = 'both'"),
+        ('mask = ["card"]\ndeny_pii = ["card"]', "mask and deny_pii|card"),
+        ('classifier = "a/b"', "classifier_labels"), ('classifier_labels = ["a"]', "classifier"),
+        ("classifier_threshold = 2", "guard_classifier_threshold = 2|1"),
+        ('max_prompt_tokens = 5\nside = "output"', "max_prompt_tokens|side"),
+        ("hold_back_chars = 0", "guard_hold_back_chars = 0"),
+        ('denny = ["bad"]', "'denny'|[guard]|deny?"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_setting_is_refused_by_name(text, words):
     Path("labs.toml").write_text(f"[guard]\n{text}\n", encoding="utf-8")
     with pytest.raises(labs.ConfigError) as caught:
         labs.load_config(env={})
     assert kit.is_one_sentence(caught.value)
-    assert [word for word in ["labs.toml", *words] if word not in str(caught.value)] == []
+    assert [
+        word for word in ["labs.toml", *words.split("|")] if word not in str(caught.value)
+    ] == []
 
 
 def test_the_section_is_set_in_each_layer():

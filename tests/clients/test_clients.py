@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients as they come, their defaults untouched, against labs-api with its default model.
+"""Clients with their default settings, against labs-api with its default model.
 
     uv venv /tmp/clients && uv pip install --python /tmp/clients -r tests/clients/requirements.txt
     SERVER_COMMAND=labs-api /tmp/clients/bin/python -m pytest -q tests/clients
@@ -73,7 +73,7 @@ def test_openais_client_reads_the_bytes_of_an_emoji(url: str, model: str) -> Non
         (choice,) = legacy.choices
         found = choice.logprobs
         assert found is not None
-        assert all(len(rivals) == 5 for rivals in found.top_logprobs or [])
+        assert all(len(top) == 5 for top in found.top_logprobs or [])
         offsets = found.text_offset or []
         assert offsets == sorted(offsets)
         assert offsets[-1] <= len(choice.text)
@@ -151,7 +151,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_what_apps_send_is_answered(url: str, model: str, body: dict[str, Any]) -> None:
+def test_requests_that_apps_send_are_answered(url: str, model: str, body: dict[str, Any]) -> None:
     sent = json.loads(json.dumps(body).replace('"MODEL"', json.dumps(model)))
     answer = httpx.post(f"{url}/chat/completions", json=sent, timeout=300)
     assert answer.status_code == 200, answer.text
