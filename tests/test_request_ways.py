@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import falcon.testing
 import pytest
-from kit import invoke
+from kit import CHAT, COMPLETIONS, invoke
+from kit import A as ONLY_A
 from msgspec import Struct
 
 import labs
@@ -23,10 +24,7 @@ import labs_models
 import labs_rag
 import labs_request
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RIVERS = "# Rivers\n\n## Seine\n\nThe Seine runs through Paris."
-ONLY_A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."
-COLOUR = {"enum": ["red", "green"]}
 
 
 class Outcome(Struct, frozen=True):
@@ -56,8 +54,12 @@ class World:
         (found,) = labs_jsonl.answer_lines(self.model, context, lines, tally)
         return json.loads(found)
 
+    def openai_line(self, url: str, body: dict[str, Any]) -> Any:
+        line = {"custom_id": "a", "method": "POST", "url": url, "body": body}
+        return self.line(line)["response"]["body"]
 
-Asked = dict[str, Any]  # in labs' own words
+
+Asked = dict[str, Any]  # a request in labs' own format
 Way = Callable[[World, Asked], Outcome]
 
 
@@ -83,20 +85,19 @@ def flags_of(asked: Asked) -> list[str]:
     return words
 
 
-def by_shell(world: World, asked: Asked) -> Outcome:
-    done = invoke("--model", "tiny", *flags_of(asked))
+def by_shell(world: World, asked: Asked, *more: str) -> Outcome:
+    done = invoke("--model", "tiny", *more, *flags_of(asked))
     if done.exit_code:
         assert done.stdout == ""
         return Outcome(error=done.stderr.rpartition("Error: ")[2].removesuffix("\n"))
+    if more:
+        return outcome_of(json.loads(done.stdout))
     sources = re.findall(r"^\[\d+\] (.*)$", done.stderr, re.MULTILINE)
     return Outcome((done.stdout.removesuffix("\n"),), tuple(sources))
 
 
 def by_json_of_the_shell(world: World, asked: Asked) -> Outcome:
-    done = invoke("--model", "tiny", "--json", *flags_of(asked))
-    if done.exit_code:
-        return Outcome(error=done.stderr.rpartition("Error: ")[2].removesuffix("\n"))
-    return outcome_of(json.loads(done.stdout))
+    return by_shell(world, asked, "--json")
 
 
 def by_line(world: World, asked: Asked) -> Outcome:
@@ -108,8 +109,7 @@ def by_http(world: World, asked: Asked) -> Outcome:
 
 
 def by_chat_line(world: World, asked: Asked) -> Outcome:
-    line = {"custom_id": "a", "method": "POST", "url": CHAT, "body": chat_of(asked)}
-    return outcome_of(world.line(line)["response"]["body"])
+    return outcome_of(world.openai_line(CHAT, chat_of(asked)))
 
 
 def by_chat(world: World, asked: Asked) -> Outcome:
@@ -117,8 +117,7 @@ def by_chat(world: World, asked: Asked) -> Outcome:
 
 
 def by_completions_line(world: World, asked: Asked) -> Outcome:
-    line = {"custom_id": "a", "method": "POST", "url": COMPLETIONS, "body": raw_of(asked)}
-    return outcome_of(world.line(line)["response"]["body"])
+    return outcome_of(world.openai_line(COMPLETIONS, raw_of(asked)))
 
 
 def by_completions(world: World, asked: Asked) -> Outcome:
@@ -126,7 +125,7 @@ def by_completions(world: World, asked: Asked) -> Outcome:
 
 
 def chat_of(asked: Asked) -> Asked:
-    """Say the same in OpenAI's words: a prompt is one message of the user's."""
+    """Return the same in OpenAI's format: a prompt is one message of the user."""
     body = {**asked, "max_tokens": asked["max_new_tokens"]}
     if "prompt" in body:
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
@@ -137,7 +136,7 @@ def chat_of(asked: Asked) -> Asked:
 
 
 def raw_of(asked: Asked) -> Asked:
-    """Say the same in OpenAI's words, where a prompt is never put into a template."""
+    """Return the same in OpenAI's format, in which a prompt is never put into a template."""
     assert asked["use_chat_template"] is False
     body = {**asked, "max_tokens": asked["max_new_tokens"]}
     del body["max_new_tokens"], body["use_chat_template"]
@@ -162,144 +161,94 @@ RAW = (by_completions_line, by_completions)
 # ---------------------------------------------------------------- the features
 
 
-class Feature(Struct, frozen=True, kw_only=True):
-    """What is asked, and what has to come of it, in regular expressions of a whole text each.
+class Feature(Struct, frozen=True):
+    """A request, and regular expressions for each whole text of the answer or for the error.
 
-    same_as: asks for the same without settings. toml: labs.toml.
+    toml: labs.toml. same_as: a request that has the same answer without settings.
     """
 
     asked: Asked
     texts: tuple[str, ...] = ()
     error: str | None = None
-    same_as: Asked | None = None
-    sources: tuple[str, ...] = ()
     toml: str = ""
     ways: tuple[Way, ...] = (*OWN, *CHATS)
+    same_as: Asked | None = None
+    sources: tuple[str, ...] = ()
+
+
+def answered(asked: Asked, *texts: str, **rest: Any) -> Feature:
+    return Feature({"prompt": "hi", **asked}, texts or (r"(?s).+",), **rest)
+
+
+def refused(asked: Asked, error: str, toml: str = "", **rest: Any) -> Feature:
+    return Feature({"prompt": "hi", **asked}, error=error, toml=toml, **rest)
 
 
 def typed(schema: Any) -> Asked:
-    return {"type": "json_schema", "json_schema": {"schema": schema}}
+    return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
-MAIL, HIDDEN = {"prompt": "write to a@b.co"}, {"prompt": "write to [email]"}
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "to a@b.co"}]
-HIDDEN_TALK = [TALK[0], {"role": "user", "content": "to [email]"}]
-ANY, JSON = r"(?s).+", r"(?s)\{.*"
+def talk(text: str) -> Asked:
+    system = {"role": "system", "content": "Be brief."}
+    return {"messages": [system, {"role": "user", "content": text}]}
+
+
+MASK, DENY = '[guard]\nmask = ["email"]\nside = "input"', '[guard]\ndeny = ["bad"]'
+DOCS = '[documents]\ndatabase = "docs.db"'
+PLAIN, OPEN = {"use_chat_template": False}, {"add_generation_prompt": False}
+WILD = {"temperature": 1.5}
+SEEDED = {"seed": 3, "temperature": 1.5}
+SEINE = ("docs/a.md#Rivers > Seine",)
 FEATURES = {
-    "a prompt": Feature(asked={"prompt": "hi"}, texts=(ANY,)),
-    "messages": Feature(asked={"messages": TALK}, texts=(ANY,)),
-    "a masked prompt": Feature(
-        asked=MAIL, same_as=HIDDEN, texts=(ANY,), toml='[guard]\nmask = ["email"]\nside = "input"'
-    ),
+    "a prompt": answered({}),
+    "messages": Feature(talk("to a@b.co"), ("(?s).+",)),
+    "a masked prompt": answered({"prompt": "a@b.co"}, toml=MASK, same_as={"prompt": "[email]"}),
     "masked messages": Feature(
-        asked={"messages": TALK},
-        same_as={"messages": HIDDEN_TALK},
-        texts=(ANY,),
-        toml='[guard]\nmask = ["email"]\nside = "input"',
+        talk("to a@b.co"), ("(?s).+",), toml=MASK, same_as=talk("to [email]")
     ),
-    "a denied prompt": Feature(
-        asked={"prompt": "a bad one"}, error=r".*deny\[0\].*", toml='[guard]\ndeny = ["bad"]'
+    "a denied prompt": refused({"prompt": "a bad one"}, r".*deny\[0\].*", DENY),
+    "a denied raw prompt": refused(
+        {"prompt": "a bad one", **PLAIN}, r".*deny\[0\].*", DENY, ways=(*OWN, *RAW)
     ),
-    "a denied raw prompt": Feature(
-        asked={"prompt": "a bad one", "use_chat_template": False},
-        error=r".*deny\[0\].*",
-        toml='[guard]\ndeny = ["bad"]',
-        ways=(*OWN, *RAW),
-    ),
-    "a denied answer": Feature(
-        asked={"prompt": "hi", **ONLY_A}, texts=("",), toml='[guard]\ndeny = ["aaaa"]'
-    ),
-    "a masked answer": Feature(
-        asked={"prompt": "hi", "response_format": typed({"const": "a@b.co"}), "max_new_tokens": 30},
-        texts=(r'"\[email\]"',),
+    "a denied answer": answered(ONLY_A, "", toml='[guard]\ndeny = ["aaaa"]'),
+    "a masked answer": answered(
+        {**typed({"const": "a@b.co"}), "max_new_tokens": 30},
+        r'"\[email\]"',
         toml='[guard]\nmask = ["email"]',
     ),
-    "too many tokens for the filters": Feature(
-        asked={"prompt": "hi"}, error=".*max_prompt_tokens.*", toml="[guard]\nmax_prompt_tokens = 2"
+    "too many tokens": refused({}, ".*max_prompt_tokens.*", "[guard]\nmax_prompt_tokens = 2"),
+    "filtered logprobs": refused({"logprobs": 1}, "logprobs: .*", DENY),
+    "documents": answered({"prompt": "Which river runs through Paris?"}, toml=DOCS, sources=SEINE),
+    "documents without a template": refused(PLAIN, "documents: .*", DOCS, ways=OWN),
+    "no documents": answered({}, toml=f"{DOCS}\ndefault = false", same_as={"prompt": "hi"}),
+    "a schema": answered(typed({"enum": ["red", "green"]}), '"(red|green)"'),
+    "an object": answered({"response_format": {"type": "json_object"}}, r"(?s)\{.*"),
+    "a schema that is not supported": refused(typed({"not": {}}), ".*not.*"),
+    "no template": answered(PLAIN, ways=(*OWN, *RAW)),
+    "no beginning of an answer": answered(OPEN, ways=OWN),
+    "configured toggles": answered(
+        {}, toml="[generation]\nadd_generation_prompt = false", same_as={"prompt": "hi", **OPEN}
     ),
-    "logprobs that would tell": Feature(
-        asked={"prompt": "hi", "logprobs": 1},
-        error="logprobs: .*",
-        toml='[guard]\ndeny = ["bad"]',
+    "a seed": answered(SEEDED),
+    "a configured seed": answered(
+        WILD, toml="[generation]\nseed = 3", same_as={"prompt": "hi", **SEEDED}
     ),
-    "documents": Feature(
-        asked={"prompt": "Which river runs through Paris?"},
-        texts=(ANY,),
-        sources=("docs/a.md#Rivers > Seine",),
-        toml='[documents]\ndatabase = "docs.db"',
-    ),
-    "documents without a template": Feature(
-        asked={"prompt": "hi", "use_chat_template": False},
-        error="documents: .*",
-        toml='[documents]\ndatabase = "docs.db"',
-        ways=OWN,
-    ),
-    "no documents": Feature(
-        asked={"prompt": "hi"},
-        same_as={"prompt": "hi"},
-        texts=(ANY,),
-        toml='[documents]\ndatabase = "docs.db"\ndefault = false',
-    ),
-    "a schema": Feature(
-        asked={"prompt": "hi", "response_format": typed(COLOUR)}, texts=('"(red|green)"',)
-    ),
-    "an object": Feature(
-        asked={"prompt": "hi", "response_format": {"type": "json_object"}}, texts=(JSON,)
-    ),
-    "a schema that cannot be": Feature(
-        asked={"prompt": "hi", "response_format": typed({"not": {}})}, error=".*not.*"
-    ),
-    "no template": Feature(
-        asked={"prompt": "hi", "use_chat_template": False}, texts=(ANY,), ways=(*OWN, *RAW)
-    ),
-    "no beginning of an answer": Feature(
-        asked={"prompt": "hi", "add_generation_prompt": False}, texts=(ANY,), ways=OWN
-    ),
-    "configured toggles": Feature(
-        asked={"prompt": "hi"},
-        same_as={"prompt": "hi", "add_generation_prompt": False},
-        texts=(ANY,),
-        toml="[generation]\nadd_generation_prompt = false",
-    ),
-    "a seed": Feature(asked={"prompt": "hi", "seed": 3, "temperature": 1.5}, texts=(ANY,)),
-    "a configured seed": Feature(
-        asked={"prompt": "hi", "temperature": 1.5},
-        same_as={"prompt": "hi", "temperature": 1.5, "seed": 3},
-        texts=(ANY,),
-        toml="[generation]\nseed = 3",
-    ),
-    "choices": Feature(
-        asked={"prompt": "hi", "seed": 3, "temperature": 1.5, "n": 2}, texts=(ANY, ANY), ways=CHATS
-    ),
-    "raw choices": Feature(
-        asked={"prompt": "hi", "seed": 3, "n": 2, "temperature": 1.5, "use_chat_template": False},
-        texts=(ANY, ANY),
-        ways=RAW,
-    ),
-    "a stop text": Feature(asked={"prompt": "hi", **ONLY_A, "stop": ["aaa"]}, texts=("",)),
-    "a later stop text": Feature(
-        asked={"prompt": "hi", **ONLY_A, "stop": ["b", "aaa"], "max_new_tokens": 2}, texts=("aa",)
-    ),
-    "an unknown option": Feature(
-        asked={"prompt": "hi", "max_tokenz": 3}, error=".*max[_-]tokenz.*", ways=(*OWN, *CHATS)
-    ),
-    "an option out of bounds": Feature(
-        asked={"prompt": "hi", "top_p": 2.0}, error=".*top_p.*", ways=(*OWN, *CHATS)
-    ),
-    "options that contradict each other": Feature(
-        asked={"prompt": "hi", "do_sample": True, "temperature": 0}, error=".*do_sample.*", ways=OWN
-    ),
-    "a prompt too long": Feature(asked={"prompt": "x" * 5000}, error=".*5004 tokens.*"),
-    "an answer too long": Feature(
-        asked={"prompt": "hi", "max_new_tokens": 5000}, error=".*max_new_tokens is 5000.*", ways=OWN
-    ),
+    "choices": answered({**SEEDED, "n": 2}, "(?s).+", "(?s).+", ways=CHATS),
+    "raw choices": answered({**SEEDED, **PLAIN, "n": 2}, "(?s).+", "(?s).+", ways=RAW),
+    "a stop text": answered({**ONLY_A, "stop": ["aaa"]}, ""),
+    "a later stop text": answered({**ONLY_A, "stop": ["b", "aaa"], "max_new_tokens": 2}, "aa"),
+    "an unknown option": refused({"max_tokenz": 3}, ".*max[_-]tokenz.*"),
+    "an option out of bounds": refused({"top_p": 2.0}, ".*top_p.*"),
+    "a contradiction": refused({"do_sample": True, "temperature": 0}, ".*do_sample.*", ways=OWN),
+    "a prompt too long": refused({"prompt": "x" * 5000}, ".*5004 tokens.*"),
+    "an answer too long": refused({"max_new_tokens": 5000}, ".*max_new_tokens is 5000.*", ways=OWN),
 }
-# Where each way's reader has words of its own for what it does not know.
-OWN_WORDS = ("an unknown option", "an option out of bounds", "options that contradict each other")
+# The reader of each way has its own sentence for these.
+OWN_WORDS = ("an unknown option", "an option out of bounds", "a contradiction")
 
 
 @pytest.fixture
-def open_world(tiny: labs.Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+def open_world(tiny, monkeypatch):
     """Return a function that writes ./labs.toml and opens the ways to the model."""
     monkeypatch.setattr(labs, "load_model", lambda config: tiny)
     for name in [name for name in os.environ if name.startswith("LABS_")]:
@@ -321,9 +270,7 @@ def asked_of(asked: Asked) -> Asked:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_request_is_the_same_whatever_way_it_comes(
-    name: str, open_world: Callable[..., World]
-) -> None:
+def test_a_request_is_the_same_whatever_way_it_comes(name, open_world):
     feature = FEATURES[name]
     Path("docs").mkdir()
     Path("docs/a.md").write_text(RIVERS, encoding="utf-8")
@@ -343,9 +290,7 @@ def test_a_request_is_the_same_whatever_way_it_comes(
         assert {outcome.texts for outcome in found.values()} == {plain.texts}
 
 
-def test_choices_of_a_seed_are_answers_of_the_seeds_after_it(
-    open_world: Callable[..., World],
-) -> None:
+def test_choices_of_a_seed_are_answers_of_the_seeds_after_it(open_world):
     world = open_world()
     asked = asked_of({"prompt": "hi", "seed": 3, "temperature": 1.5})
     one_each = [by_line(world, {**asked, "seed": seed}).texts[0] for seed in (3, 4)]
