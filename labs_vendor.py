@@ -105,7 +105,7 @@ def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def _copy(name: str, text: str, ours: Collection[str]) -> str:
-    body, changed = relative(text, ours), ", imports made relative" if ours else ""
+    body, changed = (relative(text, ours), ", imports made relative") if ours else (text, "")
     words = {"name": name, "version": labs.__version__, "changed": changed}
     return HEADER.format(**words, original=_digest(text), copy=_digest(body)) + body
 

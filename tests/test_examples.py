@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of what users begin with: the files in examples/, and a typed program of their own."""
+"""The files in examples/, run with a tiny model, and the typed program of a user of the wheel."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import os
 import re
 import runpy
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,104 +19,91 @@ from typing import Any
 import httpx
 import kit
 import pytest
+from kit import ROOT
+from waitress import wasyncore
 from werkzeug.test import Client
 
 import labs
 import labs_engine
+import labs_serve
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-CAPITAL = "What is the capital of France?"
 SAYS_A = {"LABS_LOGIT_BIAS": '{"65": 100}', "LABS_TEMPERATURE": "0", "LABS_MAX_NEW_TOKENS": "3"}
 
 
-def example(name: str, *arguments: str, **settings: str) -> dict[str, Any]:
-    """Return how to run an example: the words of its command and its surroundings."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("LABS_")}
-    cache = {k: v for k, v in os.environ.items() if k == "LABS_CACHE_DIR"}
-    environment = kept | cache | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | settings
-    return {"args": [sys.executable, EXAMPLES / name, *arguments], "env": environment}
+@pytest.fixture
+def settings(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SAYS_A | {"LABS_MODEL": str(tiny_folder)}).items():
+        monkeypatch.setenv(name, value)
 
 
-def run(name: str, *arguments: str, input: str = "", **settings: str) -> Any:
-    command = example(name, *arguments, **settings)
-    return subprocess.run(**command, input=input, capture_output=True, text=True, timeout=300)
+def run(name: str, **globals: Any) -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / name), globals, run_name="__main__")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
-def test_an_example_has_thirty_lines_at_most_and_the_readme_links_to_it(path: Path) -> None:
-    if path.is_file():
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 31
-        assert f"(examples/{path.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_has_at_most_31_lines_and_is_linked_from_a_page(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 31
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert any(f"examples/{path.name})" in page.read_text(encoding="utf-8") for page in pages)
 
 
-# ---------------------------------------------------------------- chat_loop.py
-
-
-def test_the_chat_remembers_passes_over_empty_lines_and_ends_with_its_input() -> None:
-    done = run("chat_loop.py", input=f"{CAPITAL}\n\n  \nAnd of Germany?\n", LABS_TEMPERATURE="0")
-    answers = ["The capital of France is Paris.\n", "", "", "The capital of Germany is Berlin.\n"]
-    assert done.stdout == "".join(f"> {answer}" for answer in answers) + "> \n"
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_chat_on_a_terminal_streams_and_ends_at_ctrl_d(tiny_folder: Path) -> None:
-    pty = pytest.importorskip("pty")
-    terminal, child = pty.openpty()
-    many = SAYS_A | {"LABS_MODEL": str(tiny_folder), "LABS_MAX_NEW_TOKENS": "3000"}
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), child)
-    with subprocess.Popen(**example("chat_loop.py", **many), **streams) as process:
-        os.close(child)
-        kit.read_until(terminal, "> ")
-        os.write(terminal, b"Hi\n")
-        seen = kit.read_until(terminal, "AAA")
-        assert seen.count("A") < 3000
-        assert "Traceback" not in kit.read_until(terminal, "> ", seen)
-        os.write(terminal, b"\x04")
-        assert process.wait(timeout=60) == 0
-    os.close(terminal)
-
-
-# ---------------------------------------------------------------- csv_batch.py
-
-
-def test_a_csv_file_gets_a_column_of_answers_and_a_row_that_fails_harms_no_other(
-    folder: Path,
+def test_the_chat_streams_remembers_and_ends_at_ctrl_d(
+    settings: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = f'id,prompt\r\n1,{CAPITAL}\r\n2,\r\n\r\n3,"Count,\nplease."\r\n4,{"x" * 50_000}\r\n'
-    (folder / "in.csv").write_text(lines, encoding="utf-8-sig", newline="")
-    settings = {"LABS_TEMPERATURE": "0", "LABS_MAX_NEW_TOKENS": "20"}
-    done = run("csv_batch.py", "in.csv", "out.csv", "prompt", **settings)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    with (folder / "out.csv").open(newline="", encoding="utf-8") as file:
-        first, empty, cell, long = csv.DictReader(file)
-    assert first == {"id": "1", "prompt": CAPITAL, "answer": "The capital of France is Paris."}
+    lines, writes = iter(["Hi", "", "  ", "And?"]), []
+    inputs, build = [], labs.build_inputs
+
+    def question(prompt: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError  # Ctrl-D
+        return line
+
+    def spy(model: Any, **request: Any) -> Any:
+        inputs.append([each["content"] for each in request["messages"]])
+        return build(model, **request)
+
+    monkeypatch.setattr(labs, "build_inputs", spy)
+    run("chat_loop.py", input=question, print=lambda *words, **_: writes.append("".join(words)))
+    assert inputs == [["Hi"], ["Hi", "AAA", "And?"]]
+    assert writes == [*"AAA", "", *"AAA", "", ""]
+
+
+def batch(text: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    Path("in.csv").write_text(text, encoding="utf-8-sig", newline="")
+    monkeypatch.setattr(sys, "argv", ["csv_batch.py", "in.csv", *words])
+    run("csv_batch.py")
+    with Path("out.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_csv_file_gets_a_column_of_answers_and_a_failed_row_harms_no_other(
+    settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = f'id,prompt\r\n1,Hi\r\n2,\r\n\r\n3,"Count,\nplease."\r\n4,{"x" * 50_000}\r\n'
+    first, empty, cell, long = batch(lines, "out.csv", "prompt", monkeypatch=monkeypatch)
+    assert first == {"id": "1", "prompt": "Hi", "answer": "AAA"}
     assert empty == {"id": "2", "prompt": "", "answer": ""}
-    assert (cell["id"], cell["prompt"]) == ("3", "Count,\nplease.")
-    assert len(cell["answer"]) > 10
+    assert cell == {"id": "3", "prompt": "Count,\nplease.", "answer": "AAA"}
     assert long["answer"].startswith("error: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words", "told"),
     [
-        ("id,question\n1,Hi\n", "in.csv has no column 'prompt': it has id, question\n"),
-        ("", "in.csv has no column 'prompt': it has none\n"),
-        ("prompt\nHello, who are you?\n", "in.csv has a row with more cells than columns: "),
+        ("id,question\n1,Hi\n", "out.csv prompt", "has no column 'prompt': it has id, question"),
+        ("", "out.csv prompt", "has no column 'prompt': it has none"),
+        ("prompt\nHello, you?\n", "out.csv prompt", "has a row with more cells than columns: "),
+        ("", "", "csv_batch.py IN.csv OUT.csv COLUMN"),
     ],
 )
-def test_a_csv_file_that_does_not_fit_is_refused_before_the_model_is_loaded(
-    text: str, told: str, folder: Path
+def test_a_csv_file_that_cannot_be_used_is_refused_before_the_model_is_loaded(
+    text: str, words: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "in.csv").write_text(text, encoding="utf-8")
-    done = run("csv_batch.py", "in.csv", "out.csv", "prompt", LABS_MODEL="nowhere/to-be-found")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(told)
-    assert not (folder / "out.csv").exists()
-
-
-def test_a_csv_example_without_its_three_words_tells_its_usage() -> None:
-    assert run("csv_batch.py", "in.csv").stderr.endswith("csv_batch.py IN.csv OUT.csv COLUMN\n")
+    monkeypatch.setattr(labs, "load_model", lambda _: pytest.fail("loaded"))
+    with pytest.raises(SystemExit, match=told):
+        batch(text, *words.split(), monkeypatch=monkeypatch)
+    assert not Path("out.csv").exists()
 
 
 # ---------------------------------------------------------------- flask_mount.py
@@ -131,8 +115,8 @@ def mounted(
 ) -> Iterator[dict[str, Any]]:
     """Run the example as a module that another server imports; return its names."""
     with contextlib.chdir(tmp_path_factory.mktemp("site")), pytest.MonkeyPatch.context() as patch:
-        keeping = {"LABS_MODEL": str(tiny_folder), "LABS_RESPONSE_CACHE_MAX_ENTRIES": "8"}
-        for name, value in (SAYS_A | keeping).items():
+        cached = {"LABS_MODEL": str(tiny_folder), "LABS_RESPONSE_CACHE_MAX_ENTRIES": "8"}
+        for name, value in (SAYS_A | cached).items():
             patch.setenv(name, value)
         names = runpy.run_path(str(EXAMPLES / "flask_mount.py"))
     yield names
@@ -144,90 +128,67 @@ def client(mounted: dict[str, Any]) -> Client:
     return Client(mounted["app"])
 
 
-def test_flask_and_labs_answer_side_by_side_from_one_engine(
+def test_flask_and_labs_share_one_engine_and_its_cache(
     client: Client, mounted: dict[str, Any]
 ) -> None:
-    before = mounted["engine"].status().steps
-    asked = client.get("/ask", query_string={"question": "Hi"})
-    assert (asked.status_code, asked.mimetype, asked.text) == (200, "text/plain", "AAA")
-    assert mounted["engine"].status().steps - before >= 2
-    answer = client.post("/llm/generate", json={"prompt": "Hello"})
-    assert answer.json["text"] == "AAA"
-    assert mounted["engine"].status().steps - before >= 4
+    before = mounted["engine"].status()
+    answer = client.get("/ask", query_string={"question": "Hi"})
+    assert (answer.status_code, answer.mimetype, answer.text) == (200, "text/plain", "AAA")
+    assert client.post("/llm/generate", json={"prompt": "Hello"}).json["text"] == "AAA"
+    assert mounted["engine"].status().steps - before.steps >= 4
+    assert client.get("/ask?question=Hi").text == "AAA"
+    hits = mounted["engine"].status().response_cache_hits
+    assert hits == before.response_cache_hits + 1
 
 
-def test_the_prefix_holds_all_of_labs_and_nothing_else_does(client: Client) -> None:
+def test_all_of_labs_is_under_the_prefix_and_only_there(client: Client) -> None:
     for path in ("/llm/", "/llm/docs", "/llm/openapi.json", "/llm/health", "/llm/v1/models"):
         assert client.get(path).status_code == 200, path
         assert client.get(path.removeprefix("/llm")).status_code == 404
-
-
-def test_the_page_asked_for_without_its_slash_is_sent_to_where_its_addresses_hold(
-    client: Client,
-) -> None:
-    assert client.get("/llm").headers["Location"] == "/llm/"
+    assert client.get("/llm").headers["Location"] == "/llm/"  # the page's addresses need it
     assert "<title>labs</title>" in client.get("/llm", follow_redirects=True).text
-
-
-def test_a_host_that_labs_does_not_serve_is_refused_under_the_prefix_only(client: Client) -> None:
     elsewhere = {"Host": "evil.example"}
     assert client.get("/llm/v1/models", headers=elsewhere).status_code == 421
     assert client.get("/ask?question=Hi", headers=elsewhere).status_code == 200
 
 
-def test_wrong_questions_to_flask_are_client_errors(client: Client) -> None:
+def test_errors_of_a_question_or_the_engine_become_statuses_of_flask(
+    client: Client, mounted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert client.get("/ask").status_code == 400
     empty = client.get("/ask?question=")
     assert (empty.status_code, empty.text) == (400, "the prompt is empty")
-
-
-def test_what_the_engine_cannot_do_is_no_answer_of_flask(
-    client: Client, mounted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
     failed = [labs.Delta("A"), labs.Failed(labs.GenerationError("nan at layer 3"))]
     monkeypatch.setattr(mounted["engine"], "submit", lambda *_: iter(failed))
     assert client.get("/ask?question=Hi").status_code == 500
+
+    def busy(*_: Any) -> Any:
+        raise labs_engine.Busy("full")
+
     monkeypatch.setattr(mounted["engine"], "submit", busy)
     full = client.get("/ask?question=Hi")
     assert (full.status_code, full.text, full.headers["Retry-After"]) == (503, "full", "1")
 
 
-def busy(*_: Any) -> Any:
-    raise labs_engine.Busy("full")
-
-
-def test_flask_and_labs_keep_answers_as_they_are_set_to(
-    client: Client, mounted: dict[str, Any]
+def test_the_flask_example_serves_streams_and_closes_its_engine(
+    settings: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = mounted["engine"].status().response_cache_hits
-    assert [client.get("/ask?question=Twice").text for _ in range(2)] == ["AAA"] * 2
-    assert mounted["engine"].status().response_cache_hits == before + 1
-
-
-def test_the_flask_example_serves_streams_and_ends_at_ctrl_c(tiny_folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        host, port = free.getsockname()
-    settings = SAYS_A | {"LABS_MODEL": str(tiny_folder), "LABS_SERVER_PORT": str(port)}
-    command = example("flask_mount.py", **settings)
-    heeding = {"preexec_fn": kit.heed_sigint, "stderr": subprocess.PIPE}
-    with subprocess.Popen(**command, **heeding) as process:
-        try:
-            while process.poll() is None and not listens(host, port):
-                time.sleep(0.1)
-            asked = httpx.get(f"http://{host}:{port}/ask?question=Hi").text
-            url = f"http://{host}:{port}/llm/generate/stream"
-            stream = httpx.post(url, json={"prompt": "Hi"}).text
-            process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=60)[1] == b""
-        finally:
-            process.kill()
-    assert (asked, process.returncode) == ("AAA", 0)
-    assert "".join(re.findall("^data: (A+)$", stream, re.MULTILINE)) == "AAA"
-
-
-def listens(host: str, port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex((host, port)) == 0
+    made, make = [], labs_serve.make_server
+    monkeypatch.setattr(
+        labs_serve, "make_server", lambda *given: made.append(make(*given)) or made[0]
+    )
+    monkeypatch.setenv("LABS_SERVER_PORT", "0")
+    names: dict[str, Any] = {}
+    thread = threading.Thread(target=lambda: names.update(run("flask_mount.py")), daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{kit.until(lambda: made)[0].effective_port}"
+    assert httpx.get(f"{url}/ask?question=Hi").text == "AAA"
+    events = httpx.post(f"{url}/llm/generate/stream", json={"prompt": "Hi"}).content
+    assert "".join(text for kind, text in kit.events_of(events) if kind == "message") == "AAA"
+    with contextlib.suppress(OSError):
+        made[0].trigger.pull_trigger(lambda: wasyncore.close_all(made[0]._map))
+    thread.join(kit.WAIT_S)
+    assert names["engine"].status().closing
 
 
 # ---------------------------------------------------------------- a typed program of a user
@@ -276,7 +237,7 @@ labs.Generation(max_new_tokens="many")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel into an environment of its own, beside the packages of this one."""
+    """Install the wheel into a new environment that also sees the packages of this one."""
     if (uv := shutil.which("uv")) is None:
         pytest.skip("uv is not installed")
     place = tmp_path_factory.mktemp("installed")
@@ -291,9 +252,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mypy(code: str, installed: Path) -> list[str]:
-    """Check a program as its author does, with what the README says to set; return the lines."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (setting,) = re.findall(r"```toml\n(\[\[tool.mypy.*?)```", readme, re.DOTALL)
+    """Check a program as its author does, with the settings of the docs; return the lines."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    (setting,) = re.findall(r"```toml\n(\[\[tool.mypy.*?)```", text, re.DOTALL)
     kit.write("pyproject.toml", setting)
     kit.write("program.py", code)
     options = ["--strict", "--python-executable", installed / "bin" / "python"]
@@ -303,16 +265,15 @@ def mypy(code: str, installed: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_users_program_passes_mypy_strict(installed: Path) -> None:
+@pytest.mark.build
+def test_mypy_accepts_a_users_program_and_finds_its_mistakes(installed: Path) -> None:
     assert mypy(PROGRAM, installed) == ["Success: no issues found in 1 source file"]
-
-
-def test_a_users_mistakes_are_found_by_mypy(installed: Path) -> None:
     generate, generation, _ = mypy(MISTAKES, installed)
     assert 'Argument 2 to "generate" has incompatible type "int"; expected "Inputs"' in generate
     assert 'Argument "max_new_tokens" to "Generation" has incompatible type "str"' in generation
 
 
+@pytest.mark.build
 def test_the_installed_modules_are_those_of_the_wheel(installed: Path) -> None:
     code = "import labs; print(labs.__file__, labs.__version__)"
     done = subprocess.run(
