@@ -7,7 +7,7 @@ recorded on the machines of RECORDED: elsewhere a block has to run, but its text
 change of outputs or settings, write pages, settings.md, labs.toml's comments and the README's line
 counts anew, and read the diff:
 
-    LABS_README=1 uv run pytest -m "" tests/test_readme.py
+    LABS_README=1 uv run pytest -n 0 -m "" tests/test_readme.py
 """
 
 from __future__ import annotations
