@@ -19,8 +19,8 @@ def outcomes(model: labs.Model, prompts: Any, options: Any = None, **changes: An
     return dict(labs.stream_batch(model, prompts, options, **changes))
 
 
-@pytest.mark.parametrize("wrong", [(97, 262), (-1, 97), (97, 0.5), ("a",), ()])
-def test_a_prompt_beyond_the_embedding_is_refused_alone(wrong, tiny):
+@pytest.mark.parametrize("wrong", [(97, 262), (-1, 97), (97, 0.5), ("a",), (), (65,) * 5000])
+def test_a_prompt_beyond_embedding_or_context_is_refused_alone(wrong, tiny):
     prompts = [SHORT, labs.Inputs(wrong, ""), labs.Inputs((70, 71), "")]
     found = outcomes(tiny, prompts, max_new_tokens=3)
     assert isinstance(found[1].error, labs.InputError)

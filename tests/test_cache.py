@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -187,28 +188,20 @@ def test_a_conversion_that_cannot_be_written_is_refused_and_leaves_nothing(
     refused("file", cache_dir=str(folder / "file" / "cache"))
 
 
-LOAD = """
-import labs, pathlib
-spec = labs.ModelSpec(model_name={name!r}, torch_dtype="fp32", cache_dir={cache!r})
-model = labs.load_model(spec)
-print(labs.generate(model, labs.Inputs((104, 101, 121), ""), max_new_tokens=8, temperature=0).text)
-"""
 KILLED = """
-import os, pathlib, transformers
+import labs_cache, os, pathlib, transformers
 def half(model, folder, **options):
     pathlib.Path(folder, "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), 9)
 transformers.PreTrainedModel.save_pretrained = half
+labs_cache.converted(pathlib.Path({name!r}), {cache!r}, "fp32")
 """
 
 
-def test_processes_that_convert_at_once_answer_also_after_one_was_killed(packed, folder):
-    code = LOAD.format(name=packed.model_name, cache=packed.cache_dir)
-    assert python(KILLED + code, folder).returncode == -9
-    with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(lambda _: python(code, folder), range(2))
-    assert [(each.returncode, each.stderr) for each in (first, second)] == [(0, "")] * 2
-    assert first.stdout == second.stdout
+def test_a_conversion_that_was_killed_is_made_again_and_leaves_nothing_behind(packed, folder):
+    code = KILLED.format(name=packed.model_name, cache=packed.cache_dir)
+    assert python(code, folder, timeout=300).returncode == -9
+    assert answer(packed)
     assert [path.name[:5] for path in conversions(packed)] == ["tiny-"]
 
 
@@ -241,33 +234,49 @@ with labs_cache._locked(pathlib.Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def holder(folder: Path) -> Iterator[Any]:
-    """Hold the conversion of another model in another process."""
-    (scratch := folder / "cache" / ".converting-other-0123-bf16").mkdir(parents=True)
+@contextlib.contextmanager
+def held(scratch: Path) -> Iterator[Any]:
+    """Hold the lock of a conversion in another process."""
+    scratch.mkdir(parents=True)
     (scratch / "half").write_text("half of it")
     command = [sys.executable, "-c", HELD, str(scratch)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
-        yield process, scratch
+        yield process
         process.kill()
 
 
-def test_the_conversion_of_another_process_is_left_alone_until_it_ends(packed, holder, monkeypatch):
+def test_the_conversion_of_another_model_in_another_process_is_left_alone_until_it_ends(
+    packed, folder, monkeypatch
+):
     def dead(*_: Any) -> None:
         raise ProcessLookupError  # its number means nothing here, as in another container
 
-    process, scratch = holder
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "kill", dead)
-        answer(packed)
-    assert (scratch / "half").is_file()
-    process.kill()
-    process.wait()
-    answer(labs.evolve(packed, torch_dtype="bf16"))
+    scratch = folder / "cache" / ".converting-other-0123-bf16"
+    with held(scratch) as process:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", dead)
+            answer(packed)
+        assert (scratch / "half").is_file()
+        process.kill()
+        process.wait()
+        answer(labs.evolve(packed, torch_dtype="bf16"))
     assert not scratch.exists()
+
+
+def test_the_same_conversion_in_another_process_is_waited_for(packed, folder):
+    place = labs_cache._conversion(Path(packed.model_name), folder / "cache", "fp32")
+    scratch = folder / "cache" / f".converting-{place.name}"
+    with ThreadPoolExecutor(1) as threads, held(scratch) as process:
+        waits = threads.submit(answer, packed)
+        with pytest.raises(TimeoutError):
+            waits.result(2)
+        assert not place.exists()
+        process.kill()
+        assert waits.result()
+    assert place.is_dir()
 
 
 # ---------------------------------------------------------------- digests

@@ -29,7 +29,7 @@ import labs_fast
 import labs_sources
 
 
-def refused(named: str, name: Path | str, **options: Any) -> str:
+def refused(named: str | None, name: Path | str, **options: Any) -> str:
     """Require that a model is refused in one sentence that matches `named`; return it."""
     with pytest.raises(labs.ModelError, match=named) as caught:
         load(name, **options)
@@ -403,32 +403,17 @@ def test_each_error_of_the_hub_becomes_a_sentence_of_labs(marker, sentence, fres
     monkeypatch.setattr(labs_sources, "_hub_answers", lambda *args: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     for name in ("org/name", "org/name:file.gguf"):
-        assert refused("", name, device_map="cpu") == f"{name}: {sentence}"
+        assert refused(None, name, device_map="cpu") == f"{name}: {sentence}"
 
 
-def hub_error(name: str) -> Exception:
+def test_each_exception_of_huggingface_hub_has_a_reason():
     from huggingface_hub import errors
 
-    return getattr(errors, name)("long\nstory", response=SimpleNamespace(headers={}, request=None))
-
-
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: hub_error("GatedRepoError"), "gated"),
-        (lambda: hub_error("RepositoryNotFoundError"), "nor a model on the hub"),
-        (lambda: hub_error("RevisionNotFoundError"), "no such revision"),
-        (lambda: hub_error("RemoteEntryNotFoundError"), "does not contain this file"),
-        (lambda: OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
-    ],
-)
-def test_each_exception_of_huggingface_hub_has_a_reason(make, named, monkeypatch, fresh):
-    def refuse(*args: Any, **options: Any) -> None:
-        raise make()
-
-    for name in ("get_hf_file_metadata", "hf_hub_download"):
-        monkeypatch.setattr(f"huggingface_hub.{name}", refuse)
-    refused(named, "org/model")
+    answer = SimpleNamespace(headers={}, request=None)
+    for name in ("GatedRepo", "RepositoryNotFound", "RevisionNotFound", "RemoteEntryNotFound"):
+        error = getattr(errors, f"{name}Error")("long\nstory", response=answer)
+        assert labs.reason(error) == labs.REASONS[name.removeprefix("Remote")]
+    assert labs.reason(OSError(errno.ENOSPC, "No space left on device")) == "the disk is full"
 
 
 @pytest.mark.parametrize(
