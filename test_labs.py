@@ -658,7 +658,7 @@ def test_the_core_copied_alone_works_and_names_the_files_that_it_lacks(folder, t
         shutil.copy(ROOT / name, alone)
     others = [name.removesuffix(".py") for name in {*ROOMS} - {*CORE}]
     code = COPIED.replace("<place>", str(tiny_folder)).replace("OTHERS", repr(others))
-    done = python(code, alone, path=alone)
+    done = python(code, alone, path=alone, timeout=300)
     first, *errors = done.stdout.splitlines() or [done.stderr]
     answers = "('AAA', False, None) ('AAA', True, None)"
     assert first == f"{alone / 'labs.py'} set() {answers}", done.stderr

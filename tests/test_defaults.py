@@ -127,7 +127,8 @@ def test_each_row_of_a_batch_has_its_own_rules(plain, recommend):
     model = recommend(begin_suppress_tokens=[greedy(load(plain))[0]], min_new_tokens=4)
     prompts = [labs.Inputs(ids, "") for ids in (IDS, IDS[:3], IDS[2:9], (66,))]
     found = fold(labs.stream_batch(model, prompts, max_new_tokens=9))
-    expected = [model.tokenizer.decode(by_transformers(model, p.input_ids, 9)) for p in prompts]
+    expected = [by_transformers(model, each.input_ids, 9) for each in prompts]
+    expected = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert [found[i][0] for i in range(4)] == expected
 
 
