@@ -183,7 +183,7 @@ def test_any_error_of_a_tokenizer_is_an_input_error_but_an_interruption_is_not(e
     model = msgspec.structs.replace(tiny, tokenizer=tokenizer)
     name = type(error).__name__
     kind: Any = KeyboardInterrupt if name == "KeyboardInterrupt" else labs.InputError
-    with pytest.raises(kind, match="" if kind is KeyboardInterrupt else f"refuses this: {name}"):
+    with pytest.raises(kind, match=None if kind is KeyboardInterrupt else f"refuses this: {name}"):
         labs.build_inputs(model, prompt="odd", use_chat_template=False)
     assert not model.lock.locked()
 
