@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from decoding import FOUR, begin_alike, run_at_random
 from kit import (
     PROMPTS,
     asked,
     by_transformers,
     model_around,
-    newcomer,
     prepare,
     prompt,
     random_model,
@@ -36,7 +35,7 @@ import labs_models
 HIDDEN = not torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(HIDDEN, reason="needs a GPU, and CUDA_VISIBLE_DEVICES=0")
 KINDS = ("llama", "qwen3", "mistral", "mixtral", "phi3", "gpt2", "cohere2", "gemma2", "gemma3_text")
-KINDS += ("gpt_oss", "deepseek_v3", "mamba2", "falcon_h1", "lfm2")
+KINDS += ("gpt_oss", "deepseek_v3", *(RECURRENT := ("mamba2", "falcon_h1", "lfm2")))
 EXPERTS = ("mixtral", "gpt_oss", "deepseek_v3")
 LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
 LARGE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
@@ -58,36 +57,18 @@ def memory() -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_join_and_leave_on_a_gpu_keep_transformers_tokens(kind: str, caplog: Any) -> None:
-    model = random_model(kind).cuda()
-    prompts = PROMPTS[1:5]
-    expected = [by_transformers(model, each) for each in prompts]
-    decoder, chance, found = prepare(model), random.Random(2), {}
-    waiting, batch, graphs = list(range(len(prompts))) * 3, None, 0
-    while waiting or batch:
-        if waiting and (batch is None or (len(batch.rows) < 3 and chance.random() < 0.3)):
-            index = waiting.pop(0)
-            new = newcomer(decoder, prompts[index], (len(waiting), index))
-            batch = decode.join(batch, new) if batch else new
-            continue
-        batch, _ = loop.step(decoder, batch)
-        graphs += len(captured(batch))
-        done = [row for row in batch.rows if len(row.ids) == row.columns]
-        found |= {row.id: row.ids[row.prompt_length :] for row in done}
-        batch = decode.keep(batch, [row.id for row in batch.rows if row.id not in found])
-    assert len(found) == 3 * len(prompts)
-    assert {key: expected[key[1]] for key in found} == found
+    model, graphs = random_model(kind).cuda(), list[Any]()
+    expected = [by_transformers(model, each) for each in FOUR]
+    decoder = prepare(model)
+    found = run_at_random(decoder, FOUR * 3, 2, 3, lambda batch: graphs.extend(captured(batch)))
+    assert begin_alike(found, expected)
     if decoder.graphs is None:
-        return
-    if decoder.graphs.failed:  # experts in float32 ask the GPU how many tokens each of them has
+        assert kind in RECURRENT
+    elif decoder.graphs.failed:  # experts in float32 ask the GPU how many tokens each of them has
         assert kind in EXPERTS, caplog.text
         assert caplog.text.count("steps run without CUDA graphs") == 1
     else:
         assert graphs, "no step was a CUDA graph"
-
-
-def test_models_of_keys_and_values_have_graphs_and_recurrent_ones_have_none() -> None:
-    assert on_gpu("llama").graphs is not None
-    assert on_gpu("mamba2").graphs is None
 
 
 def test_layers_that_read_the_same_input_are_one_product_on_a_gpu() -> None:

@@ -420,7 +420,7 @@ def test_a_template_that_leaves_out_the_users_words_is_refused_by_name(talker: A
     with pytest.raises(labs.InputError, match=r"leaves out.*user"):
         labs.build_inputs(talker, prompt="Any news?")
     raw = labs.build_inputs(talker, prompt="Any news?", use_chat_template=False)
-    assert raw.prompt == "Any news?"
+    assert raw.prompt.endswith("Any news?")
 
 
 def test_a_template_may_read_one_role_as_text_and_another_as_parts(talker: Any) -> None:
