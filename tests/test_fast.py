@@ -34,7 +34,7 @@ import labs_fast as fast
 import labs_forward as forward_room
 import labs_loop as loop
 
-SOME = ["llama", "gemma3_text", "gpt_oss", "llama4_text", "deepseek_v3"]  # masks of each kind
+SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
 METHODS = ("int8", "int4")
 packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN here")
 BF16 = fast._packed_types()[1:]
@@ -206,7 +206,7 @@ def test_weights_that_fewer_bits_can_express_survive_them() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["gemma3_text", "qwen2"])
+@pytest.mark.parametrize("kind", ["qwen2"])
 def test_a_model_in_fewer_bits_is_the_one_of_its_rounded_weights(kind: str, method: str) -> None:
     decoder = prepare(random_model(kind, intermediate_size=128), method=method)
     plain = random_model(kind, intermediate_size=128)
@@ -399,7 +399,7 @@ def test_a_row_too_long_for_the_spare_slots_gets_larger_ones(
     monkeypatch.setattr(fast, "MIN_GRAPH_COLUMNS", 64)
     decoder, sizes = graphed(), []
     for new in (40, 100, 60):
-        ended(decoder, begun(decoder, FOUR[1], new))
+        assert decode.keep(begun(decoder, FOUR[1], new), []) is None
         sizes.append(decoder.graphs.spare_slots[0].cursor.columns)
     assert sizes == [64, 128, 128]
 
@@ -587,7 +587,7 @@ def test_a_halved_batch_of_slots_has_the_logits_that_it_had() -> None:
     assert forward_room.split_after_oom(decoder, batch) == []
 
 
-@pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba"])
+@pytest.mark.parametrize("kind", ["bamba", "mamba"])
 def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
     kind: str, monkeypatch: Any
 ) -> None:

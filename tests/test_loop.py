@@ -366,13 +366,15 @@ def test_the_global_random_state_is_neither_read_nor_changed() -> None:
 # ---------------------------------------------------------------- penalties, biases, processors
 
 
-@pytest.mark.parametrize("penalty", [0.5, 1.3, 2.0])
-def test_the_repetition_penalty_is_transformers_own(penalty: float) -> None:
-    logits, prompt = torch.randn(1, 50), [3, 4, 4, 9]
-    processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
+def test_the_repetition_penalty_of_each_row_is_transformers_own() -> None:
+    table = {0.5: [3, 4, 4, 9], 1.3: [7], 1.0: [5, 6], 2.0: [30, 8, 31]}
+    logits = torch.randn(len(table), 50)
+    rows = [rows_of([{"repetition_penalty": each}], ids)[0] for each, ids in table.items()]
     scores = logits.clone()
-    loop._penalise(scores, rows_of([{"repetition_penalty": penalty}], prompt))
-    assert torch.equal(scores, processor(torch.tensor([prompt]), logits.clone()))
+    loop._penalise(scores, rows)
+    for line, found, (penalty, ids) in zip(logits, scores, table.items(), strict=True):
+        processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
+        assert torch.equal(found[None], processor(torch.tensor([ids]), line[None].clone()))
 
 
 def test_prompt_tokens_without_logits_are_not_penalised() -> None:
@@ -382,15 +384,17 @@ def test_prompt_tokens_without_logits_are_not_penalised() -> None:
     assert (scores != 1).nonzero()[:, 1].tolist() == [3]
 
 
-@pytest.mark.parametrize(("frequency", "presence"), [(0.5, 0.25), (1.0, 0.0), (0.0, -1.0)])
-def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer_only(
-    frequency: float, presence: float
-) -> None:
-    row = rows_of([{"frequency_penalty": frequency, "presence_penalty": presence}], [3, 4])[0]
-    row.generated.update([7, 7, 9])
-    scores = torch.zeros(1, 12)
-    loop._penalise(scores, [row])
-    assert scores[0, [3, 7, 9]].tolist() == [0, -(2 * frequency + presence), -frequency - presence]
+def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer_only() -> None:
+    table = [(0.5, 0.25), (1.0, 0.0), (0.0, 0.0), (0.0, -1.0)]
+    rows = rows_of([{"frequency_penalty": f, "presence_penalty": p} for f, p in table], [3, 4])
+    answers = [7, 7, 9], [8], [10], [5, 6, 5, 5]
+    for row, answer in zip(rows, answers, strict=True):
+        row.generated.update(answer)
+    scores = torch.zeros(len(rows), 12)
+    loop._penalise(scores, rows)
+    for line, answer, (frequency, presence) in zip(scores, answers, table, strict=True):
+        used = {token: -frequency * answer.count(token) - presence for token in answer}
+        assert line.tolist() == [used.get(token, 0.0) for token in range(12)]
 
 
 def louder(ids: list[int], line: torch.Tensor) -> torch.Tensor:

@@ -193,22 +193,10 @@ def main(kinds: list[str], cache: str) -> None:
 
 # ---------------------------------------------------------------- types of models
 
-SAMPLE = {
-    "gpt2": "joins",
-    "gemma3_text": "joins",  # windows
-    "deepseek_v3": "joins",  # latent keys
-    "gpt_oss": "joins",  # sinks
-    "mamba2": "joins",  # states
-    "doge": "joins",  # these two name the mask that they give to the attention
-    "afmoe": "joins",
-    "zamba": "whole",  # only trying shows this
-    "dory": "alone",
-    "git": "alone",
-    "xlstm": "alone",
-    "rwkv": "alone",
-    "bert": "refused",
-    "blt": "refused",
-}
+# Of "joins": windows, latent keys, sinks, states, and two that name the mask of the attention.
+JOINS = ("gpt2", "gemma3_text", "deepseek_v3", "gpt_oss", "mamba2", "doge", "afmoe")
+SAMPLE = {**dict.fromkeys(JOINS, "joins"), "zamba": "whole", "bert": "refused", "blt": "refused"}
+SAMPLE |= dict.fromkeys(("dory", "git", "xlstm", "rwkv"), "alone")
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
