@@ -554,12 +554,13 @@ def job_of(owner: str) -> labs_turns.Job:
 
 
 def test_the_next_job_is_of_the_owner_with_the_fewest_running_then_of_the_longest_waiting():
-    waiting, jobs, order = labs_turns.Waiting(9), [job_of(owner) for owner in "aaaabbc"], ""
-    for job in jobs:
-        waiting.add(job)
-    while first := waiting.begin(jobs, works=False):
-        order += first.owner
-    assert order == "abcabaa"
+    waiting, jobs = labs_turns.Waiting(9), list[labs_turns.Job]()
+    for owners, order in (("aaab", "abaa"), ("b", "b"), ("abcc", "ccba"), ("de", "de"), ("ed", "de")):
+        for owner in owners:
+            jobs.append(job_of(owner))
+            waiting.add(jobs[-1])
+        begun = [waiting.begin(jobs, works=False) for _ in owners]
+        assert "".join(job.owner for job in begun if job) == order
 
 
 @pytest.mark.parametrize(("places", "keys"), [(1, 9), (7, 3), (5, 40)])

@@ -271,7 +271,10 @@ def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader
         if failing == "load":
             raise torch.OutOfMemoryError(OOM)
         if failing == "reading":
-            raise labs.ModelError(OOM) from torch.OutOfMemoryError(OOM)
+            try:
+                raise torch.OutOfMemoryError(OOM)
+            except torch.OutOfMemoryError as error:
+                raise labs.ModelError(OOM) from error
         return replace(model_of("qwen2"), decoder=decoder)
 
     def no_engine(*_: Any, **__: Any) -> Any:
