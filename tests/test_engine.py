@@ -555,7 +555,8 @@ def job_of(owner: str) -> labs_turns.Job:
 
 def test_the_next_job_is_of_the_owner_with_the_fewest_running_then_of_the_longest_waiting():
     waiting, jobs = labs_turns.Waiting(9), list[labs_turns.Job]()
-    for owners, order in (("aaab", "abaa"), ("b", "b"), ("abcc", "ccba"), ("de", "de"), ("ed", "de")):
+    for step in ("aaab abaa", "b b", "abcc ccba", "de de", "ed de"):
+        owners, order = step.split()
         for owner in owners:
             jobs.append(job_of(owner))
             waiting.add(jobs[-1])
