@@ -96,34 +96,6 @@ def by_shell(world: World, asked: Asked, *more: str) -> Outcome:
     return Outcome((done.stdout.removesuffix("\n"),), tuple(sources))
 
 
-def by_json_of_the_shell(world: World, asked: Asked) -> Outcome:
-    return by_shell(world, asked, "--json")
-
-
-def by_line(world: World, asked: Asked) -> Outcome:
-    return outcome_of(world.line(asked))
-
-
-def by_http(world: World, asked: Asked) -> Outcome:
-    return outcome_of(world.post("/generate", asked))
-
-
-def by_chat_line(world: World, asked: Asked) -> Outcome:
-    return outcome_of(world.openai_line(CHAT, chat_of(asked)))
-
-
-def by_chat(world: World, asked: Asked) -> Outcome:
-    return outcome_of(world.post(CHAT, chat_of(asked)))
-
-
-def by_completions_line(world: World, asked: Asked) -> Outcome:
-    return outcome_of(world.openai_line(COMPLETIONS, raw_of(asked)))
-
-
-def by_completions(world: World, asked: Asked) -> Outcome:
-    return outcome_of(world.post(COMPLETIONS, raw_of(asked)))
-
-
 def chat_of(asked: Asked) -> Asked:
     """Return the same in OpenAI's format: a prompt is one message of the user."""
     body = {**asked, "max_tokens": asked["max_new_tokens"]}
@@ -153,9 +125,18 @@ def outcome_of(answer: dict[str, Any]) -> Outcome:
     return Outcome(tuple(texts), tuple(sources))
 
 
-OWN = (by_shell, by_json_of_the_shell, by_line, by_http)
-CHATS = (by_chat_line, by_chat)
-RAW = (by_completions_line, by_completions)
+WAYS: dict[str, Way] = {
+    "shell": by_shell,
+    "shell as JSON": lambda world, asked: by_shell(world, asked, "--json"),
+    "line": lambda world, asked: outcome_of(world.line(asked)),
+    "HTTP": lambda world, asked: outcome_of(world.post("/generate", asked)),
+    "chat line": lambda world, asked: outcome_of(world.openai_line(CHAT, chat_of(asked))),
+    "chat": lambda world, asked: outcome_of(world.post(CHAT, chat_of(asked))),
+    "raw line": lambda world, asked: outcome_of(world.openai_line(COMPLETIONS, raw_of(asked))),
+    "raw": lambda world, asked: outcome_of(world.post(COMPLETIONS, raw_of(asked))),
+}
+OWN = ("shell", "shell as JSON", "line", "HTTP")
+CHATS, RAW = ("chat line", "chat"), ("raw line", "raw")
 
 
 # ---------------------------------------------------------------- the features
@@ -171,7 +152,7 @@ class Feature(Struct, frozen=True):
     texts: tuple[str, ...] = ()
     error: str | None = None
     toml: str = ""
-    ways: tuple[Way, ...] = (*OWN, *CHATS)
+    ways: tuple[str, ...] = (*OWN, *CHATS)
     same_as: Asked | None = None
     sources: tuple[str, ...] = ()
 
@@ -276,7 +257,7 @@ def test_a_request_is_the_same_whatever_way_it_comes(name, open_world):
     Path("docs/a.md").write_text(RIVERS, encoding="utf-8")
     labs_rag.index(["docs"], "docs.db")
     world = open_world(feature.toml)
-    found = {way.__name__: way(world, asked_of(feature.asked)) for way in feature.ways}
+    found = {way: WAYS[way](world, asked_of(feature.asked)) for way in feature.ways}
     for way, outcome in found.items():
         assert re.fullmatch(feature.error or "None", str(outcome.error)), (way, outcome)
         assert len(outcome.texts) == len(feature.texts), (way, outcome)
@@ -286,13 +267,13 @@ def test_a_request_is_the_same_whatever_way_it_comes(name, open_world):
     if name not in OWN_WORDS:
         assert len({*found.values()}) == 1, found
     if feature.same_as is not None:
-        plain = by_http(open_world(), asked_of(feature.same_as))
+        plain = WAYS["HTTP"](open_world(), asked_of(feature.same_as))
         assert {outcome.texts for outcome in found.values()} == {plain.texts}
 
 
 def test_choices_of_a_seed_are_answers_of_the_seeds_after_it(open_world):
     world = open_world()
     asked = asked_of({"prompt": "hi", "seed": 3, "temperature": 1.5})
-    one_each = [by_line(world, {**asked, "seed": seed}).texts[0] for seed in (3, 4)]
-    assert [*by_chat(world, {**asked, "n": 2}).texts] == one_each
+    one_each = [WAYS["line"](world, {**asked, "seed": seed}).texts[0] for seed in (3, 4)]
+    assert [*WAYS["chat"](world, {**asked, "n": 2}).texts] == one_each
     assert one_each[0] != one_each[1]
