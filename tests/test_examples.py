@@ -195,8 +195,6 @@ def test_the_flask_example_serves_streams_and_closes_its_engine(
 
 
 PROGRAM = """
-from collections.abc import Iterator
-
 import msgspec
 
 import labs
@@ -208,23 +206,14 @@ class City(msgspec.Struct):
     name: str
 
 
-def answer(config: labs.Config, question: str) -> str:
+def pieces(config: labs.Config, question: str) -> tuple[str, City, list[labs.Event]]:
     model = labs.load_model(config)
     inputs = labs.build_inputs(model, messages=[{"role": "user", "content": question}])
-    return labs.generate(model, inputs, config.generation, temperature=0.5).text
-
-
-def pieces(model: labs.Model, inputs: labs.Inputs) -> Iterator[str]:
+    text = labs.generate(model, inputs, config.generation, temperature=0.5).text
     for event in labs.stream_generate(model, inputs, labs.Generation(max_new_tokens=5)):
-        yield event.text if isinstance(event, labs.Delta) else event.finish_reason
-
-
-def city(model: labs.Model, inputs: labs.Inputs) -> City:
-    return labs_typed.generate_as(model, inputs, City)
-
-
-def share(model: labs.Model, inputs: labs.Inputs) -> list[labs.Event]:
-    return list(labs_engine.Engine(model).submit(inputs, labs.Generation()))
+        text += event.text if isinstance(event, labs.Delta) else event.finish_reason
+    city = labs_typed.generate_as(model, inputs, City)
+    return text, city, list(labs_engine.Engine(model).submit(inputs, labs.Generation()))
 """
 MISTAKES = """
 import labs
@@ -271,13 +260,7 @@ def test_mypy_accepts_a_users_program_and_finds_its_mistakes(installed: Path) ->
     generate, generation, _ = mypy(MISTAKES, installed)
     assert 'Argument 2 to "generate" has incompatible type "int"; expected "Inputs"' in generate
     assert 'Argument "max_new_tokens" to "Generation" has incompatible type "str"' in generation
-
-
-@pytest.mark.build
-def test_the_installed_modules_are_those_of_the_wheel(installed: Path) -> None:
     code = "import labs; print(labs.__file__, labs.__version__)"
-    done = subprocess.run(
-        [installed / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([installed / "bin/python", "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith(str(installed))
     assert done.stdout.split()[1] == labs.__version__

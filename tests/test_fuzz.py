@@ -264,7 +264,7 @@ def test_each_search_is_answered_or_refused(seeds: range, folder: Path) -> None:
         (folder / f"{number}.md").write_text(f"# {words[:40]}\n{words}", "utf-8", "replace")
     labs_rag.index([str(folder)], "words.db")
     for chance in map(random.Random, seeds):
-        is_answered(labs_rag.search, "words.db", text(chance))
+        assert is_answered(labs_rag.search, "words.db", text(chance))
 
 
 if __name__ == "__main__":

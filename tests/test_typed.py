@@ -471,7 +471,9 @@ def test_an_answer_whose_grammar_fails_is_a_400_or_an_error_event(site, compiler
 def test_each_line_of_a_file_has_its_format_and_can_be_replayed(tiny):
     lines = [{"custom_id": "o", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}]
     forms = (wanted(COLOUR), None, {"type": "json_schema"}, wanted(DEADLY[1]))
-    lines += [{"id": "a", "prompt": "hi", "response_format": each} for each in forms]
+    lines += [
+        {"id": str(n), "prompt": "hi", "response_format": form} for n, form in enumerate(forms)
+    ]
     data = enumerate((json.dumps(line).encode() for line in lines), 1)
     config = labs.Config(generation=labs.Generation(temperature=1.0, max_new_tokens=40))
     context, ordered = labs_request.open_context(config), labs_jsonl.Batching(ordered=True)
@@ -498,9 +500,3 @@ def test_the_shell_reads_a_schema_from_a_file_and_prints_choices_by_probability(
     (first, one), (second, other) = (line.split() for line in lines)
     assert {one, other} == {"yes", "no"}
     assert float(first) >= float(second)
-
-
-@pytest.mark.parametrize("flags", ["--schema=x --choose=a", "--choose=a --chat"])
-def test_flags_that_contradict_each_other_are_refused(flags):
-    done = invoke(*flags.split())
-    assert (done.exit_code, "exclude each other" in done.stderr) == (2, True)
