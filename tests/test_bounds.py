@@ -66,6 +66,8 @@ def test_options_made_by_code_are_checked_and_fail_alone(tiny):
     for index, wrong in enumerate(WRONG, 1):
         assert isinstance(found[index], labs.Failed), wrong
         assert next(iter(wrong)) in str(found[index].error)
+        with pytest.raises(labs.LabsError, match=next(iter(wrong))):
+            labs.open_request(tiny, 0, SHORT, options[index])
     assert all(isinstance(found[i], labs.Done) for i in (0, len(WRONG) + 1))
 
 
