@@ -9,6 +9,7 @@ import queue
 import re
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,15 +22,17 @@ import schemathesis.checks
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from kit import BODIES, CHAT, COMPLETIONS, HELLO, ROWS, WAIT_S, A, FakeEngine, Site, error_of, until
+from kit import BODIES, CHAT, COMPLETIONS, HELLO, ROWS, WAIT_S, A, Site, error_of, until
 from openai.types import chat
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
+from prometheus_client import CollectorRegistry
 from schemathesis.specs.openapi import checks as openapi_checks
 
 import labs
 import labs_api
 import labs_engine
+import labs_meters
 import labs_models
 import labs_openai
 import labs_request
@@ -214,6 +217,20 @@ def test_all_choices_are_cancelled_when_one_cannot_be_submitted(fake):
     assert {1, 2} <= {*fake.left}
 
 
+def test_the_row_of_a_cut_choice_ends_before_the_other_choices(fake):
+    fake.reason = "content_filter"
+    prepared = SimpleNamespace(model=fake.model, sources=None, choice=None)
+    meters = labs_meters.Meters(CollectorRegistry())
+    answers = labs_api.Answers("tiny", prepared, meters, 0.0, lambda: False)
+    for _ in range(2):
+        answer = fake.submit(kit.SHORT, labs.Generation(), events=answers.events)
+        answers.add(answer, lambda event: [event])
+    events = iter(answers)
+    while not answers.dones:
+        next(events)
+    assert fake.left == [1]
+
+
 # ---------------------------------------------------------------- fields and the engine
 
 
@@ -355,17 +372,17 @@ FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
     ("kind", "path", "place", "effective", "hints"), FIELDS, ids=[x[0].__name__ for x in FIELDS]
 )
 def test_every_field_of_a_request_has_an_effect_or_is_a_hint(
-    tiny, monkeypatch, kind, path, place, effective, hints
+    site, tiny, monkeypatch, kind, path, place, effective, hints
 ):
     monkeypatch.setattr(tiny.tokenizer, "chat_template", READING)
 
     def outcome(**fields):
         body = json.loads(json.dumps(BODY_OF.get(kind, BODIES[path])))
         functools.reduce(lambda inner, key: inner[key], place, body).update(fields)
-        site = Site(fake := FakeEngine(tiny), kit.configured())
+        site.engine.asked = []
         answer = site.post(path, body, X_Request_Id="one")
         text = re.sub(r'"created":\d+|"[a-z_]+_s":[^,}]+', "", answer.text)
-        return answer.status_code, answer.headers["content-type"], text, fake.asked
+        return answer.status_code, answer.headers["content-type"], text, site.engine.asked
 
     assert effective.keys() | hints.keys() == {*kind.__struct_fields__}
     plain = outcome()
@@ -597,16 +614,18 @@ def streamed(path):
 STREAMS = ["/generate/stream", *OPENAI]
 
 
-@hypothesis_settings(max_examples=25, deadline=None, derandomize=True)
-@given(pieces=st.lists(st.text(alphabet="ab:\r\n \u2028\x00é", max_size=4), max_size=6))
-def test_text_arrives_whole_however_it_is_cut(tiny, pieces):
-    fake = FakeEngine(tiny)
-    fake.pieces = [*pieces]
-    response = Site(fake, kit.configured()).post("/generate/stream", {"prompt": "a"})
-    *texts, (last, _) = kit.events_of(response.content)
-    assert {kind for kind, _ in texts} <= {"message"}
-    expected = "".join(pieces).replace("\r\n", "\n").replace("\r", "\n")
-    assert ("".join(data for _, data in texts), last) == (expected, "done")
+def test_text_arrives_whole_however_it_is_cut(site):
+    @hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(pieces=st.lists(st.text(alphabet="ab:\r\n \u2028\x00é", max_size=4), max_size=6))
+    def check(pieces):
+        site.engine.pieces = [*pieces]
+        response = site.post("/generate/stream", {"prompt": "a"})
+        *texts, (last, _) = kit.events_of(response.content)
+        assert {kind for kind, _ in texts} <= {"message"}
+        expected = "".join(pieces).replace("\r\n", "\n").replace("\r", "\n")
+        assert ("".join(data for _, data in texts), last) == (expected, "done")
+
+    check()
 
 
 def test_a_stream_ends_with_everything_known(site):
