@@ -78,11 +78,12 @@ def served(long_folder: Path) -> Iterator[tuple[httpx.Client, str]]:
         assert url, first
         assert b"ready, replicas: 2" in process.stderr.readline()
         children = psutil.Process(process.pid).children(recursive=True)
-        words = next(each.cmdline() for each in children if "gcs_server" in each.name())
-        (port,) = (word.split("=")[1] for word in words if word.startswith("--gcs_server_port="))
+        raylet = next(each.cmdline() for each in children if each.name() == "raylet")
+        found = re.search(r"--gcs-address=([^ ]+)", " ".join(raylet))
+        assert found, raylet
         headers = {"Authorization": f"Bearer {KEY}"}
         with httpx.Client(base_url=url[0].decode(), headers=headers, timeout=WAIT_S) as client:
-            yield client, f"127.0.0.1:{port}"
+            yield client, found[1]
         os.killpg(process.pid, signal.SIGTERM)
         code, output = end_of(process)
     assert code == 0, output
