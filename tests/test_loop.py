@@ -367,7 +367,7 @@ def test_the_global_random_state_is_neither_read_nor_changed() -> None:
 
 
 def test_the_repetition_penalty_of_each_row_is_transformers_own() -> None:
-    table = {0.5: [3, 4, 4, 9], 1.3: [7], 1.0: [5, 6], 2.0: [30, 8, 31]}
+    table = {0.5: [3, 4, 4, 9], 1.3: [7], 1.0: [5, 6], 2.0: [30, 8, 31, 9]}
     logits = torch.randn(len(table), 50)
     rows = [rows_of([{"repetition_penalty": each}], ids)[0] for each, ids in table.items()]
     scores = logits.clone()
@@ -387,7 +387,7 @@ def test_prompt_tokens_without_logits_are_not_penalised() -> None:
 def test_frequency_and_presence_penalties_follow_openais_formula_over_the_answer_only() -> None:
     table = [(0.5, 0.25), (1.0, 0.0), (0.0, 0.0), (0.0, -1.0)]
     rows = rows_of([{"frequency_penalty": f, "presence_penalty": p} for f, p in table], [3, 4])
-    answers = [7, 7, 9], [8], [10], [5, 6, 5, 5]
+    answers = [7, 7, 9], [8], [10], [5, 6, 5, 4]
     for row, answer in zip(rows, answers, strict=True):
         row.generated.update(answer)
     scores = torch.zeros(len(rows), 12)
