@@ -4,11 +4,9 @@
     for row_id, outcome in labs_loop.run(decoder, rows, limit, labs_loop.Loop()):
         ...  # a Choice for each token, or Ended; the caller sets row.over to end a row
 
-A row is one prompt and its answer. It waits in the iterator `rows`, becomes a newcomer in a batch
-of its own, whose prompt is prefilled in chunks, takes its first token, joins a batch and leaves it
-when it is over. Its keys and values lie in a slot, one column a token. A step is
-`labs_decode.forward`, which needs the model, followed by `choose`, which needs only the logits.
-This file needs labs_decode.py and handles no text.
+A row is a prompt and its answer; its keys and values lie in a slot, one column a token. It waits in
+`rows`, is a newcomer while its prompt is prefilled, takes its first token and joins a batch. A step
+is `labs_decode.forward`, then `choose`, which needs only the logits.
 """
 
 from __future__ import annotations
@@ -57,18 +55,19 @@ class Ended:
 
 Outcome = tuple[int, Choice | Ended]  # the id of a row, and the event
 Outcomes = Iterator[Outcome]
+Waiting = Iterator[Row | Outcome | None]  # rows to start, outcomes of refused ones, None: no row
+Stepped = Generator[Outcome, None, list[Batch]]  # yields outcomes, returns the batches that remain
 
 
 @dataclass(slots=True, eq=False)
 class Loop:
     """The state of a running loop; other threads may read it.
 
-    rows: the current rows, by id. batches: each is stepped in turn. prefilling: one batch for each
-    row whose prompt is not wholly in its slot. before_step: called before each forward call.
-    last_step_at: time.perf_counter() after the last call. steps: the number of steps so far.
-    oom_splits: steps that ran out of memory. one_prompt_per_call: True from a prefill of several
-    prompts that ran out of memory until no prompt waits. prefixes: stores the prefixes of prompts;
-    None if nothing is stored.
+    rows: the current rows, by id. batches: each is stepped in turn. prefilling: a batch for each
+    newcomer. before_step: called before each forward call. last_step_at: time.perf_counter() after
+    the last call. steps, oom_splits: all steps, and those that ran out of memory.
+    one_prompt_per_call: set after a prefill of several prompts ran out of memory, until none waits.
+    prefixes: stores the prefixes of prompts; None if nothing is stored.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
@@ -86,13 +85,11 @@ class Loop:
         return cache_usage([*self.batches, *self.prefilling])
 
 
-def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop: Loop) -> Outcomes:
+def run(decoder: Decoder, rows: Waiting, limit: int, loop: Loop) -> Outcomes:
     """Decode all rows, at most `limit` at once; yield (row id, Choice or Ended) as they come.
 
-    rows: an iterator that is read while there is room and little prefill is waiting. It yields None
-    when no row is waiting; the loop ends when there is no waiting row and no current row. It may
-    also yield the outcome of a row that was refused, which is yielded unchanged. loop: a Loop
-    without rows.
+    rows: read while there is room and little prefill is waiting. The loop ends when it yields None
+    and there is no current row. loop: a Loop without rows.
     """
     limit = 1 if decoder.mode == "alone" else limit
     while True:
@@ -105,9 +102,7 @@ def run(decoder: Decoder, rows: Iterator[Row | Outcome | None], limit: int, loop
         loop.batches = stepped
 
 
-def _admit(
-    decoder: Decoder, loop: Loop, rows: Iterator[Row | Outcome | None], limit: int
-) -> Outcomes:
+def _admit(decoder: Decoder, loop: Loop, rows: Waiting, limit: int) -> Outcomes:
     """Prefill waiting prompts until about one chunk is done, so that running rows wait little."""
     budget = decoder.chunk
     while budget > 0 or not loop.rows:  # with no row left, look for more before the loop ends
@@ -154,13 +149,10 @@ def _drop_cancelled(loop: Loop) -> Outcomes:
         yield row.id, Ended("cancelled" if row.cancelled else "timeout")
 
 
-def _take_in(
-    decoder: Decoder, loop: Loop, rows: Iterator[Row | Outcome | None], limit: int
-) -> Outcomes:
+def _take_in(decoder: Decoder, loop: Loop, rows: Waiting, limit: int) -> Outcomes:
     """Accept waiting rows while the limit allows and less than one chunk waits for prefill."""
     while len(loop.rows) < limit:
-        # A row with nothing to prefill still counts as one token.
-        ahead = sum(newcomer.pending or 1 for newcomer in loop.prefilling)
+        ahead = sum(max(newcomer.pending, 1) for newcomer in loop.prefilling)
         row = next(rows, None) if ahead < decoder.chunk else None
         if row is None:
             return
@@ -221,7 +213,7 @@ def _store_prefix(decoder: Decoder, loop: Loop, batch: Batch, index: int) -> Non
         loop.prefixes.store(decoder, batch, index)
 
 
-def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None, list[Batch]]:
+def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Stepped:
     """Step a batch and yield its choices; return the batches that remain, without ended rows."""
     try:
         alone = decoder.step_alone if len(loop.rows) == 1 else None
@@ -231,8 +223,7 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None
             raise
         return (yield from _split_or_fail(decoder, loop, batch, error))
     loop.last_step_at, loop.steps = time.perf_counter(), loop.steps + 1
-    # A step of a lone row returns several choices if guessed tokens (prompt lookup) were right.
-    rows = batch.rows * len(choices) if len(batch.rows) == 1 else batch.rows
+    rows = batch.rows * len(choices) if alone else batch.rows  # with correct guesses, several
     embedded = decoder.embedded
     for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         if row.over:
@@ -254,9 +245,7 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Generator[Outcome, None
     return [] if left is None else [left]
 
 
-def _split_or_fail(
-    decoder: Decoder, loop: Loop, batch: Batch, error: Exception
-) -> Generator[Outcome, None, list[Batch]]:
+def _split_or_fail(decoder: Decoder, loop: Loop, batch: Batch, error: Exception) -> Stepped:
     """Split a batch whose step ran out of memory; fail its rows if it cannot be split."""
     error.__traceback__ = None  # its frames keep tensors in memory
     loop.oom_splits += 1
@@ -295,8 +284,8 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
 def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
     """Join the newcomer to the first batch that it does not slow down, else begin a new batch.
 
-    A call reads the slot of every row up to the length of the longest row. This is cheaper than a
-    second call, which reads the weights again, as long as the padding has fewer bytes than they.
+    A call reads each slot up to the length of the longest row. As long as this padding has fewer
+    bytes than the weights, it is cheaper than a second call, which reads the weights again.
     """
     for index, batch in enumerate(batches):
         lengths = [len(row.ids) for row in (*batch.rows, *newcomer.rows)]
@@ -334,12 +323,11 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     """Return whether the newcomers' slots fit in memory; the first row of all is always tried."""
     if not batches and len(newcomers) == 1:
         return True
-    # They have slots until they join the first batch, which doubles its slots until all fit.
     own = [newcomer.cache.cursor.columns for newcomer in newcomers]
     at = batches[0].cache.cursor if batches else labs_decode.Cursor(0, 0)
     rows, live = max(at.rows, 1), len(batches[0].rows) if batches else 0
     while rows < live + len(newcomers):
-        rows *= 2
+        rows *= 2  # a batch doubles its slots until all fit; newcomers have their own until then
     grown = rows * max(at.columns, *own) - at.rows * at.columns
     per_column = batches[0].cache.bytes_per_column if batches else decoder.column_bytes
     return (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device)
@@ -385,8 +373,7 @@ def sampling_of(
         warm = recommended.get("temperature") != 0
         samples = implied or (warm and bool(recommended.get("do_sample")))
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    # do_sample with temperature 0 means temperature 1.
-    temperature = (pick("temperature", 1.0) or 1.0) if samples else 0.0
+    temperature = (pick("temperature", 1.0) or 1.0) if samples else 0.0  # 0 does not sample
     return Sampling(
         **{name: pick(name, value) for name, value in neutral.items()},
         temperature=temperature if temperature >= COLDEST else 0.0,
@@ -402,13 +389,11 @@ def sampling_of(
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """Choose one token per row from float32 logits [B rows, V tokens], by each row's own options.
 
-    If a row's processor fails or its logits are not finite, its Choice holds the error; other rows
-    are not affected.
+    If a row's processor fails or its logits are not finite, only its Choice holds the error.
     """
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
     errors = _process(scores, rows)
-    # A GPU is given this work before `draw` waits for its first result.
-    highest = scores.amax(-1)
+    highest = scores.amax(-1)  # a GPU gets its work before `draw` waits for a result
     greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
     best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
@@ -514,11 +499,10 @@ def draw(
 ) -> list[int]:
     """Draw a token for each of rows[places] from scores [B, V]: add Gumbel noise, take the maximum.
 
-    The noise is a hash of (seed, step, token id). It has no state and is the same whatever else is
-    in the batch, on any device but mps. Only the likeliest tokens are looked at, the candidates. A
-    row whose top_k, top_p or min_p may keep more than these is drawn again from more of them. If no
-    option drops tokens, all other tokens first compete as one, the lump, with their total weight;
-    each of them is looked at only if the lump wins.
+    The noise is a hash of (seed, step, token id), the same in any batch and on any device but mps.
+    Only the likeliest tokens are looked at, the candidates. A row whose options may keep more than
+    these is drawn again from more of them. If no option drops tokens, all others first compete as
+    one, the lump, with their total weight; each of them is looked at only if the lump wins.
     """
     if not places:
         return []

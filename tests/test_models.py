@@ -486,7 +486,7 @@ def test_fewer_bits_need_fewer_bytes_and_a_folder_without_a_model_is_refused(tin
     specs = [spec_of(tiny_folder, method) for method in (None, "int8", "int4")]
     sizes = [labs_models.weight_bytes(spec) for spec in specs]
     assert sizes[0] > sizes[1] > sizes[2] > 0
-    with pytest.raises(labs.ModelError, match=r"holds no config\.json"):
+    with pytest.raises(labs.ModelError, match=r"contains no config\.json"):
         labs_models.weight_bytes(spec_of(tmp_path))
 
 
@@ -517,7 +517,7 @@ def test_a_model_that_cannot_be_loaded_unloads_no_other(
     loaded, wanted, limit, text = {
         "too large": ("other", "tiny", large - 1, r"needs about \S+ GB; server.model_memory_bytes"),
         "beside others": ("tiny", "other", large, r"needs about \S+ GB beside \S+ GB of other mod"),
-        "not there": ("tiny", "third", 10**9, r"holds no config\.json"),
+        "not there": ("tiny", "third", 10**9, r"contains no config\.json"),
     }[problem]
     models = places(
         spec_of(tmp_path), default=loaded, model_memory_bytes=limit, max_loaded_models=1

@@ -358,5 +358,5 @@ def test_other_files_in_the_output_folder_and_missing_input_are_refused_before_r
     tally = answered(tmp_path, f"{tmp_path}/*.jsonl", tmp_path / "out", "nowhere")
     assert (tally.done, tally.failed, answers(tmp_path / "out")) == (0, 0, [])
     (tmp_path / "a.jsonl").write_text(lines(3))
-    with pytest.raises(labs.InputError, match="no answer of labs-gen"):
+    with pytest.raises(labs.InputError, match="not an answer of labs-gen"):
         answered(tmp_path, f"{tmp_path}/a.jsonl", tmp_path, "nowhere")
