@@ -1,255 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table: labs and its neighbours, each in a process of its own, asked in turn."""
+"""The table of labs and its neighbours, each in a process of its own; the report of a GPU."""
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures
-import contextlib
-import functools
+import importlib.util
 import itertools
 import json
-import resource
-import statistics
-import subprocess
+import os
+import random
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from types import SimpleNamespace
 from typing import Any
 
-import common
-import servers
-from common import NEW, load, prompts, stories
+import numpy
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig
 
 import labs
+import labs_decode
+import labs_fast
+from bench import parts
+from bench.parts import GREEDY, NEW, load, prompts, stories
 
 STREAMS = (1, 4, 8, 16, 32, 64)
 REPEATS = 5
 MEMORY = 0.1  # of the machine for continuous batching's cache: all neighbours live side by side
 
-
-class Tokens:
-    """When each token of each stream came."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.times: dict[Any, list[float]] = {}
-
-    def add(self, stream: Any, count: int = 1) -> None:
-        self.times.setdefault(stream, []).extend([time.perf_counter()] * count)
-
-    def figures(self) -> dict[str, Any]:
-        seconds, times = time.perf_counter() - self.began, self.times.values()
-        return {
-            "rate": sum(map(len, times)) / seconds,
-            "first": [each[0] - self.began for each in times],
-            "gaps": [b - a for each in times for a, b in itertools.pairwise(each)],
-            "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+# A neighbour loads its model, and answers as many streams as each of its turns says; it notes the
+# stream of each token that comes. Turns are told which process has the model, if it is another.
 
 
-Ask = Callable[[int, Tokens], Any]  # answers a number of streams and notes their tokens
-
-
-def in_labs(**overrides: Any) -> Ask:
-    model = common.no_end(labs.load_model(labs.load_config(env={}, overrides=overrides)))
+def in_labs(turns: Any, note: Any, **overrides: Any) -> None:
+    model = parts.load_labs(**overrides)
     options = labs.Generation(max_new_tokens=NEW, temperature=0.0, logprobs=0)
-
-    def ask(streams: int, found: Tokens) -> None:
+    for streams in turns():
         for index, event in labs.stream_batch(model, prompts(model, streams), options):
-            if isinstance(event, labs.Delta):
-                found.add(index, len(event.logprobs))
-
-    return ask
+            note(*[index] * len(getattr(event, "logprobs", ())))
 
 
-def in_static() -> Ask:
+def in_static(turns: Any, note: Any) -> None:
     """transformers' generate: all prompts padded to one batch, which ends with its longest row."""
     model, other = load()
-
-    def ask(streams: int, found: Tokens) -> None:
-        def note(ids: Any, scores: Any, **kwargs: Any) -> Any:
-            for stream in range(streams):
-                found.add(stream)
-            return ids.new_zeros(len(ids)).bool()
-
-        common.generate(other, prompts(model, streams), NEW, [note])
-
-    return ask
+    for streams in turns():
+        parts.generate(other, prompts(model, streams), NEW, partial(note, *range(streams)))
 
 
-def in_batching() -> Ask:
-    """transformers' continuous batching."""
-    from transformers import ContinuousBatchingConfig
-
+def in_batching(turns: Any, note: Any) -> None:
     model, other = load()
-    share = ContinuousBatchingConfig(max_memory_percent=MEMORY)
-    stack = contextlib.ExitStack()
-    manager = stack.enter_context(common.batching(other, continuous_batching_config=share))
-    atexit.register(stack.close)
-
-    def ask(streams: int, found: Tokens) -> None:
-        ended = 0
-        for each in prompts(model, streams):
-            manager.add_request(list(each.input_ids), max_new_tokens=NEW, streaming=True)
-        while ended < streams:
-            if (result := manager.get_result(timeout=60)) is not None:
-                found.add(result.request_id)
-                ended += result.is_finished()
-
-    return ask
+    share = {"continuous_batching_config": ContinuousBatchingConfig(max_memory_percent=MEMORY)}
+    with other.continuous_batching_context_manager(GREEDY, warmup=False, **share) as manager:
+        for streams in turns():
+            inputs, new = prompts(model, streams), [NEW] * streams
+            for result in parts.answers(manager, inputs, new, streaming=True):
+                note(result.request_id)
 
 
-def in_llama_cpp() -> Ask:
-    llama, words = common.llama_cpp(), {"max_tokens": NEW, "temperature": 0, "stream": True}
-
-    def ask(streams: int, found: Tokens) -> None:
-        llama.reset()
-        chat = [{"role": "user", "content": stories(streams)[0]}]
-        for piece in llama.create_chat_completion(chat, **words):
-            if piece["choices"][0]["delta"].get("content"):
-                found.add(0)
-
-    return ask
+def in_llama_cpp(turns: Any, note: Any) -> None:
+    ask = parts.llama_cpp()
+    for _ in turns():
+        for _ in ask(stories(1)[0]):
+            note(0)
 
 
-def over_http(command: list[str], port: int) -> Ask:
-    server = common.Served(command, port, servers.model_folder())
-    atexit.register(server.process.terminate)
-
-    def ask(streams: int, found: Tokens) -> dict[str, Any]:
-        with concurrent.futures.ThreadPoolExecutor(streams) as pool:
-            for number, text in enumerate(stories(streams)):
-                pool.submit(server.ask, text, heard=functools.partial(found.add, number))
-        status = Path(f"/proc/{server.process.pid}/status").read_text().split("VmHWM:")[1]
-        return {"bytes": 1024 * int(status.split()[0])}
-
-    return ask
-
-
-def serve(port: int, *more: str) -> Ask:
-    return over_http(common.serve_command(servers.model_folder(), *more), port)
+def over_http(turns: Any, note: Any, *command: Any) -> None:
+    with parts.Served(*command) as server:
+        for streams in turns(server.process.pid):
+            with ThreadPoolExecutor(streams) as pool:
+                for stream, text in enumerate(stories(streams)):
+                    pool.submit(server.ask, text, heard=partial(note, stream))
 
 
 TOGETHER = ("--continuous-batching", "--cb-max-memory-percent", str(MEMORY))
-NEIGHBOURS: dict[str, tuple[bool, Callable[[], Ask]]] = {  # whether streams share anything
-    "labs": (True, in_labs),
-    "labs, int4": (True, lambda: in_labs(quant_method="int4")),
-    "generate, static batch": (True, in_static),
-    "continuous batching": (True, in_batching),
-    "llama-cpp-python, 4 bits": (False, in_llama_cpp),
-    "labs-api": (True, lambda: over_http(common.api_command(servers.model_folder()), 8441)),
-    "transformers serve": (False, lambda: serve(8442)),
-    "serve --continuous-batching": (True, lambda: serve(8443, *TOGETHER)),
+NEIGHBOURS: dict[str, tuple[Any, ...]] = {
+    "labs": (in_labs,),
+    "labs, int4": (partial(in_labs, quant_method="int4"),),
+    "generate, static batch": (in_static,),
+    "continuous batching": (in_batching,),
+    "llama-cpp-python, 4 bits": (in_llama_cpp,),
+    "labs-api": (over_http, 8441, "labs-api"),
+    "transformers serve": (over_http, 8442, "transformers"),
+    "serve --continuous-batching": (over_http, 8443, "transformers", *TOGETHER),
 }
+ALONE = ("llama-cpp-python, 4 bits", "transformers serve")  # whose streams share nothing
 
 
 def worker(name: str) -> None:
     """Load a neighbour, then measure each number of streams that standard input names."""
     out, sys.stdout = sys.stdout, sys.stderr
-    try:
-        ask = NEIGHBOURS[name][1]()
-        ask(1, Tokens())
-        print(json.dumps({"loaded": True}), file=out, flush=True)
+    found = defaultdict[Any, list[float]](list)
+    tell = lambda **told: print(json.dumps(told), file=out, flush=True)  # noqa: E731
+
+    def note(*streams: Any) -> None:
+        for stream in streams:
+            found[stream].append(time.perf_counter())
+
+    def turns(process: int | str = "self") -> Iterator[int]:
+        yield 1  # warms up
+        tell()
         for line in sys.stdin:
-            more = ask(int(line), found := Tokens())
-            print(json.dumps(found.figures() | (more or {})), file=out, flush=True)
+            found.clear()
+            began = time.perf_counter()
+            yield int(line)
+            seconds, times = time.perf_counter() - began, found.values()
+            gaps = [gap for each in times for gap in numpy.diff(each)]
+            rate, first = sum(map(len, times)) / seconds, [each[0] - began for each in times]
+            peak = parts.peak_bytes(process) / 1e6
+            tell(rate=rate, first_token=first, inter_token=gaps, peak_mb=peak)
+
+    try:
+        answer, *more = NEIGHBOURS[name]
+        answer(turns, note, *more)
     except (Exception, SystemExit) as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=out, flush=True)
-
-
-class Worker:
-    """A neighbour in a process of its own."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.found, began = name, dict[int, list[Any]](), time.perf_counter()
-        command = [sys.executable, str(Path(__file__).parent), "--worker", name]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
-        self.error = self._read().get("error")
-        self.start_s = time.perf_counter() - began
-
-    def _read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": "the process ended"}
-
-    def measure(self, streams: int) -> None:
-        if self.error or (streams > 1 and not NEIGHBOURS[self.name][0]):
-            return
-        self.process.stdin.write(f"{streams}\n")
-        self.process.stdin.flush()
-        found = self._read()
-        self.error = found.get("error")
-        if not self.error:
-            self.found.setdefault(streams, []).append(found)
-
-    def leave(self) -> None:
-        self.process.stdin.close()  # it ends its server, if it has one
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:  # a thread of its library goes on
-            self.process.kill()
-
-    def row(self, streams: int) -> dict[str, Any]:
-        """Return medians: tokens a second with their range, and milliseconds."""
-        runs = self.found[streams]
-        rates = sorted(run["rate"] for run in runs)
-        row = {"neighbour": self.name, "streams": streams, "start_s": self.start_s}
-        row |= {"tokens_per_s": statistics.median(rates), "range": [rates[0], rates[-1]]}
-        for name, key in (("first_token", "first"), ("inter_token", "gaps")):
-            times = sorted(time for run in runs for time in run[key]) or [0.0]
-            row[f"{name}_p50_ms"] = 1000 * times[len(times) // 2]
-            row[f"{name}_p95_ms"] = 1000 * times[int(0.95 * len(times))]
-        return {**row, "peak_mb": max(run["bytes"] for run in runs) / 1e6}
+        tell(error=f"{type(error).__name__}: {error}")
+    os._exit(0)  # also where a thread of a library goes on
 
 
 def table() -> None:
     """Ask all neighbours in turn; print, and write bench.json and docs/bench.svg."""
-    print(f"{common.machine()}; {REPEATS} rounds of {NEW} new tokens\n", flush=True)
-    workers = []
+    about = {"machine": parts.machine(), "new_tokens": NEW, "repeats": REPEATS}
+    print(f"{about['machine']}; {REPEATS} rounds of {NEW} new tokens\n", flush=True)
+    processes, errors, starts = dict[str, Any](), dict[str, str](), dict[str, float]()
+    runs = defaultdict[tuple[str, int], list[dict[str, Any]]](list)
+
+    def read(name: str) -> dict[str, Any]:
+        found = json.loads(processes[name].stdout.readline() or '{"error": "the process ended"}')
+        errors.update({name: found["error"]} if "error" in found else {})
+        return found
+
     for name in NEIGHBOURS:
-        workers.append(each := Worker(name))
-        state = each.error or f"{each.start_s:.1f} s to load and answer once"
+        began, command = time.perf_counter(), [sys.executable, "-m", "bench", "--worker", name]
+        processes[name] = Popen(command, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        read(name)
+        starts[name] = time.perf_counter() - began
+        state = errors.get(name, f"{starts[name]:.1f} s to load and answer once")
         print(f"{name:28} {state}", flush=True)
-    for streams, each in itertools.product(STREAMS * REPEATS, workers):
-        each.measure(streams)
-    rows = [each.row(streams) for each in workers for streams in each.found]
-    show(rows)
-    print(*(f"{each.name}: {each.error}" for each in workers if each.error), sep="\n")
-    told = {"machine": common.machine(), "new_tokens": NEW, "repeats": REPEATS, "rows": rows}
-    Path("bench.json").write_text(json.dumps(told, indent=1))
-    plot(rows)
-    for each in workers:
-        each.leave()
-
-
-def show(rows: list[dict[str, Any]]) -> None:
+    for streams, name in itertools.product(STREAMS * REPEATS, NEIGHBOURS):
+        if name not in errors and (streams == 1 or name not in ALONE):
+            print(streams, file=processes[name].stdin, flush=True)
+            found = read(name)
+            if name not in errors:
+                runs[name, streams].append(found)
     head = "tok/s (range)", "first token p50/p95", "inter-token p50/p95", "peak"
     print(f"\n{'':28} streams {head[0]:>20} {head[1]:>22} {head[2]:>20} {head[3]:>9}")
-    for row in rows:
-        rates = "{tokens_per_s:.0f} ({range[0]:.0f}-{range[1]:.0f})".format(**row)
-        first = "{first_token_p50_ms:.0f} / {first_token_p95_ms:.0f} ms".format(**row)
-        gaps = "{inter_token_p50_ms:.0f} / {inter_token_p95_ms:.0f} ms".format(**row)
-        start = f"{row['neighbour']:28} {row['streams']:7} {rates:>20} {first:>22} {gaps:>20}"
-        print(f"{start} {row['peak_mb']:6.0f} MB")
+    rows = []
+    for name, streams in sorted(runs, key=lambda key: [*NEIGHBOURS].index(key[0])):
+        found = runs[name, streams]
+        low, rate, high = numpy.percentile([run["rate"] for run in found], (0, 50, 100))
+        row = {"neighbour": name, "streams": streams, "start_s": starts[name]}
+        row |= {"tokens_per_s": rate, "range": [low, high]}
+        cells = [f"{rate:.0f} ({low:.0f}-{high:.0f})"]
+        for key in ("first_token", "inter_token"):
+            times = [1000 * each for run in found for each in run[key]] or [0.0]
+            middle, late = numpy.percentile(times, (50, 95))
+            row |= {f"{key}_p50_ms": middle, f"{key}_p95_ms": late}
+            cells.append(f"{middle:.0f} / {late:.0f} ms")
+        row["peak_mb"] = max(run["peak_mb"] for run in found)
+        figures = f"{cells[0]:>20} {cells[1]:>22} {cells[2]:>20} {row['peak_mb']:6.0f} MB"
+        print(f"{name:28} {streams:7} {figures}")
+        rows.append(row)
+    print(*(f"{name}: {error}" for name, error in errors.items()), sep="\n")
+    Path("bench.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows)
+    else:
+        print("docs/bench.svg needs matplotlib")
+    for process in processes.values():
+        process.stdin.close()  # it ends its server, if it has one
+        process.wait()
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
     """Draw tokens a second over streams."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("docs/bench.svg needs matplotlib")
-        return
-    matplotlib.use("svg")
     from matplotlib import pyplot
 
+    pyplot.switch_backend("svg")
     pyplot.rcParams["svg.hashsalt"] = "labs"  # the same file for the same figures
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in dict.fromkeys(row["neighbour"] for row in rows):
-        mine = [row for row in rows if row["neighbour"] == name]
-        x, y = ([row[key] for row in mine] for key in ("streams", "tokens_per_s"))
+    for name, mine in itertools.groupby(rows, lambda row: row["neighbour"]):
+        x, y = zip(*((row["streams"], row["tokens_per_s"]) for row in mine), strict=True)
         axes.plot(x, y, marker="o", label=name, linewidth=2.5 if "labs" in name else 1.2)
     axes.set(xscale="log", xlabel="streams", ylabel="tokens per second", ylim=(0, None))
     axes.set_xticks(STREAMS, map(str, STREAMS))
@@ -257,3 +193,77 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig("docs/bench.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+FIELDS += ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
+SHAPES = {  # random weights: nothing is downloaded
+    "tiny": ("llama", 64, 2, 4, 2, 16, 128, 512),
+    "1B": ("llama", 2048, 16, 32, 8, 64, 8192, 128256),
+    "8B": ("llama", 4096, 32, 32, 8, 128, 14336, 128256),
+    "0.6B": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936),
+}
+
+
+def random_model(shape: str, device: str) -> labs.Model:
+    options: dict[str, Any] = dict(zip(FIELDS, SHAPES[shape], strict=True))
+    options |= {"max_position_embeddings": 8192, "eos_token_id": None, "pad_token_id": 0}
+    config = AutoConfig.for_model(**options)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    decoder = labs_decode.prepare(model)
+    decoder = labs_fast.speed_up(decoder, None, batch_invariant=True, cuda_graphs=True)
+    letters = SimpleNamespace(decode=lambda ids, **_: "a" * len(ids))  # random weights say nothing
+    spec, lock = labs.ModelSpec(), threading.Lock()
+    return labs.Model(decoder, letters, spec, device, "bf16", 8192, frozenset(), {}, 0.0, lock)
+
+
+def measure(model: labs.Model, name: str, lengths: list[int], new: list[int], limit: float) -> None:
+    """Print both rates, and which share of the memory's bandwidth that of labs reads."""
+    inputs = parts.random_inputs(lengths, model.model.config.vocab_size)
+    each = [labs.Generation(max_new_tokens=n, temperature=0.0) for n in new]
+    run = lambda: parts.stream_batch(model, inputs, len(inputs), generation=each)  # noqa: E731
+    ours = max(parts.rate(run) for _ in range(3))
+    attention, theirs = model.model.config._attn_implementation, 0.0
+    model.model.set_attn_implementation("sdpa")
+    try:
+        theirs = max(parts.manager_rate(model.model, inputs, new) for _ in range(2))
+    except Exception as error:  # a version of it that does not run here
+        print(f"  continuous batching: {type(error).__name__}: {error}")
+    finally:
+        model.model.set_attn_implementation(attention)
+    # The bytes that a token has to read: its share of the weights, and its row of the cache.
+    columns = numpy.mean(lengths) + numpy.mean(new) / 2
+    read = model.decoder.weight_bytes / len(inputs) + columns * model.decoder.column_bytes
+    used = f"{ours * read / limit:9.0%} of the bandwidth"
+    print(f"{name:44} {ours:9.0f} {theirs:9.0f} {used}", flush=True)
+
+
+def gpu_report(*shapes: str) -> None:
+    """Measure what a GPU does with random weights, in less than 8 minutes."""
+    device, size = ("cuda", 2**30) if torch.cuda.is_available() else ("cpu", 2**27)
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def copy() -> int:
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 2 * size  # bytes read and written
+
+    limit = max(parts.rate(copy) for _ in range(10))
+    copies = f"copies {limit / 1e12:.2f} TB/s"
+    print(f"{parts.machine()}; {copies}; tokens/s of labs, continuous batching")
+    for shape in shapes or ("1B", "8B", "0.6B"):
+        model, small, draw = random_model(shape, device), shape == "tiny", random.Random(0)
+        for streams in (1, 4) if small else (1, 8, 32, 64, 128):
+            name, new = f"{shape}, {streams} x 128 tokens, 128 new", [16 if small else 128]
+            measure(model, name, [128] * streams, new * streams, limit)
+        if shape in ("0.6B", "tiny"):  # nano-vllm's workload
+            count = 8 if small else 256
+            lengths = [draw.randint(100, 1024) for _ in range(count)]
+            new = [draw.randint(100, 1024) // (100 if small else 1) for _ in range(count)]
+            name = f"{shape}, {count} x 100-1,024 tokens, as many new"
+            measure(model, name, lengths, new, limit)
+        del model
+        labs.release_memory()
