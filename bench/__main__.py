@@ -6,11 +6,10 @@
     uv run --extra bench python -m bench --gpu-report [1B 8B 0.6B]    random weights on a GPU
 
 The table is also written to bench.json and docs/bench.svg. Its neighbours are transformers'
-generate and continuous batching, `transformers serve` with and without that, llama-cpp-python
-(where it is installed) and labs, in process and over HTTP. They are asked in turn, because machines
-drift and the ratios of one run do not. Each row of a part is the median of interleaved pairs with
-its 90 % bootstrap interval. Everything is greedy. All do equal work, without end-of-sequence, but
-over HTTP and in llama.cpp.
+generate and continuous batching, `transformers serve`, llama-cpp-python (where it is installed) and
+labs, in process and over HTTP. They are asked in turn, because machines drift and the ratios of one
+run do not. A row of a part is the median of interleaved pairs with its 90 % bootstrap interval. All
+is greedy, and equal work without end-of-sequence, except over HTTP and in llama.cpp.
 """
 
 from __future__ import annotations

@@ -114,13 +114,14 @@ def worker(name: str) -> None:
             rate, first = sum(map(len, times)) / seconds, [each[0] - began for each in times]
             peak = parts.peak_bytes(process) / 1e6
             tell(rate=rate, first_token=first, inter_token=gaps, peak_mb=peak)
+        threading.Timer(20, os._exit, [0]).start()  # if a library does not come to an end
 
     try:
         answer, *more = NEIGHBOURS[name]
         answer(turns, note, *more)
     except (Exception, SystemExit) as error:
         tell(error=f"{type(error).__name__}: {error}")
-    os._exit(0)  # also where a thread of a library goes on
+    os._exit(0)  # also if a thread of a library goes on
 
 
 def table() -> None:
