@@ -13,6 +13,7 @@ if CPU_INFO.exists() and "amx_bf16" in CPU_INFO.read_text(encoding="utf-8"):
     os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX512")
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,17 @@ import labs_engine
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Compute in one thread: for models this small a second one only waits for the first."""
+    """Compute in one thread: for models this small a second one only waits for the first.
+
+    The libraries' millions of objects are frozen: each model that goes is followed by a collection.
+    """
+    gc.collect()
+    gc.freeze()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import falcon.testing
 import httpx
@@ -940,10 +941,13 @@ def gen() -> Any:
 
 
 def invoke(*arguments: str, input: str | bytes | None = None) -> Any:
-    try:
+    with unfrozen():
         return CliRunner().invoke(gen(), arguments, input=input)
-    finally:
-        gc.unfreeze()  # what the command froze for a process that ends with it
+
+
+def unfrozen() -> Any:
+    """Keep a command from freezing its objects, which it does because its process ends with it."""
+    return mock.patch.object(gc, "freeze")
 
 
 def labs_gen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:

@@ -13,7 +13,6 @@ counts anew, and read the diff:
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import logging
@@ -34,7 +33,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 import pytest
 import yaml
-from click.testing import CliRunner
+from kit import invoke
 
 import labs
 import labs_api
@@ -197,11 +196,7 @@ class Place:
 
     def labs_gen(self, arguments: list[str], typed: str | None) -> str:
         """Run it in this process, where the model is loaded already."""
-        gen = labs_cli.make_command("labs-gen", labs_cli.run, labs_cli.OPTIONS, labs_cli.EPILOG)
-        try:
-            return CliRunner().invoke(gen, arguments, input=typed).output
-        finally:
-            gc.unfreeze()
+        return str(invoke(*arguments, input=typed).output)
 
     def bash(self, command: str) -> str:
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
