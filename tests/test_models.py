@@ -1286,7 +1286,10 @@ RULES: list[dict[str, Any]] = [
         (NAMES + '[[router.rules]]\npattern = "a"', ["labs.toml", "router_rules", "model"]),
         (NAMES + "[router]\nrules = 5", ["labs.toml", "router_rules = 5", "array"]),
         (NAMES + "[router]\nrule = []", ["labs.toml", "'rule'", "rules?"]),
-        (NAMES + '[models.auto]\nmodel_name = "a"', ["labs.toml", "[models.auto]", "belongs to [router]"]),
+        (
+            NAMES + '[models.auto]\nmodel_name = "a"',
+            ["labs.toml", "[models.auto]", "belongs to [router]"],
+        ),
         ('default_model = "smal"' + NAMES, ["default_model = smal", "did you mean small?"]),
         ('default_model = "zebra"' + NAMES, ["default_model = zebra", "no [models] table"]),
         ('default_model = "auto"' + NAMES, ["labs.toml", "default_model = auto"]),

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import httpx
 import kit
 import msgspec
@@ -53,6 +54,13 @@ def processes(name: str) -> list[psutil.Process]:
             continue
         found += [each] if title.startswith("ray::") and name in title else []
     return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the workers of pytest-xdist from starting Ray at the same time."""
+    with filelock.FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
 
 
 @pytest.fixture(scope="module")
