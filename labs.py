@@ -66,7 +66,7 @@ class Inputs(Struct, frozen=True):
 
 
 class Fingerprint(Struct, frozen=True, kw_only=True):
-    """What fixes an answer, but for processors and, without batch_invariant, the other rows.
+    """What determines an answer, except processors and, without batch_invariant, other rows.
 
     revision: the hub's commit, or the sha256 of the file or folder. quantization: the values that
     are not defaults. generation: the options used. prompt_sha256: a hash of the ids as JSON.
@@ -161,7 +161,7 @@ class Delta(Struct, frozen=True, tag="delta", repr_omit_defaults=True):
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """The end of an answer. matched_stop: the stop string that ended it. seed: as used or given."""
+    """The end of an answer. matched_stop: the stop string that ended it. seed: drawn or given."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -242,7 +242,7 @@ def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", 
 
 
 def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
-    """Load a model; the last two are kept for the next call, and threads share one load.
+    """Load a model; the two used last stay cached, and threads that ask for one load it once.
 
     `load_model.cache_clear()` frees them. With cached=False it is not kept: dropping the last
     reference frees it. Raises ModelError when the model cannot be loaded.
@@ -342,7 +342,7 @@ def stream_batch(
     """Generate answers to many prompts as (index, event); when one ends, the next prompt starts.
 
     inputs: read lazily. generation: one for all or one each. batch_rows: prompts at once, by
-    default what memory allows, up to 64. Each ends in Done or Failed; GenerationError ends all.
+    default what memory allows, up to 64. Answers end in Done or Failed; a raised error ends all.
     """
     if batch_rows is not None and batch_rows < 1:
         raise InputError(f"batch_rows = {batch_rows}: must be at least 1")
@@ -497,7 +497,7 @@ def _load(spec: ModelSpec) -> Model:
 
 
 def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
-    """Apply the optional files that make a decoder faster, after trying what the model can do."""
+    """Make a decoder faster with the optional files that are there."""
     method = spec.quantization.quant_method
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
     require(*(["labs_fast"] if method else []))
@@ -779,8 +779,8 @@ class InFlight(Struct, eq=False):
     generation: Generation
     began: float
     sampling: labs_decode.Sampling  # without the model's own rules, unlike row.sampling
-    stops: dict[str, str]  # {text that is searched for: its stop string}
-    marks: dict[int, str]  # {special token: its stand-in, a character to search for}
+    stops: dict[str, str]  # {text to search for: its stop string}
+    marks: dict[int, str]  # {special token id: the character that stands for it}
     text: PartialText = msgspec.field(default_factory=PartialText)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
@@ -846,7 +846,7 @@ def _sampling(
 
 
 def resolved(request: InFlight) -> Generation:
-    """Return the options used; without processors, they reproduce the answer elsewhere."""
+    """Return the options as used, enough to repeat the answer if no processors ran."""
     sampling, given = request.sampling, request.generation
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     used = {name: getattr(sampling, name) for name in names}
@@ -876,8 +876,8 @@ def run(
 ) -> Events:
     """Decode all requests, at most `limit` at once, and yield their events.
 
-    requests: read while there is room; a Failed among them is passed on. loop: a new one, whose
-    state the caller can watch.
+    requests: read while there is room; a Failed among them is passed on. loop: pass a new one to
+    watch its state.
     """
     import labs_loop
 

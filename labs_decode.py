@@ -10,8 +10,8 @@ any length join and leave at any step. These functions change the cache, in this
     forward   write one token of every row and return the logits after it (labs_loop chooses)
     keep      drop all rows but those named; the last row moves into each hole
 
-The model makes its own masks: importing this file registers `attention` and `attention_mask` with
-transformers, and the mask reads the position of each row from the cache. This file needs torch and
+Importing this file registers `attention` and `attention_mask` with transformers; the mask applies
+the model's own rule at the row's position, which it reads from the cache. This file needs torch and
 transformers, but no other file of labs: faster parts are passed in, see the Protocols.
 """
 
@@ -37,7 +37,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-LONE_ROW_COPIES = 4  # rows in the call of a lone row: one alone rounds differently, 2 are slower
+LONE_ROW_COPIES = 4  # a lone row runs as 4 equal rows: 1 rounds differently, 2 take longer
 CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows wait for it
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
@@ -146,7 +146,7 @@ class Batch:
     @property
     def pending(self) -> int:
         """Tokens that `prefill` must still write before this newcomer's next step."""
-        row = self.rows[0]  # one that starts again writes all ids but the last
+        row = self.rows[0]  # a restarted row prefills all ids but the last
         known = len(row.ids) - 1 if row.generated else row.prompt_length
         return 0 if self.stepwise is not None else max(known - row.written, 0)
 
@@ -377,7 +377,7 @@ def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
 
 
 def _blocks(columns: int) -> int:
-    """Return 64, 128, 256, 512 or whole blocks: few lengths, so that sums keep their bits."""
+    """Round up to 64, 128, 256, 512, then to blocks: with few lengths, sums round alike."""
     if columns <= 8 * COLUMNS:
         return max(COLUMNS, 1 << (columns - 1).bit_length())
     return math.ceil(columns / COLUMNS) * COLUMNS
@@ -417,10 +417,10 @@ def attention_invariant(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention whose steps give a row the same bits whatever else is in the batch, on CPU.
+    """Compute attention that gives a row the same bits in any batch, in steps on a CPU.
 
-    In float32, plain products do so and sdpa does not. In 16 bits, sdpa does so if the number of
-    queries is a multiple of eight, which aligns its buffers: they are padded.
+    In float32, plain products do this and sdpa does not. In 16 bits sdpa does, for a multiple of
+    eight queries, which aligns its buffers, so queries are padded.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
     if query.shape[2] > 1 or options.get("position_bias") is not None:
@@ -569,7 +569,7 @@ class PrefillPacked(Protocol):
 # ---------------------------------------------------------------- how the rows of a model run
 
 
-CACHE_PARAMETERS = ("cache", "past_key_values", "cache_params")  # since 5.24, before, mamba
+CACHE_PARAMETERS = ("cache", "past_key_values", "cache_params")  # new name, old, mamba's
 WHOLE_PROMPT_TYPES = {"mamba", "falcon_mamba", "jamba"}  # they lose their state between chunks
 ALONE_TYPES = frozenset({"bloom", "mpt", "recurrent_gemma", "deepseek_v32", "rwkv", "minimax"})
 
@@ -675,7 +675,7 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
 def with_invariance(decoder: Decoder, wanted: bool) -> Decoder:
     """Return a decoder whose rows have the same bits whatever else is in a batch, if possible.
 
-    wanted: False if its linear layers depend on other rows. The attention is chosen to match.
+    wanted: False if its linear layers mix the rounding of rows. Sets the attention to match.
     """
     model = decoder.model
     on_cpu = {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -754,7 +754,7 @@ def new_batch(decoder: Decoder, row: Row) -> Batch:
 
 @torch.inference_mode()
 def prefill(decoder: Decoder, batch: Batch) -> Batch:
-    """Write the next chunk of the newcomer's prompt; the last one leaves logits for `step`."""
+    """Write the next chunk of the newcomer's prompt; the last chunk also sets batch.logits."""
     row, at = batch.rows[0], batch.cache.cursor
     chunk = batch.pending if decoder.mode == "whole" else decoder.chunk
     end = row.written + min(chunk, batch.pending)
@@ -859,7 +859,7 @@ def call_model(
 ) -> Tensor:
     """Call the model with the keywords that its forward accepts; return its logits.
 
-    wanted: how many last positions, or which, to return logits of, if it has logits_to_keep.
+    wanted: logits_to_keep, as a number of last positions or a tensor of positions.
     """
     words: dict[str, object] = {"position_ids": positions, "logits_to_keep": wanted}
     words |= {"use_cache": True, **dict.fromkeys(CACHE_PARAMETERS, cache)}

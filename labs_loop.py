@@ -6,7 +6,7 @@
 
 A row is a prompt and its answer; its keys and values lie in a slot, one column a token. It waits in
 `rows`, is a newcomer while its prompt is prefilled, takes its first token and joins a batch. A step
-is `labs_decode.forward`, then `choose`, which needs only the logits.
+is `labs_decode.forward`, then `choose`, which never runs the model.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Loop:
     """The state of a running loop; other threads may read it.
 
     rows: the current rows, by id. batches: each is stepped in turn. prefilling: a batch for each
-    newcomer. before_step: called before each forward call. last_step_at: time.perf_counter() after
-    the last call. steps, oom_splits: all steps, and those that ran out of memory.
-    one_prompt_per_call: set after a prefill of several prompts ran out of memory, until none waits.
+    newcomer. before_step: called before rows are admitted. last_step_at: time.perf_counter() after
+    the last call. steps, oom_splits: steps completed, and steps that ran out of memory.
+    one_prompt_per_call: set when a joint prefill runs out of memory, until no prompt waits.
     prefixes: stores the prefixes of prompts; None if nothing is stored.
     """
 
@@ -223,7 +223,7 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Stepped:
             raise
         return (yield from _split_or_fail(decoder, loop, batch, error))
     loop.last_step_at, loop.steps = time.perf_counter(), loop.steps + 1
-    rows = batch.rows * len(choices) if alone else batch.rows  # with correct guesses, several
+    rows = batch.rows * len(choices) if alone else batch.rows  # correct guesses add choices
     embedded = decoder.embedded
     for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         if row.over:
@@ -238,7 +238,7 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Stepped:
             )
         if row.over:
             del loop.rows[row.id]
-            if not decoder.invariant:  # stepped columns have other bits than prefilled ones
+            if not decoder.invariant:  # else not: a step rounds differently from a prefill
                 _store_prefix(decoder, loop, batch, index % len(batch.rows))
     kept = [row.id for row in batch.rows if not row.over]
     left = batch if len(kept) == len(batch.rows) else labs_decode.keep(batch, kept)
@@ -308,7 +308,7 @@ def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> li
 def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
     """Return the first newcomers whose whole prompts fit into one prefill call.
 
-    A prompt of one token is prefilled alone, because a product of one row rounds differently.
+    A prompt of one token is prefilled alone, because a product of one line rounds differently.
     """
     together, most = list[Batch](), decoder.steady or decoder.chunk
     for newcomer in newcomers if decoder.prefill_packed else ():
@@ -320,7 +320,7 @@ def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[B
 
 
 def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Batch]) -> bool:
-    """Return whether the newcomers' slots fit in memory; the first row of all is always tried."""
+    """Return whether the newcomers' slots fit in memory; without a batch, one is always tried."""
     if not batches and len(newcomers) == 1:
         return True
     own = [newcomer.cache.cursor.columns for newcomer in newcomers]
@@ -366,7 +366,7 @@ def sampling_of(
         return recommended.get(name, neutral) if given is None else given
 
     implied = any((options.top_k, options.top_p, options.min_p))
-    samples = options.do_sample  # if unset: by temperature, else by the others, else as recommended
+    samples = options.do_sample  # unset: temperature decides, else `implied`, else the model
     if samples is None and options.temperature is not None:
         samples = options.temperature > 0
     elif samples is None:
@@ -500,9 +500,9 @@ def draw(
     """Draw a token for each of rows[places] from scores [B, V]: add Gumbel noise, take the maximum.
 
     The noise is a hash of (seed, step, token id), the same in any batch and on any device but mps.
-    Only the likeliest tokens are looked at, the candidates. A row whose options may keep more than
-    these is drawn again from more of them. If no option drops tokens, all others first compete as
-    one, the lump, with their total weight; each of them is looked at only if the lump wins.
+    Only the likeliest tokens, the candidates, are examined; a row that may keep others is redrawn
+    from more. If no option drops tokens, the rest compete as one lump of their total weight, and a
+    token of it is drawn only if the lump wins.
     """
     if not places:
         return []
@@ -519,7 +519,7 @@ def draw(
     whole = size == scaled.shape[-1]
     open_ended = [] if whole else [n for n, last in enumerate(kept[:, -1].tolist()) if last]
     may_cut = {n for n in open_ended if (s := options[n]).top_p < 1 or s.min_p or s.top_k > size}
-    # top_p is a share of the tokens that top_k keeps: without all of these, draw again from more.
+    # top_p is a share of all that top_k keeps: if not all are candidates, draw from more.
     deep = (n for n, s in enumerate(options) if s.top_k > size and s.top_p < 1)
     again = sorted(may_cut if whole else {*may_cut, *deep})
     redrawn = draw(scores, rows, [places[n] for n in again], sizes[1:])
@@ -580,9 +580,7 @@ def gumbel(rows: Sequence[Row], ids: Tensor) -> Tensor:
     )
     hashed = _mix((_mix(ids ^ low) + high) & LOW_32)
     real = torch.float32 if ids.device.type == "mps" else torch.float64  # mps has no float64
-    below = (
-        1 - torch.finfo(real).eps / 2
-    )  # the largest value under 1, whose noise would be infinite
+    below = 1 - torch.finfo(real).eps / 2  # just under 1, where the noise is infinite
     return -torch.log(-torch.log(((hashed.to(real) + 0.5) / 2**32).clamp(max=below)))
 
 
