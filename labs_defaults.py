@@ -111,7 +111,7 @@ class Defaults:
         options = {"input_ids_seq_length": len(prompt), "encoder_input_ids": ids, "device": device}
         return self.model._get_logits_processor(config, **options)
 
-    def told(self) -> dict[str, str]:
+    def described(self) -> dict[str, str]:
         """Return {field: its value, or the reason why it has no effect}."""
         return {name: repr(value)[:200] for name, value in self.rules.items()} | {**self.ignored}
 

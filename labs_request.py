@@ -358,7 +358,7 @@ def explain(
         weight_bytes=decoder.weight_bytes,
         cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
         settings=_sourced(model, stream, sources or {}),
-        generation_config=model.defaults.told() if model.defaults else {},
+        generation_config=model.defaults.described() if model.defaults else {},
     )
 
 

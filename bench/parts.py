@@ -47,7 +47,7 @@ Run = Callable[[], int]  # does some work once and returns how many tokens it ma
 
 
 def rate(run: Run, times: int = 1) -> float:
-    """Return the tokens per second of so many runs."""
+    """Return the tokens per second of several runs."""
     began = time.perf_counter()
     return sum(run() for _ in range(times)) / (time.perf_counter() - began)
 

@@ -35,7 +35,7 @@ REPEATS = 5
 MEMORY = 0.1  # of the machine for continuous batching's cache: all neighbours live side by side
 
 # A neighbour loads its model, and answers as many streams as each of its turns says; it notes the
-# stream of each token that comes. Turns are told which process has the model, if it is another.
+# stream of each token that comes. A turn gets the process that has the model, if it is another.
 
 
 def in_labs(turns: Any, note: Any, **overrides: Any) -> None:
@@ -96,7 +96,7 @@ def worker(name: str) -> None:
     """Load a neighbour, then measure each number of streams that standard input names."""
     out, sys.stdout = sys.stdout, sys.stderr
     found = defaultdict[Any, list[float]](list)
-    tell = lambda **told: print(json.dumps(told), file=out, flush=True)  # noqa: E731
+    report = lambda **values: print(json.dumps(values), file=out, flush=True)  # noqa: E731
 
     def note(*streams: Any) -> None:
         for stream in streams:
@@ -104,7 +104,7 @@ def worker(name: str) -> None:
 
     def turns(process: int | str = "self") -> Iterator[int]:
         yield 1  # warms up
-        tell()
+        report()
         for line in sys.stdin:
             found.clear()
             began = time.perf_counter()
@@ -113,14 +113,14 @@ def worker(name: str) -> None:
             gaps = [gap for each in times for gap in numpy.diff(each)]
             rate, first = sum(map(len, times)) / seconds, [each[0] - began for each in times]
             peak = parts.peak_bytes(process) / 1e6
-            tell(rate=rate, first_token=first, inter_token=gaps, peak_mb=peak)
+            report(rate=rate, first_token=first, inter_token=gaps, peak_mb=peak)
         threading.Timer(20, os._exit, [0]).start()  # if a library does not come to an end
 
     try:
         answer, *more = NEIGHBOURS[name]
         answer(turns, note, *more)
     except (Exception, SystemExit) as error:
-        tell(error=f"{type(error).__name__}: {error}")
+        report(error=f"{type(error).__name__}: {error}")
     os._exit(0)  # also if a thread of a library goes on
 
 

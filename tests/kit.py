@@ -572,7 +572,7 @@ class Gate:
             self.turn.notify_all()
 
     def until(self, count: int) -> None:
-        """Wait until so many calls have begun."""
+        """Wait until this number of calls has begun."""
         with self.turn:
             assert self.turn.wait_for(lambda: len(self.calls) >= count, WAIT_S)
 
@@ -617,7 +617,7 @@ def read(answer: labs_engine.Answer, wait_s: float = WAIT_S) -> tuple[str, Any]:
 def held(
     engine: labs_engine.AnyEngine, gate: Gate, calls: int, wanted: labs.Generation | None = None
 ) -> labs_engine.Answer:
-    """Ask, and return when the answer has had so many calls and the next one is held."""
+    """Ask, and return when the answer has had `calls` calls and the next one is held."""
     gate.let(calls)
     answer = engine.submit(prompt(0), wanted or options())
     gate.until(calls + 1)
@@ -734,7 +734,7 @@ class Site:
         self.client = falcon.testing.TestClient(self.app)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        """Ask; a body that is no bytes is sent as JSON. Header names: _ stands for -."""
+        """Ask; a body that is not bytes is sent as JSON. Header names: _ stands for -."""
         names = {"Host": "localhost"} if body is None else {"Host": "localhost", **JSON}
         names |= {name.replace("_", "-"): value for name, value in headers.items()}
         sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -951,7 +951,7 @@ def unfrozen() -> Any:
 
 
 def labs_gen(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run labs-gen as a program, greedily and on few tokens unless told otherwise."""
+    """Run labs-gen as a program, greedily and with few tokens by default."""
     words = [sys.executable, ROOT / "labs_cli.py", "--temperature", "0", *arguments]
     options = {"stdin": subprocess.DEVNULL, "env": ONE_THREAD, **options}
     if "input" in options:
@@ -1002,7 +1002,7 @@ def program(*arguments: str, code: Any = (), **settings: str) -> Iterator[Any]:
 
 
 def serving(process: Any) -> str:
-    """Wait until the program is ready, as it tells, and return its address."""
+    """Wait until the program reports that it is ready, and return its address."""
     url = re.search(rb"http://[^ ]+", process.stderr.readline())
     assert url
     assert b"ready" in process.stderr.readline()
