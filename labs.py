@@ -638,7 +638,7 @@ def _recommended(
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found, wrong = labs_settings.recommended({key: values[key] for key in names if key in values})
     if left := [key for key in values if key not in found and not key.endswith("token_id")]:
-        log.warning("without labs_defaults.py %s have no effect %s", left, wrong or "")
+        log.warning("fields ignored: %s", dict.fromkeys(left, "needs labs_defaults.py") | wrong)
     return found, None
 
 

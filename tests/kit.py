@@ -62,7 +62,7 @@ labs_load_config = labs.load_config
 
 SPECIAL = ("<bos>", "<eos>", "<end>", "<|system|>", "<|user|>", "<|assistant|>")
 
-BOS, EOS, END, SYSTEM, USER, ASSISTANT = range(256, 262)
+BOS, EOS, END, _, USER, ASSISTANT = range(256, 262)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
@@ -752,27 +752,6 @@ class Site:
         return openai.OpenAI(
             api_key=key, base_url=base, http_client=client, **{"max_retries": 0, **options}
         )
-
-
-class Later(labs_models.One):
-    """Engines that a function returns or has not yet, with the interface of labs_models.Models."""
-
-    def __init__(self, engine_of: Callable[[str], Any]) -> None:
-        self.engine_of = engine_of
-
-    def __call__(self, name: str) -> Any:
-        return self.engine_of(name)
-
-    def check(self) -> None:
-        self.engine_of("tiny")
-
-    def loaded(self) -> dict[str, Any]:
-        with contextlib.suppress(labs.LabsError):
-            return {"tiny": self.engine_of("tiny")}
-        return {}
-
-    def context_length(self, name: str) -> int | None:
-        return None
 
 
 JSON = {"Content-Type": "application/json"}
