@@ -471,8 +471,8 @@ def _load(spec: ModelSpec) -> Model:
     tokenizer = pretrained("AutoTokenizer", source, options)
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
     weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map, "output_loading_info": True}
-    if quantization := _quantization(spec.quantization, dtype):
-        weights["quantization_config"] = quantization
+    if spec.quantization.load_in_4bit or spec.quantization.load_in_8bit:
+        weights["quantization_config"] = _bitsandbytes_config(spec.quantization, dtype)
     model, info = pretrained("AutoModelForCausalLM", source, weights)
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -498,14 +498,13 @@ def _load(spec: ModelSpec) -> Model:
 
 def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
     """Make a decoder faster with the optional files that are there."""
-    method = spec.quantization.quant_method
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
-    require(*(["labs_fast"] if method else []))
-    if _is_there("labs_forward"):
-        import labs_forward
-
-        decoder = labs_forward.speed_up(decoder)
+    require(*(["labs_fast"] if (method := spec.quantization.quant_method) else []))
     try:
+        if _is_there("labs_calls"):
+            import labs_calls
+
+            decoder = labs_calls.speed_up(decoder)
         if _is_there("labs_probe"):
             import labs_probe
 
@@ -514,9 +513,13 @@ def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Deco
             import labs_fast
 
             decoder = labs_fast.speed_up(decoder, method, **flags)
+        if _is_there("labs_forward"):
+            import labs_forward
+
+            decoder = labs_forward.speed_up(decoder, spec.cache_dir)
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: {error}") from error
-    return labs_forward.steadied(decoder) if _is_there("labs_forward") else decoder
+    return labs_calls.steadied(decoder) if _is_there("labs_calls") else decoder
 
 
 def locate(
@@ -613,16 +616,12 @@ def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, 
     return device_map, device, resolve_dtype(spec.torch_dtype, device=device, has_bf16=has_bf16)
 
 
-def _quantization(wanted: Quantization, dtype: str) -> object:
-    if not (wanted.load_in_4bit or wanted.load_in_8bit):
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("4-bit and 8-bit weights need bitsandbytes: pip install bitsandbytes")
-    transformers: Any = importlib.import_module("transformers")
+def _bitsandbytes_config(wanted: Quantization, dtype: str) -> object:
+    require("bitsandbytes")
     compute = dtype if wanted.bnb_4bit_compute_dtype == "auto" else wanted.bnb_4bit_compute_dtype
     options = {**asdict(wanted), "bnb_4bit_compute_dtype": TORCH_DTYPES.get(compute, compute)}
     del options["quant_method"]
-    return transformers.BitsAndBytesConfig(**options)
+    return importlib.import_module("transformers").BitsAndBytesConfig(**options)
 
 
 def _recommended(

@@ -8,7 +8,7 @@
 
 The prompt is computed once, in chunks. If the model can compute packed prompts, several options
 follow the prompt in one call, and each attends to the prompt and to itself; otherwise each option
-takes a call. Needs labs.py, labs_decode.py and labs_forward.py.
+takes a call. Needs labs.py, labs_decode.py and labs_calls.py.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class Options:
 
     def _behind(self, row: labs_decode.Row, prefixes: Any) -> Iterator[Found]:
         """Yield the log-probabilities of each part; a part of the prompt has none."""
-        labs.require("labs_forward")
+        labs.require("labs_calls")
+        import labs_calls
         import labs_decode
-        import labs_forward
 
         decoder = self.model.decoder
         prefixes = prefixes if decoder.can_reuse_prefix else None
@@ -119,7 +119,7 @@ class Options:
             elif decoder.can_reuse_prefix:
                 mine = batch
             texts = [self.ids[piece.option][piece.start : piece.end] for piece in part]
-            logits = labs_forward.forward_behind(decoder, mine, texts, part[0].start)
+            logits = labs_calls.forward_behind(decoder, mine, texts, part[0].start)
             yield self._found(logits, part)
 
     def _whole(self, row: labs_decode.Row) -> Iterator[Found]:

@@ -386,6 +386,7 @@ def explain(session: Session, request: labs_request.Request) -> None:
 ---
 prompt tokens: {plan.prompt_tokens}; {room}
 runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
+forward of {plan.forward}
 same text whatever else is in the batch: {same}
 memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
 ---

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import gc
 import inspect
 import math
@@ -399,7 +398,7 @@ def attention(
     The parameters have transformers' names, because some models pass them by name.
     """
     states = query, key, value
-    if lengths := getattr(attention_mask, "lengths", None):  # set by labs_forward.packed_mask
+    if lengths := getattr(attention_mask, "lengths", None):  # set by labs_calls.packed_mask
         parts = zip(*(torch.split(each, lengths, 2) for each in states), strict=True)
         outputs = [attention(module, a, b, c, None, **options)[0] for a, b, c in parts]
         return torch.cat(outputs, 1), None
@@ -491,12 +490,8 @@ def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:
     """
     if q.shape[2] > 1 or not _sums_in_float32(q):
         return False
-    return 2 * k.shape[0] * k.shape[1] < _multiprocessor_count(q.device)
-
-
-@functools.cache
-def _multiprocessor_count(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return 2 * k.shape[0] * k.shape[1] < int(processors)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -510,7 +505,7 @@ def attention_mask(
     """Return the mask [B, 1, Q, T] of the model's own mask_function at each row's position."""
     if not isinstance(q_offset, torch.Tensor):
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, **options)
-    if (own := getattr(q_offset, "mask", None)) is not None:  # set by labs_forward.packed_mask
+    if (own := getattr(q_offset, "mask", None)) is not None:  # set by labs_calls.packed_mask
         return cast("Tensor", own(q_offset, kv_length - q_length, **options))
     rows = torch.arange(len(q_offset), device=q_offset.device).view(-1, 1, 1, 1)
     columns = torch.arange(kv_length, device=q_offset.device).view(1, 1, 1, -1)
@@ -528,7 +523,7 @@ for _name, _function in (("labs", attention), ("labs_invariant", attention_invar
 
 
 class StepGraphs(Protocol):
-    """Steps as CUDA graphs, implemented by labs_fast.Graphs."""
+    """Steps as CUDA graphs, implemented by labs_graphs.Graphs."""
 
     def forward(self, decoder: Decoder, batch: Batch, ids: Tensor, written: list[int]) -> Tensor:
         """Return logits [B, V] as `forward_slots` does."""
@@ -559,11 +554,8 @@ class PrefixStore(Protocol):
         """Delete all prefixes; return whether there were any."""
 
 
-class PrefillPacked(Protocol):
-    """Short prompts in one call, implemented by labs_forward.prefill_packed."""
-
-    def __call__(self, decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
-        """Write the newcomers' whole prompts; return them with the logits of their last tokens."""
+PrefillPacked = Callable[["Decoder", Sequence[Batch]], list[Batch]]  # labs_calls.prefill_packed
+Forward = Callable[["Decoder", Tensor, Tensor, cache_utils.Cache, Any], Tensor]  # as call_model
 
 
 # ---------------------------------------------------------------- how the rows of a model run
@@ -584,9 +576,10 @@ class Decoder:
     forward_parameters: the names that the model's forward takes. invariant: the bits of a row do
     not depend on other rows; for that, at most `steady` rows share a call (0: any number), and with
     duplicates_lone_row a lone row is computed beside copies of itself. came_with: each
-    configuration in the model and its attention before labs changed it. prefill_packed: None if
-    each prompt is prefilled alone. step_alone: steps a lone row by one token and guessed ones.
-    halves: splits a batch in two after memory ran out.
+    configuration in the model and its attention before labs changed it. forward: replaces the
+    model's own; why_forward: why it does or does not. prefill_packed: None if each prompt is
+    prefilled alone. step_alone: steps a lone row by one token and guessed ones. halves: splits a
+    batch in two after memory ran out.
     """
 
     model: PretrainedModel
@@ -601,6 +594,8 @@ class Decoder:
     steady: int = 0
     came_with: tuple[tuple[PretrainedConfig, str], ...] = ()
     graphs: StepGraphs | None = None
+    forward: Forward | None = None
+    why_forward: str = "labs_forward.py is not there"
     prefill_packed: PrefillPacked | None = None
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
@@ -863,6 +858,8 @@ def call_model(
     """
     words: dict[str, object] = {"position_ids": positions, "logits_to_keep": wanted}
     words |= {"use_cache": True, **dict.fromkeys(CACHE_PARAMETERS, cache)}
+    if decoder.forward is not None and not decoder.model._forward_hooks:  # hooks need modules
+        return decoder.forward(decoder, ids, positions, cache, wanted)
     known = {name: value for name, value in words.items() if name in decoder.forward_parameters}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
 

@@ -329,6 +329,7 @@ class Explanation(Struct, frozen=True):
     context_left: int | None
     how: str
     why: str
+    forward: str  # "labs" or "transformers", and why
     batch_invariant: bool
     rows: int
     weight_bytes: int
@@ -353,6 +354,7 @@ def explain(
         context_left=None if limit is None else limit - tokens,
         how=decoder.mode,
         why=decoder.reason,
+        forward=f"{'labs' if decoder.forward else 'transformers'}: {decoder.why_forward}",
         batch_invariant=decoder.invariant,
         rows=labs.rows_in_memory(model),
         weight_bytes=decoder.weight_bytes,

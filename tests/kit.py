@@ -43,12 +43,13 @@ from waitress import wasyncore
 
 import labs
 import labs_api
+import labs_calls
 import labs_cli
 import labs_decode
 import labs_decode as decode
 import labs_engine
 import labs_fast as fast
-import labs_forward as forward_room
+import labs_forward
 import labs_loop as loop
 import labs_models
 import labs_serve
@@ -453,9 +454,11 @@ def prepare(
     model: Any, *, batch_invariant: bool = True, method: str | None = None, cuda_graphs: bool = True
 ) -> decode.Decoder:
     """Return the decoder that labs.load_model makes where all rooms are there."""
-    decoder = forward_room.speed_up(decode.prepare(model, batch_invariant=batch_invariant))
+    decoder = labs_calls.speed_up(decode.prepare(model, batch_invariant=batch_invariant))
     options = {"batch_invariant": batch_invariant, "cuda_graphs": cuda_graphs}
-    return fast.speed_up(decoder, method, **options)
+    decoder = fast.speed_up(decoder, method, **options)
+    weights = labs_forward.weights_of(decoder)
+    return decoder if isinstance(weights, str) else labs_forward.with_forward(decoder, weights)
 
 
 def random_model(kind: str, **extra: Any) -> Any:

@@ -44,10 +44,10 @@ from kit import (
 )
 
 import labs
+import labs_calls
 import labs_choose
 import labs_decode
 import labs_engine
-import labs_forward
 import labs_loop
 import labs_turns
 import labs_typed
@@ -779,7 +779,7 @@ def right(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         done = len(row.ids) - 6
         return tokens[done : done + 4]
 
-    monkeypatch.setattr(labs_forward, "prompt_lookup", look_up)
+    monkeypatch.setattr(labs_calls, "prompt_lookup", look_up)
     return tokens
 
 

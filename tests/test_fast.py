@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""labs_fast and labs_forward: packed weights, CUDA graphs, guesses, split steps; the same text."""
+"""labs_fast and labs_calls: packed weights, CUDA graphs, guesses, split steps; the same text."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from decoding import (
 from kit import NEW_TOKENS, PROMPTS, newcomer, prepare, random_model, row_of
 
 import labs
+import labs_calls
 import labs_decode as decode
 import labs_fast as fast
-import labs_forward as forward_room
+import labs_graphs
 import labs_loop as loop
 
 SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
@@ -276,10 +277,10 @@ class Recorded:
     def __init__(self, monkeypatch: Any) -> None:
         self.shapes: list[tuple[int, ...]] = []
         self.replays = 0
-        monkeypatch.setattr(fast, "record", self.record)
-        monkeypatch.setattr(fast, "CAPTURE_AFTER", 1)
+        monkeypatch.setattr(labs_graphs, "record", self.record)
+        monkeypatch.setattr(labs_graphs, "CAPTURE_AFTER", 1)
 
-    def record(self, graphs: fast.Graphs, step: Any) -> Any:
+    def record(self, graphs: labs_graphs.Graphs, step: Any) -> Any:
         logits = step().clone()
         self.shapes.append(tuple(logits.shape))
 
@@ -297,7 +298,7 @@ def recorded(monkeypatch: Any) -> Recorded:
 
 def graphed(kind: str = "llama") -> Any:
     decoder = prepare(random_model(kind), batch_invariant=False)
-    return dataclasses.replace(decoder, graphs=fast.Graphs(torch.device("cpu")))
+    return dataclasses.replace(decoder, graphs=labs_graphs.Graphs(torch.device("cpu")))
 
 
 def begun(decoder: decode.Decoder, prompt: list[int], new: int = NEW_TOKENS) -> decode.Batch:
@@ -326,7 +327,7 @@ def test_graphs_keep_the_tokens_of_rows_that_join_and_leave(kind: str, recorded:
 def test_a_shape_is_captured_after_some_steps_and_anew_if_its_slots_move(
     recorded: Recorded, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(fast, "CAPTURE_AFTER", 3)
+    monkeypatch.setattr(labs_graphs, "CAPTURE_AFTER", 3)
     decoder = graphed()
     batch = newcomer(decoder, FOUR[1])
     for captured in (0, 0, 0, 1, 1):
@@ -349,7 +350,7 @@ def test_steps_go_on_without_graphs_if_capturing_fails(
         change = {"is off": 1.0, "is not finite": math.nan}[wrong]
         return (lambda: (replay(), logits.add_(change * logits.abs().max()))), logits
 
-    monkeypatch.setattr(fast, "record", record)
+    monkeypatch.setattr(labs_graphs, "record", record)
     decoder, (_, expected) = graphed(), reference("llama")
     assert ended(decoder, newcomer(decoder, FOUR[1])) == expected[1]
     assert ended(decoder, newcomer(decoder, FOUR[2])) == expected[2]
@@ -363,12 +364,12 @@ def test_captured_slots_are_freed_with_their_batch(recorded: Recorded, monkeypat
         logits = recorded.record(graphs, step)[1].clone()
         return functools.partial(logits.copy_, logits.clone()), logits
 
-    monkeypatch.setattr(fast, "record", record)
+    monkeypatch.setattr(labs_graphs, "record", record)
     decoder = graphed()
     batch = newcomer(decoder, FOUR[1])
     for _ in range(4):
         batch, _ = loop.step(decoder, batch)
-    assert any(isinstance(each, fast.Captured) for each in batch.cache.captured.values())
+    assert any(isinstance(each, labs_graphs.Captured) for each in batch.cache.captured.values())
     buffers = [weakref.ref(buffer) for buffer in batch.cache.buffers]
     gc.disable()
     try:
@@ -396,7 +397,7 @@ def test_batches_begin_in_the_slots_of_the_last_one_but_two_never_share_them(
 def test_a_row_too_long_for_the_spare_slots_gets_larger_ones(
     recorded: Recorded, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(fast, "MIN_GRAPH_COLUMNS", 64)
+    monkeypatch.setattr(labs_graphs, "MIN_GRAPH_COLUMNS", 64)
     decoder, sizes = graphed(), []
     for new in (40, 100, 60):
         assert decode.keep(begun(decoder, FOUR[1], new), []) is None
@@ -411,7 +412,7 @@ def test_slots_are_larger_than_needed_and_kept_only_if_memory_is_free(
     monkeypatch.setattr(decode, "available_bytes", lambda device: free)
     decoder = graphed()
     batch = begun(decoder, FOUR[1])
-    assert batch.cache.cursor.columns == (fast.MIN_GRAPH_COLUMNS if free else 64)
+    assert batch.cache.cursor.columns == (labs_graphs.MIN_GRAPH_COLUMNS if free else 64)
     assert batch.cache.cursor.rows == 1
     ended(decoder, batch)
     assert len(decoder.graphs.spare_slots) == bool(free)
@@ -450,8 +451,8 @@ def test_threads_that_replay_the_same_memory_get_their_own_logits(monkeypatch: A
 
         return replay, place[0]
 
-    monkeypatch.setattr(fast, "record", record)
-    monkeypatch.setattr(fast, "CAPTURE_AFTER", 1)
+    monkeypatch.setattr(labs_graphs, "record", record)
+    monkeypatch.setattr(labs_graphs, "CAPTURE_AFTER", 1)
     decoder, (_, expected) = graphed(), reference("llama")
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -477,10 +478,10 @@ def test_the_tensors_that_a_graph_reads_live_as_long_as_it(monkeypatch: Any) -> 
     batch = newcomer(decoder, FOUR[1])
     row = batch.rows[0]
     ids = torch.tensor([[row.ids[row.written]]])
-    monkeypatch.setattr(fast, "record", lambda graphs, step: (int, step().clone()))
+    monkeypatch.setattr(labs_graphs, "record", lambda graphs, step: (int, step().clone()))
     with monkeypatch.context() as patched:
         patched.setattr(torch, "arange", watched)
-        captured = fast.Captured(decoder, batch.cache, (1, 64), ids, [row.written])
+        captured = labs_graphs.Captured(decoder, batch.cache, (1, 64), ids, [row.written])
     assert made[0]() is captured.index
 
 
@@ -492,7 +493,7 @@ def test_short_prompts_in_one_row_give_each_the_logits_it_has_alone(kind: str) -
     decoder = prepare(random_model(kind))
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 1]
     together = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
-    for batch, prompt in zip(forward_room.prefill_packed(decoder, together), prompts, strict=True):
+    for batch, prompt in zip(labs_calls.prefill_packed(decoder, together), prompts, strict=True):
         alone = decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt)))
         torch.testing.assert_close(batch.logits, alone.logits, atol=1e-4, rtol=1e-3)
         stepped = [loop.step(decoder, each)[0] for each in (batch, alone)]
@@ -514,7 +515,7 @@ def ahead(decoder: decode.Decoder, prompt: list[int], lookahead: int, **sampling
     while batch.pending:
         batch = decode.prefill(decoder, batch)
     while len(row.ids) < len(prompt) + NEW_TOKENS:
-        batch, choices = forward_room.step_speculative(decoder, batch)
+        batch, choices = labs_calls.step_speculative(decoder, batch)
         assert choices[-1].error is None
         calls += 1
     return tokens_of(row), calls
@@ -528,7 +529,7 @@ def test_guesses_change_no_token(kind: str, sampling: dict[str, Any], monkeypatc
     assert calls == NEW_TOKENS
     assert ahead(decoder, REPEATING, 4, **sampling)[0] == expected
     guesses = iter([expected[1:4], [8, *expected[5:8]], [expected[5], 8], expected[7:13]])
-    monkeypatch.setattr(forward_room, "prompt_lookup", lambda row: next(guesses, []))
+    monkeypatch.setattr(labs_calls, "prompt_lookup", lambda row: next(guesses, []))
     tokens, calls = ahead(decoder, REPEATING, 4, **sampling)
     assert tokens == expected
     # 1, then 4, 1 and 2 of the first three, 7 of the last: five calls for 15 tokens.
@@ -555,7 +556,7 @@ def test_a_guess_is_what_followed_the_last_tokens_before(
     ids: list[int], most: int, new: int, expected: list[int]
 ) -> None:
     row = dataclasses.replace(row_of(ids), max_new_tokens=new, lookahead=most)
-    assert forward_room.prompt_lookup(row) == expected
+    assert labs_calls.prompt_lookup(row) == expected
 
 
 def test_guesses_stay_within_the_rows_that_keep_their_bits(monkeypatch: Any) -> None:
@@ -569,7 +570,7 @@ def test_guesses_stay_within_the_rows_that_keep_their_bits(monkeypatch: Any) -> 
         return slots(decoder, batch, ids, *rest)
 
     monkeypatch.setattr(decode, "forward_slots", watched)
-    forward_room.step_speculative(decoder, batch)
+    labs_calls.step_speculative(decoder, batch)
     assert sizes == [4]
 
 
@@ -581,10 +582,10 @@ def test_a_halved_batch_of_slots_has_the_logits_that_it_had() -> None:
     batch = decode.join(joined(decoder, range(4)), newcomer(decoder, PROMPTS[6], 4))
     expected = decode.forward(decoder, batch)
     for size in (3, 2, 1):
-        (batch,) = forward_room.split_after_oom(decoder, batch)
+        (batch,) = labs_calls.split_after_oom(decoder, batch)
         assert batch.at_once == size
         assert torch.equal(decode.forward(decoder, batch), expected)
-    assert forward_room.split_after_oom(decoder, batch) == []
+    assert labs_calls.split_after_oom(decoder, batch) == []
 
 
 @pytest.mark.parametrize("kind", ["bamba", "mamba"])
@@ -592,7 +593,7 @@ def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
     kind: str, monkeypatch: Any
 ) -> None:
     decoder, expected = reference(kind)
-    assert forward_room.split_after_oom(decoder, newcomer(decoder, FOUR[1])) == []
+    assert labs_calls.split_after_oom(decoder, newcomer(decoder, FOUR[1])) == []
     batch = joined(decoder, range(3))
     for _ in range(4):
         batch, _ = loop.step(decoder, batch)
@@ -602,7 +603,7 @@ def test_a_halved_batch_of_states_goes_on_with_transformers_tokens(
         loop.step(decoder, batch)
     handle.remove()
     monkeypatch.setattr(decode, "CHUNK", 7)
-    halves = forward_room.split_after_oom(decoder, batch)
+    halves = labs_calls.split_after_oom(decoder, batch)
     assert [len(half.rows) for half in halves] == [2, 1]
     assert answers_of(decoder, halves) == dict(enumerate(expected[:3]))
 
@@ -630,7 +631,7 @@ def test_products_that_change_with_the_number_of_rows_limit_a_call_or_end_invari
     made = Border(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
     made.border, made.weight.data = border, torch.ones_like(made.weight).bfloat16()
     layer.up_proj = made
-    steady = forward_room.steadied(decoder)
+    steady = labs_calls.steadied(decoder)
     expected = (True, True, 32) if border == 40 else (False, False, 0)
     assert (steady.invariant, steady.duplicates_lone_row, steady.steady) == expected
 
@@ -686,7 +687,7 @@ def test_prompts_of_the_default_model_that_share_a_call_have_the_bits_they_have_
     decoder, chance = loaded().decoder, random.Random(1)
     prompts = [[chance.randrange(2000) for _ in range(n)] for n in (2, 3, 40, 17, 64, 5, 100, 9)]
     newcomers = [decode.new_batch(decoder, row_of(prompt)) for prompt in prompts]
-    for mine, prompt in zip(forward_room.prefill_packed(decoder, newcomers), prompts, strict=True):
+    for mine, prompt in zip(labs_calls.prefill_packed(decoder, newcomers), prompts, strict=True):
         alone = decode.prefill(decoder, decode.new_batch(decoder, row_of(prompt)))
         assert torch.equal(mine.logits, alone.logits)
         for a, b in zip(mine.cache.buffers, alone.cache.buffers, strict=True):

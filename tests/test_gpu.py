@@ -29,6 +29,7 @@ import labs
 import labs_decode as decode
 import labs_engine
 import labs_fast as fast
+import labs_graphs
 import labs_loop as loop
 import labs_models
 
@@ -46,7 +47,8 @@ def on_gpu(kind: str, **extra: Any) -> decode.Decoder:
 
 
 def captured(batch: decode.Batch) -> list[Any]:
-    return [each for each in batch.cache.captured.values() if isinstance(each, fast.Captured)]
+    graphs = batch.cache.captured.values()
+    return [each for each in graphs if isinstance(each, labs_graphs.Captured)]
 
 
 def memory() -> int:

@@ -27,8 +27,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import labs
+import labs_calls
 import labs_decode as decode
-import labs_forward as forward_room
 import labs_loop as loop
 import labs_probe as probe
 import labs_template
@@ -138,7 +138,7 @@ def tiny_of(kind: str, **changes: Any) -> Any:
 
 
 def probed(model: Any, cache: Any) -> decode.Decoder:
-    return probe.tried(forward_room.speed_up(decode.prepare(model)), str(cache))
+    return probe.tried(labs_calls.speed_up(decode.prepare(model)), str(cache))
 
 
 def in_a_batch(decoder: decode.Decoder) -> list[list[int]]:
@@ -286,8 +286,8 @@ def test_a_model_that_fails_even_alone_is_refused_with_its_error(tmp_path: Path)
 
 
 def test_prompts_that_get_other_logits_in_one_call_go_one_at_a_time(tmp_path: Path) -> None:
-    decoder = forward_room.speed_up(decode.prepare(tiny_of("llama")))
-    packed = forward_room.prefill_packed
+    decoder = labs_calls.speed_up(decode.prepare(tiny_of("llama")))
+    packed = labs_calls.prefill_packed
 
     def shuffled(decoder: decode.Decoder, newcomers: Any) -> Any:
         return [*reversed(packed(decoder, newcomers))]

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other forward calls: packed prompts, several texts after one prompt, guessed tokens, split steps.
+
+    decoder = labs_calls.speed_up(labs_decode.prepare(model))
+
+This file needs labs_decode.py, labs_loop.py, torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import causal_mask_function
+
+import labs_decode
+import labs_loop
+from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
+
+STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
+NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
+
+
+def speed_up(decoder: Decoder) -> Decoder:
+    """Add guesses and splitting; add packed prompts if the cache holds only keys and values."""
+    decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom)
+    if decoder.mode != "joins":
+        return decoder
+    layers = DynamicCache(config=decoder.config).layers
+    plain = bool(layers) and all(type(layer) is cache_utils.DynamicLayer for layer in layers)
+    words = {"position_ids", "logits_to_keep"} <= decoder.forward_parameters
+    return replace(decoder, prefill_packed=prefill_packed) if plain and words else decoder
+
+
+class PackedPrompts(cache_utils.Cache):
+    """A cache for one call that writes several newcomers' prompts, packed into one row."""
+
+    def __init__(
+        self, newcomers: Sequence[Slots], lengths: list[int], device: torch.device
+    ) -> None:
+        layers = zip(*(slots.layers for slots in newcomers), strict=True)
+        super().__init__(layers=[PackedPromptsLayer(group, lengths) for group in layers])
+        self.places = places_of(lengths, 0, device)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
+        return self.places
+
+
+class Branches(cache_utils.Cache):
+    """A cache for several texts that each continue the same row, packed into one row."""
+
+    def __init__(self, slots: Slots, places: Tensor) -> None:
+        super().__init__(layers=slots.layers)
+        self.places = places
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor | int:  # type: ignore[override]
+        return self.places
+
+
+def places_of(lengths: list[int], first: int, device: torch.device) -> Tensor:
+    """Return each token's number of its text and its position from `first` on, as [2, T].
+
+    Its attribute `mask` makes the mask in labs_decode.attention_mask.
+    """
+    texts = [torch.full((n,), i, device=device) for i, n in enumerate(lengths)]
+    positions = [torch.arange(first, first + n, device=device) for n in lengths]
+    places = torch.stack([torch.cat(texts), torch.cat(positions)])
+    places.mask = packed_mask  # type: ignore[attr-defined]
+    return places
+
+
+def packed_mask(places: Tensor, before: int, **options: Any) -> Tensor:
+    """Return a mask [1, 1, T, before + T]: each text attends to itself and the columns before.
+
+    Its attribute `lengths`, set if the pattern is causal, shows `attention` where to split it.
+    """
+    prompts, positions = places
+    none = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=prompts.device)
+    columns = torch.cat([torch.arange(before, device=prompts.device), positions])
+    shared = torch.nn.functional.pad(prompts, (before, 0), value=-1)
+    queries, columns = positions.view(1, 1, -1, 1), columns.view(1, 1, 1, -1)
+    seen = options["mask_function"](none, none, queries, columns)
+    own = (prompts[:, None] == shared) | (shared < 0)
+    mask = labs_decode.additive(seen & own, options["dtype"])
+    if options["mask_function"] is causal_mask_function and not before:
+        mask.lengths = prompts.bincount().tolist()  # type: ignore[attr-defined]
+    return mask
+
+
+class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of packed prompts: each newcomer's slot gets its part, attention gets all."""
+
+    is_sliding = False
+
+    def __init__(self, layers: Sequence[CacheLayer], lengths: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layers, self.lengths = layers, lengths
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
+        parts = (torch.split(states, self.lengths, 2) for states in (key_states, value_states))
+        for layer, keys, values in zip(self.layers, *parts, strict=True):
+            layer.update(keys, values)
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: each newcomer's layer initialises itself."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@torch.inference_mode()
+def prefill_packed(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
+    """Write whole prompts, chosen by labs_loop.prompts_for_one_call, in one forward call."""
+    rows = [newcomer.rows[0] for newcomer in newcomers]
+    lengths = [row.prompt_length for row in rows]
+    for newcomer, length in zip(newcomers, lengths, strict=True):
+        at = newcomer.cache.cursor
+        at.write_from, at.read_to, at.positions, at.speculative = 0, length, None, False
+    ids = torch.tensor([[i for row in rows for i in row.ids]], device=decoder.device)
+    cache = PackedPrompts([newcomer.cache for newcomer in newcomers], lengths, ids.device)
+    ends = torch.tensor(lengths, device=ids.device).cumsum(0) - 1
+    logits = labs_decode.call_model(decoder, ids, cache.places[1:], cache, ends)[0].float()
+    if len(logits) != len(rows):  # some models accept logits_to_keep and ignore it
+        logits = logits[ends]
+    for row in rows:
+        row.written = row.prompt_length
+    return [replace(each, logits=logits[i : i + 1]) for i, each in enumerate(newcomers)]
+
+
+@torch.inference_mode()
+def forward_behind(
+    decoder: Decoder, batch: Batch, texts: Sequence[Sequence[int]], start: int = 0
+) -> Tensor:
+    """Return logits [T, V] after each token of texts that continue the batch's only row.
+
+    Each text attends to the row and itself; the next call overwrites it. start: with a single text,
+    how many of its tokens are written already, for models that cannot pack texts.
+    """
+    at, first, lengths = batch.cache.cursor, batch.rows[0].written + start, [*map(len, texts)]
+    at.write_from, at.read_to = first, first + sum(lengths)
+    at.positions, at.speculative = None, False
+    ids = torch.tensor([[token for text in texts for token in text]], device=decoder.device)
+    places = places_of(lengths, first, ids.device)
+    cache = batch.cache if len(texts) == 1 else Branches(batch.cache, places)
+    return labs_decode.call_model(decoder, ids, places[1:], cache, len(places[0]))[0]
+
+
+# ---------------------------------------------------------------- guesses
+
+
+@torch.inference_mode()
+def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_loop.Choice]]:
+    """Step one row, but take several tokens in one call if the next ones can be guessed.
+
+    Returns one or more choices of the row. They are those that single steps would make, because
+    each guess is computed as a separate row that reads the same slot.
+    """
+    [row], choices = batch.rows, list[labs_loop.Choice]()
+    guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
+    guess = guess[: decoder.steady - 1] if decoder.steady else guess
+    if not guess:
+        return labs_loop.step(decoder, batch)
+    ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
+    places = [row.written + i for i in range(len(ids))]
+    logits = labs_decode.forward_slots(decoder, batch, ids, places)
+    for line, token in zip(logits, (*guess, None), strict=True):
+        choices += labs_loop.choose(line[None], batch.rows)
+        row.take(choices[-1].token)
+        if choices[-1].token != token:
+            break
+    return batch, choices
+
+
+def prompt_lookup(row: Row) -> list[int]:
+    """Return the tokens that followed the latest earlier occurrence of the last tokens."""
+    most = min(row.lookahead, row.columns - len(row.ids) - 1)
+    for size in NGRAMS if most > 0 else ():
+        tail = row.ids[-size:]
+        for start in range(len(row.ids) - size - 1, -1, -1):
+            if row.ids[start : start + size] == tail:
+                return row.ids[start + size : start + size + most]
+    return []
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
+    """Split a batch whose step ran out of memory so that a call needs half; [] if it has one row.
+
+    Slots stay in place, and more calls read them. A failed step leaves recurrent states incomplete,
+    so these rows are computed again from their ids, into two batches.
+    """
+    size = batch.at_once or len(batch.rows)
+    if size == 1:
+        return []
+    half = (size + 1) // 2
+    if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
+        return [replace(batch, at_once=half)]
+    batch.cache.layers.clear()
+    return [_rewrite(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
+
+
+def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
+    batches: list[Batch] = []
+    for row in rows:
+        row.written = 0
+        newcomer = labs_decode.new_batch(decoder, row)
+        while newcomer.pending:
+            newcomer = labs_decode.prefill(decoder, newcomer)
+        newcomer = replace(newcomer, logits=None)  # its next token was chosen already
+        batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
+    return batches[0]
+
+
+# ---------------------------------------------------------------- bits of products
+
+
+@torch.inference_mode()
+def steadied(decoder: Decoder) -> Decoder:
+    """Limit the rows per call of an invariant decoder to a number that does not change their bits.
+
+    With AMX, products of more than 32 rows in bf16 round differently. If the number of rows changes
+    even smaller products, the decoder is not invariant.
+    """
+    if not decoder.invariant:
+        return decoder
+    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
+    layers = {
+        (type(layer), layer.in_features, layer.out_features): layer
+        for layer in decoder.model.modules()
+        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    }
+    fewest = 2 if decoder.duplicates_lone_row else 1
+    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
+        return labs_decode.with_invariance(decoder, False)
+    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # small products hardly show a difference
+    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
+    changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
+    return replace(decoder, steady=STEADY_ROWS if changes else 0)
+
+
+def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
+    """Return whether products of these numbers of rows differ from those of STEADY_ROWS rows."""
+    x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
+    x = x.view(-1, layer.in_features).to(dtype)
+    steady = torch.cat(
+        [layer(x[i : i + STEADY_ROWS].clone()) for i in range(0, len(x), STEADY_ROWS)]
+    )
+    return any(not torch.equal(layer(x[:n].clone()), steady[:n]) for n in sizes)

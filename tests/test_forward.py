@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs_forward: the dense families as functions, with the logits of transformers' modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import kit
+import pytest
+import torch
+from decoding import raising, run_at_random
+from kit import PROMPTS, SLIDING, by_transformers, prepare, random_model
+
+import labs
+import labs_calls
+import labs_compare
+import labs_decode as decode
+import labs_fast
+import labs_forward
+import labs_request
+
+# {model_type: settings in which its tiny model differs from that of kit.ARCHITECTURES}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+    "mistral": {"sliding_window": None, "head_dim": 80},
+    "ministral": {"head_dim": 16, "sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    "qwen3": {"attention_bias": True, "head_dim": 128},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 5.0,
+    },
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": None},
+    "starcoder2": {"use_bias": True, "sliding_window": 8},
+    "seed_oss": {"head_dim": 16},
+    "arcee": {},
+    "olmo2": {},
+    "olmo3": SLIDING,
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 24},
+    "glm": {"head_dim": 16, "partial_rotary_factor": 0.25},
+    "glm4": {"head_dim": 32, "attention_bias": True},
+}
+TYPES = [*VARIANTS]
+
+
+def tiny(kind: str, **extra: Any) -> Any:
+    """Make a tiny model whose norms are not all ones, as those of a new model are."""
+    kit.ARCHITECTURES.setdefault(kind, ("joins", {}))
+    model = random_model(kind, **extra)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 0 if kind.startswith("gemma") else 1, 0.2)
+    return model
+
+
+@torch.inference_mode()
+def differences(own: decode.Decoder) -> list[float]:
+    """Return how far the logits of labs' forward are from transformers', in several calls."""
+    assert own.forward is not None, own.why_forward
+    theirs, texts = dataclasses.replace(own, forward=None), labs_compare.Own.of(own.model).texts
+    kinds = (labs_compare.together, labs_compare.packed, labs_compare.guesses)
+    pairs = [
+        pair for call in kinds for pair in zip(call(own, texts), call(theirs, texts), strict=True)
+    ]
+    return [labs_compare.off(found, expected) for (*_, found), (*_, expected) in pairs]
+
+
+def test_the_table_names_each_family_that_is_tested() -> None:
+    assert {*labs_forward.FAMILIES} == {*TYPES}
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_family_has_the_logits_of_transformers_alone_together_and_packed(kind, changed) -> None:
+    model = tiny(kind, **(VARIANTS[kind] if changed or kind in NEW else {}))
+    assert max(differences(prepare(model))) < 2e-5
+
+
+NEW = {*TYPES} - {*kit.ARCHITECTURES, *kit.DULL}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_that_come_and_go_have_the_tokens_of_generate(kind) -> None:
+    model = tiny(kind, **VARIANTS[kind])
+    expected = [by_transformers(model, prompt) for prompt in PROMPTS]
+    found = run_at_random(prepare(model), PROMPTS, seed=1)
+    assert found == [line[: len(got)] for line, got in zip(expected, found, strict=True)]
+
+
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 128])
+def test_rows_keep_their_bits_in_any_company_with_heads_of_any_size_and_long_rows(dim) -> None:
+    model = random_model("llama", head_dim=dim, max_position_embeddings=2048)
+    decoder = prepare(model)
+    assert decoder.invariant or not labs_fast._packed_types()
+    prompts = [(PROMPTS[5] * 30)[:length] for length in (3, 700, 80, 1100)]
+    alone = [logits_of(decoder, [prompt])[0] for prompt in prompts]
+    for found, expected in zip(logits_of(decoder, prompts), alone, strict=True):
+        assert not decoder.invariant or torch.equal(found, expected)
+
+
+def logits_of(decoder: decode.Decoder, prompts: list[list[int]]) -> torch.Tensor:
+    """Return the logits [B, V] of the third step of prompts that run in one batch."""
+    batch = None
+    for key, prompt in enumerate(prompts):
+        new = kit.newcomer(decoder, prompt, key)
+        batch = decode.join(batch, new) if batch else new
+    assert batch
+    for _ in range(2):
+        logits = decode.forward(decoder, batch)
+        for row in batch.rows:
+            row.take(5)
+    return logits
+
+
+# ---------------------------------------------------------------- whose forward runs
+
+
+def test_other_models_and_devices_keep_the_forward_of_transformers() -> None:
+    for kind, why in (("gpt2", "no forward of its own for gpt2"), ("mamba2", "mamba2")):
+        assert why in labs_forward.speed_up(decode.prepare(random_model(kind))).why_forward
+    model = random_model("llama")
+    model.model.layers[1].to("meta")
+    assert "several devices" in labs_forward.speed_up(decode.prepare(model)).why_forward
+    model = random_model("llama")
+    model.model.layers[0].register_forward_hook(lambda *args: None)
+    assert "hooks" in labs_forward.speed_up(decode.prepare(model)).why_forward
+    model = random_model("llama")
+    del model.model.layers[2].mlp.up_proj
+    assert "its modules are not" in labs_forward.speed_up(decode.prepare(model)).why_forward
+
+
+def test_hooks_on_the_model_still_see_each_call() -> None:
+    model = kit.model_of("llama")
+    assert model.decoder.forward is not None
+    with kit.counted(model) as calls:
+        labs.generate(model, kit.SHORT, max_new_tokens=3, temperature=0)
+    assert len(calls) == 3
+
+
+def test_a_forward_with_other_logits_is_noticed_once_and_does_not_run(
+    tmp_path, monkeypatch
+) -> None:
+    model, rms = random_model("llama"), labs_forward.rms_norm
+    decoder = labs_calls.speed_up(decode.prepare(model))
+    monkeypatch.setattr(
+        labs_forward, "rms_norm", lambda x, weight, floor: rms(x, weight, floor) * 1.1
+    )
+    found = labs_forward.speed_up(decoder, str(tmp_path))
+    assert (found.forward, "rows have other logits" in found.why_forward) == (None, True)
+    monkeypatch.undo()
+    assert labs_forward.speed_up(decoder, str(tmp_path)).forward is None  # the result is kept
+    assert labs_forward.speed_up(decoder, str(tmp_path / "new")).forward is not None
+    (tmp_path / "file").write_text("in the way of a folder")
+    assert labs_forward.speed_up(decoder, str(tmp_path / "file")).forward is not None
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_comparison_without_memory_or_numbers_is_not_kept(error, tmp_path, monkeypatch) -> None:
+    decoder = decode.prepare(random_model("llama"))
+    with monkeypatch.context() as patch:
+        patch.setattr(labs_compare, "together", raising(error))
+        assert "memory" in labs_forward.speed_up(decoder, str(tmp_path)).why_forward
+    torch.nn.init.constant_(decoder.model.model.norm.weight, float("nan"))
+    assert "not numbers" in labs_forward.speed_up(decoder, str(tmp_path)).why_forward
+    assert not [*tmp_path.iterdir()]
+
+
+def test_explain_says_whose_forward_runs_and_why(tmp_path) -> None:
+    for config, who in ((kit.llama(), "labs: its logits"), (GPT2, "transformers: labs has no")):
+        model = kit.load(kit.save_model(tmp_path / who[:4], config))
+        plan = labs_request.explain(model, kit.SHORT, labs.Generation())
+        assert plan.forward.startswith(who)
+        assert json.dumps(plan.forward)
+
+
+GPT2 = __import__("transformers").GPT2Config(
+    vocab_size=262, n_embd=64, n_layer=2, n_head=4, bos_token_id=256, eos_token_id=257
+)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantised_layers_run_through_the_same_functions(method) -> None:
+    assert max(differences(prepare(random_model("llama"), method=method))) < 1e-4
