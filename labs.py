@@ -499,7 +499,9 @@ def _load(spec: ModelSpec) -> Model:
 def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
     """Make a decoder faster with the optional files that are there."""
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
-    require(*(["labs_fast"] if (method := spec.quantization.quant_method) else []))
+    method = spec.quantization.quant_method
+    require(*(["labs_fast"] if method not in ("auto", "none") else []))
+    method = "none" if method == "auto" and spec.torch_dtype != "auto" else method
     try:
         if _is_there("labs_calls"):
             import labs_calls
@@ -570,6 +572,7 @@ def _fingerprint_of(
     packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
     commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
     digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
+    wanted = replace(wanted, quant_method=decoder.quant_method.replace("none", "auto"))
     settings = [(field, getattr(wanted, field.name)) for field in fields(wanted)]
     return Fingerprint(
         model=spec.model_name,

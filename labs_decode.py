@@ -555,7 +555,7 @@ class PrefixStore(Protocol):
 
 
 PrefillPacked = Callable[["Decoder", Sequence[Batch]], list[Batch]]  # labs_calls.prefill_packed
-Forward = Callable[["Decoder", Tensor, Tensor, cache_utils.Cache, Any], Tensor]  # as call_model
+Forward = Callable[[Tensor, Tensor, cache_utils.Cache, Any], Tensor]  # as call_model
 
 
 # ---------------------------------------------------------------- how the rows of a model run
@@ -577,7 +577,8 @@ class Decoder:
     not depend on other rows; for that, at most `steady` rows share a call (0: any number), and with
     duplicates_lone_row a lone row is computed beside copies of itself. came_with: each
     configuration in the model and its attention before labs changed it. forward: replaces the
-    model's own; why_forward: why it does or does not. prefill_packed: None if each prompt is
+    model's own; why_forward: why it does or does not. quant_method: how weights are packed, as in
+    labs_settings. prefill_packed: None if each prompt is
     prefilled alone. step_alone: steps a lone row by one token and guessed ones. halves: splits a
     batch in two after memory ran out.
     """
@@ -596,6 +597,7 @@ class Decoder:
     graphs: StepGraphs | None = None
     forward: Forward | None = None
     why_forward: str = "labs_forward.py is not there"
+    quant_method: str = "none"
     prefill_packed: PrefillPacked | None = None
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
@@ -859,7 +861,7 @@ def call_model(
     words: dict[str, object] = {"position_ids": positions, "logits_to_keep": wanted}
     words |= {"use_cache": True, **dict.fromkeys(CACHE_PARAMETERS, cache)}
     if decoder.forward is not None and not decoder.model._forward_hooks:  # hooks need modules
-        return decoder.forward(decoder, ids, positions, cache, wanted)
+        return decoder.forward(ids, positions, cache, wanted)
     known = {name: value for name, value in words.items() if name in decoder.forward_parameters}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
 

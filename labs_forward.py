@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import labs_decode
 import labs_probe
@@ -132,16 +133,14 @@ class Weights:
 # ---------------------------------------------------------------- the forward
 
 
-def forward(
-    weights: Weights, decoder: Decoder, ids: Tensor, positions: Tensor, cache: Cache, wanted: Any
-) -> Tensor:
+def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Cache, wanted: Any) -> Tensor:
     """Return logits [B, N, V] of ids [B, Q] at positions [B, Q], as labs_decode.call_model does."""
     x = weights.embed(ids)
     x = x if weights.embedding_scale == 1 else x * weights.embedding_scale
     kinds = {layer.kind for layer in weights.layers}
     masks = {kind: _mask(weights, kind, x, positions, cache) for kind in kinds}
     turns = {kind: _rotation(weights, kind, x, positions) for kind in kinds}
-    attend = labs_decode.attention_invariant if decoder.invariant else labs_decode.attention
+    attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
         seen = attend, slots, masks[layer.kind], turns[layer.kind]
         x = layer_forward(layer, x, seen, weights.residual_scale)

@@ -366,7 +366,7 @@ def explain(
 
 def _sourced(model: labs.Model, stream: labs.InFlight, sources: Any) -> dict[str, SettingValue]:
     found, samples = {}, stream.sampling.temperature > 0
-    holders = (model.spec, model.spec.quantization, labs.resolved(stream))
+    holders = (model.spec, model.spec.quantization, labs.resolved(stream), model.decoder)
     for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
         key, name = setting.key, setting.field
         source = sources.get(key) or ("model" if name in model.generation_defaults else "default")

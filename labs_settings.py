@@ -149,14 +149,14 @@ class Quantization(Strict, frozen=True, kw_only=True):
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("Use this 4-bit format.")] = "nf4"
     bnb_4bit_use_double_quant: Annotated[bool, doc("Also quantise the 4-bit constants.")] = False
     quant_method: Annotated[
-        Literal["int8", "int4"] | None, doc("Pack weights in 8 or 4 bits for few streams on CPU.")
-    ] = None
+        Literal["auto", "none", "fp16", "int8", "int4"], doc("Pack weights in fewer bits on CPU.")
+    ] = "auto"
 
     def __post_init__(self) -> None:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit exclude each other: choose one")
-        if self.quant_method and (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError("quant_method excludes load_in_4bit and load_in_8bit: choose one")
+        methods = [self.load_in_4bit, self.load_in_8bit, self.quant_method not in ("auto", "none")]
+        if sum(methods) > 1:
+            both = "load_in_4bit, load_in_8bit and quant_method exclude each other"
+            raise ValueError(f"{both}: choose one")
 
 
 class ModelSpec(Strict, frozen=True, kw_only=True):

@@ -451,7 +451,7 @@ PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (1, 2, 5, 11, 2
 
 
 def prepare(
-    model: Any, *, batch_invariant: bool = True, method: str | None = None, cuda_graphs: bool = True
+    model: Any, *, batch_invariant: bool = True, method: str = "none", cuda_graphs: bool = True
 ) -> decode.Decoder:
     """Return the decoder that labs.load_model makes where all rooms are there."""
     decoder = labs_calls.speed_up(decode.prepare(model, batch_invariant=batch_invariant))

@@ -177,7 +177,11 @@ WRONG = [
     (TOML, '[generation]\ntoken = "hf_secret"', ["unknown key 'token'"]),
     (TOML, "[quantization]\ntemperature = 1", ["labs.toml", "'temperature'", "[quantization]"]),
     (TOML, "[quantization]\nload_in_4bit = true\nload_in_8bit = true", ["labs.toml", "load_in_8"]),
-    (TOML, '[quantization]\nload_in_4bit = true\nquant_method = "int8"', ["quant_method excludes"]),
+    (
+        TOML,
+        '[quantization]\nload_in_4bit = true\nquant_method = "int8"',
+        ["quant_method exclude each other"],
+    ),
     (TOML, "[generation]\ndo_sample = true\ntemperature = 0", ["labs.toml", "contradicts"]),
     (TOML, "[generatoin]\ntop_k = 1", ["labs.toml", "[generatoin]", "generation?"]),
     (TOML, "[server]\nprt = 1", ["key 'prt' in [server]; did you mean port"]),
