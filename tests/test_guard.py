@@ -188,8 +188,9 @@ def test_too_many_tokens_and_personal_data_in_token_ids_are_refused():
     assert rules(max_prompt_tokens=3, deny=("x",)).check_inputs(inputs, ids=True) is inputs
     with pytest.raises(labs_guard.Filtered, match="it has 3 tokens; the limit is 2"):
         rules(max_prompt_tokens=2).check_inputs(inputs)
-    with pytest.raises(labs_guard.Filtered):
-        rules(deny_pii=("email",)).check_inputs(inputs, ids=True)
+    for guard in ({"mask": ("email",)}, {"deny_pii": ("email",)}):
+        with pytest.raises(labs_guard.Filtered):
+            rules(**guard).check_inputs(inputs, ids=True)
 
 
 def test_a_side_that_is_not_filtered_is_left_alone():
@@ -327,6 +328,8 @@ def test_a_whole_answer_is_filtered_with_its_usage_and_without_its_log_probabili
     found = rules(deny=("bad",)).shown(whole)
     assert (found.text, found.finish_reason, found.logprobs) == ("it is ", "content_filter", ())
     assert found.usage == DONE.usage
+    with pytest.raises(labs.InputError, match=r"^logprobs: "):
+        rules(mask=("card",)).filters(labs.Generation(logprobs=0))
 
 
 def test_the_events_of_a_cut_or_abandoned_answer_are_closed():
@@ -481,15 +484,14 @@ def test_a_classifier_is_not_trusted_as_the_model_may_be(monkeypatch):
     assert (asked[0]["trust_remote_code"], asked[0]["use_safetensors"]) == (False, True)
 
 
-def test_a_classifier_that_cannot_be_used_is_an_error_in_one_sentence(classifier):
+def test_a_classifier_that_cannot_be_used_is_an_error_in_one_sentence(fake, classifier):
     spec = labs.ModelSpec(local_files_only=True)
     for name in ("no/such-model", str(Path.cwd()), "../.."):
         with pytest.raises(labs.ModelError, match="guard_classifier = ") as caught:
             labs_guard.load(labs.Guard(classifier=name, classifier_labels=("toxic",)), spec)
         assert kit.is_one_sentence(caught.value)
-    wrong = labs.Guard(classifier=classifier, classifier_labels=("rude", "toxic"))
     with pytest.raises(labs.ConfigError, match="= rude: the model has fine, toxic"):
-        labs_guard.load(wrong)
+        site_of(fake, classifier=classifier, classifier_labels=("rude", "toxic"))
 
 
 # ---------------------------------------------------------------- over HTTP

@@ -218,16 +218,12 @@ def test_no_request_is_lost_without_an_error_when_a_replica_dies(server):
 
 
 def test_serve_run_builds_the_app_from_words():
-    assert labs_ray.cluster_of({"replicas": "2", "num_gpus": "0.5"}) == labs_ray.Cluster(
-        replicas=2, num_gpus=0.5
-    )
+    two = labs_ray.Cluster(replicas=2, num_gpus=0.5)
+    assert labs_ray.cluster_of({"replicas": "2", "num_gpus": "0.5"}) == two
     assert labs_ray.app({"replicas": "2", "num_gpus": "0"})
-    for words, text in (
-        ({}, "num_gpus"),
-        ({"replica_count": 2}, "replica_count"),
-        ({"replicas": 0}, "replicas"),
-        ({"replicas": 2, "max_replicas": "1"}, "max_replicas = 1 is less than replicas = 2"),
-    ):
+    fewer, told = {"replicas": 2, "max_replicas": "1"}, "max_replicas = 1 is less than replicas = 2"
+    wrong: Any = [({}, "num_gpus"), ({"replica_count": 2}, "replica_count"), (fewer, told)]
+    for words, text in (*wrong, ({"replicas": 0}, "replicas")):
         with pytest.raises(labs.ConfigError, match=text):
             labs_ray.app(words)
 

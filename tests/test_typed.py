@@ -21,6 +21,7 @@ import jsonschema
 import kit
 import msgspec
 import pytest
+import torch
 from kit import error_of, invoke
 from msgspec import Meta
 
@@ -196,6 +197,16 @@ def test_rejected_guesses_do_not_change_a_constrained_answer(tiny, guessed):
         return labs.generate(tiny, inputs, processors=only, **options).text
 
     assert answer(guessed) == answer(None)
+
+
+def test_a_constraint_follows_tokens_that_are_taken_back(tiny):
+    only, logits = labs_typed.Constraint(tiny, COLOUR), torch.zeros(262)
+    encode = lambda text: tiny.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    steps = [("", '"'), ('"', "rg"), ('"gr', "e"), ('"', "rg"), ('"re', "d"), ('"gree', "n")]
+    ends = [(text, {*encode(following)}) for text, following in steps]
+    for text, following in [*ends, ('"red"', {*tiny.eos_token_ids})]:
+        allowed = torch.isfinite(only([5, 6, 7, *encode(text)], logits))
+        assert {*allowed.nonzero()[:, 0].tolist()} == following
 
 
 # ---------------------------------------------------------------- compiling
