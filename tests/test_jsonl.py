@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import resource
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -192,6 +193,7 @@ BAD: list[tuple[Any, str]] = [
     (openai_line("", stream_options={"include_usage": True}), "stream"),
     (openai_line("", "/v1/embeddings", input="x"), "/v1/embeddings"),
     (openai_line("", method="GET"), "GET"),
+    (openai_line("", n=129), "`$.n`"),
     (openai_line("", model="gpt-9"), "'gpt-9'"),
     (openai_line("", messages=[{**HELLO[0], "content": "x" * 5000}]), "maximum context length"),
     (openai_line("", COMPLETIONS, prompt=["one", ""]), "empty"),
@@ -430,6 +432,20 @@ def test_a_model_that_does_not_load_costs_no_answers(loaded, monkeypatch):
     assert Path("out").read_bytes() == b""
     assert gen("--input", "in", "--output", "out").exit_code == 0
     assert len(names_in("out")) == 2
+
+
+def test_a_disk_that_fills_up_leaves_a_line_that_the_next_run_repairs(tiny):
+    most, limits = 5000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(labs.LabsError, match="out: File too large"):
+            run(tiny, written("in", prompts(8)), "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    data = Path("out").read_bytes()
+    assert (len(data), data.endswith(b"\n")) == (most, False)
+    run(tiny, "in", "out")
+    assert sorted(names_in("out")) == [f"p{n}" for n in range(8)]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
