@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,8 +50,10 @@ import labs_decode as decode
 import labs_engine
 import labs_fast as fast
 import labs_forward
+import labs_jsonl
 import labs_loop as loop
 import labs_models
+import labs_request
 import labs_serve
 
 ROOT = Path(__file__).parent.parent
@@ -996,3 +998,50 @@ def end_of(process: Any) -> tuple[int, str]:
     out, err = process.communicate(timeout=WAIT_S)
     assert b"Traceback" not in err + out, err.decode()
     return process.returncode, (out + err).decode()
+
+
+# ---------------------------------------------------------------- files of prompts
+
+SHORT_LINES = labs.Config(model_id="tiny", generation=labs.Generation(max_new_tokens=6))
+
+
+def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
+    """Number lines from 1; an object becomes a line, bytes stay as they are."""
+    return ((n, row if isinstance(row, bytes) else line(row)) for n, row in enumerate(rows, 1))
+
+
+def line(row: Any) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def answers(
+    model: labs.Model,
+    lines: Iterable[Any],
+    config: labs.Config = SHORT_LINES,
+    tally: Any = None,
+    **batching: Any,
+) -> list[dict[str, Any]]:
+    """Answer lines without files."""
+    context, tally = labs_request.open_context(config), tally or labs_jsonl.Tally()
+    how = labs_jsonl.Batching(**batching)
+    return [*map(whole, labs_jsonl.answer_lines(model, context, numbered(lines), tally, how))]
+
+
+def whole(data: bytes) -> dict[str, Any]:
+    """Return the object in data that has to be exactly one line."""
+    assert (data[-1:], data.count(b"\n")) == (b"\n", 1)
+    found = json.loads(data)
+    assert isinstance(found, dict)
+    return found
+
+
+def replayed(
+    model: labs.Model, rows: Iterable[Any], config: labs.Config = SHORT_LINES, **options: Any
+) -> list[labs_jsonl.Verdict]:
+    context = labs_request.open_context(config)
+    return list(labs_jsonl.replay(model, context, numbered(rows), **options))
+
+
+def openai_line(name: Any, url: str = CHAT, method: str = "POST", **body: Any) -> dict[str, Any]:
+    body = {"messages": HELLO, **body} if url == CHAT else body
+    return {"custom_id": name, "method": method, "url": url, "body": body}

@@ -121,9 +121,7 @@ def metric(client: httpx.Client, name: str) -> dict[str, float]:
 
 
 @pytest.mark.ray
-def test_answers_through_serve_have_the_text_of_a_single_process(
-    server: httpx.Client, long_folder: Path
-) -> None:
+def test_answers_through_serve_have_the_text_of_a_single_process(server, long_folder):
     model = kit.load(long_folder)
     inputs = labs.build_inputs(model, messages=HELLO)
     for more in ({"temperature": 0}, {"temperature": 1, "seed": 7}):
@@ -138,7 +136,7 @@ def test_answers_through_serve_have_the_text_of_a_single_process(
 
 
 @pytest.mark.ray
-def test_the_other_endpoints_and_keys_are_the_same(server: httpx.Client) -> None:
+def test_the_other_endpoints_and_keys_are_the_same(server):
     assert httpx.get(server.base_url.join("/v1/models")).status_code == 401
     assert server.get("/v1/models").json()["data"][0]["loaded"] is True
     assert server.get("/readyz").json() == {"status": "ok"}
@@ -149,7 +147,7 @@ def test_the_other_endpoints_and_keys_are_the_same(server: httpx.Client) -> None
 
 
 @pytest.mark.ray
-def test_a_quota_is_that_of_all_replicas(server: httpx.Client) -> None:
+def test_a_quota_is_that_of_all_replicas(server):
     headers, began = {"Authorization": f"Bearer {BOUNDED}"}, time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         count = PER_MINUTE + 200
@@ -161,9 +159,7 @@ def test_a_quota_is_that_of_all_replicas(server: httpx.Client) -> None:
 
 
 @pytest.mark.ray
-def test_a_session_stays_with_its_replica_and_metrics_name_the_replicas(
-    server: httpx.Client,
-) -> None:
+def test_a_session_stays_with_its_replica_and_metrics_name_the_replicas(server):
     def ask(session: str) -> None:
         body = {"prompt": "hi", "max_new_tokens": 3, **A}
         server.post("/generate", json=body, headers={"X-Session-Id": session})
@@ -181,7 +177,7 @@ def test_a_session_stays_with_its_replica_and_metrics_name_the_replicas(
 
 
 @pytest.mark.ray
-def test_a_client_that_hangs_up_leaves_no_row_behind(server: httpx.Client) -> None:
+def test_a_client_that_hangs_up_leaves_no_row_behind(server):
     def running() -> float:
         return sum(metric(server, "labs_num_requests_running").values())
 
@@ -195,7 +191,7 @@ def test_a_client_that_hangs_up_leaves_no_row_behind(server: httpx.Client) -> No
 
 
 @pytest.mark.ray
-def test_no_request_is_lost_without_an_error_when_a_replica_dies(server: httpx.Client) -> None:
+def test_no_request_is_lost_without_an_error_when_a_replica_dies(server):
     """The last test of the server: one of its two replicas starts again."""
 
     def ask(number: int) -> tuple[int, str]:
@@ -221,24 +217,18 @@ def test_no_request_is_lost_without_an_error_when_a_replica_dies(server: httpx.C
     until(lambda: len(processes("ServeReplica:labs:replicas")) == 2)
 
 
-def test_serve_run_builds_the_app_from_words() -> None:
-    assert labs_ray.cluster_of({"replicas": "2", "num_gpus": "0.5"}) == labs_ray.Cluster(
-        replicas=2, num_gpus=0.5
-    )
+def test_serve_run_builds_the_app_from_words():
+    two = labs_ray.Cluster(replicas=2, num_gpus=0.5)
+    assert labs_ray.cluster_of({"replicas": "2", "num_gpus": "0.5"}) == two
     assert labs_ray.app({"replicas": "2", "num_gpus": "0"})
-    for words, text in (
-        ({}, "num_gpus"),
-        ({"replica_count": 2}, "replica_count"),
-        ({"replicas": 0}, "replicas"),
-        ({"replicas": 2, "max_replicas": "1"}, "max_replicas = 1 is less than replicas = 2"),
-    ):
+    fewer, told = {"replicas": 2, "max_replicas": "1"}, "max_replicas = 1 is less than replicas = 2"
+    wrong: Any = [({}, "num_gpus"), ({"replica_count": 2}, "replica_count"), (fewer, told)]
+    for words, text in (*wrong, ({"replicas": 0}, "replicas")):
         with pytest.raises(labs.ConfigError, match=text):
             labs_ray.app(words)
 
 
-def test_a_copy_in_a_package_names_its_own_modules_and_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_in_a_package_names_its_own_modules_and_errors(tmp_path, monkeypatch):
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "__init__.py").touch()
     labs_vendor.vendor(str(tmp_path / "thing"), ["ray"])
@@ -286,9 +276,7 @@ def answered(
 
 
 @pytest.mark.ray
-def test_every_line_is_answered_once_though_a_process_is_killed(
-    tiny_folder: Path, tmp_path: Path, address: str
-) -> None:
+def test_every_line_is_answered_once_though_a_process_is_killed(tiny_folder, tmp_path, address):
     (tmp_path / "in" / "more").mkdir(parents=True)
     (tmp_path / "in" / "a.jsonl").write_text(lines(400, new=16))
     (tmp_path / "in" / "more" / "b.jsonl").write_text(lines(600, 400, new=16))
@@ -321,15 +309,13 @@ def test_every_line_is_answered_once_though_a_process_is_killed(
 
 
 @pytest.mark.ray
-def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(
-    tmp_path: Path, address: str
-) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(tmp_path, address):
     (tmp_path / "a.jsonl").write_text(lines(3))
     with pytest.raises(labs.ModelError, match=r"config\.json"):
         answered(tmp_path, f"{tmp_path}/a.jsonl", tmp_path / "out", address)
 
 
-def test_lines_are_those_that_a_single_process_reads(tiny_folder: Path, tmp_path: Path) -> None:
+def test_lines_are_those_that_a_single_process_reads(tiny_folder, tmp_path):
     source, target = tmp_path / "a.jsonl", tmp_path / "out"
     first = b'\xef\xbb\xbf{"id": "a",\r "prompt": "hi", "max_new_tokens": 2}\n'
     source.write_bytes(first + b'{"prompt": "hi",\r"max_new_tokens": 2}\n{"prompt": "hi"')
@@ -342,9 +328,7 @@ def test_lines_are_those_that_a_single_process_reads(tiny_folder: Path, tmp_path
     assert {row["id"] for row in answers(target)} == {"a", "a.jsonl:2", "line a.jsonl:3"}
 
 
-def test_answers_stay_when_a_file_grows_or_another_has_its_name(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_answers_stay_when_a_file_grows_or_another_has_its_name(tiny_folder, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     for place, text in (("a", lines(2)), ("a", lines(4)), ("b", lines(7, 4))):
@@ -356,9 +340,7 @@ def test_answers_stay_when_a_file_grows_or_another_has_its_name(
     assert sorted(row["id"] for row in answers(target)) == [f"n{n}" for n in range(7)]
 
 
-def test_other_files_in_the_output_folder_and_missing_input_are_refused_before_ray_starts(
-    tmp_path: Path,
-) -> None:
+def test_other_files_in_the_output_folder_and_missing_input_are_refused_before_ray_starts(tmp_path):
     for source in ("-", f"{tmp_path}/nothing.jsonl", f"{tmp_path}/*.jsonl"):
         with pytest.raises(labs.InputError):
             answered(tmp_path, source, tmp_path / "out", "nowhere")

@@ -28,8 +28,6 @@ from msgspec import Meta
 import labs
 import labs_cli
 import labs_engine
-import labs_jsonl
-import labs_request
 import labs_schema
 import labs_typed
 
@@ -51,6 +49,10 @@ class House(msgspec.Struct, forbid_unknown_fields=True):
 
 def ask(model: labs.Model, text: str = "Describe it as JSON.") -> labs.Inputs:
     return labs.build_inputs(model, prompt=text)
+
+
+def generate(model: labs.Model, kind: Any, **options: Any) -> Any:
+    return labs_typed.generate_as(model, ask(model), kind, **options)
 
 
 def random_schema(chance: random.Random, depth: int = 0) -> dict[str, Any]:
@@ -89,9 +91,8 @@ def ends_of(model: labs.Model, schemas: list[Any], options: labs.Generation) -> 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.5, "seed": 3}])
 def test_an_answer_is_a_value_of_the_requested_type(tiny, options):
-    found = labs_typed.generate_as(tiny, ask(tiny), House, max_new_tokens=300, **options)
-    assert isinstance(found, House)
-    assert isinstance(found.street, Street)
+    found = generate(tiny, House, max_new_tokens=300, **options)
+    assert (type(found), type(found.street)) == (House, Street)
     assert found.kind in ("flat", "villa")
     assert 1 <= found.street.number <= 99
 
@@ -104,13 +105,13 @@ KINDS += [(Literal["red", "green"], {"red", "green"}), (None, {None}), (int, {ON
 @pytest.mark.parametrize(("kind", "values"), KINDS)
 def test_a_type_need_not_be_a_struct(tiny, kind, values):
     options = {"logit_bias": {ord("1"): 100.0}, "temperature": 0}
-    assert labs_typed.generate_as(tiny, ask(tiny), kind, **options) in values
+    assert generate(tiny, kind, **options) in values
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 2}, {"stop": ('"',)}])
 def test_an_incomplete_answer_is_an_error_that_holds_it(tiny, options):
     with pytest.raises(labs_typed.IncompleteOutput) as caught:
-        labs_typed.generate_as(tiny, ask(tiny), House, **options)
+        generate(tiny, House, **options)
     assert caught.value.completion.usage.completion_tokens >= 1
 
 
@@ -119,10 +120,10 @@ def test_a_date_that_does_not_exist_is_an_error(tiny, monkeypatch):
     answer = msgspec.structs.replace(done, text='"2026-02-31"', finish_reason="stop")
     monkeypatch.setattr(labs, "generate", lambda *_, **__: answer)
     with pytest.raises(labs.GenerationError, match="date"):
-        labs_typed.generate_as(tiny, ask(tiny), date)
+        generate(tiny, date)
 
 
-REFUSED = [
+REFUSED: list[tuple[Any, str]] = [
     ({"not": {"type": "string"}}, "not"),
     ({"type": "strin"}, "strin"),
     ({"type": "string", "format": "nope"}, "nope"),
@@ -130,6 +131,8 @@ REFUSED = [
     ({"type": "array", "uniqueItems": True}, "uniqueItems"),
     ({"$ref": "http://127.0.0.1:1/schema"}, "127.0.0.1"),
     ({"type": "object", "properties": {"a": {"contentEncoding": "x"}}}, "contentEncoding"),
+    (bytes, "contentEncoding"),
+    (complex, "complex"),
 ]
 NOTHING = [
     {"enum": []},
@@ -139,27 +142,21 @@ NOTHING = [
     {"allOf": [{"type": "null"}, {"type": "string"}]},
     {"type": "object", "properties": {"a": False}, "required": ["a"]},
 ]
+REFUSED += [(each, "nsatisfiable|no JSON") for each in NOTHING]
 
 
-@pytest.mark.parametrize(
-    ("schema", "named"), [*REFUSED, *((each, "nsatisfiable|no JSON") for each in NOTHING)]
-)
-def test_a_schema_that_cannot_be_followed_is_refused_by_name(tiny, schema, named):
+@pytest.mark.parametrize(("schema", "named"), REFUSED)
+def test_a_schema_or_type_that_cannot_be_followed_is_refused_by_name(tiny, schema, named):
+    use = labs_typed.Constraint if isinstance(schema, dict) else generate
     with pytest.raises(labs.InputError, match=named):
-        labs_typed.Constraint(tiny, schema)
-
-
-@pytest.mark.parametrize(("kind", "named"), [(bytes, "contentEncoding"), (complex, "complex")])
-def test_a_type_without_a_supported_schema_is_refused_by_name(tiny, kind, named):
-    with pytest.raises(labs.InputError, match=named):
-        labs_typed.generate_as(tiny, ask(tiny), kind)
+        use(tiny, schema)
 
 
 def test_without_llguidance_a_type_is_refused_with_the_install_command(tiny, missing, monkeypatch):
     monkeypatch.setattr(labs_typed, "_TOKENIZERS", {})
     missing("llguidance")
     with pytest.raises(labs.InputError, match="pip install llguidance"):
-        labs_typed.generate_as(tiny, ask(tiny), House)
+        generate(tiny, House)
 
 
 # ---------------------------------------------------------------- constraints in a batch
@@ -204,16 +201,12 @@ def test_rejected_guesses_do_not_change_a_constrained_answer(tiny, guessed):
 
 def test_a_constraint_follows_tokens_that_are_taken_back(tiny):
     only, logits = labs_typed.Constraint(tiny, COLOUR), torch.zeros(262)
-    prompt = [5, 6, 7]
     encode = lambda text: tiny.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-
-    def allowed(text: str) -> set[int]:
-        return {*torch.isfinite(only([*prompt, *encode(text)], logits)).nonzero()[:, 0].tolist()}
-
     steps = [("", '"'), ('"', "rg"), ('"gr', "e"), ('"', "rg"), ('"re', "d"), ('"gree', "n")]
-    for text, following in steps:
-        assert allowed(text) == {*encode(following)}
-    assert allowed('"red"') == {*tiny.eos_token_ids}
+    ends = [(text, {*encode(following)}) for text, following in steps]
+    for text, following in [*ends, ('"red"', {*tiny.eos_token_ids})]:
+        allowed = torch.isfinite(only([5, 6, 7, *encode(text)], logits))
+        assert {*allowed.nonzero()[:, 0].tolist()} == following
 
 
 # ---------------------------------------------------------------- compiling
@@ -312,7 +305,7 @@ def test_a_tokenizer_may_know_more_tokens_than_the_model(tmp_path):
     config.vocab_size = 259
     model = kit.load(kit.save_model(tmp_path / "less", config, template=None))
     assert len(model.tokenizer) > model.decoder.config.vocab_size
-    assert labs_typed.generate_as(model, ask(model), Literal["red", "green"]) in ("red", "green")
+    assert generate(model, Literal["red", "green"]) in ("red", "green")
 
 
 def test_a_model_without_a_token_for_the_first_character_is_refused(tmp_path):
@@ -429,17 +422,16 @@ def wanted(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
-CHAT = {"messages": [{"role": "user", "content": "hi"}], "response_format": wanted(COLOUR)}
+CHAT = {"messages": kit.HELLO, "response_format": wanted(COLOUR)}
+CHAT_LINE = kit.openai_line("o", **CHAT)
 NOT_FOLLOWED = [wanted(schema) for schema in (DEADLY[1], NOTHING[0], TOO_MUCH[0][0])]
 NOT_FOLLOWED += [{"type": "json_schema", "json_schema": {"schema": {}, "strictly": True}}]
 
 
-def test_each_choice_and_the_stream_of_a_chat_follow_the_schema(site):
-    found = site.post("/v1/chat/completions", {**CHAT, "n": 2}).json["choices"]
-    texts = [choice["message"]["content"] for choice in found]
-    chunks = kit.chunks_of(site.post("/v1/chat/completions", {**CHAT, "stream": True}))
-    texts += ["".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)]
-    assert {*map(json.loads, texts)} <= {"red", "green"}
+def test_the_stream_of_a_chat_follows_the_schema(site):
+    chunks = kit.chunks_of(site.post(kit.CHAT, {**CHAT, "stream": True}))
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert json.loads(text) in ("red", "green")
 
 
 @pytest.mark.parametrize("form", NOT_FOLLOWED)
@@ -469,30 +461,22 @@ def test_an_answer_whose_grammar_fails_is_a_400_or_an_error_event(site, compiler
 
 
 def test_each_line_of_a_file_has_its_format_and_can_be_replayed(tiny):
-    lines = [{"custom_id": "o", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}]
     forms = (wanted(COLOUR), None, {"type": "json_schema"}, wanted(DEADLY[1]))
-    lines += [
-        {"id": str(n), "prompt": "hi", "response_format": form} for n, form in enumerate(forms)
-    ]
-    data = enumerate((json.dumps(line).encode() for line in lines), 1)
+    lines = [{"id": str(n), "prompt": "hi", "response_format": f} for n, f in enumerate(forms)]
     config = labs.Config(generation=labs.Generation(temperature=1.0, max_new_tokens=40))
-    context, ordered = labs_request.open_context(config), labs_jsonl.Batching(ordered=True)
-    rows = [*labs_jsonl.answer_lines(tiny, context, data, labs_jsonl.Tally(), ordered)]
-    openai, own, _, *failed = [json.loads(row) for row in rows]
-    message = openai["response"]["body"]["choices"][0]["message"]["content"]
-    assert {json.loads(message), json.loads(own["text"])} <= {"red", "green"}
-    told = [answer["error"]["message"] for answer in failed]
-    assert ["json_schema" in told[0], "too large to compile" in told[1]] == [True, True]
-    verdicts = [v.verdict for v in labs_jsonl.replay(tiny, context, enumerate(rows[:3], 1))]
-    assert verdicts == ["same"] * 3
+    *rows, unnamed, deadly = kit.answers(tiny, [CHAT_LINE, *lines], config, ordered=True)
+    message = rows[0]["response"]["body"]["choices"][0]["message"]["content"]
+    assert {json.loads(message), json.loads(rows[1]["text"])} <= {"red", "green"}
+    assert "json_schema" in unnamed["error"]["message"]
+    assert "too large to compile" in deadly["error"]["message"]
+    assert [each.verdict for each in kit.replayed(tiny, rows, config)] == ["same"] * 3
 
 
-def test_the_shell_reads_a_schema_from_a_file_and_prints_choices_by_probability(tiny_folder):
+def test_the_shell_repeats_a_schema_names_a_wrong_file_and_prints_choices(tiny_folder):
     for name, text in {"colour": json.dumps(COLOUR), "wrong": "{"}.items():
         Path(f"{name}.json").write_text(text)
     model = ("--model", str(tiny_folder), "--torch-dtype", "fp32", "--prompt", "hi")
     answer = json.loads(invoke(*model, "--schema", "colour.json", "--json").stdout)
-    assert json.loads(answer["text"]) in ("red", "green")
     assert answer["request"]["response_format"]["json_schema"]["schema"] == COLOUR
     done = invoke(*model, "--schema", "wrong.json")
     assert (done.exit_code, "wrong.json" in done.stderr) == (1, True)
