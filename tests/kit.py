@@ -993,3 +993,13 @@ def end_of(process: Any) -> tuple[int, str]:
     out, err = process.communicate(timeout=WAIT_S)
     assert b"Traceback" not in err + out, err.decode()
     return process.returncode, (out + err).decode()
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(response: Any, status: int, **wanted: Any) -> dict[str, Any]:
+    """Return the error of an answer that has this status and these fields."""
+    error = error_of(response, status)
+    assert error.items() >= wanted.items(), error
+    return error
