@@ -88,6 +88,7 @@ OVER_LIMITS = [
     (COMPLETIONS, {"prompt": [*"abcd"]}, "prompt", "has 4 prompts; this server allows 3"),
     (COMPLETIONS, {"prompt": "hi h"}, None, "the prompt has 4 bytes; this server allows 3"),
     (COMPLETIONS, {"prompt": ["a", "üü"]}, None, "has 4 bytes"),
+    ("/generate", {"prompt": "üü"}, None, "has 4 bytes"),
     (CHAT, {"messages": TURNS}, None, "has 4 bytes"),  # and one between them
 ]
 

@@ -795,6 +795,8 @@ def test_each_model_has_the_settings_of_its_table(many):
         found = explained["prompt"], explained["settings"]["max_new_tokens"]["value"]
         assert found == (text, new)
     assert site.post("/generate", {"prompt": "hi", **A}).json["model"] == "first"
+    chat = {"messages": kit.HELLO, "model": "second"}
+    assert "template" in error_of(site.post(CHAT, chat), 400)["message"]
 
 
 @pytest.mark.parametrize("path", [*ASKED, "/explain"])
