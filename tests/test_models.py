@@ -456,7 +456,7 @@ def test_one_given_engine_has_the_interface_of_models():
     assert labs_models.One(engine).loaded() == {"llama": engine}
     models = labs_models.One(engine, "m")
     models.account(lambda: 10**15)
-    assert models("m") is engine
+    assert (models("m"), models.reader("m")) == (engine, model_of("llama"))
     assert read(ask(models, "m"))[0] == alone("llama", 0)
     assert [models.context_length(name) for name in ("m", "no")] == [512, None]
     models.close(WAIT_S)
