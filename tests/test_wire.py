@@ -143,9 +143,9 @@ def test_a_client_that_sends_too_much_can_send_it_all_and_read_the_error(live):
 
 def lasts(live: Live, seconds: float, more: float) -> bool:
     """Return whether the one open connection is kept for `seconds` and cut after `more`."""
-    found = until(lambda: [*live.server.active_channels.values()])
-    until(lambda: len(live.server.active_channels) == 1 and not found[0].requests)
-    (channel,) = live.server.active_channels.values()
+    channels = live.server.active_channels
+    until(lambda: [bool(each.requests) for each in [*channels.values()]] == [False])
+    (channel,) = channels.values()
     live.server.maintenance(time.time() + seconds)
     kept = not channel.will_close
     live.server.maintenance(time.time() + more)
