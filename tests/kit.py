@@ -1045,3 +1045,13 @@ def replayed(
 def openai_line(name: Any, url: str = CHAT, method: str = "POST", **body: Any) -> dict[str, Any]:
     body = {"messages": HELLO, **body} if url == CHAT else body
     return {"custom_id": name, "method": method, "url": url, "body": body}
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(response: Any, status: int, **wanted: Any) -> dict[str, Any]:
+    """Return the error of an answer that has this status and these fields."""
+    error = error_of(response, status)
+    assert error.items() >= wanted.items(), error
+    return error

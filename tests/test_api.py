@@ -9,8 +9,8 @@ import queue
 import re
 import threading
 import time
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx
 import kit
@@ -26,13 +26,11 @@ from kit import BODIES, CHAT, COMPLETIONS, HELLO, ROWS, WAIT_S, A, Site, error_o
 from openai.types import chat
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
-from prometheus_client import CollectorRegistry
 from schemathesis.specs.openapi import checks as openapi_checks
 
 import labs
 import labs_api
 import labs_engine
-import labs_meters
 import labs_models
 import labs_openai
 import labs_request
@@ -58,8 +56,7 @@ BAD_JSON = [
 @pytest.mark.parametrize("path", [CHAT, "/generate"])
 def test_a_body_that_is_not_json_is_refused(site, path):
     for body in BAD_JSON:
-        error = error_of(site.post(path, body), 400)
-        assert error["type"] == "invalid_request_error"
+        error = kit.refused(site.post(path, body), 400, type="invalid_request_error")
         codes = {"invalid_json"} if body in (b"", TRUNCATED) else {"invalid_json", "invalid_value"}
         assert error["code"] in codes, body[:99]
     assert not site.engine.asked
@@ -69,8 +66,7 @@ def test_a_body_that_is_not_json_is_refused(site, path):
 WRONG: dict[str, dict[str, list[str]]] = {
     "/generate": {
         "temperature": ["1e999", "-0.1", '"0.5"'], "seed": ["-1"], "max_tokens": ["5"],
-        "max_new_tokens": ["9" * 400, "9" * 5000, "16.0", '"16"', "true", "null", "0"],
-        "foo": ["5"],
+        "max_new_tokens": ["9" * 5000, "16.0", '"16"', "true", "null", "0"], "foo": ["5"],
     },
     CHAT: {
         "messages": ["[]", "null"], "metadata": ['"a"'], "seed": ["-2"], "n": ["0", "9"],
@@ -107,33 +103,27 @@ WRONG_INSIDE = [
 def test_a_wrong_value_is_refused_and_named(site, path, field, param):
     whole = {f'"{name}": {json.dumps(value)}' for name, value in BODIES[path].items()}
     whole = {part for part in whole if part.partition(":")[0] not in field}
-    error = error_of(site.post(path, ("{" + ", ".join([*whole, field]) + "}").encode()), 400)
-    assert error["param"] == param
+    answer = site.post(path, ("{" + ", ".join([*whole, field]) + "}").encode())
+    kit.refused(answer, 400, param=param)
     assert not site.engine.asked
 
 
-def test_a_missing_field_is_named_and_generate_takes_one_of_prompt_and_messages(site):
+def test_a_missing_field_is_named(site):
     assert "messages" in error_of(site.post(CHAT, {}), 400)["message"]
-    for body in ({}, {"prompt": "a", "messages": HELLO}, {"prompt": ""}):
-        error_of(site.post("/generate", body), 400)
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_body_needs_the_content_type_json_and_may_have_a_byte_order_mark(site, path):
-    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
-        assert error_of(site.post(path, BODIES[path], Content_Type=kind), 415)["code"] == "not_json"
-    assert not site.engine.asked
-    kind = "Application/JSON; charset=utf-8"
+def test_a_body_is_plain_json_of_that_content_type_with_or_without_a_byte_order_mark(site, path):
     data = b"\xef\xbb\xbf" + json.dumps(BODIES[path]).encode()
-    assert site.post(path, data, Content_Type=kind).status_code == 200
-
-
-def test_a_compressed_body_is_refused_by_the_name_of_its_coding(site):
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+        assert error_of(site.post(path, data, Content_Type=kind), 415)["code"] == "not_json"
     for coding in ("gzip", "br", "deflate, gzip", "GZIP"):
-        error = error_of(site.post("/generate", b"\x1f\x8b", Content_Encoding=coding), 415)
-        assert (error["code"], error["param"]) == ("unsupported_encoding", "Content-Encoding")
+        answer = site.post(path, data, Content_Encoding=coding)
+        error = kit.refused(answer, 415, code="unsupported_encoding", param="Content-Encoding")
         assert f"Content-Encoding: {coding}" in error["message"]
-    assert site.post("/generate", {"prompt": "a"}, Content_Encoding="identity").status_code == 200
+    assert not site.engine.asked
+    right = {"Content_Type": "Application/JSON; charset=utf-8", "Content_Encoding": "identity"}
+    assert site.post(path, data, **right).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/explain", "/generate", CHAT])
@@ -152,28 +142,20 @@ def test_clients_see_no_path_of_the_server(fake, tmp_path, path, monkeypatch):
     assert not [answer.text for answer in answers if secret in answer.text]
 
 
-def test_a_body_or_prompt_over_its_limit_is_refused(fake):
-    site = Site(fake, kit.configured(max_body_bytes=1024))
-    body = json.dumps({"prompt": "a"}).encode()
+def test_a_body_over_its_limit_is_refused(fake):
+    site, body = Site(fake, kit.configured(max_body_bytes=1024)), b'{"prompt": "a"}'
     assert site.post("/generate", body.ljust(1024)).status_code == 200
     assert error_of(site.post("/generate", body.ljust(1025)), 413)["code"] == "body_too_large"
-    for path in ("/generate", CHAT, COMPLETIONS):
-        body = json.dumps(BODIES[path]).replace("hi", "é" * 5).encode()
-        small, large = (Site(fake, kit.configured(max_prompt_bytes=size)) for size in (9, 10))
-        assert error_of(small.post(path, body), 400)["code"] == "prompt_too_large"
-        assert large.post(path, body).status_code == 200
 
 
 def test_a_wrong_method_and_an_unknown_model_are_refused(site):
-    methods = {"/generate": "GET POST", "/health": "POST GET", "/v1/models": "DELETE GET"}
-    for path, (wrong, right) in {path: both.split() for path, both in methods.items()}.items():
+    for wrong, path, right in (("GET", "/generate", "POST"), ("DELETE", "/v1/models", "GET")):
         response = site.ask(wrong, path)
         assert error_of(response, 405)["code"] == "method_not_allowed"
         assert right in response.headers["allow"]
-    for path, body in BODIES.items():
-        error = error_of(site.post(path, {**body, "model": "../etc/passwd"}), 404)
-        assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert error_of(site.get("/v1/models/other"), 404)["code"] == "model_not_found"
+    answers = [site.post(path, {**body, "model": "../etc/passwd"}) for path, body in BODIES.items()]
+    for answer in (*answers, site.get("/v1/models/other")):
+        assert error_of(answer, 404)["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("path", kit.ANSWERED)
@@ -185,8 +167,7 @@ def test_a_refusal_of_the_engine_is_the_response(site, path):
     ):
         site.engine.refusal = refusal
         response = site.post(path, BODIES[path])
-        error = error_of(response, status)
-        assert (error["code"], error["message"]) == (code, str(refusal))
+        kit.refused(response, status, code=code, message=str(refusal))
         assert ("retry-after" in response.headers) == (status == 503)
 
 
@@ -196,13 +177,11 @@ def test_an_unforeseen_error_shows_its_request_id_and_no_more(site, path, caplog
     response = site.post(path, BODIES[path], X_Request_Id="abc-1")
     error = error_of(response, 500)
     assert ("abc-1" in error["message"], error["type"]) == (True, "server_error")
-    assert "secret" not in response.text
-    assert "/secret/path" in caplog.text
+    assert ("secret" in response.text, "/secret/path" in caplog.text) == (False, True)
     site.engine.refusal, site.engine.error = None, labs.GenerationError("nan at layer 3")
-    response = site.post(path, BODIES[path], X_Request_Id="one")
+    response = site.post(path, BODIES[path])
     assert "layer" not in response.text
-    if path != "/generate/stream":
-        error_of(response, 500)
+    assert response.status_code == (200 if path == "/generate/stream" else 500)
 
 
 def test_all_choices_are_cancelled_when_one_cannot_be_submitted(fake):
@@ -217,30 +196,16 @@ def test_all_choices_are_cancelled_when_one_cannot_be_submitted(fake):
     assert {1, 2} <= {*fake.left}
 
 
-def test_the_row_of_a_cut_choice_ends_before_the_other_choices(fake):
-    fake.reason = "content_filter"
-    prepared = SimpleNamespace(model=fake.model, sources=None, choice=None)
-    meters = labs_meters.Meters(CollectorRegistry())
-    answers = labs_api.Answers("tiny", prepared, meters, 0.0, lambda: False)
-    for _ in range(2):
-        answer = fake.submit(kit.SHORT, labs.Generation(), events=answers.events)
-        answers.add(answer, lambda event: [event])
-    events = iter(answers)
-    while not answers.dones:
-        next(events)
-    assert fake.left == [1]
-
-
 # ---------------------------------------------------------------- fields and the engine
 
 
 ODD = {"best_of": 2, "min_tokens": 3, "reasoning_effort": "high", "add_generation_prompt": False}
 HINTS = {
-    **{"cache_prompt": True, "metadata": {"a": "b"}, "parallel_tool_calls": False, "priority": 3},
-    **{"prompt_cache_key": "k", "prompt_cache_options": {"mode": "explicit"}, "store": True},
-    **{"prompt_cache_retention": "24h", "request_id": "r", "safety_identifier": "s"},
-    **{"service_tier": "flex", "user": "u"},
-}
+    "cache_prompt": True, "metadata": {"a": "b"}, "parallel_tool_calls": False, "priority": 3,
+    "prompt_cache_key": "k", "prompt_cache_options": {"mode": "explicit"}, "store": True,
+    "prompt_cache_retention": "24h", "request_id": "r", "safety_identifier": "s",
+    "service_tier": "flex", "user": "u",
+}  # fmt: skip
 KINDS = {CHAT: labs_openai.ChatRequest, COMPLETIONS: labs_openai.CompletionRequest}
 
 
@@ -276,45 +241,38 @@ def test_a_field_that_another_one_makes_neutral_is_accepted(site):
         (CHAT, "functions", [{"name": "f"}], {"function_call": "none"}),
     ):
         assert site.post(path, {**BODIES[path], name: value, **rest}).status_code == 200
-        error = error_of(site.post(path, {**BODIES[path], name: value}), 400)
-        assert (error["code"], error["param"]) == ("unsupported", name)
+        answer = site.post(path, {**BODIES[path], name: value})
+        kit.refused(answer, 400, code="unsupported", param=name)
 
 
 @pytest.mark.parametrize("path", OPENAI)
-@pytest.mark.parametrize("name", ["seed", "max_tokens", "top_k"])
-def test_minus_one_means_not_set(fake, path, name):
+def test_minus_one_means_not_set(fake, path):
     generation = labs.Generation(max_new_tokens=9, seed=5, top_k=7)
     site = Site(fake, kit.configured(generation=generation))
-    assert site.post(path, {**BODIES[path], name: -1}).status_code == 200
-    assert fake.generation == labs.evolve(generation, **({"top_k": 0} if name == "top_k" else {}))
-    error_of(site.post("/generate", {"prompt": "a", name: -1}), 400)
+    for name in ("seed", "max_tokens", "top_k"):
+        assert site.post(path, {**BODIES[path], name: -1}).status_code == 200
+        changes = {"top_k": 0} if name == "top_k" else {}
+        assert fake.generation == labs.evolve(generation, **changes)
+        error_of(site.post("/generate", {"prompt": "a", name: -1}), 400)
 
 
 @pytest.mark.parametrize("path", OPENAI)
-@pytest.mark.parametrize("name", labs_openai.NEUTRAL)
-def test_a_field_that_is_not_implemented_takes_neutral_values_only(site, name, path):
-    error = error_of(site.post(path, {**BODIES[path], name: ODD.get(name, ["odd"])}), 400)
-    assert (error["code"], error["param"]) == ("unsupported", name)
-    assert not site.engine.asked
-    for value in (None, *labs_openai.NEUTRAL[name]):
-        assert site.post(path, {**BODIES[path], name: value}).status_code == 200, value
+def test_a_field_that_is_not_implemented_takes_neutral_values_only(site, path):
+    for name, neutral in labs_openai.NEUTRAL.items():
+        site.engine.asked = []
+        answer = site.post(path, {**BODIES[path], name: ODD.get(name, ["odd"])})
+        kit.refused(answer, 400, code="unsupported", param=name)
+        assert not site.engine.asked
+        for value in (None, *neutral):
+            assert site.post(path, {**BODIES[path], name: value}).status_code == 200, (name, value)
 
 
 GENERATION: dict[str, Any] = {
-    **{"max_new_tokens": 7, "temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125},
-    **{"do_sample": True, "repetition_penalty": 1.5, "frequency_penalty": -1.5, "seed": 9},
-    **{"presence_penalty": 1.25, "logit_bias": {"5": -100.0}, "logprobs": 2, "stop": ["a", "b"]},
-    **{"prompt_lookup_num_tokens": 4, "timeout_s": 1.5},
-}
-
-
-@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-def test_generate_takes_every_generation_setting(site, path):
-    assert GENERATION.keys() == {*labs.Generation.__struct_fields__}
-    for name, value in GENERATION.items():
-        assert site.post(path, {"prompt": "hi", name: value}).status_code == 200
-        changed = msgspec.convert({name: value}, labs.Generation, strict=False)
-        assert site.engine.generation == changed != labs.Generation()
+    "max_new_tokens": 7, "temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125,
+    "do_sample": True, "repetition_penalty": 1.5, "frequency_penalty": -1.5, "seed": 9,
+    "presence_penalty": 1.25, "logit_bias": {"5": -100.0}, "logprobs": 2, "stop": ["a", "b"],
+    "prompt_lookup_num_tokens": 4, "timeout_s": 1.5,
+}  # fmt: skip
 
 
 NO_SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}
@@ -327,15 +285,15 @@ BOTH = {
 FORMAT = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
 PART, TURN = {"type": "text", "text": "hi"}, {"role": "assistant", "content": ""}
 NO_TEMPLATE = {"use_chat_template": False, "add_generation_prompt": False}
+TYPED = {"messages": HELLO, "response_format": FORMAT}
+REFUSED = [{"type": "refusal", "refusal": "a"}]
 BODY_OF: dict[Any, Any] = {
     labs_openai.ChatMessage: {"messages": [TURN]},
     labs_openai.TextPart: {"messages": [{"role": "user", "content": [PART]}]},
-    labs_openai.RefusalPart: {
-        "messages": [{**TURN, "content": [{"type": "refusal", "refusal": "a"}]}]
-    },
+    labs_openai.RefusalPart: {"messages": [{**TURN, "content": REFUSED}]},
     labs_openai.StreamOptions: {"messages": HELLO, "stream": True, "stream_options": {}},
-    labs_request.ResponseFormat: {"messages": HELLO, "response_format": FORMAT},
-    labs_request.JsonSchema: {"messages": HELLO, "response_format": FORMAT},
+    labs_request.ResponseFormat: TYPED,
+    labs_request.JsonSchema: TYPED,
     labs.Message: {"messages": HELLO},
 }
 # (struct, endpoint, place in its body, fields with a value that has an effect, hints)
@@ -385,21 +343,27 @@ def test_every_field_of_a_request_has_an_effect_or_is_a_hint(
         return answer.status_code, answer.headers["content-type"], text, site.engine.asked
 
     assert effective.keys() | hints.keys() == {*kind.__struct_fields__}
-    plain = outcome()
-    assert plain[0] == 200
-    for name, value in effective.items():
-        assert outcome(**{name: value}) != plain, name
-    for name, value in hints.items():
-        assert outcome(**{name: value}) == plain, name
+    assert (plain := outcome())[0] == 200
+    for name, value in {**effective, **hints}.items():
+        assert (outcome(**{name: value}) == plain) == (name in hints), name
 
 
-SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty")
-SAME += ("presence_penalty", "logit_bias", "seed")
+WORDS = {*labs_openai.OpenAIRequest.__struct_fields__} - {"logprobs"}  # some with the same meaning
+
+
+@pytest.mark.parametrize("path", kit.ANSWERED)
+def test_each_generation_setting_reaches_the_engine(site, path):
+    assert GENERATION.keys() == {*labs.Generation.__struct_fields__}
+    for name in GENERATION.keys() & WORDS if path in OPENAI else GENERATION:
+        assert site.post(path, {**BODIES[path], name: GENERATION[name]}).status_code == 200
+        changed = msgspec.convert({name: GENERATION[name]}, labs.Generation, strict=False)
+        assert site.engine.generation == changed != labs.Generation()
+
+
 EFFECTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    *((path, {k: GENERATION[k]}, {k: GENERATION[k]}) for k in SAME for path in OPENAI),
     *((path, {"max_tokens": 5}, {"max_new_tokens": 5}) for path in OPENAI),
     *((path, {"stop": "x"}, {"stop": ["x"]}) for path in OPENAI),
-    *((COMPLETIONS, same, same) for same in ({"stop": ["x", "y"]}, {"logprobs": 0})),
+    (COMPLETIONS, {"logprobs": 0}, {"logprobs": 0}),
     (CHAT, {"max_completion_tokens": 6}, {"max_new_tokens": 6}),
     (CHAT, {"max_tokens": 6, "max_completion_tokens": 6}, {"max_new_tokens": 6}),
     (CHAT, {"logprobs": True}, {"logprobs": 0}),
@@ -478,12 +442,11 @@ def test_messages_become_a_prompt_by_the_template(site, tiny, monkeypatch):
 
 
 def test_a_field_of_a_message_that_is_not_implemented_is_refused_by_name(site):
-    for name, neutral in labs_openai.NEUTRAL_OF_MESSAGE.items():
+    for name in labs_openai.NEUTRAL_OF_MESSAGE:
         for value in ([{"id": "1"}], "so"):
             messages = [*HELLO, {"role": "assistant", "content": "a", name: value}]
-            error = error_of(site.post(CHAT, {"messages": messages}), 400)
-            assert error["param"] == f"messages[1].{name}"
-            assert error["code"] == "unsupported", neutral
+            found = error_of(site.post(CHAT, {"messages": messages}), 400)
+            assert (found["code"], found["param"]) == ("unsupported", f"messages[1].{name}")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/generate"])
@@ -492,8 +455,8 @@ def test_only_the_context_bounds_the_number_of_messages(site, path):
     assert site.post(path, {"messages": turns[:1000]}).status_code == 200
     messages = [{"role": "user", "content": [PART] * 700}]
     assert site.post(CHAT, {"messages": messages}).status_code == 200
-    error = error_of(site.post(path, {"messages": turns * 4}), 400)
-    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    answer = site.post(path, {"messages": turns * 4})
+    kit.refused(answer, 400, code="context_length_exceeded", param="messages")
 
 
 CONTEXT = 4096
@@ -513,16 +476,16 @@ def test_openais_endpoints_answer_with_the_rest_of_the_context(site, path, token
 
 def test_a_prompt_that_does_not_fit_is_refused_in_words_that_clients_know(site):
     words = r"This model's maximum context length is 4096 tokens\. However, the prompt has 4\d\d\d"
+    long = {"prompt": "a" * 4200}
     for path, body, param in (
         (CHAT, {"messages": LONG_TURN, "max_tokens": 1}, "messages"),
-        (COMPLETIONS, {"prompt": "a" * 4200}, "prompt"),
+        (COMPLETIONS, long, "prompt"),
         (COMPLETIONS, {"prompt": [97] * 4096}, "prompt"),
         ("/generate", {"messages": LONG_TURN}, "messages"),
-        ("/generate", {"prompt": "a" * 4200}, "prompt"),
-        ("/choose", {"prompt": "a" * 4200, "options": ["a", "b"]}, "prompt"),
+        ("/generate", long, "prompt"),
+        ("/choose", {**long, "options": ["a", "b"]}, "prompt"),
     ):
-        error = error_of(site.post(path, body), 400)
-        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        error = kit.refused(site.post(path, body), 400, code="context_length_exceeded", param=param)
         assert re.match(words, error["message"])
     assert not site.engine.asked
 
@@ -537,11 +500,18 @@ def test_too_many_prompts_or_token_ids_are_refused_before_they_are_read(site, mo
 # ---------------------------------------------------------------- responses
 
 
-def test_generate_answers_with_everything_known(site):
-    response = site.post("/generate", {"prompt": "hi", "seed": 4}, X_Request_Id="one")
-    answer = msgspec.json.decode(response.content, type=labs_api.GenerateAnswer)
-    assert (answer.id, answer.model, answer.text) == ("one", "tiny", "Hello there")
-    assert (answer.finish_reason, answer.seed, answer.usage.completion_tokens) == ("stop", 4, 2)
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_generate_answers_with_everything_known(site, path):
+    response = site.post(path, {"prompt": "hi", "seed": 4}, X_Request_Id="one")
+    if path == "/generate":
+        answer = response.json
+        assert (answer["model"], answer["text"]) == ("tiny", "Hello there")
+    else:
+        answer = json.loads(kit.events_of(response.content)[-1][1])
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["cache-control"] == "no-cache"
+    assert (answer["id"], answer["finish_reason"], answer["seed"]) == ("one", "stop", 4)
+    assert (answer["usage"]["completion_tokens"], "timings" in answer) == (2, True)
 
 
 def test_a_chat_is_answered_in_openais_format(site):
@@ -568,31 +538,20 @@ def test_openais_clients_see_finish_reasons_that_they_know(site, reason):
 
 def test_log_probabilities_have_openais_format(site):
     chosen = tuple(labs.TokenLogprob(token, -0.5, ((97, -0.1),)) for token in (104, 195))
-    site.engine.pieces = [labs.Delta("hé", chosen)]
+    site.engine.pieces = [labs.Delta("h", chosen[:1]), labs.Delta("é", chosen[1:])]
     (choice,) = site.post(CHAT, {"messages": HELLO, "logprobs": True}).json["choices"]
     first, broken = choice["logprobs"]["content"]
     top = {"token": "a", "logprob": -0.1, "bytes": [97]}
     assert first == {"token": "h", "logprob": -0.5, "bytes": [104], "top_logprobs": [top]}
     assert (broken["token"], broken["bytes"]) == ("bytes:\\xc3", [0xC3])
-    (choice,) = site.post(COMPLETIONS, {"prompt": "a", "logprobs": 1}).json["choices"]
-    found = choice["logprobs"]
+    body = {"prompt": "a", "logprobs": 1}
+    found = site.post(COMPLETIONS, body).json["choices"][0]["logprobs"]
     assert (found["tokens"][0], found["token_logprobs"]) == ("h", [-0.5, -0.5])
     assert (found["top_logprobs"][0], found["text_offset"]) == ({"a": -0.1}, [0, 1])
-
-
-def test_text_offsets_count_over_the_pieces_of_a_stream(site):
-    chosen = labs.TokenLogprob(104, -1.0)
-    site.engine.pieces = [labs.Delta("h", (chosen,)), labs.Delta("hh", (chosen, chosen))]
-    chunks = kit.chunks_of(site.post(COMPLETIONS, {"prompt": "a", "stream": True, "logprobs": 0}))
-    found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
-    assert [each["text_offset"] for each in found if each] == [[0], [1, 2]]
+    chunks = kit.chunks_of(site.post(COMPLETIONS, {**body, "stream": True}))
+    pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [each["text_offset"] for each in pieces if each] == [[0], [1]]
     assert len({chunk["created"] for chunk in chunks}) == 1
-
-
-def test_the_models_are_listed(site):
-    (card,) = site.get("/v1/models").json["data"]
-    assert (card["id"], card["context_length"], card["loaded"]) == ("tiny", 4096, True)
-    assert site.get("/v1/models/tiny").json == card
 
 
 def test_the_example_of_labs_openai_runs(tiny):
@@ -626,17 +585,6 @@ def test_text_arrives_whole_however_it_is_cut(site):
         assert ("".join(data for _, data in texts), last) == (expected, "done")
 
     check()
-
-
-def test_a_stream_ends_with_everything_known(site):
-    response = site.post("/generate/stream", {"prompt": "a"}, X_Request_Id="one")
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert response.headers["cache-control"] == "no-cache"
-    kind, data = kit.events_of(response.content)[-1]
-    done = json.loads(data)
-    assert (kind, done["id"], done["finish_reason"]) == ("done", "one", "stop")
-    assert done["usage"]["completion_tokens"] == 2
-    assert "timings" in done
 
 
 @pytest.mark.parametrize("path", STREAMS)
@@ -762,15 +710,12 @@ def test_the_time_that_a_model_loads_counts_but_is_not_a_setting(fake, monkeypat
 
 @pytest.mark.parametrize("path", BODIES)
 def test_a_lease_is_released_whatever_becomes_of_the_request(path, fake, monkeypatch):
-    def raises(*_, **__):
-        raise labs_engine.Busy("full")
-
-    models = Counting(fake, "tiny")
+    models, full = Counting(fake, "tiny"), mock.Mock(side_effect=labs_engine.Busy("full"))
     site = Site(fake, kit.configured(), models)
     assert site.post(path, BODIES[path]).status_code == 200
     fake.refusal = labs_engine.Busy("full")
     assert site.post(path, BODIES[path]).status_code == (200 if path == "/explain" else 503)
-    monkeypatch.setattr(labs, "build_inputs", raises)  # fails before the engine is called
+    monkeypatch.setattr(labs, "build_inputs", full)  # fails before the engine is called
     assert site.post(path, BODIES[path]).status_code == 503
     assert (models.holders, models.given) == (0, 3)
 
@@ -778,63 +723,50 @@ def test_a_lease_is_released_whatever_becomes_of_the_request(path, fake, monkeyp
 # ---------------------------------------------------------------- real clients of a real server
 
 
-@pytest.fixture
-def sdk(live):
-    with openai.OpenAI(api_key="none", base_url=f"{live.url}/v1", max_retries=0) as client:
-        yield client
-
-
 LONG = {"prompt": "hi", "max_new_tokens": 4000, **A}  # takes minutes with a pause in each step
 SHORT = {"prompt": "hi", "max_new_tokens": 2, **A}
 SDK: dict[str, Any] = {"model": "tiny", "temperature": 0, "logit_bias": {"97": 100}}
 
 
-def test_openais_client_chats_and_completes(sdk):
+def test_openais_client_chats_completes_and_streams(live):
+    sdk = openai.OpenAI(api_key="none", base_url=f"{live.url}/v1", max_retries=0)
     answer = sdk.chat.completions.create(messages=HELLO, max_tokens=3, logprobs=True, **SDK)
     (choice,) = answer.choices
     assert (choice.message.content, choice.finish_reason) == ("aaa", "length")
     assert [each.token for each in choice.logprobs.content] == ["a"] * 3
-    assert answer.usage.completion_tokens == 3
     answer = sdk.completions.create(prompt=["hi", "ho"], max_tokens=3, stop="aa", **SDK)
     assert [(choice.text, choice.finish_reason) for choice in answer.choices] == [("", "stop")] * 2
     assert [model.id for model in sdk.models.list()] == ["tiny"]
-
-
-def test_openais_client_streams(sdk):
     options = {"stream": True, "stream_options": {"include_usage": True}, "n": 2, "max_tokens": 3}
     *chunks, last = sdk.chat.completions.create(messages=HELLO, **options, **SDK)
     texts = ["", ""]
     for choice in (choice for chunk in chunks for choice in chunk.choices):
         texts[choice.index] += choice.delta.content or ""
-    assert texts == ["aaa", "aaa"]
-    assert last.usage.completion_tokens == 6
+    assert (texts, last.usage.completion_tokens) == (["aaa", "aaa"], 6)
     chunks = sdk.completions.create(prompt="hi", max_tokens=3, stream=True, **SDK)
     assert "".join(chunk.choices[0].text for chunk in chunks) == "aaa"
+    sdk.close()
 
 
-def test_openais_client_raises_its_own_errors(sdk, fake):
-    long = [{**HELLO[0], "content": "a" * 5000}]
+def test_openais_client_raises_its_own_errors(fake):
+    site = Site(fake, kit.configured(*kit.KEYS, requests_per_minute=5))
+    with pytest.raises(openai.AuthenticationError):
+        site.sdk().models.list()
+    sdk = site.sdk(key="s3cret")
     for kind, code, sent in (
         (openai.BadRequestError, "unsupported", {"tools": [{"type": "function"}]}),
-        (openai.BadRequestError, "context_length_exceeded", {"messages": long}),
-        (openai.BadRequestError, "invalid_value", {"logit_bias": {"4000": 1}}),
+        (openai.BadRequestError, "context_length_exceeded", {"messages": LONG_TURN}),
         (openai.NotFoundError, "model_not_found", {"model": "other"}),
     ):
         with pytest.raises(kind) as caught:
             sdk.chat.completions.create(**{"messages": HELLO, **SDK, **sent})
         assert caught.value.code == code
-    site = Site(fake, kit.configured(*kit.KEYS, requests_per_minute=3))
-    with pytest.raises(openai.AuthenticationError):
-        site.sdk().models.list()
-    sdk = site.sdk(key="s3cret")
     fake.error = labs.GenerationError("broken")
-    with pytest.raises(openai.APIError, match="Internal server error") as caught:
+    with pytest.raises(openai.APIError, match="Internal server error"):
         list(sdk.completions.create(model="tiny", prompt="a", stream=True))
-    assert caught.value.code == "failed"
     fake.refusal = labs_engine.Busy("full")
     with pytest.raises(openai.InternalServerError, match="full"):
         sdk.completions.create(model="tiny", prompt="a")
-    sdk.models.list()
     with pytest.raises(openai.RateLimitError):
         sdk.models.list()
 
@@ -877,17 +809,8 @@ def test_a_full_server_refuses_and_still_answers_health_checks(live, brake):
     assert int(refused.headers["retry-after"]) >= 1
     for path in ("/health", "/readyz"):
         assert httpx.get(live.url + path, timeout=WAIT_S).json() == {"status": "ok"}
-    assert live.doing() == (ROWS, kit.WAITING)
     for connection in busy:
         connection.close()
-
-
-def test_a_request_that_is_half_sent_computes_nothing(live):
-    steps = live.engine.status().steps
-    live.connect(kit.request("/generate", {"prompt": "hi"})[:-5]).close()
-    response = httpx.get(f"{live.url}/health", timeout=WAIT_S)
-    assert (response.status_code, "server" in response.headers) == (200, False)
-    assert live.engine.status().steps == steps
 
 
 def test_http_1_0_chunked_bodies_and_pipelines_work(live):
@@ -911,7 +834,6 @@ def test_only_clients_older_than_the_host_header_may_leave_it_out(live):
         ("/health", "1.1", (), b"421"),
         ("/health", "1.0", ("evil.com",), b"421"),
         ("/health", "1.0", ("",), b"421"),
-        ("/health", "1.1", ("evil.com",), b"421"),
         ("/health", "1.1", ("localhost", "evil.com"), b"421"),
         ("http://evil.com/health", "1.1", ("evil.com",), b"421"),
         ("/health", "1.0", (), b"200"),
@@ -950,12 +872,17 @@ def test_metrics_count_requests_and_tokens(live):
     for reason in ("length", "stop"):
         labels = f'finished_reason="{reason}",model_name="tiny"'
         assert f"labs_request_success_total{{{labels}}} 2.0" in text
-    assert found["prompt_tokens_total"] == "8.0"  # <bos>hi twice, a twice
-    assert found["generation_tokens_total"] == "10.0"
-    assert found["e2e_request_latency_seconds_count"] == "4.0"
-    assert found["time_to_first_token_seconds_count"] == "2.0"
-    assert found["inter_token_latency_seconds_count"] == "6.0"
-    assert found["batch_rows"] == str(float(ROWS))
+    assert (
+        found.items()
+        >= {
+            "prompt_tokens_total": "8.0",  # <bos>hi twice, a twice
+            "generation_tokens_total": "10.0",
+            "e2e_request_latency_seconds_count": "4.0",
+            "time_to_first_token_seconds_count": "2.0",
+            "inter_token_latency_seconds_count": "6.0",
+            "batch_rows": str(float(ROWS)),
+        }.items()
+    )
     assert float(found["steps_total"]) > before
 
 

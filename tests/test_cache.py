@@ -14,11 +14,12 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -46,62 +47,56 @@ def made(template: tuple[Path, str], packed: labs.ModelSpec) -> tuple[labs.Model
     return packed, place, template[1]
 
 
-def converts(monkeypatch: pytest.MonkeyPatch, instead: Callable[..., Any]) -> None:
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", instead)
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files whose digests are computed."""
+    names, hash_file = list[str](), labs_cache._digest_of_file
+    noted = lambda path: names.append(path.name) or hash_file(path)  # noqa: E731
+    monkeypatch.setattr(labs_cache, "_digest_of_file", noted)
+    return names
 
 
 # ---------------------------------------------------------------- one conversion, whole
 
 
-def test_a_gguf_file_is_converted_once_for_each_dtype_and_content(packed, monkeypatch):
-    saved, save = list[Any](), transformers.PreTrainedModel.save_pretrained
-    converts(monkeypatch, lambda *given, **options: saved.append(given) or save(*given, **options))
-    first = answer(packed)
-    assert (answer(packed), len(saved)) == (first, 1)
-    answer(labs.evolve(packed, torch_dtype="bf16"))
-    assert len(saved) == len(conversions(packed)) == 2
+def test_a_gguf_file_is_converted_once_for_each_dtype_and_content(packed):
+    saving = {"autospec": True, "side_effect": transformers.PreTrainedModel.save_pretrained}
+    with mock.patch.object(transformers.PreTrainedModel, "save_pretrained", **saving) as save:
+        first = answer(packed)
+        assert (answer(packed), save.call_count) == (first, 1)
+        answer(labs.evolve(packed, torch_dtype="bf16"))
+        assert save.call_count == len(conversions(packed)) == 2
     save_gguf(Path(packed.model_name), seed=1)
     assert answer(packed) != first
 
 
-def zeros(name: str, share: float) -> Callable[[Path], None]:
-    """Return a function that writes zeros into a file and leaves its times as they were."""
-
-    def spoil(place: Path) -> None:
-        path, held = place / name, (place / name).stat()
-        count = int(held.st_size * share)
-        path.write_bytes(path.read_bytes()[: held.st_size - count] + bytes(count))
-        os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))
-
-    return spoil
+def zeros(path: Path, share: float) -> None:
+    """Write zeros into a file and leave its times as they were."""
+    held, data = path.stat(), path.read_bytes()
+    count = int(len(data) * share)
+    path.write_bytes(data[: len(data) - count] + bytes(count))
+    os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))
 
 
-def contents(name: str, text: str | None) -> Callable[[Path], None]:
-    def spoil(place: Path) -> None:
-        (place / name).unlink()
-        if text is not None:
-            (place / name).write_text(text)
+SPOILT = [  # a file and its new contents: None is no file, a number the share that becomes zeros
+    ("model.safetensors", 0.25),
+    ("tokenizer.json", 1.0),
+    ("model.safetensors", "half"),
+    ("config.json", None),
+    *(("complete.json", text) for text in ("\0" * 300, "{}", "[3]", '{"config.json": 818}')),
+]
 
-    return spoil
 
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        zeros("model.safetensors", 0.25),
-        zeros("tokenizer.json", 1),
-        contents("model.safetensors", "half"),
-        contents("config.json", None),
-        contents("complete.json", "\0" * 300),
-        contents("complete.json", "{}"),
-        contents("complete.json", "[3]"),
-        contents("complete.json", '{"config.json": 818}'),
-    ],
-)
-def test_a_conversion_that_is_spoilt_is_made_again(spoil, made):
+@pytest.mark.parametrize(("name", "contents"), SPOILT)
+def test_a_conversion_that_is_spoilt_is_made_again(name, contents, made):
     spec, place, text = made
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    spoil(place)
+    if isinstance(contents, float):
+        zeros(place / name, contents)
+    else:
+        (place / name).unlink()
+    if isinstance(contents, str):
+        (place / name).write_text(contents)
     assert answer(spec) == text
     after = {path.name: path.read_bytes() for path in place.iterdir()}
     assert {*json.loads(after.pop("complete.json"))} >= {"config.json"}
@@ -109,16 +104,12 @@ def test_a_conversion_that_is_spoilt_is_made_again(spoil, made):
     assert len(after) == len(before) - 1
 
 
-def test_files_that_were_touched_are_read_once_and_kept(made, monkeypatch):
+def test_files_that_were_touched_are_read_once_and_kept(made, hashed, monkeypatch):
     spec, place, text = made
-    read, digest_of = list[str](), labs_cache._digest_of_file
-    monkeypatch.setattr(
-        labs_cache, "_digest_of_file", lambda path: read.append(path.name) or digest_of(path)
-    )
     monkeypatch.setattr(labs_cache, "_convert", lambda *_: pytest.fail("converted again"))
     os.utime(place / "model.safetensors", ns=(1, 1))
     assert [answer(spec), answer(spec)] == [text, text]
-    assert read == ["model.safetensors"]
+    assert hashed == ["model.safetensors"]
 
 
 def test_a_conversion_is_on_the_disk_before_it_has_its_name(packed, monkeypatch):
@@ -168,20 +159,16 @@ def test_a_conversion_shows_its_progress_only_on_a_terminal(terminal, packed, mo
 def test_a_conversion_that_cannot_be_written_is_refused_and_leaves_nothing(
     packed, folder, monkeypatch
 ):
-    def full(*args: Any, **options: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def refused(named: str, **changes: Any) -> None:
         with pytest.raises(labs.ModelError, match=named) as caught:
             labs.load_model(labs.evolve(packed, **changes))
         assert is_one_sentence(caught.value)
 
-    with monkeypatch.context() as patch:
-        converts(patch, full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(transformers.PreTrainedModel, "save_pretrained", side_effect=full):
         refused("disk is full")
     usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage)
+    with mock.patch.object(shutil, "disk_usage", return_value=usage):
         refused(r"GB.*cache_dir")
     assert conversions(packed) == []
     write("file", "")
@@ -205,14 +192,11 @@ def test_a_conversion_that_was_killed_is_made_again_and_leaves_nothing_behind(pa
     assert [path.name[:5] for path in conversions(packed)] == ["tiny-"]
 
 
-def test_threads_that_convert_at_once_both_answer_and_leave_nothing_patched(packed, monkeypatch):
+def test_threads_that_convert_at_once_both_answer_and_leave_nothing_patched(packed):
     import gguf
 
     places = [(transformers.PreTrainedModel, "tie_weights"), (gguf, "GGUFReader")]
-    before = [getattr(*place) for place in places]
-    for place, value in zip(places, before, strict=True):
-        monkeypatch.setattr(*place, value)  # undone at the end, should the test fail
-    together = threading.Barrier(2)
+    before, together = [getattr(*place) for place in places], threading.Barrier(2)
 
     def ask(batch_invariant: bool) -> str:
         spec = labs.evolve(packed, batch_invariant=batch_invariant)
@@ -248,16 +232,11 @@ def held(scratch: Path) -> Iterator[Any]:
         process.kill()
 
 
-def test_the_conversion_of_another_model_in_another_process_is_left_alone_until_it_ends(
-    packed, folder, monkeypatch
-):
-    def dead(*_: Any) -> None:
-        raise ProcessLookupError  # its number means nothing here, as in another container
-
+def test_another_models_conversion_in_another_process_is_left_alone_until_it_ends(packed, folder):
     scratch = folder / "cache" / ".converting-other-0123-bf16"
     with held(scratch) as process:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "kill", dead)
+        # The number of its process means nothing here, as in another container.
+        with mock.patch.object(os, "kill", side_effect=ProcessLookupError):
             answer(packed)
         assert (scratch / "half").is_file()
         process.kill()
@@ -282,11 +261,11 @@ def test_the_same_conversion_in_another_process_is_waited_for(packed, folder):
 # ---------------------------------------------------------------- digests
 
 
-@pytest.mark.parametrize(
-    "spoilt",
-    [b"", b"../../" + b"x" * 58, b"g" * 64, b"\xff" * 64, b"A" * 64, b"0" * 63, b"0" * 63 + b"\n"],
-)
-def test_a_remembered_digest_that_is_malformed_is_computed_again(folder: Path, spoilt: bytes):
+MALFORMED = [b"", b"../../" + b"x" * 58, b"g" * 64, b"\xff" * 64, b"A" * 64, b"0" * 63]
+
+
+@pytest.mark.parametrize("spoilt", [*MALFORMED, b"0" * 63 + b"\n"])
+def test_a_remembered_digest_that_is_malformed_is_computed_again(folder, spoilt):
     (file := folder / "model.bin").write_bytes(b"weights")
     right = labs_cache.digest(file, str(folder / "cache"))
     (memory,) = (folder / "cache").glob(".digest-*")
@@ -313,9 +292,7 @@ def test_the_revision_of_a_folder_depends_on_its_contents(name, folder, tiny_fol
     assert labs_cache.digest(place, cache) != before
 
 
-def test_a_folder_is_hashed_once(folder, tiny_folder, fresh, monkeypatch):
-    hashed, hash_file = [], labs_cache._digest_of_file
-    monkeypatch.setattr(labs_cache, "_digest_of_file", lambda p: hashed.append(p) or hash_file(p))
+def test_a_folder_is_hashed_once(folder, tiny_folder, fresh, hashed):
     cache = str(folder / "cache")
     model = load(tiny_folder, cache_dir=cache)
     assert revision(model) == f"sha256:{labs_cache.digest(tiny_folder, cache)}"

@@ -10,7 +10,6 @@ import itertools
 import math
 import queue
 import random
-import sys
 import threading
 import time
 import weakref
@@ -19,29 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cachetools
+import kit
 import msgspec
 import pytest
 import torch
-from kit import (
-    NEW,
-    WAIT_S,
-    Gate,
-    alone,
-    asked,
-    held,
-    imports,
-    inner,
-    leftovers,
-    model_of,
-    options,
-    prepare,
-    prompt,
-    quiet,
-    random_model,
-    read,
-    tree,
-    until,
-)
+from kit import NEW, WAIT_S, Gate, alone, asked, held, inner, model_of, options, prompt, quiet, read
 
 import labs
 import labs_calls
@@ -84,7 +65,7 @@ def end(engine: labs_engine.AnyEngine, gate: Gate) -> None:
     for handle in gate.handles:
         handle.remove()
     assert not inner(engine)._thread.is_alive()
-    assert leftovers(engine) == {}
+    assert kit.leftovers(engine) == {}
 
 
 Answers = list[labs_engine.Answer]
@@ -106,15 +87,6 @@ def reasons(answers: Answers) -> list[str]:
     return [read(answer)[1].finish_reason for answer in answers]
 
 
-def ends(events: queue.SimpleQueue[Any], count: int) -> list[int]:
-    """Return the tickets of this many answers in the order of their ends."""
-    ended: list[int] = []
-    while len(ended) < count:
-        ticket, event = events.get(timeout=WAIT_S)
-        ended += [ticket] if isinstance(event, labs.Done) else []
-    return ended
-
-
 def age(engine: labs_engine.AnyEngine) -> None:
     """Move the deadlines of all requests into the past."""
     for job in list(inner(engine)._jobs.values()):
@@ -131,9 +103,6 @@ def once(gate: Gate, error: BaseException) -> None:
     gate.before = fail
 
 
-# ---------------------------------------------------------------- sharing steps
-
-
 @pytest.mark.parametrize(
     ("kind", "seed"), [("llama", None), ("llama", 7), ("mamba2", 7), ("bamba", None), ("rwkv", 7)]
 )
@@ -148,25 +117,6 @@ def test_requests_share_steps_and_give_the_texts_they_give_alone(kind, seed, sta
         assert engine.status().steps <= 6 + 2 * NEW
 
 
-def test_answers_may_share_a_queue_and_end_in_the_order_of_their_arrival(start):
-    engine, gate = start(max_batch_rows=1)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    answers = submit(engine, gate, 4, events=events)
-    gate.let(math.inf)
-    found, ended = {answer.ticket: "" for answer in answers}, []
-    while len(ended) < 4:
-        ticket, event = events.get(timeout=WAIT_S)
-        if isinstance(event, labs.Delta):
-            found[ticket] += event.text
-        else:
-            ended.append(ticket)
-    assert ended == [*found]
-    assert [*found.values()] == [alone("llama", n) for n in range(4)]
-
-
-# ---------------------------------------------------------------- admission
-
-
 def test_a_full_engine_refuses_at_once_and_has_room_again_after_an_end(start):
     engine, gate = start(max_batch_rows=2, max_waiting=1)
     answers = submit(engine, gate, 3)
@@ -175,27 +125,8 @@ def test_a_full_engine_refuses_at_once_and_has_room_again_after_an_end(start):
     gate.let(math.inf)
     assert reasons(answers) == ["length"] * 3
     assert max(gate.steps) == 2
-    answer = engine.submit(prompt(3), asked())
-    *deltas, done = answer
+    *deltas, done = [*engine.submit(prompt(3), asked())]
     assert labs.fold(deltas, done).text == alone("llama", 3)
-    assert [*answer] == []
-    answer.close()
-    answer.close()
-    assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "changes", "error"),
-    [
-        (prompt(0, 505), {}, labs.PromptTooLong),
-        (prompt(0), {"logit_bias": {9999: 1.0}}, labs.InputError),
-    ],
-)
-def test_a_wrong_request_is_refused_before_it_is_queued(inputs, changes, error, start):
-    engine, gate = start()
-    with pytest.raises(error):
-        engine.submit(inputs, options(**changes))
-    assert (quiet(engine), gate.calls) == (True, [])
 
 
 # ---------------------------------------------------------------- cancellation and deadlines
@@ -261,56 +192,43 @@ def test_a_request_cancelled_while_decoding_frees_its_row_before_the_next_step(k
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv"])
-def test_a_request_too_late_while_all_rows_are_busy_ends_without_waiting_for_one(kind, start):
+def test_a_late_request_ends_with_its_text_so_far_or_without_waiting_for_a_row(kind, start):
     engine, gate = start(kind, max_batch_rows=1)
-    first = held(engine, gate, 2)
+    first = held(engine, gate, 2, options(timeout_s=500))
     late = engine.submit(prompt(1), options(timeout_s=500))
     age(engine)
     gate.let(1)
-    text, done = read(late)
-    assert (text, done.finish_reason, done.usage.completion_tokens) == ("", "timeout", 0)
-    assert engine.status().running == 1
-    gate.let(math.inf)
-    assert read(first)[0] == alone(kind, 0)
-    assert not gate.has_seen(prompt(1))
-
-
-@pytest.mark.parametrize("kind", ["llama", "rwkv"])
-def test_a_request_too_late_while_decoding_ends_with_the_text_so_far(kind, start):
-    engine, gate = start(kind)
-    answer = held(engine, gate, 3, options(timeout_s=500))
-    age(engine)
-    gate.let(math.inf)
-    text, done = read(answer)
-    assert (done.finish_reason, len(gate.calls)) == ("timeout", 4)
-    assert alone(kind, 0).startswith(text.rstrip("\ufffd"))
+    ends = [read(answer) for answer in (late, first)]
+    assert {done.finish_reason for _, done in ends} == {"timeout"}
+    assert (ends[0][0], ends[0][1].usage.completion_tokens) == ("", 0)
+    assert alone(kind, 0).startswith(ends[1][0].rstrip("\ufffd"))
+    assert len(gate.calls) == 3
 
 
 # ---------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba2", "rwkv"])
-def test_an_exception_in_the_model_ends_running_requests_only(kind, start):
+def test_an_exception_in_the_model_ends_running_requests_only(kind, start, monkeypatch):
+    monkeypatch.setattr(labs_engine.log, "exception", lambda text: None)  # pytest keeps its frames
     engine, gate = start(kind, max_batch_rows=2, prefix_cache_bytes=77)
     answers = submit(engine, gate, 3)
     gate.let(4)
     gate.until(5)
+    slots = [weakref.ref(batch.cache) for batch in engine._loop.batches]
     once(gate, RuntimeError("a shape is wrong"))
     gate.let(math.inf)
     running = answers[: engine.max_rows]
     assert all(isinstance(read(answer)[1], labs.Failed) for answer in running)
-    assert engine.status().failures == 1
     assert texts(answers[engine.max_rows :]) == [alone(kind, n) for n in range(len(running), 3)]
     assert read(engine.submit(prompt(5), asked()))[0] == alone(kind, 5)
-    assert engine.status().alive
+    assert (engine.status().failures, engine.status().alive) == (1, True)
     assert kind != "llama" or engine._loop.prefixes.max_bytes == 77
+    kit.until(lambda: not any(cache() for cache in slots))
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [("logits", "not finite"), ("processor", "grammar"), ("prompt", "out of memory")],
-)
-def test_a_fault_of_one_row_ends_that_row_only(fault, reason, start):
+@pytest.mark.parametrize("fault", ["not finite", "grammar", "out of memory"])
+def test_a_fault_of_one_row_ends_that_row_only(fault, start):
     engine, gate = start()
 
     def broken(ids: list[int], logits: Any) -> Any:
@@ -319,24 +237,24 @@ def test_a_fault_of_one_row_ends_that_row_only(fault, reason, start):
         return logits
 
     def spoil(words: Any, output: Any) -> None:
-        if fault == "logits" and words["input_ids"].shape == (3, 1) and len(gate.calls) > 5:
+        if fault == "not finite" and words["input_ids"].shape == (3, 1) and len(gate.calls) > 5:
             output.logits[1] = math.nan
 
     def full(words: Any) -> None:
         if words["input_ids"].shape[1] > 50:
             raise OOM
 
-    gate.before, gate.after, length = full, spoil, 100 if fault == "prompt" else 6
-    processors = (broken,) if fault == "processor" else ()
+    gate.before, gate.after, length = full, spoil, 100 if fault == "out of memory" else 6
+    processors = [(), (broken,) if fault == "grammar" else (), ()]
     gate.let(0)
+    prompts = (prompt(0), prompt(1, length), prompt(2))
     answers = [
-        engine.submit(prompt(0), asked()),
-        engine.submit(prompt(1, length), asked(), processors=processors),
-        engine.submit(prompt(2), asked()),
+        engine.submit(p, asked(), processors=each)
+        for p, each in zip(prompts, processors, strict=True)
     ]
     gate.let(math.inf)
     found = [read(answer) for answer in answers]
-    assert reason in str(found[1][1].error)
+    assert fault in str(found[1][1].error)
     assert alone("llama", 1, length).startswith(found[1][0])
     assert [found[n][0] for n in (0, 2)] == [alone("llama", n) for n in (0, 2)]
     assert read(engine.submit(prompt(3), asked()))[0] == alone("llama", 3)
@@ -374,51 +292,31 @@ def test_a_batch_too_large_for_memory_is_split_and_loses_no_text(kind, rows, sta
         assert texts(answers) == expected
         assert engine.status().halvings == len(failed) > 0
         assert engine.status().failures == 0
-
-
-@pytest.mark.parametrize("kind", ["llama", "mamba2"])
-def test_a_single_row_too_large_for_memory_fails_with_a_sentence(kind, start):
-    engine, _ = start(kind)
     with little_memory(engine.model, 0):
-        text, failed = read(engine.submit(prompt(0), options()))
-    assert alone(kind, 0).startswith(text)
-    assert "out of memory" in str(failed.error)
-    assert read(engine.submit(prompt(1), asked()))[0] == alone(kind, 1)
-
-
-def test_a_row_too_large_for_memory_leaves_other_batches_alone(start, monkeypatch):
-    monkeypatch.setattr(labs_loop, "join_best", lambda decoder, batches, new: [*batches, new])
-    engine, gate = start()
-    answers = submit(engine, gate, 2)
-    gate.let(6)
-    gate.until(7)
-    once(gate, OOM)
-    gate.let(math.inf)
-    found = [read(answer) for answer in answers]
-    (failed,) = [n for n, (_, end) in enumerate(found) if isinstance(end, labs.Failed)]
-    assert "out of memory" in str(found[failed][1].error)
-    assert found[1 - failed][0] == alone("llama", 1 - failed)
+        text, end = read(engine.submit(prompt(5), options()))
+    assert ("out of memory" in str(end.error), alone(kind, 5).startswith(text)) == (True, True)
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"),
-    [("llama", "resize"), ("llama", "write"), ("mamba2", "resize"), ("bamba", "write")],
+    ("kind", "layer", "method"),
+    [
+        ("llama", labs_decode.SlotLayer, "resize"),
+        ("llama", labs_decode.SlotLayer, "write"),
+        ("mamba2", labs_decode.StateLayer, "resize"),
+    ],
 )
-def test_memory_that_runs_out_while_a_row_joins_loses_no_request(kind, method, start, monkeypatch):
-    expected = [alone(kind, n) for n in range(3)]
-    calls = itertools.count()
+def test_memory_that_runs_out_while_a_row_joins_loses_no_request(
+    kind, layer, method, start, monkeypatch
+):
+    expected, calls = [alone(kind, n) for n in range(3)], itertools.count()
+    original = getattr(layer, method)
 
-    def failing(original: Any) -> Any:
-        def in_one_call(*args: Any) -> Any:
-            if next(calls) == 5:  # the second layer for the third row, when the first is done
-                raise OOM
-            return original(*args)
+    def in_one_call(*args: Any) -> Any:
+        if next(calls) == 5:  # the second layer for the third row, when the first is done
+            raise OOM
+        return original(*args)
 
-        return in_one_call
-
-    for layer in (labs_decode.SlotLayer, labs_decode.StateLayer):
-        if method in vars(layer):
-            monkeypatch.setattr(layer, method, failing(getattr(layer, method)))
+    monkeypatch.setattr(layer, method, in_one_call)
     engine, gate = start(kind)
     answers = submit(engine, gate, 3, asked())
     gate.let(math.inf)
@@ -429,14 +327,9 @@ def test_memory_that_runs_out_while_a_row_joins_loses_no_request(kind, method, s
 # ---------------------------------------------------------------- works
 
 
-def work(
-    engine: labs_engine.AnyEngine,
-    parts: Callable[..., Iterator[None]],
-    owner: str = "",
-    **more: Any,
-) -> labs_engine.Answer:
+def work(engine: Any, parts: Any, inputs: Any = None, **more: Any) -> labs_engine.Answer:
     """Submit a computation that gives no text."""
-    stream = engine.open(prompt(9), options(**more), owner, ())
+    stream = engine.open(inputs or prompt(9), options(**more), "", ())
     return engine.take_in(stream, queue.SimpleQueue(), parts)
 
 
@@ -444,18 +337,18 @@ def work(
     ("kind", "cache"), [("llama", CACHE), ("mamba2", CACHE), ("bamba", None), ("rwkv", None)]
 )
 def test_a_choice_runs_between_steps_and_changes_no_text(kind, cache, start):
-    words, numbers = ["a", "bc", "d" * 9, "efg"], range(3)
-    expected = [labs_typed.choose(model_of(kind), prompt(n, 40), words) for n in numbers]
+    words, prompts = ["a", "bc", "d" * 9, "efg"], [prompt(n, 40) for n in range(3)]
+    expected = [labs_typed.choose(model_of(kind), each, words) for each in prompts]
     engine, _ = start(kind, cache)
-    answers = [engine.submit(prompt(n), options()) for n in numbers]
-    choices = [labs_choose.Options(model_of(kind), prompt(n, 40), words) for n in numbers]
-    waiting = []
-    for n, choice in enumerate(choices):
-        stream = engine.open(prompt(n, 40), options(max_new_tokens=choice.columns), "", ())
-        waiting.append(engine.take_in(stream, queue.SimpleQueue(), choice.parts))
-    assert reasons(waiting) == ["stop"] * 3
+    answers = [engine.submit(prompt(n), options()) for n in range(3)]
+    choices = [labs_choose.Options(model_of(kind), each, words) for each in prompts]
+    works = [
+        work(engine, choice.parts, each, max_new_tokens=choice.columns)
+        for choice, each in zip(choices, prompts, strict=True)
+    ]
+    assert reasons(works) == ["stop"] * 3
     assert [[*each.shares] for each in choices] == [[*each.values()] for each in expected]
-    assert texts(answers) == [alone(kind, n) for n in numbers]
+    assert texts(answers) == [alone(kind, n) for n in range(3)]
 
 
 def test_rows_are_stepped_between_the_parts_of_a_work(start):
@@ -475,33 +368,27 @@ def test_rows_are_stepped_between_the_parts_of_a_work(start):
     answer.close()
 
 
-@pytest.mark.parametrize("begun", [True, False])
-def test_a_work_that_was_closed_or_is_late_does_no_further_part(begun, start):
+def test_a_work_that_was_closed_or_is_late_does_no_further_part(start):
     engine, _ = start()
     went, go, done = threading.Event(), threading.Event(), []
 
-    def first(row: Any, prefixes: Any) -> Iterator[None]:
+    def parts(row: Any, prefixes: Any) -> Iterator[None]:
+        done.append("begun")
         went.set()
         assert go.wait(WAIT_S)
         yield
-
-    def parts(row: Any, prefixes: Any) -> Iterator[None]:
-        done.append("begun")
-        yield from first(row, prefixes)
         done.append("went on")
 
-    before = [] if begun else [work(engine, first)]
     answers = [work(engine, parts)]
     assert went.wait(WAIT_S)
     answers += [work(engine, parts), work(engine, parts, timeout_s=0.001)]
-    answers[0].close()
-    answers[1].close()
+    for answer in answers[:2]:
+        answer.close()
     time.sleep(0.01)  # the third is late now
     go.set()
     assert reasons(answers[2:]) == ["timeout"]
-    assert reasons(before) == ["stop"] * len(before)
     assert quiet(engine)
-    assert done == ["begun"] * begun
+    assert done == ["begun"]
 
 
 @pytest.mark.parametrize(
@@ -522,17 +409,6 @@ def test_a_work_that_fails_is_reported_and_harms_no_row(error, kind, start):
 
 
 # ---------------------------------------------------------------- owners
-
-
-def test_an_owner_with_one_request_waits_for_one_row_of_another_at_most(start):
-    engine, gate = start(max_batch_rows=1, max_waiting=40)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    many = submit(engine, gate, 8, options(max_new_tokens=3), owner="many", events=events)
-    gate.until(1)
-    one = engine.submit(prompt(30), options(max_new_tokens=3), owner="one", events=events)
-    gate.let(math.inf)
-    assert ends(events, 9).index(one.ticket) == 1
-    assert len(many) == 8
 
 
 def test_a_full_engine_has_a_place_for_an_owner_below_its_share(start):
@@ -573,9 +449,6 @@ def test_no_more_jobs_wait_than_places_and_the_shares_of_latecomers(places, keys
     assert len(waiting) <= places + labs_turns.places_beyond(places, keys)
 
 
-# ---------------------------------------------------------------- a dead thread
-
-
 @pytest.fixture
 def dies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
@@ -584,17 +457,6 @@ def dies(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
         raise SystemExit
 
     return leave
-
-
-def test_a_forward_pass_that_failed_leaves_no_slots_behind(start, monkeypatch):
-    monkeypatch.setattr(labs_engine.log, "exception", lambda text: None)  # pytest keeps its frames
-    engine, gate = start()
-    first = held(engine, gate, 3)
-    cache = weakref.ref(engine._loop.batches[0].cache)
-    once(gate, RuntimeError("broken"))
-    gate.let(math.inf)
-    assert isinstance(read(first)[1], labs.Failed)
-    until(lambda: cache() is None)
 
 
 @pytest.mark.parametrize("cache", [None, CACHE])
@@ -616,8 +478,7 @@ def test_a_dead_thread_fails_all_answers_and_is_reported(cache, dies, start):
 
 def test_a_request_that_arrives_while_the_thread_dies_does_not_hang(dies, start, monkeypatch):
     engine, gate = start()
-    late: list[Any] = []
-    fail = engine._fail
+    late, fail = list[Any](), engine._fail
 
     def then_ask(*args: Any) -> None:
         fail(*args)
@@ -634,21 +495,11 @@ def test_a_request_that_arrives_while_the_thread_dies_does_not_hang(dies, start,
 # ---------------------------------------------------------------- closing
 
 
-def test_an_idle_engine_is_alive_and_computes_nothing(start):
-    engine, gate = start()
-    status = engine.status()
-    assert (status.alive, status.closing, status.idle_s, status.cache_usage) == (True, False, 0, 0)
-    assert (status.steps, gate.calls) == (0, [])
-    assert (status.max_rows, start(max_batch_rows=200)[0].max_rows) == (64, 200)
-
-
 def test_closing_lets_answers_end_until_the_deadline_and_may_be_repeated(start):
     engine, _ = start(max_batch_rows=1)
     answers = [engine.submit(prompt(n), asked()) for n in range(3)]
     assert [engine.close(WAIT_S), engine.close()] == [True, True]
     assert texts(answers) == [alone("llama", n) for n in range(3)]
-    assert not engine._thread.is_alive()
-    assert engine.status().closing
 
 
 def test_closing_cancels_late_rows_and_works_and_refuses_new_ones(start):
@@ -663,7 +514,7 @@ def test_closing_cancels_late_rows_and_works_and_refuses_new_ones(start):
     gate.until(3)
     with ThreadPoolExecutor() as pool:
         closing = pool.submit(engine.close)
-        until(lambda: engine.status().closing)
+        kit.until(lambda: engine.status().closing)
         for ask in (lambda: work(engine, parts), lambda: engine.submit(prompt(1), options())):
             with pytest.raises(labs_engine.Busy, match="shutting down"):
                 ask()
@@ -716,51 +567,42 @@ def test_requests_that_arrive_together_wait_for_the_prefix_of_the_first(start, c
 
 
 def test_decoded_columns_serve_requests_whose_bits_need_not_match(chunks_of_eight):
-    decoder = prepare(random_model("llama", vocab_size=262), batch_invariant=False)
+    decoder = kit.prepare(kit.random_model("llama", vocab_size=262), batch_invariant=False)
     model = msgspec.structs.replace(model_of("llama"), decoder=decoder)
-    engine = labs_engine.Cached(labs_engine.Engine(model), CACHE)
+    with contextlib.closing(labs_engine.Cached(labs_engine.Engine(model), CACHE)) as engine:
+        whole = len(TURNS[0].input_ids) + NEW - 1  # the last token of an answer is not written
 
-    def reused(turn: labs.Inputs, **changes: Any) -> int:
-        done: labs.Done = read(engine.submit(turn, options(**changes)))[1]
-        return done.usage.cached_tokens
+        def stored() -> list[Any]:
+            kept = engine.engine._loop.prefixes.kept
+            return [each.ids for each in kept if len(each.ids) == whole]
 
-    whole = len(TURNS[0].input_ids) + NEW - 1  # the last token of an answer is not written
-
-    def stored() -> list[Any]:
-        return [each.ids for each in engine.engine._loop.prefixes.kept if len(each.ids) == whole]
-
-    try:
-        assert reused(TURNS[0], temperature=1.0) == 0
-        turn = labs.Inputs((*until(stored)[0], 50, 51), "")
-        assert reused(turn, temperature=1.0) == whole
-        assert reused(turn, temperature=1.0, seed=1) == 24  # its answer may be cached
+        read(engine.submit(TURNS[0], options(temperature=1.0)))
+        turn = labs.Inputs((*kit.until(stored)[0], 50, 51), "")
         chunks = (len(turn.input_ids) - 1) // 8 * 8  # the columns that the last one prefilled
-        assert reused(turn, temperature=0.0) == chunks
-    finally:
-        engine.close()
+        wanted = ({"temperature": 1.0}, {"temperature": 1.0, "seed": 1}, {"temperature": 0.0})
+        ends = [read(engine.submit(turn, options(**each)))[1] for each in wanted]
+        assert [end.usage.cached_tokens for end in ends] == [whole, 24, chunks]
 
 
-def test_prefixes_are_evicted_when_a_row_has_no_room(start, chunks_of_eight, monkeypatch):
+@pytest.mark.parametrize("why", ["a row has no room", "memory runs out"])
+def test_prefixes_are_evicted_when_a_row_or_memory_needs_room(
+    why, start, chunks_of_eight, monkeypatch
+):
     engine, gate = start()
     cached(engine, TURNS[0])
-    answer = held(engine, gate, 4, options(max_new_tokens=40))
-    kept = engine._loop.prefixes.kept
+    kept, free = engine._loop.prefixes.kept, labs_loop.has_room
     assert kept
-    free = labs_loop.has_room
-    monkeypatch.setattr(labs_loop, "has_room", lambda *a: not kept and free(*a))
-    second = engine.submit(prompt(1), asked())
-    gate.let(math.inf)
-    assert read(second)[0] == alone("llama", 1)
-    read(answer)
+    if why == "memory runs out":
+        once(gate, OOM)
+        read(engine.submit(prompt(1), asked()))
+    else:
+        answer = held(engine, gate, 4, options(max_new_tokens=40))
+        monkeypatch.setattr(labs_loop, "has_room", lambda *a: not kept and free(*a))
+        second = engine.submit(prompt(1), asked())
+        gate.let(math.inf)
+        assert read(second)[0] == alone("llama", 1)
+        read(answer)
     assert cached(engine, TURNS[1]) == 0
-
-
-def test_prefixes_are_evicted_when_memory_runs_out(start, chunks_of_eight):
-    engine, gate = start()
-    cached(engine, TURNS[0])
-    once(gate, OOM)
-    read(engine.submit(prompt(1), asked()))
-    assert engine._loop.prefixes.kept == []
 
 
 # ---------------------------------------------------------------- prompt lookup
@@ -774,12 +616,8 @@ def right(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     wanted = labs.evolve(GUESSING, prompt_lookup_num_tokens=None, logprobs=0)
     found = labs.generate(model_of("llama"), prompt(0), wanted).logprobs
     tokens = [each.token for each in found]
-
-    def look_up(row: Any) -> list[int]:
-        done = len(row.ids) - 6
-        return tokens[done : done + 4]
-
-    monkeypatch.setattr(labs_calls, "prompt_lookup", look_up)
+    guess = lambda row: tokens[len(row.ids) - 6 : len(row.ids) - 2]  # noqa: E731
+    monkeypatch.setattr(labs_calls, "prompt_lookup", guess)
     return tokens
 
 
@@ -822,16 +660,16 @@ def test_guesses_are_refused_for_models_that_cannot_take_them_back(kind, start):
 SAMPLED = options(temperature=1.0)
 
 
-@pytest.mark.parametrize(
-    ("cache", "first", "second"),
-    [
-        (None, {}, {}),
-        (CACHE, {"owner": "one"}, {"owner": "two"}),
-        (CACHE, {"generation": SAMPLED}, {"generation": SAMPLED}),
-        (CACHE, *[{"processors": (lambda ids, logits: logits,)}] * 2),
-        (CACHE, {"generation": asked(new=NEW - 1)}, {"generation": asked(new=NEW + 1)}),
-    ],
-)
+MAY_DIFFER = [
+    (None, {}, {}),
+    (CACHE, {"owner": "one"}, {"owner": "two"}),
+    (CACHE, *[{"generation": SAMPLED}] * 2),
+    (CACHE, *[{"processors": (lambda ids, logits: logits,)}] * 2),
+    (CACHE, {"generation": asked(new=NEW - 1)}, {"generation": asked(new=NEW + 1)}),
+]
+
+
+@pytest.mark.parametrize(("cache", "first", "second"), MAY_DIFFER)
 def test_a_request_that_may_differ_is_computed_again(cache, first, second, start):
     engine, gate = start(cache=cache)
     for more in (first, second):
@@ -887,20 +725,17 @@ def test_identical_running_requests_are_computed_once(leader_closes, start):
 
 def test_a_computation_that_all_its_listeners_left_is_cancelled_and_not_kept(start):
     engine, gate = start(cache=CACHE)
-    gate.let(3)
-    answers = [engine.submit(prompt(0), asked()) for _ in range(2)]
-    gate.until(4)
+    answers = [held(engine, gate, 3, asked()), engine.submit(prompt(0), asked())]
     for answer in answers:
         answer.close()
     gate.let(math.inf)
     assert quiet(engine)
     assert (len(gate.calls), len(engine._response_cache)) == (4, 0)
-    _, done = read(engine.submit(prompt(0), asked()))
-    assert not done.usage.response_cached
+    assert not read(engine.submit(prompt(0), asked()))[1].usage.response_cached
 
 
 @pytest.mark.parametrize("fault", ["late", "failed"])
-def test_an_answer_that_is_late_or_failed_is_not_kept(fault, start):
+def test_an_answer_that_is_late_or_failed_is_not_kept_nor_a_deadline_shared(fault, start):
     engine, gate = start(cache=CACHE)
     wanted = labs.evolve(asked(), timeout_s=500)
     answer = held(engine, gate, 3, wanted)
@@ -908,24 +743,15 @@ def test_an_answer_that_is_late_or_failed_is_not_kept(fault, start):
         age(engine)
     else:
         gate.after = lambda words, output: output.logits.fill_(math.nan)
-    gate.let(math.inf)
+    gate.let(1)
     end = read(answer)[1]
     assert isinstance(end, labs.Failed) or end.finish_reason == "timeout"
     gate.after = lambda words, output: None
-    text, done = read(engine.submit(prompt(0), wanted))
-    assert (text, done.usage.response_cached) == (alone("llama", 0), False)
-
-
-def test_the_end_of_a_cancelled_request_does_not_hide_its_successor(start):
-    engine, gate = start(cache=CACHE)
-    held(engine, gate, 3, asked()).close()
-    second = engine.submit(prompt(0), asked())
-    gate.let(1)
-    gate.until(5)
-    third = engine.submit(prompt(0), asked())
-    assert engine.status().response_cache_hits == 1
+    answers = [engine.submit(prompt(0), wanted) for _ in range(2)]
     gate.let(math.inf)
-    assert texts([second, third]) == [alone("llama", 0)] * 2
+    for text, done in map(read, answers):
+        assert (text, done.usage.response_cached) == (alone("llama", 0), False)
+    assert read(engine.submit(prompt(0), wanted))[1].usage.response_cached
 
 
 def test_there_is_room_again_at_once_when_all_listeners_of_a_computation_left(start):
@@ -936,22 +762,10 @@ def test_there_is_room_again_at_once_when_all_listeners_of_a_computation_left(st
         engine.submit(prompt(2), asked())
     for answer in answers:
         answer.close()
-    last = engine.submit(prompt(2), SAMPLED)  # never shared
+    answers = [engine.submit(prompt(1), asked()) for _ in range(2)]
     gate.let(math.inf)
-    assert read(first)[0] == alone("llama", 0)
-    assert reasons([last]) == ["length"]
-    assert not gate.has_seen(prompt(1))
-
-
-def test_a_running_request_with_a_deadline_is_not_joined(start):
-    engine, gate = start(cache=CACHE)
-    wanted = labs.evolve(asked(), timeout_s=500)
-    answers = [held(engine, gate, 3, wanted), engine.submit(prompt(0), wanted)]
-    gate.let(math.inf)
-    for answer in answers:
-        text, done = read(answer)
-        assert (text, done.usage.response_cached) == (alone("llama", 0), False)
-    assert read(engine.submit(prompt(0), wanted))[1].usage.response_cached
+    assert texts([first, *answers]) == [alone("llama", n) for n in (0, 1, 1)]
+    assert engine.status().response_cache_hits == 3
 
 
 def test_a_cached_answer_is_given_by_a_full_engine_and_after_its_end(start):
@@ -965,16 +779,12 @@ def test_a_cached_answer_is_given_by_a_full_engine_and_after_its_end(start):
     assert read(engine.submit(prompt(1), asked()))[0] == alone("llama", 1)
 
 
-# ---------------------------------------------------------------- many threads
-
-
 def ask_at_random(engine: labs_engine.AnyEngine, number: int) -> int:
     """Behave as one of many clients; return how many texts were read to their end."""
     chance, whole = random.Random(number), 0
     for _ in range(3):
         which, seed = chance.randrange(6), chance.choice([None, 7])
-        wanted = asked(seed)
-        kind = chance.choice(["read", "read", "close", "forget", "late"])
+        kind, wanted = chance.choice(["read", "read", "close", "forget", "late"]), asked(seed)
         if kind == "late":
             wanted = labs.evolve(wanted, timeout_s=chance.choice([0.001, 0.02, 0.1]))
         try:
@@ -989,11 +799,9 @@ def ask_at_random(engine: labs_engine.AnyEngine, number: int) -> int:
             continue
         text, done = read(answer)
         expected = alone("llama", which, seed=seed)
-        if done.finish_reason == "timeout":
-            assert expected.startswith(text.rstrip("\ufffd"))
-        else:
-            assert text == expected
-            whole += 1
+        assert text == expected or done.finish_reason == "timeout"
+        assert expected.startswith(text.rstrip("\ufffd"))
+        whole += done.finish_reason != "timeout"
     return whole
 
 
@@ -1008,56 +816,3 @@ def test_many_threads_get_their_own_texts_and_leave_nothing_behind(cache, start)
     assert quiet(engine)
     status = engine.status()
     assert (status.alive, status.failures, status.halvings) == (True, 0, 0)
-
-
-def lead_and_follow(engine: labs_engine.Cached, which: int, chance: random.Random) -> list[str]:
-    """Let six submit one request at the same moment, some of whom leave; return the texts read."""
-    moment, expected = threading.Barrier(6), alone("llama", which, new=5)
-    ways = ["read", *chance.choices(["read", "close", "forget", "some"], k=5)]
-
-    def ask(way: str) -> str | None:
-        moment.wait(WAIT_S)
-        answer = engine.submit(prompt(which), asked(new=5))
-        if way == "some":
-            answer.get(WAIT_S)
-        if way in ("close", "some"):
-            answer.close()
-        if way != "read":
-            return None
-        text, done = read(answer)
-        assert (text, done.finish_reason) == (expected, "length")
-        return text
-
-    with ThreadPoolExecutor(6) as pool:
-        return [text for text in pool.map(ask, ways) if text is not None]
-
-
-def test_leaders_that_leave_while_others_join_leave_no_listener_waiting_and_no_row(start):
-    engine, _ = start(cache=labs.ResponseCache(max_entries=1), max_batch_rows=4)
-    chance = random.Random(0)
-    for turn in range(30):
-        assert lead_and_follow(engine, turn % 3, chance)
-        assert quiet(engine)
-    status = engine.status()
-    assert (status.failures, status.alive) == (0, True)
-    assert status.response_cache_hits > 30
-
-
-def test_events_are_put_while_the_engine_has_no_lock(start):
-    engine, _ = start()
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def put(numbered: Any) -> None:
-        with ThreadPoolExecutor() as pool:
-            pool.submit(engine.status).result(WAIT_S)
-        events.put(numbered)
-
-    stream = engine.open(prompt(0), asked(), "", ())
-    engine.begin(stream, put)
-    answer = labs_engine.Answer(stream.row.id, events, engine.leave)
-    assert read(answer)[0] == alone("llama", 0)
-
-
-def test_importing_the_engine_imports_neither_torch_nor_cachetools():
-    names = imports(tree("labs_engine.py").body)
-    assert names - {*sys.stdlib_module_names} == {"labs", "labs_turns", "msgspec"}

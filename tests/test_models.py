@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import re
-import shutil
 import threading
 import time
 import weakref
@@ -23,37 +22,9 @@ import click
 import falcon.testing
 import httpx
 import kit
-import psutil
 import pytest
 import torch
-import transformers
-from kit import (
-    CHAT,
-    COMPLETIONS,
-    HELLO,
-    NEW,
-    ROWS,
-    WAIT_S,
-    A,
-    Gate,
-    Live,
-    Site,
-    alone,
-    asked,
-    error_of,
-    events_of,
-    is_one_sentence,
-    log_lines,
-    model_of,
-    prompt,
-    quiet,
-    random_model,
-    read,
-    request,
-    save_model,
-    until,
-    write,
-)
+from kit import CHAT, COMPLETIONS, WAIT_S, A, Live, alone, error_of, model_of, read, until, write
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
@@ -77,7 +48,7 @@ REASON = "could not be loaded; the server's log has the reason"
 
 
 class Loader:
-    """Stands for labs.load_model: gives the tiny model of a kind, once its door is open.
+    """Stands for labs.load_model: makes the tiny model of a kind, once its door is open.
 
     loads: of which models loads were begun; failures: what they raise, by name.
     """
@@ -87,12 +58,11 @@ class Loader:
         self.failures: dict[str, Exception] = {}
         self.door = threading.Event()
         self.door.set()
-        self.made = model_of
+        self.made: Callable[[str], labs.Model] = model_of
 
     def load(self, config: labs.Config, *, cached: bool) -> labs.Model:
         assert not cached, "a remembered model would never be free"
-        name = config.model.model_name
-        self.loads.append(name)
+        self.loads.append(name := config.model.model_name)
         assert self.door.wait(WAIT_S)
         if name in self.failures:
             raise self.failures[name]
@@ -124,7 +94,7 @@ def run() -> Iterator[Begin]:
             stack.callback(stop, models)
             if kind is None:
                 return models
-            site = kind(models, config)
+            site = kind(models, config, models)
             if isinstance(site, Live):
                 stack.callback(site.close)
             return site
@@ -139,9 +109,15 @@ def begin(loader: Loader, run: Begin) -> Begin:
 
 
 @pytest.fixture
-def gate(begin: Begin) -> Iterator[Gate]:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that lets busy models be drained after this time."""
+    return lambda after_s=0.0: monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", after_s)
+
+
+@pytest.fixture
+def gate(begin: Begin) -> Iterator[kit.Gate]:
     """Hold the forward calls of llama; they pass again before the models are closed."""
-    gate = Gate(model_of("llama"))
+    gate = kit.Gate(model_of("llama"))
     yield gate
     gate.let(math.inf)
     for handle in gate.handles:
@@ -163,13 +139,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 def stop(models: labs_models.Models) -> None:
     """Close, and wait for the thread that loads."""
-    engines = models.loaded().values()
+    engines = [*models.loaded().values()]
     models.close()
     if loader := getattr(labs.load_model, "__self__", None):
         loader.door.set()
     models._thread.join(WAIT_S)
     assert not models._thread.is_alive()
-    assert not [each for each in (*engines, *models.loaded().values()) if each._thread.is_alive()]
+    assert not [
+        each for each in (*engines, *models.loaded().values()) if kit.inner(each)._thread.is_alive()
+    ]
 
 
 def config_of(*names: str, **server: Any) -> labs.Config:
@@ -189,19 +167,18 @@ def configured(text: str, **changes: Any) -> labs.Config:
 
 def come(models: labs_models.Models, name: str) -> labs_engine.AnyEngine:
     """Return an engine once it is there, as a request does; it is to be released."""
-    end = time.monotonic() + WAIT_S
-    while True:
-        try:
+
+    def there() -> Any:
+        with contextlib.suppress(labs_models.Loading):
             return models(name)
-        except labs_models.Loading as loading:
-            assert time.monotonic() < end, f"{name} never comes"
-            loading.wait(labs_models.POLL_S)
+
+    return until(there)
 
 
 def ask(models: labs_models.Models, name: str, number: int = 0) -> labs_engine.Answer:
     engine = come(models, name)
     try:
-        return engine.submit(prompt(number), asked())
+        return engine.submit(kit.prompt(number), kit.asked())
     finally:
         models.release(name)
 
@@ -217,16 +194,11 @@ def use(models: labs_models.Models, *names: str) -> labs_models.Models:
     for name in names:
         assert read(ask(models, name))[0] == alone(name, 0)
         engine = models.loaded().get(name)
-        assert engine is None or quiet(engine)
+        assert engine is None or kit.quiet(engine)
     return models
 
 
-def leaving(models: labs_models.Models) -> list[str]:
-    """Return which models take no more requests."""
-    return [name for name, entry in models._entries.items() if entry.draining]
-
-
-def held_answer(models: labs_models.Models, gate: Gate) -> labs_engine.Answer:
+def held_answer(models: labs_models.Models, gate: kit.Gate) -> labs_engine.Answer:
     """Let llama begin an answer and hold it there."""
     before = len(gate.calls)
     gate.let(3)
@@ -235,20 +207,14 @@ def held_answer(models: labs_models.Models, gate: Gate) -> labs_engine.Answer:
     return answer
 
 
+def drains(models: labs_models.Models, name: str) -> None:
+    """Wait until one model, this one, takes no more requests."""
+    entries = models._entries.items()
+    assert until(lambda: [each for each, entry in entries if entry.draining]) == [name]
+
+
 def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
-
-
-# ---------------------------------------------------------------- one model
-
-
-def test_closed_models_load_nothing(loader):
-    models = labs_models.Models(config_of("llama"), start=False)
-    models.close()
-    assert closed_to(models, "llama")
-    models.start()
-    stop(models)
-    assert loader.loads == []
 
 
 @pytest.mark.parametrize("failing", ["load", "reading", "engine"])
@@ -256,29 +222,27 @@ def test_memory_that_runs_out_during_a_load_is_given_back(failing, begin, loader
     monkeypatch.setattr(labs_models.log, "disabled", True)  # pytest keeps what is logged
     models, made, held = use(begin("llama", "qwen2"), "llama"), [], []
 
-    def half(*_: Any, **__: Any) -> Any:
-        decoder = labs_decode.prepare(random_model("qwen2"))
-        made.append(weakref.ref(decoder.model))
-        if failing == "load":
-            raise torch.OutOfMemoryError(OOM)
-        if failing == "reading":
-            try:
-                raise torch.OutOfMemoryError(OOM)
-            except torch.OutOfMemoryError as error:
-                raise labs.ModelError(OOM) from error
-        return replace(model_of("qwen2"), decoder=decoder)
-
-    def no_engine(*_: Any, **__: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError(OOM)
+
+    def half(name: str) -> Any:
+        decoder = labs_decode.prepare(kit.random_model("qwen2"))
+        made.append(weakref.ref(decoder.model))
+        if failing == "engine":
+            return replace(model_of("qwen2"), decoder=decoder)
+        try:
+            full()
+        except torch.OutOfMemoryError as error:
+            raise labs.ModelError(OOM) if failing == "load" else error from error
 
     def free_memory() -> None:
         gc.collect()
         held.extend(each() is not None for each in made)
 
-    monkeypatch.setattr(labs, "load_model", half)
+    loader.made = half
     monkeypatch.setattr(labs, "release_memory", free_memory)
     if failing == "engine":
-        monkeypatch.setattr(labs_engine, "Engine", no_engine)
+        monkeypatch.setattr(labs_engine, "Engine", full)
     with pytest.raises(labs.ModelError, match=REASON):
         come(models, "qwen2")
     assert held == [False]
@@ -320,25 +284,23 @@ def test_a_busy_model_is_never_unloaded_while_another_is_idle(busy, begin, gate)
 
 def test_a_request_for_another_model_waits_while_all_are_busy(begin, gate, loader):
     models = begin("llama", "qwen2", max_loaded_models=1)
-    answer = held_answer(models, gate)
+    answers = [held_answer(models, gate)]
     want(models, "qwen2")
-    more = ask(models, "llama", 1)  # the busy model still accepts requests
+    answers.append(ask(models, "llama", 1))  # the busy model still accepts requests
     gate.let(5)
     gate.until(9)
     assert loader.loads == ["llama"]
     gate.let(math.inf)
-    assert [read(answer)[0], read(more)[0]] == [alone("llama", n) for n in (0, 1)]
+    assert [read(answer)[0] for answer in answers] == [alone("llama", n) for n in (0, 1)]
     use(models, "qwen2")
 
 
-def test_a_model_busy_for_too_long_ends_its_answers_and_is_unloaded(
-    begin, gate, loader, monkeypatch
-):
+def test_a_model_busy_for_too_long_ends_its_answers_and_is_unloaded(begin, gate, loader, hasty):
     models = begin("llama", "qwen2", max_loaded_models=1)
     engine, answer = models.wait(), held_answer(models, gate)
-    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.0)
+    hasty()
     want(models, "qwen2")
-    until(lambda: leaving(models) == ["llama"])
+    drains(models, "llama")
     assert loader.loads == ["llama"]
     with ThreadPoolExecutor() as pool:
         later = pool.submit(lambda: read(ask(models, "llama", 1)))
@@ -350,62 +312,30 @@ def test_a_model_busy_for_too_long_ends_its_answers_and_is_unloaded(
     assert models.loaded()["llama"] is not engine
 
 
-def test_a_draining_model_stays_if_another_becomes_idle(begin, gate, loader, monkeypatch):
+def test_a_draining_model_stays_if_another_becomes_idle(begin, gate, loader, hasty):
     models = begin(*KINDS, max_loaded_models=2)
-    answer = held_answer(models, gate)
+    answers = [held_answer(models, gate)]
     come(models, "qwen2")
-    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.0)
+    hasty()
     want(models, "gpt2")
-    until(lambda: leaving(models) == ["llama"])
+    drains(models, "llama")
     models.release("qwen2")
     use(models, "gpt2")
-    more = ask(models, "llama", 1)
+    answers.append(ask(models, "llama", 1))
     gate.let(math.inf)
-    assert [read(answer)[0], read(more)[0]] == [alone("llama", n) for n in (0, 1)]
+    assert [read(answer)[0] for answer in answers] == [alone("llama", n) for n in (0, 1)]
     assert loader.loads == ["llama", "qwen2", "gpt2"]
 
 
-@pytest.mark.parametrize("oldest", ["llama", "qwen2"])
-def test_of_busy_models_the_least_recently_used_is_drained(oldest, begin, monkeypatch):
-    models = begin(*KINDS, max_loaded_models=2)
-    newest = "llama" if oldest == "qwen2" else "qwen2"
-    for name in ("llama", "qwen2", oldest, newest):
-        come(models, name)
-    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.0)
-    want(models, "gpt2")
-    assert until(lambda: leaving(models)) == [oldest]
-
-
-@pytest.mark.parametrize("comes", [True, False])
-def test_a_model_stays_for_a_while_for_the_request_that_waited(comes, begin, loader, monkeypatch):
-    models = begin("llama", "qwen2", max_loaded_models=1)
-    models.wait()
-    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 600.0 if comes else 0.1)
-    loader.door.clear()
-    want(models, "qwen2")
-    until(lambda: loader.loads == ["llama", "qwen2"])
-    want(models, "llama")
-    loader.door.set()
-    if comes:
-        until(lambda: "qwen2" in models.loaded())
-        time.sleep(3 * labs_models.POLL_S)  # room is looked for meanwhile
-        answer = models("qwen2").submit(prompt(0), asked())
-        models.release("qwen2")
-        assert read(answer)[0] == alone("qwen2", 0)
-    use(models, "llama")
-    assert loader.loads == ["llama", "qwen2", "llama"]
-
-
-def test_clients_of_two_models_are_all_answered_though_one_has_room(begin, loader, monkeypatch):
+def test_clients_of_two_models_are_all_answered_though_one_has_room(begin, loader, hasty):
     clients, rounds, names = 6, 3, ("llama", "qwen2")
-    expected = {(name, n): alone(name, n) for name in names for n in range(clients)}
-    assert len({*expected.values()}) == len(expected), "a text shows whose it is"
-    monkeypatch.setattr(labs_models, "EVICT_BUSY_AFTER_S", 0.1)
+    assert len({alone(name, n) for name in names for n in range(clients)}) == 2 * clients
+    hasty(0.1)
     models = begin(*names, max_loaded_models=1)
 
     def ask_in_turn(number: int) -> list[bool]:
         turns = [names[(number + turn) % 2] for turn in range(rounds)]
-        return [read(ask(models, name, number))[0] == expected[name, number] for name in turns]
+        return [read(ask(models, name, number))[0] == alone(name, number) for name in turns]
 
     with ThreadPoolExecutor(clients) as pool:
         assert [*pool.map(ask_in_turn, range(clients))] == [[True] * rounds] * clients
@@ -420,31 +350,21 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a tiny model that is smaller than that of tiny_folder, with a context of its own."""
     config = kit.llama()
     config.num_hidden_layers, config.max_position_embeddings = 1, 512
-    return save_model(tmp_path_factory.mktemp("other") / "model", config)
+    return kit.save_model(tmp_path_factory.mktemp("other") / "model", config)
 
 
 @pytest.fixture
 def places(tiny_folder: Path, other_folder: Path, run: Begin) -> Begin:
     """Load true models by their folders."""
-
-    def start(*more: labs.ModelSpec, default: str = "tiny", **server: Any) -> labs_models.Models:
-        specs = [spec_of(tiny_folder), spec_of(other_folder), *more]
-        shared = labs.Server(**server)
-        configs = {
-            name: labs.Config(model=spec, model_id=name, server=shared)
-            for name, spec in zip(("tiny", "other", "third"), specs, strict=False)
-        }
-        return run(replace(configs[default], models=configs))
-
-    return start
+    return lambda *more, **given: run(config_at(tiny_folder, other_folder, *more, **given))
 
 
-def tables(**places: Path) -> str:
-    """Return a configuration of true models by their folders; the first is the default."""
-    lines = [f'default_model = "{next(iter(places))}"']
-    for name, place in places.items():
-        lines += [f"[models.{name}]", f'model_name = "{place}"', 'torch_dtype = "fp32"']
-    return "\n".join([*lines, ""])
+def config_at(*folders: Path, default: str = "tiny", **server: Any) -> labs.Config:
+    """Configure the models tiny, other and third, which lie in these folders."""
+    rest = {"server": labs.Server(**server), "response_cache": labs.ResponseCache(max_entries=4)}
+    names = zip(("tiny", "other", "third"), folders, strict=False)
+    configs = {n: labs.Config(model=spec_of(path), model_id=n, **rest) for n, path in names}
+    return replace(configs[default], models=configs)
 
 
 def spec_of(folder: Path, method: Any = None) -> labs.ModelSpec:
@@ -453,32 +373,29 @@ def spec_of(folder: Path, method: Any = None) -> labs.ModelSpec:
 
 
 def answered(models: labs_models.Models, name: str) -> weakref.ref[Any]:
-    """Let a model answer; return a reference to it that does not hold it."""
+    """Let a model answer, once from its cache; return a reference to it that does not hold it."""
     engine = come(models, name)
     try:
-        answer = engine.submit(prompt(0), asked())
-        assert read(answer)[1].usage.completion_tokens > 0
-        assert quiet(engine)
+        before = engine.status().response_cache_hits
+        for _ in range(2):
+            assert read(engine.submit(kit.prompt(0), kit.asked()))[1].usage.completion_tokens > 0
+        assert kit.quiet(engine)
+        assert engine.status().response_cache_hits > before
         return weakref.ref(engine.model.model)
     finally:
         models.release(name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bytes_of_weights_are_known_before_a_load(dtype, tiny_folder):
-    spec = replace(spec_of(tiny_folder), torch_dtype=str(dtype).removeprefix("torch."))
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    assert labs_models.weight_bytes(spec) == size
-    assert labs.load_model(spec, cached=False).decoder.weight_bytes == size
+    spec = replace(spec_of(tiny_folder), torch_dtype=dtype)
+    size = labs.load_model(spec, cached=False).decoder.weight_bytes
+    assert size == labs_models.weight_bytes(spec) > 10_000
 
 
-def test_fewer_bits_need_fewer_bytes_and_a_folder_without_a_model_is_refused(tiny_folder, tmp_path):
-    specs = [spec_of(tiny_folder, method) for method in (None, "int8", "int4")]
-    sizes = [labs_models.weight_bytes(spec) for spec in specs]
+def test_fewer_bits_need_fewer_bytes(tiny_folder):
+    sizes = [labs_models.weight_bytes(spec_of(tiny_folder, m)) for m in (None, "int8", "int4")]
     assert sizes[0] > sizes[1] > sizes[2] > 0
-    with pytest.raises(labs.ModelError, match=r"config\.json is missing"):
-        labs_models.weight_bytes(spec_of(tmp_path))
 
 
 def sizes_of(*folders: Path) -> list[int]:
@@ -492,167 +409,96 @@ def test_models_stay_side_by_side_where_the_limit_holds_them_and_those_of_filter
     spare, others, fit, places, tiny_folder, other_folder
 ):
     models = places(model_memory_bytes=sum(sizes_of(tiny_folder, other_folder)) + spare)
-    models.account(lambda: others // 2)
-    models.account(lambda: others - others // 2)
+    for part in (others // 2, others - others // 2):
+        models.account(lambda part=part: part)
     for name in ("tiny", "other", "tiny"):
         answered(models, name)
         assert fit or [*models.loaded()] == [name]
     assert [*models.loaded()] == (["tiny", "other"] if fit else ["tiny"])
 
 
-@pytest.mark.parametrize("problem", ["too large", "beside others", "not there"])
+@pytest.mark.parametrize(
+    ("loaded", "wanted", "spare", "text"),
+    [
+        ("other", "tiny", -1, r"needs about \S+ GB; server.model_memory_bytes"),
+        ("tiny", "other", 0, r"needs about \S+ GB beside \S+ GB of other models"),
+        ("tiny", "third", 10**9, r"config\.json is missing"),
+    ],
+)
 def test_a_model_that_cannot_be_loaded_unloads_no_other(
-    problem, places, tiny_folder, other_folder, tmp_path, caplog
+    loaded, wanted, spare, text, places, tiny_folder, other_folder, tmp_path, caplog
 ):
     large, small = sizes_of(tiny_folder, other_folder)
-    loaded, wanted, limit, text = {
-        "too large": ("other", "tiny", large - 1, r"needs about \S+ GB; server.model_memory_bytes"),
-        "beside others": ("tiny", "other", large, r"needs about \S+ GB beside \S+ GB of other mod"),
-        "not there": ("tiny", "third", 10**9, r"config\.json is missing"),
-    }[problem]
-    models = places(
-        spec_of(tmp_path), default=loaded, model_memory_bytes=limit, max_loaded_models=1
-    )
+    limits = {"model_memory_bytes": large + spare, "max_loaded_models": 1}
+    models = places(tmp_path, default=loaded, **limits)
     weights = answered(models, loaded)
-    if problem == "beside others":
-        models.account(lambda: large - small + 1)
+    models.account(lambda: (large - small + 1) * (wanted == "other"))
     with pytest.raises(labs.ModelError, match=REASON):
         come(models, wanted)
     assert models.loaded()[loaded].model.model is weights()
     (error,) = errors_in(caplog)
     assert re.search(text, error)
-    assert is_one_sentence(Exception(error))
+    assert kit.is_one_sentence(Exception(error))
 
 
-def test_a_default_model_larger_than_the_limit_is_refused(places):
-    with pytest.raises(labs.ModelError, match=r"about .* GB; server.model_memory_bytes is 0.00 GB"):
-        places(model_memory_bytes=1000).wait()
-
-
-def test_without_a_limit_models_take_the_free_memory(begin, loader, monkeypatch):
+def test_without_a_limit_models_take_nine_tenths_of_the_free_memory(begin, loader, monkeypatch):
     free = {"llama": 9.0, "qwen2": 10.0}
     monkeypatch.setattr(labs_models, "weight_bytes", lambda spec: 9)
     monkeypatch.setattr(labs_models, "system_memory", lambda spec: free[spec.model_name])
     models = use(begin("llama", "qwen2"), "llama", "qwen2")
     assert [*models.loaded()] == ["llama", "qwen2"]
     free["qwen2"] = 9.0
-    models = use(begin("llama", "qwen2"), "llama", "qwen2")
-    assert [*models.loaded()] == ["qwen2"]
-    use(models, "llama")  # a tenth is for the rows
-    assert [*models.loaded()] == ["llama"]
-
-
-def test_cached_answers_are_a_models_own_setting_and_go_with_it(tiny_folder):
-    cache = labs.ResponseCache(max_entries=4)
-    config = labs.Config(model=spec_of(tiny_folder), model_id="tiny", response_cache=cache)
-    models = labs_models.Models(replace(config, server=labs.Server(keep_alive_s=0.1)))
-    engine = come(models, "tiny")
-    for _ in range(2):
-        read(engine.submit(prompt(0), asked()))
-    assert engine.status().response_cache_hits == 1
-    weights = weakref.ref(engine.model.model)
-    del engine
-    models.release("tiny")
-    until(lambda: weights() is None)
-    stop(models)
+    assert [*use(begin("llama", "qwen2"), "llama", "qwen2").loaded()] == ["qwen2"]
 
 
 def test_one_given_engine_has_the_interface_of_models():
     engine = labs_engine.Engine(model_of("llama"))
-    for name, models in (("llama", labs_models.One(engine)), ("m", labs_models.One(engine, "m"))):
-        models.check()
-        models.account(lambda: 10**15)
-        assert models(name) is engine
-        models.release(name)
-        assert models.reader(name) is model_of("llama")
-        assert models.loaded() == {name: engine}
-        assert (models.context_length(name), models.context_length("no")) == (512, None)
-        assert read(models(name).submit(prompt(0), asked()))[0] == alone("llama", 0)
+    assert labs_models.One(engine).loaded() == {"llama": engine}
+    models = labs_models.One(engine, "m")
+    models.account(lambda: 10**15)
+    assert (models("m"), models.reader("m")) == (engine, model_of("llama"))
+    assert read(ask(models, "m"))[0] == alone("llama", 0)
+    assert [models.context_length(name) for name in ("m", "no")] == [512, None]
     models.close(WAIT_S)
     assert not engine.status().alive
 
 
-@pytest.mark.parametrize("cause", ["for another", "idle"])
-def test_nothing_refers_to_a_model_that_was_unloaded(cause, places):
-    limit = {"keep_alive_s": 0.1} if cause == "idle" else {"max_loaded_models": 1}
+@pytest.mark.parametrize("limit", [{"keep_alive_s": 0.1}, {"max_loaded_models": 1}])
+def test_nothing_refers_to_a_model_that_was_unloaded(limit, places):
     models = places(**limit)
     weights = answered(models, "tiny")
-    if cause == "for another":
+    if "max_loaded_models" in limit:
         answered(models, "other")
     until(lambda: weights() is None)
     assert "tiny" not in models.loaded()
 
 
-def test_the_memory_of_a_model_that_was_unloaded_is_free(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=262, hidden_size=1024, intermediate_size=4096, num_hidden_layers=1,
-        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
-    )  # fmt: skip
-    first = save_model(tmp_path / "first", config)
-    second = shutil.copytree(first, tmp_path / "second")
-    text = tables(first=first, second=second) + "[server]\nkeep_alive_s = 0.1\n"
-    models = labs_models.Models(configured(text))
-
-    def memory(name: str) -> int:
-        """Let a model answer, and hold it; return what the process takes then."""
-        if name:
-            read(come(models, name).submit(prompt(0), asked(new=2)))
-        gc.collect()
-        labs.release_memory()
-        info = psutil.Process().memory_info()
-        return int(info.rss - info.shared)  # the files of the weights are mapped, too
-
-    alone, both = memory("first"), memory("second")
-    weights = models.loaded()["first"].model.decoder.weight_bytes
-    assert weights > 50e6
-    assert both - alone >= 0.7 * weights
-    models.release("first")
-    until(lambda: both - memory("") >= 0.7 * weights)
-    assert memory("first") - both <= 0.3 * weights, "more is taken than was given back"
-    stop(models)
-
-
-# ---------------------------------------------------------------- idle models
-
-
-@pytest.mark.parametrize("busy", ["running", "held"])
-def test_a_busy_model_is_not_idle_and_stays_for_its_time_after_that(busy, begin, gate, loader):
-    models = begin("llama", "qwen2", keep_alive_s=0.5)
-    answers = [held_answer(models, gate)] if busy == "running" else []
-    engine = models.loaded()["llama"] if answers else come(models, "llama")
+def test_a_busy_model_is_not_idle_and_stays_for_its_time_after_that(begin, gate, loader):
+    models = begin("llama", "qwen2", "gpt2", keep_alive_s=0.5)
+    answer, held = held_answer(models, gate), come(models, "gpt2")
     use(models, "qwen2")
-    until(lambda: [*models.loaded()] == ["llama"])
-    models._entries["llama"].last_used -= 10_000
-    until(lambda: time.monotonic() - models._entries["llama"].last_used < 10)
+    until(lambda: [*models.loaded()] == ["llama", "gpt2"])
+    for entry in (models._entries["llama"], models._entries["gpt2"]):
+        entry.last_used -= 10_000
+        until(lambda entry=entry: time.monotonic() - entry.last_used < 10)
     gate.let(math.inf)
-    assert models.loaded() == {"llama": engine}
-    assert [read(answer)[0] for answer in answers] == [alone("llama", 0)] * len(answers)
-    if busy == "held":
-        models.release("llama")
+    assert read(answer)[0] == alone("llama", 0)
+    assert models.loaded()["gpt2"] is held
+    models.release("gpt2")
     until(lambda: models.loaded() == {})
-    assert loader.loads == ["llama", "qwen2"]
-
-
-def test_waiting_for_the_default_model_succeeds_though_another_is_wanted(begin, loader):
-    loader.door.clear()
-    models = begin("llama", "qwen2", max_loaded_models=1)
-    with ThreadPoolExecutor() as pool:
-        ready = pool.submit(models.wait)
-        want(models, "qwen2")
-        loader.door.set()
-        assert ready.result(WAIT_S).model is model_of("llama")
-        use(models, "qwen2")
+    assert loader.loads == ["llama", "gpt2", "qwen2"]
 
 
 # ---------------------------------------------------------------- the end
 
 
-def closed_to(models: labs_models.Models, name: str) -> bool:
+def refuses(models: labs_models.Models, name: str) -> bool:
+    """Return whether requests are refused because the models are being closed."""
     try:
         models(name)
+        models.release(name)
     except labs_engine.Busy as error:
         return str(error) == "the server is shutting down"
-    models.release(name)
     return False
 
 
@@ -662,8 +508,7 @@ def test_answers_end_before_the_deadline_or_are_cancelled(deadline_s, reason, be
     answers = [held_answer(models, gate), ask(models, "qwen2", 1)]
     with ThreadPoolExecutor() as pool:
         closing = pool.submit(models.close, deadline_s)
-        for name in ("llama", "qwen2"):
-            until(lambda name=name: closed_to(models, name))
+        until(lambda: refuses(models, "llama") and refuses(models, "qwen2"))
         until(lambda: models.loaded()["llama"].status().closing)
         gate.let(math.inf)
         closing.result(WAIT_S)
@@ -671,7 +516,6 @@ def test_answers_end_before_the_deadline_or_are_cancelled(deadline_s, reason, be
     assert done.finish_reason == reason
     assert (text == alone("llama", 0)) == (reason == "length")
     assert read(answers[1])[1].finish_reason in (reason, "length")
-    assert not [each for each in models.loaded().values() if each._thread.is_alive()]
 
 
 def test_closing_while_a_model_is_loaded_closes_its_engine(begin, loader):
@@ -680,7 +524,7 @@ def test_closing_while_a_model_is_loaded_closes_its_engine(begin, loader):
     want(models, "qwen2")
     until(lambda: "qwen2" in loader.loads)
     models.close()
-    assert closed_to(models, "qwen2")
+    assert refuses(models, "qwen2")
     loader.door.set()
     models._thread.join(WAIT_S)
     assert [each.status().alive for each in models.loaded().values()] == [False, False]
@@ -700,53 +544,20 @@ def test_closing_while_a_model_waits_for_room_loads_nothing_more(begin, gate, lo
     assert read(answer)[0] == alone("llama", 0)
 
 
-def test_an_unreadable_context_length_stops_nothing(begin, loader, monkeypatch):
-    def context_length(spec: Any) -> int:
-        raise PermissionError(13, "Permission denied", "/srv/secret.gguf")
-
-    monkeypatch.setattr(labs_models, "context_length", context_length)
-    models = use(begin("llama", "qwen2"), "llama", "qwen2")
-    assert models.context_length("qwen2") == 512
-
-
 # ---------------------------------------------------------------- over HTTP
 
 
-class Many(Site):
-    """An app with several models and a client of it, without sockets."""
-
-    def __init__(self, engine: labs_models.Models, config: labs.Config) -> None:
-        super().__init__(engine, config, engine)
-
-    def card(self, name: str) -> dict[str, Any]:
-        cards = self.get("/v1/models").json["data"]
-        (card,) = [card for card in cards if card["id"] == name]
-        assert self.get(f"/v1/models/{name}").json == card
-        return card
-
-
-class LiveMany(Live):
-    """The same behind waitress."""
-
-    def __init__(self, engine: labs_models.Models, config: labs.Config) -> None:
-        super().__init__(engine, config, engine)
-
-    def stream(self, body: Any, path: str = "/generate/stream") -> Any:
-        return httpx.stream("POST", self.url + path, json=body, timeout=WAIT_S)
-
-    def status_of_stream(self) -> int:
-        """Ask for a stream, and hang up once its status has come."""
-        with self.stream(ASKED["/generate/stream"]) as response:
-            return response.status_code
+def stream(site: Live, body: Any, path: str = "/generate/stream") -> Any:
+    return httpx.stream("POST", site.url + path, json=body, timeout=WAIT_S)
 
 
 @pytest.fixture
 def many(loader: Loader, run: Begin) -> Begin:
-    """Serve models of these kinds, or of a whole configuration."""
+    """Serve models of these kinds, or of a whole configuration, without sockets."""
 
-    def start(*names: Any, **server: Any) -> Many:
+    def start(*names: Any, **server: Any) -> kit.Site:
         given = isinstance(names[0], labs.Config)
-        return run(names[0] if given else config_of(*names, **server), Many)
+        return run(names[0] if given else config_of(*names, **server), kit.Site)
 
     return start
 
@@ -755,9 +566,9 @@ def many(loader: Loader, run: Begin) -> Begin:
 def live(loader: Loader, run: Begin, waits: set[int]) -> Begin:
     """Serve llama and, behind a closed door, qwen2: on a free port, with few places."""
 
-    def start(**server: Any) -> LiveMany:
-        few = {"port": 0, "max_batch_rows": ROWS, "max_waiting": 1} | server
-        site = run(config_of("llama", "qwen2", **few), LiveMany)
+    def start(**server: Any) -> Live:
+        few = {"port": 0, "max_batch_rows": kit.ROWS, "max_waiting": 1} | server
+        site = run(config_of("llama", "qwen2", **few), Live)
         use(site.engine, "llama")
         waits.clear()  # of the test's own thread
         loader.door.clear()
@@ -770,7 +581,7 @@ SHORT = {"max_new_tokens": 3, "prompt": "hi", **A}
 ASKED = {
     "/generate": {**SHORT, "model": "qwen2"},
     "/generate/stream": {**SHORT, "model": "qwen2"},
-    CHAT: {"model": "qwen2", "messages": HELLO, "max_tokens": 3, **A},
+    CHAT: {"model": "qwen2", "messages": kit.HELLO, "max_tokens": 3, **A},
     COMPLETIONS: {"model": "qwen2", "prompt": "hi", "max_tokens": 3, **A},
 }
 WRONG = {**SHORT, "model": "qwen2", "logit_bias": {"9999": 1}}
@@ -778,8 +589,8 @@ WRONG = {**SHORT, "model": "qwen2", "logit_bias": {"9999": 1}}
 
 def body_of(kind: str) -> dict[str, Any]:
     """Ask a model for the text that it gives alone."""
-    ids = [*prompt(0).input_ids]
-    return {"model": kind, "prompt": ids, "max_tokens": NEW, "temperature": 0}
+    ids = [*kit.prompt(0).input_ids]
+    return {"model": kind, "prompt": ids, "max_tokens": kit.NEW, "temperature": 0}
 
 
 @pytest.fixture
@@ -796,9 +607,9 @@ def after_load(loader: Loader, waits: set[int]) -> Begin:
     return ask_early
 
 
-def streamed(site: LiveMany, loader: Loader, body: Any, path: str, comments: int) -> Any:
+def streamed(site: Live, loader: Loader, body: Any, path: str, comments: int) -> Any:
     """Return the events of a stream that waited for its model, after this many comments."""
-    with site.stream(body, path) as response:
+    with stream(site, body, path) as response:
         assert response.status_code == 200
         lines = response.iter_lines()
         assert [next(lines), next(lines)] == [": ok", ""]
@@ -807,16 +618,21 @@ def streamed(site: LiveMany, loader: Loader, body: Any, path: str, comments: int
             assert next(lines) == ""
         loader.door.set()
         rest = [line for line in lines if not line.startswith(":")]
-    return events_of("\n".join([*rest, ""]).encode())
+    return kit.events_of("\n".join([*rest, ""]).encode())
 
 
-@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("path", [*ASKED, "/explain"])
 def test_a_request_for_a_loading_model_waits_and_is_answered(path, many, loader, after_load):
     loader.door.clear()
-    response = after_load(many("llama", "qwen2"), path, ASKED[path])
+    site = many("llama", "qwen2")
+    response = after_load(site, path, ASKED.get(path, {"prompt": "hi", "model": "qwen2"}))
     assert response.status_code == 200
-    assert "aaa" in response.text.replace("data: a\n\n", "a")
-    assert '"model":"qwen2"' in response.text
+    if path == "/explain":
+        assert response.json["weight_bytes"] == model_of("qwen2").decoder.weight_bytes
+        assert site.engine.loaded()["qwen2"].status().steps == 0
+    else:
+        assert "aaa" in response.text.replace("data: a\n\n", "a")
+        assert '"model":"qwen2"' in response.text
 
 
 def test_the_text_is_that_of_the_requested_model(many):
@@ -840,91 +656,94 @@ def test_streams_report_that_their_model_is_loading_and_then_answer(live, loader
 
 
 @pytest.mark.parametrize(
-    ("body", "failure", "kind", "param"),
+    ("body", "failures", "status", "kind", "param"),
     [
-        (WRONG, None, "invalid_request_error", "logit_bias"),
-        (ASKED["/generate"], labs.ModelError("/srv/secret: is gone"), "server_error", None),
+        (WRONG, {}, 400, "invalid_request_error", "logit_bias"),
+        (
+            ASKED["/generate"],
+            {"qwen2": labs.ModelError("/secret")},
+            503,
+            "server_error",
+            None,
+        ),
     ],
 )
 def test_an_error_after_a_load_is_an_event_or_a_status(
-    body, failure, kind, param, live, loader, after_load
+    body, failures, status, kind, param, live, loader
 ):
-    site, status = live(), 400 if failure is None else 503
-    if failure is not None:
-        loader.failures["qwen2"] = failure
+    site, loader.failures = live(), failures
     ((name, data),) = streamed(site, loader, body, "/generate/stream", 0)
     error = json.loads(data)["error"]
     assert (name, error["type"], error["param"]) == ("error", kind, param)
     for path in ("/generate", "/generate/stream"):
-        error = error_of(site.post(path, body), status)
-        assert (error["type"], error["param"]) == (kind, param)
+        error = kit.refused(site.post(path, body), status, type=kind, param=param)
         assert "secret" not in data + str(error)
     assert site.post(COMPLETIONS, body_of("llama")).status_code == 200
     assert site.get("/readyz").json == {"status": "ok"}
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
-@pytest.mark.parametrize("model", ["qwen2", "auto"])
+@pytest.mark.parametrize("model", ["qwen2", "auto", "last"])
 def test_the_time_of_a_request_runs_while_its_model_is_loaded(path, model, many, loader):
     loader.door.clear()
-    site = many("llama", "qwen2") if model == "qwen2" else many(configured(ROUTED))
-    response = site.post(path, {**SHORT, "model": model, "timeout_s": 0.1})
+    tables = {"auto": ROUTED, "last": TABLES + "timeout_s = 0.1\n"}
+    site = many(configured(tables[model])) if model in tables else many("llama", "qwen2")
+    timeout = {} if model == "last" else {"timeout_s": 0.1}
+    response = site.post(path, {**SHORT, "model": model, **timeout})
     if path == "/generate":
-        name = "qwen2" if model == "qwen2" else "first"
+        name = "first" if model == "auto" else model
         assert error_of(response, 503)["message"] == f"{name} is being loaded"
         assert response.headers["retry-after"] == "1"
     else:
         assert response.status_code == 200
-        kind, data = events_of(response.content)[-1]
+        kind, data = kit.events_of(response.content)[-1]
         assert (kind, json.loads(data)["error"]["code"]) == ("error", "overloaded")
     loader.door.set()
-    assert site.post("/generate", {**SHORT, "model": model}).json["text"] == "aaa"
-
-
-def test_the_timeout_of_a_models_table_includes_its_load(loader, many):
-    loader.door.clear()
-    site = many(configured(TABLES + "timeout_s = 0.1\n"))
-    error_of(site.post(COMPLETIONS, body_of("last")), 503)
+    assert site.post("/generate", {**SHORT, "model": model, "timeout_s": 60}).json["text"] == "aaa"
 
 
 def test_the_time_spent_waiting_is_subtracted_from_the_timeout():
-    wanted, without = labs.Generation(timeout_s=30.0), labs.Generation()
-    now = time.perf_counter()
-    assert labs_turns.in_time_left(wanted, now) == wanted
-    assert 0 < labs_turns.in_time_left(wanted, now - 20).timeout_s <= 10
-    assert 0 < labs_turns.in_time_left(wanted, now - 40).timeout_s < 0.1
-    assert labs_turns.in_time_left(without, now - 40) == without
+    wanted, now = labs.Generation(timeout_s=30.0), time.perf_counter()
+    left = [labs_turns.in_time_left(wanted, now - spent).timeout_s for spent in (0, 20, 40)]
+    assert left[0] == 30 > 10 >= left[1] > 0.1 > left[2] > 0
+    assert labs_turns.in_time_left(labs.Generation(), now - 40).timeout_s is None
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
 def test_a_client_that_waits_for_a_model_holds_a_place_until_it_hangs_up(path, live, waits):
     site = live()
-    connection = site.connect(request(path, ASKED[path]))
+
+    def status_of_stream() -> int:
+        with stream(site, ASKED["/generate/stream"]) as response:
+            return response.status_code
+
+    connection = site.connect(kit.request(path, ASKED[path]))
     until(lambda: waits)
     for other in ASKED:
         refused = site.post(other, ASKED[other])
-        error = error_of(refused, 503)
-        assert (error["code"], error["message"]) == ("overloaded", "qwen2 is being loaded")
+        kit.refused(refused, 503, code="overloaded", message="qwen2 is being loaded")
         assert int(refused.headers["retry-after"]) >= 1
-    assert site.status_of_stream() == 503
+    assert status_of_stream() == 503
     connection.close()
-    until(lambda: site.status_of_stream() == 200)
+    until(lambda: status_of_stream() == 200)
 
 
 def test_a_server_full_of_waiting_requests_answers_for_loaded_models(live, gate, loader, waits):
     site, places = live(max_waiting=8, max_loaded_models=2), 8
     with contextlib.ExitStack() as stack:
-        sent = request("/generate", ASKED["/generate"], "Connection: close")
-        waiting = [stack.enter_context(site.connect(sent)) for _ in range(places)]
+
+        def send(body: Any, count: int) -> list[Any]:
+            sent = kit.request("/generate", body, "Connection: close")
+            return [stack.enter_context(site.connect(sent)) for _ in range(count)]
+
+        waiting = send(ASKED["/generate"], places)
         until(lambda: len(waits) == places)
         body = site.post(COMPLETIONS, body_of("llama")).json
         assert body["choices"][0]["text"] == alone("llama", 0)
         gate.let(0)
-        for _ in range(ROWS + places):
-            sent = request("/generate", {**SHORT, "model": "llama"})
-            stack.enter_context(site.connect(sent))
+        waiting += send({**SHORT, "model": "llama"}, kit.ROWS + places)
         status = site.engine.loaded()["llama"].status
-        until(lambda: (status().running + status().waiting) == ROWS + places)
+        until(lambda: (status().running + status().waiting) == kit.ROWS + places)
         for path in ("/health", "/readyz", "/v1/models", "/metrics", "/"):
             assert httpx.get(site.url + path, timeout=WAIT_S).status_code == 200
         assert loader.loads == ["llama", "qwen2"]
@@ -935,25 +754,21 @@ def test_a_server_full_of_waiting_requests_answers_for_loaded_models(live, gate,
             assert b'"text":"aaa"' in data
 
 
-def test_a_slow_reader_holds_no_model(tiny_folder, other_folder):
-    limit = "[server]\nmax_loaded_models = 1\n"
-    config = configured(tables(tiny=tiny_folder, other=other_folder) + limit)
-    models = labs_models.Models(config)
+def test_a_slow_reader_holds_no_model(tiny_folder, other_folder, run):
+    models = run(config := config_at(tiny_folder, other_folder, max_loaded_models=1))
     service = labs_api.Service(config, models, labs_gate.Quota(None), CollectorRegistry())
     req = falcon.testing.create_req()
     req.context.owner, req.context.began = "", time.perf_counter()
     prompts = (labs_request.Prompt(prompt="hi"),)
-    wanted = labs_request.Request(
-        prompts=prompts, model="tiny", options={**A, "max_new_tokens": 60}
-    )
-    request = labs_request.check(service.context, wanted)
-    answer = service.submit(req, request, service.leased(req, request))
+    options = {**A, "max_new_tokens": 60}
+    asking = labs_request.Request(prompts=prompts, model="tiny", options=options)
+    checked = labs_request.check(service.context, asking)
+    answer = service.submit(req, checked, service.leased(req, checked))
     weights = answered(models, "tiny")
     answered(models, "other")
     until(lambda: weights() is None)
     assert "".join(getattr(event, "text", "") for _, event in answer) == "a" * 60
     assert answer.record()["completion_tokens"] == 60
-    stop(models)
 
 
 TABLES = """
@@ -976,40 +791,40 @@ def test_each_model_has_the_settings_of_its_table(many):
     for name, new, text in (("first", 3, template), ("second", 5, "<bos>hi")):
         body = {"prompt": "hi", "model": name, **A}
         assert site.post("/generate", body).json["text"] == "a" * new
-        assert site.post("/explain", body).json["prompt"] == text
+        explained = site.post("/explain", body).json
+        found = explained["prompt"], explained["settings"]["max_new_tokens"]["value"]
+        assert found == (text, new)
     assert site.post("/generate", {"prompt": "hi", **A}).json["model"] == "first"
-    explained = site.post("/explain", {"prompt": "hi", "model": "second"}).json
-    assert explained["settings"]["max_new_tokens"]["value"] == 5
-    chat = {"messages": HELLO, "model": "second", **A}
+    chat = {"messages": kit.HELLO, "model": "second"}
     assert "template" in error_of(site.post(CHAT, chat), 400)["message"]
-    assert site.post(CHAT, {**chat, "model": "first"}).json["model"] == "first"
 
 
 @pytest.mark.parametrize("path", [*ASKED, "/explain"])
 def test_an_unknown_model_is_not_found_and_the_served_ones_are_named(path, many, loader):
     site = many(*KINDS)
     for name in ("lama", "auto"):  # auto needs rules
-        error = error_of(site.post(path, {**ASKED.get(path, SHORT), "model": name}), 404)
-        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        answer = site.post(path, {**ASKED.get(path, SHORT), "model": name})
+        error = kit.refused(answer, 404, code="model_not_found", param="model")
         assert all(word in error["message"] for word in (f"'{name}'", *KINDS))
     site.engine.wait()
     assert loader.loads == ["llama"]
 
 
 def test_models_are_listed_before_and_after_they_are_loaded(tiny_folder, other_folder):
-    config = configured(tables(tiny=tiny_folder, other=other_folder))
+    config = config_at(tiny_folder, other_folder)
     models = labs_models.Models(config, start=False)
-    site = Many(models, config)
-    assert [card["id"] for card in site.get("/v1/models").json["data"]] == ["tiny", "other"]
-    assert [site.card(name)["loaded"] for name in ("tiny", "other")] == [False, False]
+    site = kit.Site(models, config, models)
+
+    def cards() -> list[tuple[Any, ...]]:
+        found = site.get("/v1/models").json["data"]
+        assert [site.get(f"/v1/models/{card['id']}").json for card in found] == found
+        return [(card["id"], card["loaded"], card["context_length"]) for card in found]
+
+    assert cards() == [("tiny", False, None), ("other", False, None)]
     models.start()
-    until(lambda: site.card("tiny")["loaded"])
-    until(lambda: site.card("other")["context_length"] == 512)
-    assert site.card("tiny")["context_length"] == 4096
-    assert not site.card("other")["loaded"]
+    until(lambda: cards() == [("tiny", True, 4096), ("other", False, 512)])
     assert site.post("/generate", {**SHORT, "model": "other"}).json["text"] == "aaa"
-    card = site.card("other")
-    assert (card["loaded"], card["context_length"]) == (True, 512)
+    assert cards()[1] == ("other", True, 512)
     assert error_of(site.get("/v1/models/none"), 404)["code"] == "model_not_found"
     stop(models)
 
@@ -1026,29 +841,30 @@ def test_metrics_and_log_lines_name_the_model_that_answered(many, caplog):
         assert figures[f'labs_engine_alive{{model_name="{kind}"}}'] == "1.0"
         assert float(figures[f'labs_steps_total{{model_name="{kind}"}}']) > 0
     assert not [name for name in figures if "gpt2" in name]
-    assert figures['labs_generation_tokens_total{model_name="qwen2"}'] == "6.0"
-    assert 'labs_generation_tokens_total{model_name="llama"}' not in figures
+    tokens = [figures.get(f'labs_generation_tokens_total{{model_name="{kind}"}}') for kind in KINDS]
+    assert tokens == [None, "6.0", None]
     site.post("/generate", {**SHORT, "model": "llama"})
-    assert [line["model"] for line in log_lines(caplog) if "model" in line] == [
-        *("qwen2", "qwen2", "llama")
-    ]
+    models = [line["model"] for line in kit.log_lines(caplog) if "model" in line]
+    assert models == ["qwen2", "qwen2", "llama"]
 
 
 def test_readiness_goes_from_loading_to_ok_to_draining(many, loader, gate):
+    def readiness() -> tuple[int, str]:
+        assert site.get("/health").json == {"status": "ok"}
+        return (answer := site.get("/readyz")).status_code, answer.json["status"]
+
     loader.door.clear()
     site = many("llama", "qwen2", keep_alive_s=0.05)
-    assert (site.get("/readyz").status_code, site.get("/readyz").json["status"]) == (503, "loading")
-    assert site.get("/health").json == {"status": "ok"}
+    assert readiness() == (503, "loading")
     loader.door.set()
     site.engine.wait()
-    assert site.get("/readyz").json == {"status": "ok"}
+    assert readiness() == (200, "ok")
     until(lambda: site.engine.loaded() == {})
-    assert site.get("/readyz").json == {"status": "ok"}  # it is loaded on demand
+    assert readiness() == (200, "ok")  # it is loaded on demand
     answer = held_answer(site.engine, gate)
     with ThreadPoolExecutor() as pool:
         closing = pool.submit(site.engine.close, WAIT_S)
-        until(lambda: site.get("/readyz").json == {"status": "draining"})
-        assert site.get("/readyz").status_code == 503
+        until(lambda: readiness() == (503, "draining"))
         refused = site.post("/generate", ASKED["/generate"])
         assert error_of(refused, 503)["message"] == "the server is shutting down"
         gate.let(math.inf)
@@ -1056,12 +872,7 @@ def test_readiness_goes_from_loading_to_ok_to_draining(many, loader, gate):
     assert read(answer)[0] == alone("llama", 0)
 
 
-FAILURES = [
-    labs.ModelError("/srv/secret: there is no such model"),
-    labs.ConfigError("torch_dtype = float16: /srv/secret refuses"),
-    OSError("/srv/secret is gone"),
-    torch.OutOfMemoryError(OOM),
-]
+FAILURES = [labs.ModelError("/secret: no model"), OSError("/secret"), torch.OutOfMemoryError(OOM)]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
@@ -1078,8 +889,7 @@ def test_a_failed_load_of_the_default_model_is_reported_retried_and_no_harm_to_o
     assert site.get("/readyz").json == {"status": "ok"}
     for path in ("/generate", "/explain"):
         answer = site.post(path, {"prompt": "hi"})
-        error = error_of(answer, 503)
-        assert (error["code"], error["message"]) == ("model_not_loaded", f"llama {REASON}")
+        kit.refused(answer, 503, code="model_not_loaded", message=f"llama {REASON}")
         assert int(answer.headers["Retry-After"]) == labs_models.RETRY_S
     assert (len(errors_in(caplog)), str(failure) in caplog.text) == (1, True)
     assert loader.loads == ["llama", "qwen2"]
@@ -1090,19 +900,8 @@ def test_a_failed_load_of_the_default_model_is_reported_retried_and_no_harm_to_o
     assert loader.loads == ["llama", "qwen2", "llama"]
 
 
-class Exits(BaseException):
-    """An exception that nobody catches by accident."""
-
-
 @pytest.mark.parametrize(
-    ("place", "error"),
-    [
-        ("_expired", ZeroDivisionError("oh")),
-        ("_learn_context_lengths", SystemExit(3)),
-        ("_make_room", SystemExit(3)),
-        ("_make_room", Exits("oh")),
-        ("_settle", Exits("oh")),
-    ],
+    ("place", "error"), [("_make_room", SystemExit(3)), ("_settle", KeyboardInterrupt())]
 )
 def test_an_exception_in_the_loading_thread_fails_waiting_requests(
     place, error, many, loader, monkeypatch
@@ -1117,41 +916,29 @@ def test_an_exception_in_the_loading_thread_fails_waiting_requests(
         return honest(*arguments)
 
     monkeypatch.setattr(labs_models.Models, place, once)
-    answer = site.post("/generate", {**SHORT, "model": "qwen2"})
-    assert answer.status_code in ((200, 503) if place == "_learn_context_lengths" else (503,))
+    error_of(site.post("/generate", ASKED["/generate"]), 503)
     assert site.get("/readyz").json == {"status": "ok"}
     monkeypatch.setattr(labs_models, "RETRY_S", 0.0)
-    assert site.post("/generate", {**SHORT, "model": "qwen2"}).status_code == 200
+    assert site.post("/generate", ASKED["/generate"]).status_code == 200
 
 
 def test_waiting_requests_fail_when_the_server_shuts_down(live, waits):
     site = live(max_waiting=2)
-    with ThreadPoolExecutor() as pool, site.stream(ASKED["/generate/stream"]) as response:
+    with ThreadPoolExecutor() as pool, stream(site, ASKED["/generate/stream"]) as response:
         lines = response.iter_lines()
         assert next(lines) == ": ok"
         whole = pool.submit(site.post, "/generate", ASKED["/generate"])
         until(lambda: len(waits) == 2)
         site.engine.close()
         assert error_of(whole.result(WAIT_S), 503)["message"] == "the server is shutting down"
-        ((kind, data),) = events_of(("\n".join(lines) + "\n").encode())
+        ((kind, data),) = kit.events_of(("\n".join(lines) + "\n").encode())
     assert (kind, json.loads(data)["error"]["code"]) == ("error", "overloaded")
-
-
-def test_explaining_a_request_loads_its_model_and_computes_nothing(many, loader, after_load):
-    loader.door.clear()
-    site = many("llama", "qwen2")
-    explained = after_load(site, "/explain", {"prompt": "hi", "model": "qwen2"}).json
-    decoder = model_of("qwen2").decoder
-    assert (explained["how"], explained["weight_bytes"]) == (decoder.mode, decoder.weight_bytes)
-    assert site.engine.loaded()["qwen2"].status().steps == 0
 
 
 # ---------------------------------------------------------------- the router
 
 
-ROUTED = (
-    TABLES
-    + r"""
+ROUTED = rf"""{TABLES}
 [[router.rules]]
 model = "second"
 pattern = '(?i)\bcode\b'
@@ -1163,40 +950,26 @@ over_prompt_tokens = 80
 model = "last"
 pattern = "^sum:"
 """
-)
 
 
 def chat(*contents: str) -> dict[str, Any]:
-    roles = ("user", "assistant", "user")
-    return {
-        "messages": [
-            {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
-        ]
-    }
+    turns = zip(("user", "assistant", "user"), contents, strict=False)
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 ROUTES = [
     ("/generate", {"prompt": "hi"}, "first"),
     ("/generate", {"prompt": "code " * 7}, "first"),  # 35, and four of the template
     ("/generate", {"prompt": "code " * 8}, "second"),
-    ("/generate", {"prompt": "recoded " * 8}, "first"),
-    ("/generate", {"prompt": "Code " * 40}, "second"),  # the first rule that holds, though long
     ("/generate", {"prompt": "x" * 76}, "first"),
     ("/generate", {"prompt": "x" * 77}, "last"),
     ("/generate", {"prompt": "x" * 79, "use_chat_template": False}, "first"),
     ("/generate", {"prompt": "x" * 80, "use_chat_template": False}, "last"),
-    ("/generate", {"prompt": "sum: 1 2"}, "last"),
-    ("/generate", {"prompt": "a sum: 1 2"}, "first"),
     ("/generate", chat("hi", "well", "x" * 70), "last"),
-    (CHAT, chat("hi"), "first"),
     (CHAT, chat("sum: 1", "2", "more"), "last"),
     (CHAT, chat("hi", "fine", "sum: 1"), "first"),
     (CHAT, chat("hi", "fine", "x" * 70), "last"),
-    (COMPLETIONS, {"prompt": "x" * 79}, "first"),
-    (COMPLETIONS, {"prompt": "x" * 80}, "last"),
     (COMPLETIONS, {"prompt": [120] * 80}, "first"),
-    (COMPLETIONS, {"prompt": [120] * 81}, "last"),
-    (COMPLETIONS, {"prompt": ["hi", "x" * 80]}, "last"),
     (COMPLETIONS, {"prompt": [[120], [120] * 81]}, "last"),
     (COMPLETIONS, {"prompt": ["sum: 1", "hi"]}, "last"),
     (COMPLETIONS, {"prompt": ["x" * 30, "my code " * 6]}, "second"),
@@ -1206,13 +979,13 @@ ROUTES = [
 def test_the_first_rule_that_holds_decides_which_model_answers(many):
     site, found = many(configured(ROUTED)), []
     for path, body, _ in ROUTES:
-        limit = {"max_new_tokens" if path == "/generate" else "max_tokens": 2}
-        answer = site.post(path, {**body, **limit, **A, "model": "auto"})
+        rest = {"max_new_tokens" if path == "/generate" else "max_tokens": 2, **A}
+        answer = site.post(path, {**body, **rest, "model": "auto"})
         assert answer.status_code == 200, answer.text
         found.append((path, body, answer.json["model"]))
     assert found == ROUTES
-    error = error_of(site.post("/generate", {"prompt": "", "model": "auto"}), 400)
-    assert error["message"] == "the prompt is empty"
+    answer = site.post("/generate", {"prompt": "", "model": "auto"})
+    kit.refused(answer, 400, message="the prompt is empty")
 
 
 @pytest.mark.parametrize("path", [path for path in ASKED if path != CHAT])
@@ -1226,9 +999,8 @@ def test_a_request_that_names_a_model_or_none_is_not_routed(path, many):
 
 @pytest.mark.parametrize("long", ["x" * 200, [120] * 200], ids=["text", "ids"])
 def test_a_prompt_longer_than_the_default_models_context_is_routed(long, many, loader):
-    loader.made = lambda name: replace(
-        model_of(name), context_length=64 if name == "llama" else 512
-    )
+    lengths = {"llama": 64}
+    loader.made = lambda name: replace(model_of(name), context_length=lengths.get(name, 512))
     body = {"prompt": long, "max_tokens": 2, **A}
     site = many(configured(ROUTED))
     assert error_of(site.post(COMPLETIONS, body), 400)["code"] == "context_length_exceeded"
@@ -1271,40 +1043,31 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("text", "fragments"),
-    [
-        (NAMES + RULE.replace("small", "smal") + 'pattern = "a"', ["rules[0]", "'smal'", "small?"]),
-        (
-            f'{NAMES}{RULE}pattern = "a"\n{RULE.replace("small", "zebra")}pattern = "a"',
-            ["router_rules[1]", "'zebra'"],
-        ),
-        (NAMES + RULE + 'pattern = "("', ["labs.toml", "router_rules", "pattern = '('"]),
-        (NAMES + RULE, ["labs.toml", "router_rules", "needs over_prompt_tokens or pattern"]),
-        (NAMES + RULE + "over_prompt_tokens = -1", ["labs.toml", "router_rules", ">= 0"]),
-        (NAMES + RULE + 'patern = "a"', ["labs.toml", "router_rules", "patern"]),
-        (NAMES + '[[router.rules]]\npattern = "a"', ["labs.toml", "router_rules", "model"]),
-        (NAMES + "[router]\nrules = 5", ["labs.toml", "router_rules = 5", "array"]),
-        (NAMES + "[router]\nrule = []", ["labs.toml", "'rule'", "rules?"]),
-        (
-            NAMES + '[models.auto]\nmodel_name = "a"',
-            ["labs.toml", "[models.auto]", "belongs to [router]"],
-        ),
-        ('default_model = "smal"' + NAMES, ["default_model = smal", "did you mean small?"]),
-        ('default_model = "zebra"' + NAMES, ["default_model = zebra", "no [models] table"]),
-        ('default_model = "auto"' + NAMES, ["labs.toml", "default_model = auto"]),
-        ("default_model = 5" + NAMES, ["labs.toml", "default_model"]),
-        (
-            'default_model = "small"\n[generation]\nmodel_name = "org/m"' + NAMES,
-            ["labs.toml", "default_model", "model_name", "both"],
-        ),
-    ],
-)
-def test_wrong_models_and_rules_are_refused_in_one_sentence(text, fragments):
+WRONG_TABLES = [  # the text of labs.toml, and what its refusal says
+    (NAMES + RULE.replace("small", "smal") + 'pattern = "a"', "rules[0] 'smal' small?"),
+    (f'{NAMES}{RULE}pattern = "a"\n[[router.rules]]\nmodel = "z"\npattern = "a"', "rules[1] 'z'"),
+    (NAMES + RULE + 'pattern = "("', "router_rules pattern '('"),
+    (NAMES + RULE, "router_rules needs over_prompt_tokens or pattern"),
+    (NAMES + RULE + "over_prompt_tokens = -1", "router_rules >= 0"),
+    (NAMES + RULE + 'patern = "a"', "router_rules patern"),
+    (NAMES + '[[router.rules]]\npattern = "a"', "router_rules model"),
+    (NAMES + "[router]\nrules = 5", "router_rules 5 array"),
+    (NAMES + "[router]\nrule = []", "'rule' rules?"),
+    (NAMES + '[models.auto]\nmodel_name = "a"', "[models.auto] belongs to [router]"),
+    ('default_model = "smal"' + NAMES, "default_model smal small?"),
+    ('default_model = "zebra"' + NAMES, "default_model zebra no [models] table"),
+    ('default_model = "auto"' + NAMES, "default_model auto"),
+    ("default_model = 5" + NAMES, "default_model"),
+    ('default_model = "small"\n[generation]\nmodel_name = "m"' + NAMES, "default_model both"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG_TABLES)
+def test_wrong_models_and_rules_are_refused_in_one_sentence(text, words):
     with pytest.raises(labs.ConfigError) as caught:
         configured(text)
-    assert [part for part in fragments if part not in str(caught.value)] == []
-    assert is_one_sentence(caught.value)
+    assert [word for word in words.split() if word not in str(caught.value)] == []
+    assert kit.is_one_sentence(caught.value)
 
 
 def program_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> labs.Config:
@@ -1332,26 +1095,19 @@ def test_rules_come_from_a_file_the_environment_or_a_flag(place, monkeypatch):
     assert labs.load_config("again.toml", env={}).router == config.router
 
 
-@pytest.mark.parametrize(
-    ("text", "fragments"),
-    [
-        ('[{"model": "small", "pattern": "("}]', ["rules", "pattern = '('"]),
-        ('[{"model": "small"}]', ["rules", "needs over_prompt_tokens or pattern"]),
-        ('[{"model": "zebra", "pattern": "a"}]', ["rules[0]", "'zebra'"]),
-        ('{"model": "small", "pattern": "a"}', ["rules", "array"]),
-        ("nonsense", ["rules"]),
-        ('[{"model"', ["rules"]),
-    ],
-)
-def test_a_wrong_rule_is_named_in_the_environment_and_in_a_flag(text, fragments, monkeypatch):
+WRONG_RULES = {'[{"model": "small", "pattern": "("}]': "pattern = '('", "nonsense": "router"}
+WRONG_RULES |= {'[{"model": "zebra", "pattern": "a"}]': "rules[0]", '{"model": "a"}': "array"}
+
+
+@pytest.mark.parametrize(("text", "words"), WRONG_RULES.items())
+def test_a_wrong_rule_is_named_in_the_environment_and_in_a_flag(text, words, monkeypatch):
     write("labs.toml", NAMES)
     with pytest.raises(click.ClickException) as refused:
         program_config(monkeypatch, "--router-rules", text)
     with pytest.raises(labs.ConfigError) as caught:
         labs.load_config(env={"LABS_ROUTER_RULES": text})
     for error in (refused.value.format_message(), str(caught.value)):
-        assert [part for part in ["router", *fragments] if part not in error.lower()] == []
-        assert "\n" not in error
+        assert (words in error.lower(), "\n" in error) == (True, False)
 
 
 def test_a_flag_replaces_rules_which_may_name_the_default_model_by_its_id(monkeypatch):
@@ -1365,29 +1121,15 @@ def test_a_flag_replaces_rules_which_may_name_the_default_model_by_its_id(monkey
 @pytest.mark.parametrize("place", ["environment", "overrides", "dotenv", "flag"])
 @pytest.mark.parametrize(("name", "model"), [("small", "org/small"), ("other/m", "other/m")])
 def test_a_requested_model_wins_over_the_default_one(name, model, place, monkeypatch):
-    write("labs.toml", 'default_model = "large"\n' + NAMES)
-    config = labs.load_config(env={})
+    config = configured('default_model = "large"\n' + NAMES)
     assert (config.model_id, config.model.model_name) == ("large", "org/large")
-    assert config.models["large"].model == config.model
     write(".env", f"LABS_MODEL={name}" if place == "dotenv" else "")
     if place == "flag":
         config = program_config(monkeypatch, "--model", name)
     else:
-        config = labs.load_config(
-            env={"LABS_MODEL": name} if place == "environment" else {},
-            overrides={"model_name": name} if place == "overrides" else {},
-        )
+        env = {"LABS_MODEL": name} if place == "environment" else {}
+        given = {"model_name": name} if place == "overrides" else {}
+        config = labs.load_config(env=env, overrides=given)
     assert (config.model_id, config.model.model_name) == (name, model)
     found = {name: each.model.model_name for name, each in config.models.items()}
     assert found == {"small": "org/small", "large": "org/large"}
-    with pytest.raises(labs.ConfigError, match="default_model = zebra"):
-        configured('default_model = "zebra"\n' + NAMES, overrides={"model_name": name})
-
-
-def test_settings_of_the_environment_hold_for_every_model():
-    write("labs.toml", NAMES + "[generation]\ntop_k = 7\n")
-    config = labs.load_config(env={"LABS_MAX_NEW_TOKENS": "9", "LABS_SERVER_KEEP_ALIVE_S": "5"})
-    every = (config, *config.models.values())
-    assert [each.generation.max_new_tokens for each in every] == [9] * 3
-    assert [each.server.keep_alive_s for each in every] == [5] * 3
-    assert [each.generation.top_k for each in every] == [7, None, None]
