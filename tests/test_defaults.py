@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +25,12 @@ TABLES = (
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("plain") / "model")
 
 
 @pytest.fixture
-def recommend(plain: Path, tmp_path: Path) -> Any:
+def recommend(plain, tmp_path):
     """Return a function that loads the model with other words in its generation_config.json."""
 
     def loaded(*, spec: dict[str, Any] | None = None, **words: Any) -> labs.Model:
@@ -70,9 +69,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.name == "labs"]
 
 
-def test_each_field_of_a_generation_config_is_in_exactly_one_table():
+def test_each_field_of_a_generation_config_is_in_one_table_and_each_rule_has_an_example():
     known = [name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")]
     assert sorted(name for table in TABLES for name in table) == sorted(known)
+    assert labs_defaults.RULES | {"watermarking_config"} <= RULES
 
 
 def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
@@ -80,6 +80,7 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
     first, second, third, fourth, *_ = tokens
     penalty, encoder = {"repetition_penalty": 1.7}, {"encoder_repetition_penalty": 2.5}
     biases = [[[i], 7.0 - i % 5] for i in range(33, 99)]
+    pulls = {"sequence_bias": [[[IDS[0]], 30.0], [[99], 29.0]]}
     several = {"suppress_tokens": [first], "no_repeat_ngram_size": 2, "min_new_tokens": 12}
     several |= {"sequence_bias": [[[77], 5.0]], "renormalize_logits": True, **penalty}
     return {
@@ -95,10 +96,7 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
         "forced_bos_token_id": {"forced_bos_token_id": 67},
         "exponential_decay_length_penalty": {"exponential_decay_length_penalty": [4, 1.3]},
         "encoder_repetition_penalty": {**encoder, "repetition_penalty": 1.2},
-        "encoder_no_repeat_ngram_size": {
-            "encoder_no_repeat_ngram_size": 1,
-            "sequence_bias": [[[IDS[0]], 30.0], [[99], 29.0]],
-        },
+        "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1, **pulls},
         "remove_invalid_values": {"remove_invalid_values": True},
         "watermarking_config": {"watermarking_config": {"bias": 5.5, "greenlist_ratio": 0.4}},
         "several": several,
@@ -106,10 +104,6 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
 
 
 RULES = {*rules_for([1, 2, 3, 4])}
-
-
-def test_each_rule_has_an_example_above():
-    assert labs_defaults.RULES | {"watermarking_config"} <= RULES
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -172,17 +166,9 @@ def test_a_grammar_of_the_request_wins_over_a_rule_that_forbids_all_its_tokens(r
 
 
 ODD: dict[str, Any] = {
-    "temperature": "warm",
-    "top_p": 1.5,
-    "min_p": [0.1],
-    "repetition_penalty": 0.0,
-    "suppress_tokens": "some",
-    "sequence_bias": [[[4000], 1.0]],
-    "forced_eos_token_id": 4000,
-    "guidance_scale": 1.5,
-    "token_healing": True,
-    "dola_layers": "high",
-    "penalty_alpha": 0.4,
+    **{"temperature": "warm", "top_p": 1.5, "min_p": [0.1], "repetition_penalty": 0.0},
+    **{"suppress_tokens": "some", "sequence_bias": [[[4000], 1.0]], "forced_eos_token_id": 4000},
+    **{"guidance_scale": 1.5, "token_healing": True, "dola_layers": "high", "penalty_alpha": 0.4},
 }
 
 
