@@ -284,68 +284,65 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
-CONV = {"layer_types": ["conv", "full_attention"] * 2}
-GEMMA = sizes_of("head_dim=16 query_pre_attn_scalar=16")
-GPT = sizes_of("n_embd=64 n_layer=4 n_head=4 n_positions=512")
-MAMBA = sizes_of("mamba_n_groups=1 mamba_d_state=8 mamba_chunk_size=8")
-LATENT = (
-    "n_routed_experts=4 num_experts_per_tok=2 n_group=1 topk_group=1 moe_intermediate_size=32 "
-    "q_lora_rank=16 kv_lora_rank=16 qk_rope_head_dim=8 qk_nope_head_dim=16 v_head_dim=16 "
-    "first_k_dense_replace=1 num_key_value_heads=4"
-)
-JOINS: dict[str, Any] = {
-    **dict.fromkeys(("llama", "qwen2", "stablelm", "granite", "smollm3", "olmo"), ""),
-    **dict.fromkeys(("qwen3", "glm4"), "head_dim=16"),
-    "qwen3_moe": "num_experts=4 num_experts_per_tok=2 moe_intermediate_size=32 head_dim=16",
-    **dict.fromkeys(("mistral", "phi3"), "sliding_window=8"),
-    "mixtral": "num_local_experts=4",
-    "exaone4": SLIDING,
-    "gemma2": {"sliding_window": 8, **GEMMA},
-    "gemma3_text": {**GEMMA, **SLIDING},
-    "gpt_oss": SLIDING | sizes_of("head_dim=16 num_local_experts=4 num_experts_per_tok=2"),
-    "cohere2": SLIDING,
-    "llama4_text": (
-        "head_dim=16 attention_chunk_size=8 num_local_experts=2 intermediate_size_mlp=96"
-    ),
-    "gpt2": GPT,
-    "opt": "ffn_dim=96 word_embed_proj_dim=64",
-    "deepseek_v3": LATENT,
-    "mamba2": (
-        "state_size=8 head_dim=16 num_heads=8 n_groups=2 expand=2 conv_kernel=4 chunk_size=8"
-    ),
-    "lfm2": {"block_ff_dim": 96, **CONV},
-    "falcon_h1": MAMBA | sizes_of("mamba_d_ssm=64 mamba_n_heads=4 mamba_d_head=16"),
-    "bamba": MAMBA | {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
+GROUPS: dict[str, dict[str, Any]] = {
+    "sliding": SLIDING,
+    "linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "conv": {"layer_types": ["conv", "full_attention"] * 2},
+    "second": {"attn_layer_indices": [1, 3]},
 }
-WHOLE: dict[str, Any] = {
-    "mamba": "state_size=8 expand=2 conv_kernel=4",
-    "falcon_mamba": "state_size=8",
-    "jamba": "mamba_d_state=8 num_experts=2 attn_layer_period=2 attn_layer_offset=1 "
-    "expert_layer_period=2 use_mamba_kernels=0",
-}
-ALONE = {
-    "rwkv": "attention_hidden_size=64",
-    "minimax": {"num_local_experts": 2, "head_dim": 16, **LINEAR},
-}
-# before 5.24 it took no attention but its own
-(ALONE if transformers.__version__ < "5.24" else JOINS)["gptj"] = {**GPT, "rotary_dim": 8}
-# Tiny random models of DULL repeat themselves: how they run is tested, their tokens say nothing.
-DULLS = {"alone": {"bloom": "n_head=4 n_layer=4", "mpt": "d_model=64 n_heads=4 n_layers=4"}}
-DULLS["joins"] = {"gpt_neox": "", "starcoder2": "sliding_window=8"}
+# How each type runs, and the sizes of a tiny one. Those of DULL repeat themselves: how they run is
+# tested, their tokens say nothing.
+TYPES = """
+joins llama,qwen2,stablelm,granite,smollm3,olmo
+joins qwen3,glm4 head_dim=16
+joins qwen3_moe num_experts=4 num_experts_per_tok=2 moe_intermediate_size=32 head_dim=16
+joins mistral,phi3 sliding_window=8
+joins mixtral num_local_experts=4
+joins exaone4,cohere2 sliding
+joins gemma2 head_dim=16 query_pre_attn_scalar=16 sliding_window=8
+joins gemma3_text head_dim=16 query_pre_attn_scalar=16 sliding
+joins gpt_oss head_dim=16 num_local_experts=4 num_experts_per_tok=2 sliding
+joins llama4_text head_dim=16 attention_chunk_size=8 num_local_experts=2 intermediate_size_mlp=96
+joins gpt2 n_embd=64 n_layer=4 n_head=4 n_positions=512
+joins opt ffn_dim=96 word_embed_proj_dim=64
+joins deepseek_v3 n_routed_experts=4 num_experts_per_tok=2 n_group=1 topk_group=1 v_head_dim=16 \
+    moe_intermediate_size=32 q_lora_rank=16 kv_lora_rank=16 qk_rope_head_dim=8 \
+    qk_nope_head_dim=16 first_k_dense_replace=1 num_key_value_heads=4
+joins mamba2 state_size=8 head_dim=16 num_heads=8 n_groups=2 expand=2 conv_kernel=4 chunk_size=8
+joins lfm2 block_ff_dim=96 conv
+joins falcon_h1 mamba_d_ssm=64 mamba_n_heads=4 mamba_d_head=16 mamba_n_groups=1 mamba_d_state=8 \
+    mamba_chunk_size=8
+joins bamba mamba_n_heads=8 mamba_d_head=16 mamba_n_groups=1 mamba_d_state=8 mamba_chunk_size=8 \
+    second
+whole mamba state_size=8 expand=2 conv_kernel=4
+whole falcon_mamba state_size=8
+whole jamba mamba_d_state=8 num_experts=2 attn_layer_period=2 attn_layer_offset=1 \
+    expert_layer_period=2 use_mamba_kernels=0
+OWN gptj n_embd=64 n_layer=4 n_head=4 n_positions=512 rotary_dim=8
+alone rwkv attention_hidden_size=64
+alone minimax num_local_experts=2 head_dim=16 linear
+"""
+DULL_TYPES = """
+alone bloom n_head=4 n_layer=4
+alone mpt d_model=64 n_heads=4 n_layers=4
+joins gpt_neox
+joins starcoder2 sliding_window=8
+"""
 
 
-def by_mode(modes: dict[str, dict[str, Any]]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return {type: (how it runs, its sizes)}."""
-    return {
-        kind: (mode, sizes_of(sizes) if isinstance(sizes, str) else sizes)
-        for mode, kinds in modes.items()
-        for kind, sizes in kinds.items()
-    }
+def by_type(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for how, kinds, *words in (line.split() for line in text.strip().splitlines()):
+        sizes = sizes_of(" ".join(word for word in words if "=" in word))
+        for word in words:
+            sizes |= GROUPS.get(word, {})
+        found |= dict.fromkeys(kinds.split(","), (how, sizes))
+    return found
 
 
-ARCHITECTURES = by_mode({"joins": JOINS, "whole": WHOLE, "alone": ALONE})
-DULL = by_mode(DULLS)
+# Before 5.24 gptj took no attention but its own.
+OWN = "alone" if transformers.__version__ < "5.24" else "joins"
+ARCHITECTURES, DULL = by_type(TYPES.replace("OWN", OWN)), by_type(DULL_TYPES)
 CHANCE = random.Random(0)
 
 PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (1, 2, 5, 11, 23, 41, 7, 3)]

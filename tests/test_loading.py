@@ -41,9 +41,6 @@ def answers(model: labs.Model) -> bool:
     return labs.generate(model, SHORT, max_new_tokens=2).usage.completion_tokens > 0
 
 
-# ---------------------------------------------------------------- dtypes and devices
-
-
 DTYPES = [
     *(("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp16")),
     *(("auto", "cpu", True, "bf16"), ("auto", "cpu", False, "fp32")),
@@ -67,10 +64,6 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
 @pytest.mark.parametrize("name", ["tpu", "{", "cpu:x", pytest.param("cuda", marks=NO_CUDA)])
 def test_a_device_that_is_missing_is_refused_by_name(name, tiny_folder, fresh):
     assert name in refused("device_map", tiny_folder, device_map=name)
-
-
-def test_a_map_of_devices_is_read_as_json(tiny_folder, fresh):
-    assert answers(load(tiny_folder, device_map='{"": "cpu"}'))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +99,6 @@ def test_a_model_with_packed_weights_answers(method, tiny_folder, fresh, monkeyp
     labs.load_model.cache_clear()
     monkeypatch.setattr(labs_fast, "pack", lambda model, method: None)
     refused(f"quant_method = {method}: needs .* linear layers", tiny_folder, quantization=packed)
-
-
-# ---------------------------------------------------------------- which models stay in memory
 
 
 @pytest.fixture
@@ -184,9 +174,6 @@ def test_only_the_caller_holds_a_model_that_is_not_cached(tiny_folder, fresh):
     assert gone() is None
 
 
-# ---------------------------------------------------------------- what is not a model
-
-
 @pytest.fixture
 def remote(folder, monkeypatch):
     """Make a model whose own code writes the file `ran` when it is imported."""
@@ -209,13 +196,16 @@ def test_the_code_of_a_model_runs_only_if_allowed(remote, fresh):
     assert Path("ran").exists()
 
 
+MAP = {"device_map": '{"": "cpu"}'}  # a map of devices is JSON
+
+
 def test_pickled_weights_are_loaded_only_if_allowed(folder, fresh):
     place = save_model(folder / "pickled")
     weights = transformers.AutoModelForCausalLM.from_pretrained(place).state_dict()
     (place / "model.safetensors").unlink()
     torch.save(weights, place / "pytorch_model.bin")
     refused("use_safetensors = false", place)
-    assert answers(load(place, use_safetensors=False))
+    assert answers(load(place, use_safetensors=False, **MAP))
 
 
 def test_weights_that_are_missing_are_refused_and_not_made_up(folder, fresh):
@@ -341,9 +331,6 @@ def test_the_tokenizer_s_length_counts_if_the_model_states_none():
         assert labs_decode.context_length_of(silent, tokenizer) == length
 
 
-# ---------------------------------------------------------------- the hub
-
-
 @pytest.fixture
 def unreachable(folder, monkeypatch):
     """Let every connection fail, and the hub's cache be empty; return the calls and the sleeps."""
@@ -401,7 +388,7 @@ def test_each_exception_of_huggingface_hub_has_a_reason():
     [
         ("torch", {}),
         ("transformers", {}),
-        ("accelerate", {"device_map": '{"": "cpu"}'}),
+        ("accelerate", MAP),
         ("bitsandbytes", {"quantization": labs.Quantization(load_in_4bit=True)}),
         ("bitsandbytes", {"quantization": labs.Quantization(load_in_8bit=True)}),
         ("gguf", {"cache_dir": "cache"}),

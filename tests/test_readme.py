@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """README.md and docs/*.md hold: blocks tagged `run` are run in order and print what they show.
 
-Each page begins with fresh names; all pages share one loaded default model and one server. Pages
+Each page begins with fresh names; all share one loaded default model and one server. Pages
 but the README and those of ON_ANY_MODEL need the mark `real`. What the default model generates was
 recorded on the machines of RECORDED: elsewhere a block has to run, but its text may differ. After a
 change of outputs or settings, write pages, settings.md, labs.toml's comments and the README's line
@@ -13,9 +13,9 @@ counts anew, and read the diff:
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
-import logging
 import os
 import re
 import shlex
@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,13 +32,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 import pytest
 import yaml
-from kit import invoke
+from kit import WAIT_S, invoke, program
 
 import labs
-import labs_api
 import labs_cli
-import labs_models
-import labs_serve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,38 +117,11 @@ def as_shown(output: str) -> str:
 
 
 class LabsApi:
-    """labs-api in this process, on a free port, with the model that the other blocks use."""
+    """labs-api as a program on a free port: what it says when it is ready, and its address."""
 
-    def __init__(self) -> None:
-        self.greeting = ""
-        ready = threading.Event()
-
-        class Listen(logging.Handler):
-            def emit(_, record: logging.LogRecord) -> None:
-                self.greeting += f"{record.getMessage()}\n"
-                if "ready after" in self.greeting:
-                    ready.set()
-
-        config = labs.load_config(overrides={"server_port": 0})
-        self.models = labs_models.Models(config, start=False)
-        self.server = labs_serve.make_server(labs_api.create_app(config, self.models), config)
-        handler, logger = Listen(), logging.getLogger("labs.serve")
-        level = logger.level
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(labs_serve, "on_signals", lambda stop: None)  # of the main thread only
-            arguments = (self.server, self.models, config)
-            self.thread = threading.Thread(target=labs_serve._run, args=arguments, daemon=True)
-            self.thread.start()
-            assert ready.wait(120), self.greeting
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        self.address = f"127.0.0.1:{self.server.effective_port}"
-
-    def close(self) -> None:
-        labs_serve.drain(self.server, self.models, 1.0)
-        self.thread.join(30)
+    def __init__(self, process: Any) -> None:
+        self.greeting = "".join(process.stderr.readline().decode() for _ in range(2))
+        self.address = self.greeting.partition("http://")[2].partition(" ")[0]
 
 
 class Place:
@@ -210,23 +179,24 @@ def commands(text: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def serving():
     """Return a function that returns the server, which the first block to need it starts."""
-    running: list[LabsApi] = []
+    kept = {"CACHE_DIR": os.environ["LABS_CACHE_DIR"]} if "LABS_CACHE_DIR" in os.environ else {}
+    with contextlib.ExitStack() as stack:
 
-    def started() -> LabsApi:
-        running[:] = running or [LabsApi()]
-        return running[0]
+        @functools.cache
+        def started() -> LabsApi:
+            process = stack.enter_context(program(**kept))
+            stack.callback(process.wait, WAIT_S)
+            stack.callback(process.terminate)
+            return LabsApi(process)
 
-    yield started
-    for server in running:
-        server.close()
+        yield started
 
 
 @pytest.fixture
 def place(folder, serving, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
-    for name in [name for name in os.environ if name.startswith("LABS_")]:
-        if name != "LABS_CACHE_DIR":
-            monkeypatch.delenv(name)
+    for name in {name for name in os.environ if name.startswith("LABS_")} - {"LABS_CACHE_DIR"}:
+        monkeypatch.delenv(name)
     made = Place(serving)
     monkeypatch.setitem(sys.modules, "readme", made.module)
     return made

