@@ -289,6 +289,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "conv": {"layer_types": ["conv", "full_attention"] * 2},
     "second": {"attn_layer_indices": [1, 3]},
+    "plain": {"use_mamba_kernels": False},
 }
 # How each type runs, and the sizes of a tiny one. Those of DULL repeat themselves: how they run is
 # tested, their tokens say nothing.
@@ -317,7 +318,7 @@ joins bamba mamba_n_heads=8 mamba_d_head=16 mamba_n_groups=1 mamba_d_state=8 mam
 whole mamba state_size=8 expand=2 conv_kernel=4
 whole falcon_mamba state_size=8
 whole jamba mamba_d_state=8 num_experts=2 attn_layer_period=2 attn_layer_offset=1 \
-    expert_layer_period=2 use_mamba_kernels=0
+    expert_layer_period=2 plain
 OWN gptj n_embd=64 n_layer=4 n_head=4 n_positions=512 rotary_dim=8
 alone rwkv attention_hidden_size=64
 alone minimax num_local_experts=2 head_dim=16 linear
