@@ -50,6 +50,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the LABS_ variables of this machine out, all but the place of the cache."""
+    for name in {name for name in os.environ if name.startswith("LABS_")} - {"LABS_CACHE_DIR"}:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def fresh() -> Iterator[None]:
     """Begin and end with no model remembered."""
     labs.load_model.cache_clear()

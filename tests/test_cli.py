@@ -24,13 +24,7 @@ import labs_cli
 import labs_request
 
 HI = '[{"role": "user", "content": "Hi"}]'
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch):
-    """Keep the LABS_ variables of this machine out."""
-    for name in {name for name in os.environ if name.startswith("LABS_")} - {"LABS_CACHE_DIR"}:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 def contents(request: dict[str, Any]) -> list[str]:

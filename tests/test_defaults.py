@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kit import END, EOS, USER, fold, load, save_model
+from kit import END, EOS, USER, by_transformers, fold, load, save_model
 
 import labs
 import labs_defaults
@@ -48,13 +48,6 @@ def recommend(plain, tmp_path):
 def greedy(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20) -> list[int]:
     options: Any = {"max_new_tokens": new, "logprobs": 0, "do_sample": False}
     return [each.token for each in labs.generate(model, labs.Inputs(ids, ""), **options).logprobs]
-
-
-def by_transformers(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20) -> list[int]:
-    given = torch.tensor([ids])
-    options = {"max_new_tokens": new, "do_sample": False, "tokenizer": model.tokenizer}
-    found = model.model.generate(given, attention_mask=torch.ones_like(given), **options)
-    return list(found[0, len(ids) :].tolist())
 
 
 def row_of(model: labs.Model, **options: Any) -> Any:
@@ -112,7 +105,7 @@ def test_a_rule_of_the_model_gives_the_tokens_that_transformers_gives(name, plai
     model = recommend(**rules_for(before)[name])
     prompt = (65,) if name == "forced_bos_token_id" else IDS
     found = greedy(model, prompt)
-    assert found == by_transformers(model, prompt)
+    assert found == by_transformers(model.model, [*prompt])
     unchanged = {"remove_invalid_values"}  # of logits that are all valid
     assert (found == (greedy(load(plain), prompt))) == (name in unchanged)
 
@@ -121,7 +114,7 @@ def test_each_row_of_a_batch_has_its_own_rules(plain, recommend):
     model = recommend(begin_suppress_tokens=[greedy(load(plain))[0]], min_new_tokens=4)
     prompts = [labs.Inputs(ids, "") for ids in (IDS, IDS[:3], IDS[2:9], (66,))]
     found = fold(labs.stream_batch(model, prompts, max_new_tokens=9))
-    expected = [by_transformers(model, each.input_ids, 9) for each in prompts]
+    expected = [by_transformers(model.model, [*each.input_ids], 9) for each in prompts]
     expected = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert [found[i][0] for i in range(4)] == expected
 

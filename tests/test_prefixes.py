@@ -23,6 +23,12 @@ def chunk(monkeypatch):
     monkeypatch.setattr(decode, "CHUNK", 8)
 
 
+def prefilled(decoder: decode.Decoder, batch: decode.Batch) -> decode.Batch:
+    while batch.pending:
+        batch = decode.prefill(decoder, batch)
+    return batch
+
+
 def added(decoder: Any, prompts: list[list[int]], **options: Any) -> prefixes_room.Prefixes:
     """Return a store of the columns that rows with these prompts have after one step."""
     prefixes = prefixes_room.Prefixes(**options)
@@ -37,18 +43,14 @@ def recalled(
     """Return a newcomer that began with a stored prefix, and how many columns that has."""
     prefix, columns = prefixes.find("", ids, exact and decode.CHUNK)
     assert prefix is not None
-    batch = prefixes_room.recall(decoder, decode.new_batch(decoder, row_of(ids)), prefix, columns)
+    batch = decode.new_batch(decoder, row_of(ids))
+    batch = prefixes_room.recall(decoder, batch, prefix, columns)
     assert batch.pending == len(ids) - columns
-    while batch.pending:
-        batch = decode.prefill(decoder, batch)
-    return batch, columns
+    return prefilled(decoder, batch), columns
 
 
 def whole(decoder: decode.Decoder, ids: list[int]) -> decode.Batch:
-    batch = decode.new_batch(decoder, row_of(ids))
-    while batch.pending:
-        batch = decode.prefill(decoder, batch)
-    return batch
+    return prefilled(decoder, decode.new_batch(decoder, row_of(ids)))
 
 
 def has_the_bits(mine: decode.Batch, theirs: decode.Batch) -> bool:

@@ -193,10 +193,8 @@ def serving():
 
 
 @pytest.fixture
-def place(folder, serving, monkeypatch):
+def place(folder, serving, no_variables, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
-    for name in {name for name in os.environ if name.startswith("LABS_")} - {"LABS_CACHE_DIR"}:
-        monkeypatch.delenv(name)
     made = Place(serving)
     monkeypatch.setitem(sys.modules, "readme", made.module)
     return made

@@ -4,23 +4,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import falcon.testing
 import pytest
-from kit import CHAT, COMPLETIONS, invoke
+from kit import CHAT, COMPLETIONS, Site, invoke
 from kit import A as ONLY_A
 from msgspec import Struct
 
 import labs
-import labs_api
 import labs_engine
 import labs_jsonl
-import labs_models
 import labs_rag
 import labs_request
 
@@ -42,11 +38,10 @@ class World:
         self.model = model
         self.config = labs.load_config(env={}, overrides={"model_name": "tiny"})
         self.engine = labs_engine.Engine(model)
-        app = labs_api.create_app(self.config, labs_models.One(self.engine, "tiny"))
-        self.client = falcon.testing.TestClient(app)
+        self.site = Site(self.engine, self.config)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self.client.simulate_post(path, json=body, headers={"Host": "localhost"}).json
+        return self.site.post(path, body).json
 
     def line(self, row: dict[str, Any]) -> Any:
         context, tally = labs_request.open_context(self.config), labs_jsonl.Tally()
@@ -218,11 +213,9 @@ OWN_WORDS = ("an unknown option", "an option out of bounds", "a contradiction")
 
 
 @pytest.fixture
-def open_world(tiny, monkeypatch):
+def open_world(tiny, no_variables, monkeypatch):
     """Return a function that writes ./labs.toml and opens the ways to the model."""
     monkeypatch.setattr(labs, "load_model", lambda config: tiny)
-    for name in [name for name in os.environ if name.startswith("LABS_")]:
-        monkeypatch.delenv(name)
     worlds: list[World] = []
 
     def opened(toml: str = "") -> World:
