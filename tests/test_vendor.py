@@ -334,7 +334,12 @@ def test_a_line_for_a_room_that_was_not_copied_fails_alone(room, line, tiny, mis
     missing(f"labs_{room}")
     plain = {"id": "b", "prompt": "Hi", "max_new_tokens": 1}
     lines = enumerate((json.dumps(each).encode() for each in (line, plain)), 1)
-    context = labs_request.open_context(labs.Config(model_id="tiny"))
+    context = labs_request.open_context(config := labs.Config(model_id="tiny"))
+    if room == "typed":  # and so does a choice
+        asked = (labs_request.Prompt(prompt="Hi"),)
+        request = labs_request.Request(prompts=asked, choices=("a", "b"))
+        with pytest.raises(labs.LabsError, match=re.escape(lacking(room))):
+            labs_request.prepare(context, config, tiny, request)
     tally, ordered = labs_jsonl.Tally(), labs_jsonl.Batching(ordered=True)
     found = map(json.loads, labs_jsonl.answer_lines(tiny, context, lines, tally, ordered))
     failed, answered = found
