@@ -18,26 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kit
 import pytest
 import torch
 import transformers
-from kit import (
-    END,
-    MODEL,
-    ROWS,
-    WAITING,
-    Brake,
-    FakeEngine,
-    FakeLabs,
-    Live,
-    Site,
-    configured,
-    hooked,
-    load,
-    save_gguf,
-    save_model,
-    until,
-)
 
 import labs
 import labs_engine
@@ -66,6 +50,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the LABS_ variables of this machine out, all but the place of the cache."""
+    for name in {name for name in os.environ if name.startswith("LABS_")} - {"LABS_CACHE_DIR"}:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def fresh() -> Iterator[None]:
     """Begin and end with no model remembered."""
     labs.load_model.cache_clear()
@@ -75,12 +66,12 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("tiny") / "model", eos_token_id=[END])
+    return kit.save_model(tmp_path_factory.mktemp("tiny") / "model", eos_token_id=[kit.END])
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> labs.Model:
-    return load(tiny_folder)
+    return kit.load(tiny_folder)
 
 
 @pytest.fixture(scope="session")
@@ -102,62 +93,59 @@ def missing(monkeypatch) -> Callable[[str], None]:
 
     inner = importlib.util.find_spec
     hidden: set[str] = set()
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *args: None if name in hidden else inner(name, *args),
-    )
+    found = lambda name, *args: None if name in hidden else inner(name, *args)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", found)
     return hidden.add
 
 
 @pytest.fixture
 def packed(folder, fresh) -> labs.ModelSpec:
     """Make a GGUF file and say where its conversion goes."""
-    path = save_gguf(folder / "tiny.gguf")
+    path = kit.save_gguf(folder / "tiny.gguf")
     return labs.ModelSpec(model_name=str(path), torch_dtype="fp32", cache_dir=str(folder / "cache"))
 
 
 @pytest.fixture
-def fake(tiny: labs.Model) -> FakeEngine:
-    return FakeEngine(tiny)
+def fake(tiny: labs.Model) -> kit.FakeEngine:
+    return kit.FakeEngine(tiny)
 
 
 @pytest.fixture
-def site(fake: FakeEngine) -> Site:
-    return Site(fake, configured())
+def site(fake: kit.FakeEngine) -> kit.Site:
+    return kit.Site(fake, kit.configured())
 
 
 @pytest.fixture(scope="module")
-def served(tiny: labs.Model) -> Iterator[Live]:
-    server = {"port": 0, "max_batch_rows": ROWS, "max_waiting": WAITING}
-    config = configured(generation=labs.Generation(max_new_tokens=5), **server)
-    live = Live(labs_engine.Engine(tiny, config.server), config)
+def served(tiny: labs.Model) -> Iterator[kit.Live]:
+    server = {"port": 0, "max_batch_rows": kit.ROWS, "max_waiting": kit.WAITING}
+    config = kit.configured(generation=labs.Generation(max_new_tokens=5), **server)
+    live = kit.Live(labs_engine.Engine(tiny, config.server), config)
     yield live
     live.close()
     live.engine.close()
 
 
 @pytest.fixture
-def brake(tiny: labs.Model) -> Iterator[Brake]:
-    brake = Brake()
-    with hooked(tiny, brake):
+def brake(tiny: labs.Model) -> Iterator[kit.Brake]:
+    brake = kit.Brake()
+    with kit.hooked(tiny, brake):
         yield brake
         brake.pause_s, brake.held = 0.0, False
 
 
 @pytest.fixture
-def live(served: Live, brake: Brake) -> Iterator[Live]:
+def live(served: kit.Live, brake: kit.Brake) -> Iterator[kit.Live]:
     """Serve; begin and end with nothing under way."""
-    until(lambda: served.doing() == (0, 0))
+    kit.until(lambda: served.doing() == (0, 0))
     yield served
     brake.pause_s, brake.held = 0.0, False
-    until(lambda: served.doing() == (0, 0))
+    kit.until(lambda: served.doing() == (0, 0))
 
 
 @pytest.fixture
-def fake_labs(monkeypatch: pytest.MonkeyPatch) -> FakeLabs:
-    fake_labs = FakeLabs()
+def fake_labs(monkeypatch: pytest.MonkeyPatch) -> kit.FakeLabs:
+    fake_labs = kit.FakeLabs()
     for name in ("load_config", "build_inputs", "stream_generate", "generate"):
         monkeypatch.setattr(labs, name, getattr(fake_labs, name))
-    monkeypatch.setattr(labs, "load_model", lambda config: MODEL)
+    monkeypatch.setattr(labs, "load_model", lambda config: kit.MODEL)
     return fake_labs

@@ -4,7 +4,9 @@
     uv run --extra bench python -m bench                              the table of all neighbours
     uv run --extra bench python -m bench single many context ...      labs over a peer, by parts
     uv run --extra bench python -m bench --gpu-report [1B 8B 0.6B]    random weights on a GPU
+    uv run --extra bench python -m bench --models [llama bert ...]    how types of models run
 
+The last one, without types, tries all that transformers knows and writes docs/models.md.
 The table is also written to bench.json and docs/bench.svg. Its neighbours are transformers'
 generate and continuous batching, `transformers serve`, llama-cpp-python (where it is installed) and
 labs, in process and over HTTP. They are asked in turn, because machines drift and the ratios of one
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import parts, table
+from bench import models, parts, table
 
 NAMES = ("single", "many", "context", "arrivals", "sampling", "long", "memory", "start", "prefix")
 NAMES += ("serving", "overhead", "manners", "batch", "typed", "documents", "ray")
@@ -31,6 +33,8 @@ def main() -> None:
             table.worker(name)
         case ["--gpu-report", *shapes]:
             table.gpu_report(*shapes)
+        case ["--models", *kinds]:
+            models.models(*kinds)
         case names if unknown := set(names) - PARTS.keys():
             raise SystemExit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
         case names:

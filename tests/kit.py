@@ -64,24 +64,17 @@ labs_load_config = labs.load_config
 # ---------------------------------------------------------------- models
 
 SPECIAL = ("<bos>", "<eos>", "<end>", "<|system|>", "<|user|>", "<|assistant|>")
-
 BOS, EOS, END, _, USER, ASSISTANT = range(256, 262)
-
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 ) + TEMPLATE
-
 LETTERS = (*range(33, 127), *range(161, 173), *range(174, 256))
-
 OTHERS = [byte for byte in range(256) if byte not in LETTERS]
-
 ALPHABET = [chr(b) if b in LETTERS else chr(256 + OTHERS.index(b)) for b in range(256)]
-
 SHORT = labs.Inputs(input_ids=(104, 101, 121), prompt="hey")
 
 
@@ -94,14 +87,16 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
     inner.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", BOS)]
     )
+    names = {"bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=list(SPECIAL[2:]),
+        tokenizer_object=inner, additional_special_tokens=list(SPECIAL[2:]), **names
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def sizes_of(text: str) -> dict[str, Any]:
+    return {name: int(number) for name, _, number in (s.partition("=") for s in text.split())}
 
 
 def llama(**options: Any) -> Any:
@@ -111,19 +106,10 @@ def llama(**options: Any) -> Any:
 
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 262,
-    "hidden_size": 64,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
+    **{"vocab_size": 262, "hidden_size": 64, "initializer_range": 0.3},
+    **{"tie_word_embeddings": False, "bos_token_id": BOS, "eos_token_id": EOS},
 }
-
-LAYERS_OF_TWO = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 4096,
-}
+LAYERS_OF_TWO = sizes_of("num_hidden_layers=2 num_attention_heads=4 max_position_embeddings=4096")
 
 
 def save_model(
@@ -152,37 +138,24 @@ def save_gguf(path: Path, seed: int = 0) -> Path:
 
     tokens, width = [*ALPHABET, "th", "<s>", "</s>"], 32
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(256)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    for name, number in sizes_of(
+        "context_length=256 embedding_length=32 block_count=1 feed_forward_length=64 head_count=4 "
+        "head_count_kv=2 rope_dimension_count=8 vocab_size=259 bos_token_id=257 eos_token_id=258"
+    ).items():
+        getattr(writer, f"add_{name}")(number)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 257 + [3, 3])
     writer.add_token_merges(["t h"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
-    shapes = {
-        "token_embd": (len(tokens), width),
-        "output": (len(tokens), width),
-        "output_norm": (width,),
-        "blk.0.attn_norm": (width,),
-        "blk.0.ffn_norm": (width,),
-        "blk.0.attn_q": (width, width),
-        "blk.0.attn_k": (16, width),
-        "blk.0.attn_v": (16, width),
-        "blk.0.attn_output": (width, width),
-        "blk.0.ffn_gate": (64, width),
-        "blk.0.ffn_up": (64, width),
-        "blk.0.ffn_down": (width, 64),
-    }
+    shapes = dict.fromkeys(("token_embd", "output"), (len(tokens), width))
+    shapes |= dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (width,))
+    shapes |= dict.fromkeys(("blk.0.attn_q", "blk.0.attn_output"), (width, width))
+    shapes |= dict.fromkeys(("blk.0.attn_k", "blk.0.attn_v"), (16, width))
+    shapes |= dict.fromkeys(("blk.0.ffn_gate", "blk.0.ffn_up"), (64, width))
+    shapes["blk.0.ffn_down"] = (width, 64)
     numbers = numpy.random.default_rng(seed)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", numbers.normal(0, 0.3, shape).astype(numpy.float32))
@@ -307,146 +280,73 @@ def tree(name: str) -> ast.Module:
 # ---------------------------------------------------------------- decode
 
 NEW_TOKENS = 20
-
 BASE: dict[str, Any] = {
-    "vocab_size": 211,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **{"tie_word_embeddings": False, "initializer_range": 0.3, "vocab_size": 211},
+    **sizes_of("hidden_size=64 num_hidden_layers=4 num_attention_heads=4 num_key_value_heads=2"),
+    **sizes_of("intermediate_size=96 max_position_embeddings=512 bos_token_id=1 eos_token_id=2"),
     "pad_token_id": 0,
 }
-
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("joins", {}),
-    "qwen2": ("joins", {}),
-    "qwen3": ("joins", {"head_dim": 16}),
-    "qwen3_moe": ("joins", MOE),
-    "mistral": ("joins", {"sliding_window": 8}),
-    "mixtral": ("joins", {"num_local_experts": 4}),
-    "phi3": ("joins", {"sliding_window": 8}),
-    "stablelm": ("joins", {}),
-    "granite": ("joins", {}),
-    "smollm3": ("joins", {}),
-    "olmo": ("joins", {}),
-    "glm4": ("joins", {"head_dim": 16}),
-    "exaone4": ("joins", SLIDING),
-    "gemma2": ("joins", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma3_text": ("joins", {"head_dim": 16, "query_pre_attn_scalar": 16, **SLIDING}),
-    "gpt_oss": (
-        "joins",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING},
-    ),
-    "cohere2": ("joins", SLIDING),
-    "llama4_text": (
-        "joins",
-        {
-            "head_dim": 16,
-            "attention_chunk_size": 8,
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 96,
-        },
-    ),
-    "gpt2": ("joins", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512}),
-    "opt": ("joins", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "deepseek_v3": (
-        "joins",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 32,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "mamba2": (
-        "joins",
-        {
-            "state_size": 8,
-            "head_dim": 16,
-            "num_heads": 8,
-            "n_groups": 2,
-            "expand": 2,
-            "conv_kernel": 4,
-            "chunk_size": 8,
-        },
-    ),
-    "lfm2": ("joins", {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 96}),
-    "falcon_h1": (
-        "joins",
-        {
-            "mamba_d_ssm": 64,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 16,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 8,
-            "mamba_chunk_size": 8,
-        },
-    ),
-    "bamba": (
-        "joins",
-        {
-            "mamba_n_heads": 8,
-            "mamba_d_head": 16,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 8,
-            "attn_layer_indices": [1, 3],
-            "mamba_chunk_size": 8,
-        },
-    ),
-    "mamba": ("whole", {"state_size": 8, "expand": 2, "conv_kernel": 4}),
-    "falcon_mamba": ("whole", {"state_size": 8}),
-    "jamba": (
-        "whole",
-        {
-            "mamba_d_state": 8,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "gptj": (  # before 5.24 it took no attention but its own
-        "alone" if transformers.__version__ < "5.24" else "joins",
-        {"n_embd": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
-    ),
-    "rwkv": ("alone", {"attention_hidden_size": 64}),
-    "minimax": (
-        "alone",
-        {
-            "num_local_experts": 2,
-            "head_dim": 16,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-        },
-    ),
+GROUPS: dict[str, dict[str, Any]] = {
+    "sliding": SLIDING,
+    "linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "conv": {"layer_types": ["conv", "full_attention"] * 2},
+    "second": {"attn_layer_indices": [1, 3]},
+    "plain": {"use_mamba_kernels": False},
 }
+# How each type runs, and the sizes of a tiny one. Those of DULL repeat themselves: how they run is
+# tested, their tokens say nothing.
+TYPES = """
+joins llama,qwen2,stablelm,granite,smollm3,olmo
+joins qwen3,glm4 head_dim=16
+joins qwen3_moe num_experts=4 num_experts_per_tok=2 moe_intermediate_size=32 head_dim=16
+joins mistral,phi3 sliding_window=8
+joins mixtral num_local_experts=4
+joins exaone4,cohere2 sliding
+joins gemma2 head_dim=16 query_pre_attn_scalar=16 sliding_window=8
+joins gemma3_text head_dim=16 query_pre_attn_scalar=16 sliding
+joins gpt_oss head_dim=16 num_local_experts=4 num_experts_per_tok=2 sliding
+joins llama4_text head_dim=16 attention_chunk_size=8 num_local_experts=2 intermediate_size_mlp=96
+joins gpt2 n_embd=64 n_layer=4 n_head=4 n_positions=512
+joins opt ffn_dim=96 word_embed_proj_dim=64
+joins deepseek_v3 n_routed_experts=4 num_experts_per_tok=2 n_group=1 topk_group=1 v_head_dim=16 \
+    moe_intermediate_size=32 q_lora_rank=16 kv_lora_rank=16 qk_rope_head_dim=8 \
+    qk_nope_head_dim=16 first_k_dense_replace=1 num_key_value_heads=4
+joins mamba2 state_size=8 head_dim=16 num_heads=8 n_groups=2 expand=2 conv_kernel=4 chunk_size=8
+joins lfm2 block_ff_dim=96 conv
+joins falcon_h1 mamba_d_ssm=64 mamba_n_heads=4 mamba_d_head=16 mamba_n_groups=1 mamba_d_state=8 \
+    mamba_chunk_size=8
+joins bamba mamba_n_heads=8 mamba_d_head=16 mamba_n_groups=1 mamba_d_state=8 mamba_chunk_size=8 \
+    second
+whole mamba state_size=8 expand=2 conv_kernel=4
+whole falcon_mamba state_size=8
+whole jamba mamba_d_state=8 num_experts=2 attn_layer_period=2 attn_layer_offset=1 \
+    expert_layer_period=2 plain
+OWN gptj n_embd=64 n_layer=4 n_head=4 n_positions=512 rotary_dim=8
+alone rwkv attention_hidden_size=64
+alone minimax num_local_experts=2 head_dim=16 linear
+"""
+DULL_TYPES = """
+alone bloom n_head=4 n_layer=4
+alone mpt d_model=64 n_heads=4 n_layers=4
+joins gpt_neox
+joins starcoder2 sliding_window=8
+"""
 
-# Their tiny random models repeat themselves: how they run is tested, their tokens say nothing.
-DULL: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("alone", {"n_head": 4, "n_layer": 4}),
-    "mpt": ("alone", {"d_model": 64, "n_heads": 4, "n_layers": 4}),
-    "gpt_neox": ("joins", {}),
-    "starcoder2": ("joins", {"sliding_window": 8}),
-}
 
+def by_type(text: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for how, kinds, *words in (line.split() for line in text.strip().splitlines()):
+        sizes = sizes_of(" ".join(word for word in words if "=" in word))
+        for word in words:
+            sizes |= GROUPS.get(word, {})
+        found |= dict.fromkeys(kinds.split(","), (how, sizes))
+    return found
+
+
+# Before 5.24 gptj took no attention but its own.
+OWN = "alone" if transformers.__version__ < "5.24" else "joins"
+ARCHITECTURES, DULL = by_type(TYPES.replace("OWN", OWN)), by_type(DULL_TYPES)
 CHANCE = random.Random(0)
 
 PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (1, 2, 5, 11, 23, 41, 7, 3)]
@@ -480,9 +380,8 @@ def by_transformers(model: Any, prompt: list[int], new: int = NEW_TOKENS) -> lis
 
 
 def row_of(prompt: list[int], key: Any = 0, **sampling: Any) -> decode.Row:
-    return decode.Row(
-        id=key, ids=list(prompt), max_new_tokens=NEW_TOKENS, sampling=decode.Sampling(**sampling)
-    )
+    options = {"max_new_tokens": NEW_TOKENS, "sampling": decode.Sampling(**sampling)}
+    return decode.Row(id=key, ids=list(prompt), **options)
 
 
 def newcomer(
@@ -506,18 +405,10 @@ def model_of(kind: str) -> labs.Model:
 
 
 def model_around(decoder: labs_decode.Decoder, name: str, context_length: int = 512) -> labs.Model:
-    return labs.Model(
-        decoder=decoder,
-        tokenizer=byte_tokenizer(),
-        spec=labs.ModelSpec(model_name=name),
-        device=decoder.device.type,
-        dtype="fp32",
-        context_length=context_length,
-        eos_token_ids=frozenset(),
-        generation_defaults={},
-        load_s=0.0,
-        lock=threading.Lock(),
-    )
+    given: dict[str, Any] = {"decoder": decoder, "device": decoder.device.type, "dtype": "fp32"}
+    given |= {"tokenizer": byte_tokenizer(), "spec": labs.ModelSpec(model_name=name)}
+    given |= {"context_length": context_length, "eos_token_ids": frozenset()}
+    return labs.Model(**given, generation_defaults={}, load_s=0.0, lock=threading.Lock())
 
 
 def prompt(number: int, length: int = 6) -> labs.Inputs:
@@ -641,11 +532,8 @@ def quiet(engine: labs_engine.AnyEngine) -> bool:
 # ---------------------------------------------------------------- api
 
 A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."
-
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-
 HELLO = [{"role": "user", "content": "hi"}]
-
 BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "hi"},
     "/generate/stream": {"prompt": "hi"},
@@ -654,11 +542,8 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": HELLO},
     COMPLETIONS: {"prompt": "hi"},
 }
-
 ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose")]
-
 KEYS = ("s3cret", "clé")
-
 PUBLIC = ("/health", "/livez", "/readyz", "/openapi.json", "/docs", "/")
 
 
@@ -678,11 +563,11 @@ class FakeEngine:
 
     def submit(
         self,
-        inputs: labs.Inputs,
-        generation: labs.Generation,
+        inputs: Any,
+        generation: Any,
         *,
         owner: str = "",
-        processors: tuple[Any, ...] = (),
+        processors: Any = (),
         events: Any = None,
     ) -> labs_engine.Answer:
         if self.refusal is not None:
@@ -871,9 +756,7 @@ def request(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
 
 # Threads that wait for a busy processor slow a small model down a hundredfold.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 USAGE = labs.Usage(prompt_tokens=3, completion_tokens=4)
-
 TIMINGS = labs.Timings(load_s=1.0, prefill_s=0.25, decode_s=0.5, tokens_per_s=8.0)
 
 
@@ -916,7 +799,6 @@ class FakeLabs:
 
 
 NOTHING = dict.fromkeys(labs.Model.__struct_fields__, None)
-
 MODEL = labs.Model(**NOTHING | {"load_s": 1.0})  # type: ignore[arg-type]
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from kit import END, EOS, USER, fold, load, save_model
+from kit import END, EOS, USER, by_transformers, fold, load, save_model
 
 import labs
 import labs_defaults
@@ -26,12 +25,12 @@ TABLES = (
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("plain") / "model")
 
 
 @pytest.fixture
-def recommend(plain: Path, tmp_path: Path) -> Any:
+def recommend(plain, tmp_path):
     """Return a function that loads the model with other words in its generation_config.json."""
 
     def loaded(*, spec: dict[str, Any] | None = None, **words: Any) -> labs.Model:
@@ -51,13 +50,6 @@ def greedy(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20) -> list
     return [each.token for each in labs.generate(model, labs.Inputs(ids, ""), **options).logprobs]
 
 
-def by_transformers(model: labs.Model, ids: tuple[int, ...] = IDS, new: int = 20) -> list[int]:
-    given = torch.tensor([ids])
-    options = {"max_new_tokens": new, "do_sample": False, "tokenizer": model.tokenizer}
-    found = model.model.generate(given, attention_mask=torch.ones_like(given), **options)
-    return list(found[0, len(ids) :].tolist())
-
-
 def row_of(model: labs.Model, **options: Any) -> Any:
     return labs.open_request(model, 0, INPUTS, labs.Generation(**options)).row
 
@@ -70,9 +62,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.name == "labs"]
 
 
-def test_each_field_of_a_generation_config_is_in_exactly_one_table():
+def test_each_field_of_a_generation_config_is_in_one_table_and_each_rule_has_an_example():
     known = [name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")]
     assert sorted(name for table in TABLES for name in table) == sorted(known)
+    assert labs_defaults.RULES | {"watermarking_config"} <= RULES
 
 
 def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
@@ -80,6 +73,7 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
     first, second, third, fourth, *_ = tokens
     penalty, encoder = {"repetition_penalty": 1.7}, {"encoder_repetition_penalty": 2.5}
     biases = [[[i], 7.0 - i % 5] for i in range(33, 99)]
+    pulls = {"sequence_bias": [[[IDS[0]], 30.0], [[99], 29.0]]}
     several = {"suppress_tokens": [first], "no_repeat_ngram_size": 2, "min_new_tokens": 12}
     several |= {"sequence_bias": [[[77], 5.0]], "renormalize_logits": True, **penalty}
     return {
@@ -95,10 +89,7 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
         "forced_bos_token_id": {"forced_bos_token_id": 67},
         "exponential_decay_length_penalty": {"exponential_decay_length_penalty": [4, 1.3]},
         "encoder_repetition_penalty": {**encoder, "repetition_penalty": 1.2},
-        "encoder_no_repeat_ngram_size": {
-            "encoder_no_repeat_ngram_size": 1,
-            "sequence_bias": [[[IDS[0]], 30.0], [[99], 29.0]],
-        },
+        "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1, **pulls},
         "remove_invalid_values": {"remove_invalid_values": True},
         "watermarking_config": {"watermarking_config": {"bias": 5.5, "greenlist_ratio": 0.4}},
         "several": several,
@@ -108,17 +99,13 @@ def rules_for(tokens: list[int]) -> dict[str, dict[str, Any]]:
 RULES = {*rules_for([1, 2, 3, 4])}
 
 
-def test_each_rule_has_an_example_above():
-    assert labs_defaults.RULES | {"watermarking_config"} <= RULES
-
-
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_a_rule_of_the_model_gives_the_tokens_that_transformers_gives(name, plain, recommend):
     before = greedy(load(plain))
     model = recommend(**rules_for(before)[name])
     prompt = (65,) if name == "forced_bos_token_id" else IDS
     found = greedy(model, prompt)
-    assert found == by_transformers(model, prompt)
+    assert found == by_transformers(model.model, [*prompt])
     unchanged = {"remove_invalid_values"}  # of logits that are all valid
     assert (found == (greedy(load(plain), prompt))) == (name in unchanged)
 
@@ -127,7 +114,7 @@ def test_each_row_of_a_batch_has_its_own_rules(plain, recommend):
     model = recommend(begin_suppress_tokens=[greedy(load(plain))[0]], min_new_tokens=4)
     prompts = [labs.Inputs(ids, "") for ids in (IDS, IDS[:3], IDS[2:9], (66,))]
     found = fold(labs.stream_batch(model, prompts, max_new_tokens=9))
-    expected = [by_transformers(model, each.input_ids, 9) for each in prompts]
+    expected = [by_transformers(model.model, [*each.input_ids], 9) for each in prompts]
     expected = [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
     assert [found[i][0] for i in range(4)] == expected
 
@@ -172,17 +159,9 @@ def test_a_grammar_of_the_request_wins_over_a_rule_that_forbids_all_its_tokens(r
 
 
 ODD: dict[str, Any] = {
-    "temperature": "warm",
-    "top_p": 1.5,
-    "min_p": [0.1],
-    "repetition_penalty": 0.0,
-    "suppress_tokens": "some",
-    "sequence_bias": [[[4000], 1.0]],
-    "forced_eos_token_id": 4000,
-    "guidance_scale": 1.5,
-    "token_healing": True,
-    "dola_layers": "high",
-    "penalty_alpha": 0.4,
+    **{"temperature": "warm", "top_p": 1.5, "min_p": [0.1], "repetition_penalty": 0.0},
+    **{"suppress_tokens": "some", "sequence_bias": [[[4000], 1.0]], "forced_eos_token_id": 4000},
+    **{"guidance_scale": 1.5, "token_healing": True, "dola_layers": "high", "penalty_alpha": 0.4},
 }
 
 

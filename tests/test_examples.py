@@ -12,7 +12,6 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ SAYS_A = {"LABS_LOGIT_BIAS": '{"65": 100}', "LABS_TEMPERATURE": "0", "LABS_MAX_N
 
 
 @pytest.fixture
-def settings(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def settings(tiny_folder, monkeypatch):
     for name, value in (SAYS_A | {"LABS_MODEL": str(tiny_folder)}).items():
         monkeypatch.setenv(name, value)
 
@@ -42,15 +41,13 @@ def run(name: str, **globals: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_an_example_has_at_most_31_lines_and_is_linked_from_a_page(path: Path) -> None:
+def test_an_example_has_at_most_31_lines_and_is_linked_from_a_page(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 31
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     assert any(f"examples/{path.name})" in page.read_text(encoding="utf-8") for page in pages)
 
 
-def test_the_chat_streams_remembers_and_ends_at_ctrl_d(
-    settings: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chat_streams_remembers_and_ends_at_ctrl_d(settings, capsys, monkeypatch):
     lines, writes = iter(["Hi", "", "  ", "And?"]), []
     inputs, build = [], labs.build_inputs
 
@@ -69,22 +66,26 @@ def test_the_chat_streams_remembers_and_ends_at_ctrl_d(
     assert writes == [*"AAA", "", *"AAA", "", ""]
 
 
-def batch(text: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    Path("in.csv").write_text(text, encoding="utf-8-sig", newline="")
-    monkeypatch.setattr(sys, "argv", ["csv_batch.py", "in.csv", *words])
-    run("csv_batch.py")
-    with Path("out.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def batch(monkeypatch):
+    """Return a function that runs the example on a CSV file and returns the rows it writes."""
+
+    def run_on(text, *words):
+        Path("in.csv").write_text(text, encoding="utf-8-sig", newline="")
+        monkeypatch.setattr(sys, "argv", ["csv_batch.py", "in.csv", *words])
+        run("csv_batch.py")
+        with Path("out.csv").open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    return run_on
 
 
-def test_a_csv_file_gets_a_column_of_answers_and_a_failed_row_harms_no_other(
-    settings: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_csv_file_gets_a_column_of_answers_and_a_failed_row_harms_no_other(settings, batch):
     lines = f'id,prompt\r\n1,Hi\r\n2,\r\n\r\n3,"Count,\nplease."\r\n4,{"x" * 50_000}\r\n'
-    first, empty, cell, long = batch(lines, "out.csv", "prompt", monkeypatch=monkeypatch)
-    assert first == {"id": "1", "prompt": "Hi", "answer": "AAA"}
-    assert empty == {"id": "2", "prompt": "", "answer": ""}
-    assert cell == {"id": "3", "prompt": "Count,\nplease.", "answer": "AAA"}
+    *rows, long = batch(lines, "out.csv", "prompt")
+    expected = [("1", "Hi", "AAA"), ("2", "", ""), ("3", "Count,\nplease.", "AAA")]
+    assert [(*row.values(),) for row in rows] == expected
+    assert [*long] == ["id", "prompt", "answer"]
     assert long["answer"].startswith("error: ")
 
 
@@ -98,21 +99,16 @@ def test_a_csv_file_gets_a_column_of_answers_and_a_failed_row_harms_no_other(
     ],
 )
 def test_a_csv_file_that_cannot_be_used_is_refused_before_the_model_is_loaded(
-    text: str, words: str, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    text, words, told, batch, monkeypatch
+):
     monkeypatch.setattr(labs, "load_model", lambda _: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=told):
-        batch(text, *words.split(), monkeypatch=monkeypatch)
+        batch(text, *words.split())
     assert not Path("out.csv").exists()
 
 
-# ---------------------------------------------------------------- flask_mount.py
-
-
 @pytest.fixture(scope="module")
-def mounted(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
+def mounted(tiny_folder, tmp_path_factory):
     """Run the example as a module that another server imports; return its names."""
     with contextlib.chdir(tmp_path_factory.mktemp("site")), pytest.MonkeyPatch.context() as patch:
         cached = {"LABS_MODEL": str(tiny_folder), "LABS_RESPONSE_CACHE_MAX_ENTRIES": "8"}
@@ -124,13 +120,11 @@ def mounted(
 
 
 @pytest.fixture
-def client(mounted: dict[str, Any]) -> Client:
+def client(mounted):
     return Client(mounted["app"])
 
 
-def test_flask_and_labs_share_one_engine_and_its_cache(
-    client: Client, mounted: dict[str, Any]
-) -> None:
+def test_flask_and_labs_share_one_engine_and_its_cache(client, mounted):
     before = mounted["engine"].status()
     answer = client.get("/ask", query_string={"question": "Hi"})
     assert (answer.status_code, answer.mimetype, answer.text) == (200, "text/plain", "AAA")
@@ -141,7 +135,7 @@ def test_flask_and_labs_share_one_engine_and_its_cache(
     assert hits == before.response_cache_hits + 1
 
 
-def test_all_of_labs_is_under_the_prefix_and_only_there(client: Client) -> None:
+def test_all_of_labs_is_under_the_prefix_and_only_there(client):
     for path in ("/llm/", "/llm/docs", "/llm/openapi.json", "/llm/health", "/llm/v1/models"):
         assert client.get(path).status_code == 200, path
         assert client.get(path.removeprefix("/llm")).status_code == 404
@@ -152,9 +146,7 @@ def test_all_of_labs_is_under_the_prefix_and_only_there(client: Client) -> None:
     assert client.get("/ask?question=Hi", headers=elsewhere).status_code == 200
 
 
-def test_errors_of_a_question_or_the_engine_become_statuses_of_flask(
-    client: Client, mounted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_a_question_or_the_engine_become_statuses_of_flask(client, mounted, monkeypatch):
     assert client.get("/ask").status_code == 400
     empty = client.get("/ask?question=")
     assert (empty.status_code, empty.text) == (400, "the prompt is empty")
@@ -170,9 +162,7 @@ def test_errors_of_a_question_or_the_engine_become_statuses_of_flask(
     assert (full.status_code, full.text, full.headers["Retry-After"]) == (503, "full", "1")
 
 
-def test_the_flask_example_serves_streams_and_closes_its_engine(
-    settings: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_flask_example_serves_streams_and_closes_its_engine(settings, monkeypatch):
     made, make = [], labs_serve.make_server
     monkeypatch.setattr(
         labs_serve, "make_server", lambda *given: made.append(make(*given)) or made[0]
@@ -191,9 +181,6 @@ def test_the_flask_example_serves_streams_and_closes_its_engine(
     assert names["engine"].status().closing
 
 
-# ---------------------------------------------------------------- a typed program of a user
-
-
 PROGRAM = """
 import msgspec
 
@@ -201,10 +188,8 @@ import labs
 import labs_engine
 import labs_typed
 
-
 class City(msgspec.Struct):
     name: str
-
 
 def pieces(config: labs.Config, question: str) -> tuple[str, City, list[labs.Event]]:
     model = labs.load_model(config)
@@ -218,14 +203,13 @@ def pieces(config: labs.Config, question: str) -> tuple[str, City, list[labs.Eve
 MISTAKES = """
 import labs
 
-model = labs.load_model(labs.load_config())
-labs.generate(model, 3)
+labs.generate(labs.load_model(labs.load_config()), 3)
 labs.Generation(max_new_tokens="many")
 """
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory):
     """Install the wheel into a new environment that also sees the packages of this one."""
     if (uv := shutil.which("uv")) is None:
         pytest.skip("uv is not installed")
@@ -255,7 +239,7 @@ def mypy(code: str, installed: Path) -> list[str]:
 
 
 @pytest.mark.build
-def test_mypy_accepts_a_users_program_and_finds_its_mistakes(installed: Path) -> None:
+def test_mypy_accepts_a_users_program_and_finds_its_mistakes(installed):
     assert mypy(PROGRAM, installed) == ["Success: no issues found in 1 source file"]
     generate, generation, _ = mypy(MISTAKES, installed)
     assert 'Argument 2 to "generate" has incompatible type "int"; expected "Inputs"' in generate

@@ -41,9 +41,6 @@ def answers(model: labs.Model) -> bool:
     return labs.generate(model, SHORT, max_new_tokens=2).usage.completion_tokens > 0
 
 
-# ---------------------------------------------------------------- dtypes and devices
-
-
 DTYPES = [
     *(("auto", "cuda", True, "bf16"), ("auto", "cuda", False, "fp16")),
     *(("auto", "cpu", True, "bf16"), ("auto", "cpu", False, "fp32")),
@@ -61,13 +58,6 @@ def test_a_dtype_is_resolved_for_its_device_or_refused_by_name():
             labs.resolve_dtype(name, device="cuda", has_bf16=False)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_model_is_loaded_in_its_configured_dtype(dtype, tiny_folder, fresh):
-    model = load(tiny_folder, torch_dtype=dtype)
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    assert (model.dtype, next(model.model.parameters()).dtype) == (dtype, names[dtype])
-
-
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -76,22 +66,19 @@ def test_a_device_that_is_missing_is_refused_by_name(name, tiny_folder, fresh):
     assert name in refused("device_map", tiny_folder, device_map=name)
 
 
-def test_a_map_of_devices_is_read_as_json(tiny_folder, fresh):
-    assert answers(load(tiny_folder, device_map='{"": "cpu"}'))
-
-
 @pytest.mark.parametrize(
-    ("given", "layer"),
+    ("bits", "words", "layer"),
     [
-        ({"load_in_4bit": True}, ("Linear4bit", "nf4", False)),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, ("Linear4bit", "fp4", False)),
-        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, ("Linear4bit", "nf4", True)),
-        ({"load_in_8bit": True}, ("Linear8bitLt", None, None)),
+        (4, {}, ("Linear4bit", "nf4", False)),
+        (4, {"bnb_4bit_quant_type": "fp4"}, ("Linear4bit", "fp4", False)),
+        (4, {"bnb_4bit_use_double_quant": True}, ("Linear4bit", "nf4", True)),
+        (8, {}, ("Linear8bitLt", None, None)),
     ],
 )
-def test_a_quantised_model_answers_on_this_machine(given, layer, tiny_folder, fresh):
+def test_a_quantised_model_answers_on_this_machine(bits, words, layer, tiny_folder, fresh):
     pytest.importorskip("bitsandbytes", reason="quantisation is an extra")
-    wanted = labs.Quantization(**given, bnb_4bit_compute_dtype="bfloat16")
+    given = {f"load_in_{bits}bit": True, "bnb_4bit_compute_dtype": "bfloat16", **words}
+    wanted = labs.Quantization(**given)
     model = load(tiny_folder, quantization=wanted)
     module = model.model.model.layers[0].mlp.up_proj
     state = getattr(module.weight, "quant_state", None)
@@ -114,25 +101,18 @@ def test_a_model_with_packed_weights_answers(method, tiny_folder, fresh, monkeyp
     refused(f"quant_method = {method}: needs .* linear layers", tiny_folder, quantization=packed)
 
 
-# ---------------------------------------------------------------- which models stay in memory
-
-
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Any:
+def loads(monkeypatch):
     """Count the loads of weights; each waits a moment for another one to begin."""
     seen = SimpleNamespace(all=0, now=0, most_at_once=0)
-    inner, another = transformers.AutoModelForCausalLM.from_pretrained, threading.Event()
-    monkeypatch.setattr(
-        transformers.PreTrainedModel, "tie_weights", transformers.PreTrainedModel.tie_weights
-    )
+    inner = transformers.AutoModelForCausalLM.from_pretrained
+    model = transformers.PreTrainedModel
+    monkeypatch.setattr(model, "tie_weights", model.tie_weights)  # put back, whatever happens
 
     def slow(*args: Any, **options: Any) -> Any:
-        seen.all += 1
-        seen.now += 1
+        seen.all, seen.now = seen.all + 1, seen.now + 1
         seen.most_at_once = max(seen.most_at_once, seen.now)
-        if seen.now > 1:
-            another.set()
-        another.wait(0.1)
+        time.sleep(0.1)
         try:
             return inner(*args, **options)
         finally:
@@ -151,9 +131,8 @@ def test_a_model_is_loaded_once_also_by_threads_at_once(tiny_folder, fresh, load
 
     with ThreadPoolExecutor(4) as threads:
         models = list(threads.map(ask, range(4)))
-    config = labs.load_config(
-        env={"LABS_MODEL": str(tiny_folder)}, overrides={"torch_dtype": "fp32"}
-    )
+    overrides = {"model_name": str(tiny_folder), "torch_dtype": "fp32"}
+    config = labs.load_config(env={}, overrides=overrides)
     models += [labs.load_model(config), labs.load_model(config.model)]
     assert (loads.all, len({id(model) for model in models})) == (1, 1)
 
@@ -166,21 +145,21 @@ def test_two_models_are_never_loaded_at_the_same_time(tiny_folder, fresh, loads)
     assert loads.most_at_once == 1
 
 
-def test_a_failed_load_is_not_remembered(folder, fresh):
-    refused("no such model folder", folder / "later")
-    save_model(folder / "later")
-    assert load(folder / "later").context_length == 4096
+def test_a_failed_load_is_not_remembered_and_a_folder_may_be_named_like_a_file(folder, fresh):
+    refused("no such", folder / "later.gguf")
+    save_model(folder / "later.gguf")  # a folder all the same
+    assert load(folder / "later.gguf").context_length == 4096
 
 
 def test_clearing_the_cache_and_a_third_model_free_the_memory(tiny_folder, fresh):
-    assert gc.isenabled()
     memory = weakref.ref(load(tiny_folder).model)
     assert gc.isenabled()
     labs.load_model.cache_clear()
     assert memory() is None
     memory = weakref.ref(load(tiny_folder).model)
-    for dtype in ("bf16", "fp16"):
-        load(tiny_folder, torch_dtype=dtype)
+    for dtype, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        model = load(tiny_folder, torch_dtype=dtype)
+        assert (model.dtype, next(model.model.parameters()).dtype) == (dtype, kind)
     gc.collect()
     assert memory() is None
 
@@ -195,11 +174,8 @@ def test_only_the_caller_holds_a_model_that_is_not_cached(tiny_folder, fresh):
     assert gone() is None
 
 
-# ---------------------------------------------------------------- what is not a model
-
-
 @pytest.fixture
-def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def remote(folder, monkeypatch):
     """Make a model whose own code writes the file `ran` when it is imported."""
     modules = folder / "modules"
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
@@ -207,11 +183,8 @@ def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = json.loads((where / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
     (where / "config.json").write_text(json.dumps(config))
-    (where / "own.py").write_text(
-        f"open({str(folder / 'ran')!r}, 'w').close()\n"
-        "from transformers import LlamaConfig\n"
-        "class Own(LlamaConfig):\n    model_type = 'own'\n"
-    )
+    code = f"open({str(folder / 'ran')!r}, 'w').close()\nfrom transformers import LlamaConfig\n"
+    (where / "own.py").write_text(f"{code}class Own(LlamaConfig):\n    model_type = 'own'\n")
     return where
 
 
@@ -223,13 +196,16 @@ def test_the_code_of_a_model_runs_only_if_allowed(remote, fresh):
     assert Path("ran").exists()
 
 
+MAP = {"device_map": '{"": "cpu"}'}  # a map of devices is JSON
+
+
 def test_pickled_weights_are_loaded_only_if_allowed(folder, fresh):
     place = save_model(folder / "pickled")
     weights = transformers.AutoModelForCausalLM.from_pretrained(place).state_dict()
     (place / "model.safetensors").unlink()
     torch.save(weights, place / "pytorch_model.bin")
     refused("use_safetensors = false", place)
-    assert answers(load(place, use_safetensors=False))
+    assert answers(load(place, use_safetensors=False, **MAP))
 
 
 def test_weights_that_are_missing_are_refused_and_not_made_up(folder, fresh):
@@ -251,10 +227,8 @@ def folder_with(content: bytes | None, *names: str) -> Make:
 
     def make(folder: Path) -> Path:
         save_model(folder)
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-            if content is not None:
-                (folder / name).write_bytes(content)
+        for path in (folder / name for name in names):
+            path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
         return folder
 
     return make
@@ -338,11 +312,6 @@ def test_a_model_of_another_task_is_refused_by_its_type(kind, folder, fresh):
     assert "<class" not in text
 
 
-def test_a_folder_may_have_the_name_of_a_gguf_file(folder, fresh):
-    save_model(folder / "model.gguf")
-    assert load(folder / "model.gguf").decoder.config.model_type
-
-
 def test_an_architecture_that_gguf_files_cannot_have_is_named(folder, fresh):
     import gguf
 
@@ -355,17 +324,15 @@ def test_an_architecture_that_gguf_files_cannot_have_is_named(folder, fresh):
     refused(r"a\.gguf: .*zebra", folder / "a.gguf", cache_dir=str(folder / "cache"))
 
 
-@pytest.mark.parametrize(("stated", "length"), [(77, 77), (10**30, None), (None, None)])
-def test_the_tokenizer_s_length_counts_if_the_model_states_none(stated, length):
+def test_the_tokenizer_s_length_counts_if_the_model_states_none():
     silent = SimpleNamespace(get_text_config=SimpleNamespace)
-    assert labs_decode.context_length_of(silent, SimpleNamespace(model_max_length=stated)) == length
-
-
-# ---------------------------------------------------------------- the hub
+    for stated, length in ((77, 77), (10**30, None), (None, None)):
+        tokenizer = SimpleNamespace(model_max_length=stated)
+        assert labs_decode.context_length_of(silent, tokenizer) == length
 
 
 @pytest.fixture
-def unreachable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def unreachable(folder, monkeypatch):
     """Let every connection fail, and the hub's cache be empty; return the calls and the sleeps."""
     import huggingface_hub
 
@@ -421,7 +388,7 @@ def test_each_exception_of_huggingface_hub_has_a_reason():
     [
         ("torch", {}),
         ("transformers", {}),
-        ("accelerate", {"device_map": '{"": "cpu"}'}),
+        ("accelerate", MAP),
         ("bitsandbytes", {"quantization": labs.Quantization(load_in_4bit=True)}),
         ("bitsandbytes", {"quantization": labs.Quantization(load_in_8bit=True)}),
         ("gguf", {"cache_dir": "cache"}),

@@ -18,9 +18,15 @@ import labs_prefixes as prefixes_room
 
 
 @pytest.fixture
-def chunk(monkeypatch: Any) -> None:
+def chunk(monkeypatch):
     """Let a chunk have eight tokens, so that short prompts are worth storing."""
     monkeypatch.setattr(decode, "CHUNK", 8)
+
+
+def prefilled(decoder: decode.Decoder, batch: decode.Batch) -> decode.Batch:
+    while batch.pending:
+        batch = decode.prefill(decoder, batch)
+    return batch
 
 
 def added(decoder: Any, prompts: list[list[int]], **options: Any) -> prefixes_room.Prefixes:
@@ -37,18 +43,14 @@ def recalled(
     """Return a newcomer that began with a stored prefix, and how many columns that has."""
     prefix, columns = prefixes.find("", ids, exact and decode.CHUNK)
     assert prefix is not None
-    batch = prefixes_room.recall(decoder, decode.new_batch(decoder, row_of(ids)), prefix, columns)
+    batch = decode.new_batch(decoder, row_of(ids))
+    batch = prefixes_room.recall(decoder, batch, prefix, columns)
     assert batch.pending == len(ids) - columns
-    while batch.pending:
-        batch = decode.prefill(decoder, batch)
-    return batch, columns
+    return prefilled(decoder, batch), columns
 
 
 def whole(decoder: decode.Decoder, ids: list[int]) -> decode.Batch:
-    batch = decode.new_batch(decoder, row_of(ids))
-    while batch.pending:
-        batch = decode.prefill(decoder, batch)
-    return batch
+    return prefilled(decoder, decode.new_batch(decoder, row_of(ids)))
 
 
 def has_the_bits(mine: decode.Batch, theirs: decode.Batch) -> bool:
@@ -59,9 +61,7 @@ def has_the_bits(mine: decode.Batch, theirs: decode.Batch) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "llama4_text", "deepseek_v3"])
-def test_a_row_that_begins_with_stored_columns_goes_on_as_one_that_does_not(
-    kind: str, chunk: None
-) -> None:
+def test_a_row_that_begins_with_stored_columns_goes_on_as_one_that_does_not(kind, chunk):
     decoder = prepare(random_model(kind))
     batch = newcomer(decoder, [random.Random(1).randrange(3, 200) for _ in range(30)])
     for _ in range(5):
@@ -82,7 +82,7 @@ def test_a_row_that_begins_with_stored_columns_goes_on_as_one_that_does_not(
 
 @pytest.mark.real
 @pytest.mark.parametrize("dtype", ["auto", "fp32"])  # auto is bf16, if the processor has it
-def test_whole_chunks_of_the_default_model_have_the_bits_of_a_prefill(dtype: str) -> None:
+def test_whole_chunks_of_the_default_model_have_the_bits_of_a_prefill(dtype):
     decoder = labs.load_model(labs.load_config(env={}, overrides={"torch_dtype": dtype})).decoder
     chance = random.Random(2)
     first = [chance.randrange(2000) for _ in range(600)]
@@ -93,13 +93,11 @@ def test_whole_chunks_of_the_default_model_have_the_bits_of_a_prefill(dtype: str
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "bamba", "mamba", "lfm2", "jamba", "rwkv"])
-def test_states_cannot_be_cut_and_are_not_reused(kind: str) -> None:
+def test_states_cannot_be_cut_and_are_not_reused(kind):
     assert not decode.prepare(random_model(kind)).can_reuse_prefix
 
 
-def test_the_longest_common_prefix_is_found_and_the_last_token_is_always_computed(
-    chunk: None,
-) -> None:
+def test_the_longest_common_prefix_is_found_and_the_last_token_is_always_computed(chunk):
     first, second = [*range(3, 30)], [*range(3, 20), *range(100, 120)]
     prefixes = added(prepare(random_model("llama")), [first, second])
     assert [each.ids for each in prefixes.kept] == [first, second]
@@ -117,9 +115,7 @@ def test_the_longest_common_prefix_is_found_and_the_last_token_is_always_compute
     assert prefixes.find("another", [*first, 5], 0) == (None, 0)
 
 
-def test_the_store_stays_within_its_bytes_and_deletes_the_least_recently_used_first(
-    chunk: None,
-) -> None:
+def test_the_store_stays_within_its_bytes_and_deletes_the_least_recently_used_first(chunk):
     decoder = prepare(random_model("llama"))
     batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 7)]
     one = 32 * batches[0].cache.bytes_per_column
@@ -139,9 +135,7 @@ def test_the_store_stays_within_its_bytes_and_deletes_the_least_recently_used_fi
         assert prefixes.kept == []
 
 
-def test_without_a_limit_an_eighth_of_the_free_memory_is_taken(
-    chunk: None, monkeypatch: Any
-) -> None:
+def test_without_a_limit_an_eighth_of_the_free_memory_is_taken(chunk, monkeypatch):
     decoder = prepare(random_model("llama"))
     batches = [newcomer(decoder, [first, *range(3, 34)]) for first in range(3, 7)]
     one = 32 * batches[0].cache.bytes_per_column
@@ -153,7 +147,7 @@ def test_without_a_limit_an_eighth_of_the_free_memory_is_taken(
         assert len(prefixes.kept) == kept
 
 
-def test_a_longer_row_replaces_its_own_prefix_but_not_another_owners(chunk: None) -> None:
+def test_a_longer_row_replaces_its_own_prefix_but_not_another_owners(chunk):
     decoder = prepare(random_model("llama"))
     prefixes = added(decoder, [[*range(3, 20)]])
     prefixes.add("other", newcomer(decoder, [*range(3, 20)]), 0, exact=False)
@@ -161,7 +155,7 @@ def test_a_longer_row_replaces_its_own_prefix_but_not_another_owners(chunk: None
     assert [(each.owner, len(each.ids)) for each in prefixes.kept] == [("other", 17), ("", 27)]
 
 
-def test_a_stored_prefix_is_a_copy_that_later_rows_cannot_change(chunk: None) -> None:
+def test_a_stored_prefix_is_a_copy_that_later_rows_cannot_change(chunk):
     decoder = prepare(random_model("llama"))
     batch, prefixes = newcomer(decoder, [*range(3, 30)]), prefixes_room.Prefixes()
     prefixes.add("", batch, 0, exact=False)

@@ -1,194 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""labs_probe: how models run, tried at load; and the forms that chat templates read.
-
-python tests/test_probe.py CACHE llama bert    # prints how these types run, a line of JSON each
-LABS_MODELS=1 pytest -m long tests/test_probe.py -k every    # writes docs/models.md
-"""
+"""labs_probe: how models run, tried at load; and the forms that chat templates read."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from decoding import raising
-from kit import by_transformers
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import labs
 import labs_calls
 import labs_decode as decode
-import labs_loop as loop
 import labs_probe as probe
 import labs_template
+from bench import models
+from bench.models import TABLE, how, probed, tiny_of
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "docs" / "models.md"
-NEW = 8
-CHANCE = random.Random(0)
-PROMPTS = [[CHANCE.randrange(3, 200) for _ in range(n)] for n in (2, 5, 23, 11)]
-
-# Sizes of a tiny model, by the names that configurations give them.
-SMALL: dict[Any, str] = {
-    211: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
-    64: "hidden_size d_model n_embd dim emb_dim embedding_dim embedding_size word_embed_proj_dim"
-    " input_embedding_size output_embedding_size lru_width attention_hidden_size mamba_d_ssm"
-    " ple_embed_dim",
-    4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_blocks num_decoder_layers"
-    " encoder_layers num_encoder_layers num_attention_heads n_head n_heads num_heads"
-    " decoder_attention_heads encoder_attention_heads num_decoder_attention_heads attention_heads"
-    " linear_num_value_heads linear_num_heads swa_num_attention_heads index_n_heads num_experts"
-    " num_local_experts n_routed_experts moe_num_experts",
-    2: "num_encoder_attention_heads linear_num_key_heads num_experts_per_tok moe_topk moe_k"
-    " first_k_dense_replace num_key_value_heads num_kv_heads num_query_groups"
-    " swa_num_key_value_heads num_global_key_value_heads eos_token_id",
-    96: "intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim ffn_hidden_size"
-    " block_ff_dim dim_ff dff d_inner feed_forward_size dense_intermediate_size"
-    " intermediate_size_mlp shared_intermediate_size",
-    16: "head_dim d_kv dim_head d_head attention_head_size v_head_dim linear_head_dim"
-    " linear_key_head_dim linear_value_head_dim swa_head_dim query_pre_attn_scalar kv_channels"
-    " mamba_d_head mamba_head_dim q_lora_rank kv_lora_rank qk_nope_head_dim"
-    " hidden_size_per_layer_input index_head_dim global_head_dim hc_lowrank",
-    24: "qk_head_dim",
-    8: "qk_rope_head_dim rotary_dim sliding_window sliding_window_size attention_window_size"
-    " attention_chunk_size state_size ssm_state_size mamba_d_state mamba_chunk_size chunk_size"
-    " mamba_n_heads mamba_num_heads window_size local_attention",
-    32: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size"
-    " expert_ffn_hidden_size moe_shared_expert_intermediate_size",
-    1: "n_group topk_group mamba_n_groups n_groups mamba_ngroups n_shared_experts bos_token_id",
-    512: "max_position_embeddings n_positions max_seq_len max_target_positions context_length",
-    0.3: "initializer_range init_std",
-    0: "pad_token_id",
-}
-SIZES = {name: value for value, names in SMALL.items() for name in names.split()}
-SIZES |= {"tie_word_embeddings": False, "use_mamba_kernels": False}
-LATENT = {"num_key_value_heads": 4}  # as many as there are heads
-LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 2, "attention_hidden_size": 128, **LATENT}
-MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), LATENT),
-    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "minicpm3", "sarvam_mla", "youtu"), LATENT),
-    "longcat_flash": {**LATENT, "head_dim": 8},
-    "bailing_hybrid": {**LATENT, **LINEAR},
-    "kimi_linear": {**LATENT, **LINEAR},
-    "granitemoehybrid": LINEAR,
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "zamba": {**ZAMBA, "attention_head_dim": 32},
-    "zamba2": ZAMBA,
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mamba2": {"head_dim": 16, "num_heads": 8, "conv_kernel": 4},
-    "falcon_h1": {"mamba_n_heads": 4},
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, **SLIDING},
-    "gemma3n_text": {"num_kv_shared_layers": 1, **SLIDING},
-    "blt": {"encoder_hash_byte_group_vocab": 50},
-    "xlstm": {"qk_dim_factor": 1.0},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 2},
-    "cohere_compass_text": {
-        **SLIDING,
-        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64, "moe_top_k": 2},
-    },
-    "xmod": {"default_language": "en_XX"},
-    "roc_bert": {"pronunciation_vocab_size": 211, "shape_vocab_size": 211},
-}
-
-
-def sizes(kind: str) -> dict[str, Any]:
-    made = CONFIG_MAPPING[kind]
-    found = {name: value for name, value in SIZES.items() if name in made.__dataclass_fields__}
-    for name, part in made.sub_configs.items():
-        if (inner := getattr(part, "model_type", "")) in CONFIG_MAPPING:
-            found[name] = {"model_type": inner, **sizes(inner)}
-    return {**found, **MORE.get(kind, {})}
-
-
-def tiny_of(kind: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**{**sizes(kind), **changes})
-    with torch.device("meta"):
-        large = AutoModelForCausalLM.from_config(config)
-    if sum(each.numel() for each in large.parameters()) > 2e7:
-        raise MemoryError("has parts that no size here makes small")
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    for each in model.parameters():
-        if each.ndim > 1 and each.std() < 0.1:  # otherwise they repeat one token
-            torch.nn.init.normal_(each, std=0.2)
-    options = model.generation_config
-    options.pad_token_id, options.eos_token_id, options.forced_eos_token_id = 0, None, None
-    return model
-
-
-def probed(model: Any, cache: Any) -> decode.Decoder:
-    return probe.tried(labs_calls.speed_up(decode.prepare(model)), str(cache))
-
-
-def in_a_batch(decoder: decode.Decoder) -> list[list[int]]:
-    """Return the tokens of rows that join and leave: three at once, of which the first is short."""
-    options = {"max_new_tokens": NEW, "sampling": decode.Sampling()}
-    rows = [decode.Row(id=i, ids=list(ids), **options) for i, ids in enumerate(PROMPTS)]
-    answers: list[list[int]] = [[] for _ in rows]
-    for index, choice in loop.run(decoder, iter(rows), 3, loop.Loop()):
-        assert isinstance(choice, loop.Choice)
-        answers[index].append(choice.token)
-        rows[index].over = len(answers[index]) == (NEW if index else 4)
-    return answers
-
-
-def how(kind: str, cache: str) -> dict[str, str]:
-    """Return how a type runs and why; how is "wrong" if its tokens are not transformers'."""
-    try:
-        model = tiny_of(kind)
-    except Exception as error:
-        return {"how": "not built", "why": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    try:
-        decoder = probed(model, cache)
-    except ValueError as error:
-        return {"how": "refused", "why": str(error)}
-    decode.CHUNK = 7
-    expected = [by_transformers(model, prompt, NEW) for prompt in PROMPTS]
-    expected[0] = expected[0][:4]
-    right = in_a_batch(decoder) == expected
-    return {"how": decoder.mode if right else "wrong", "why": decoder.reason}
-
-
-def main(kinds: list[str], cache: str) -> None:
-    """Print how each type runs; each in a process of its own, which may hang or crash."""
-    torch.set_num_threads(1)
-    for kind in kinds:
-        reading, writing = os.pipe()
-        if (child := os.fork()) == 0:
-            signal.alarm(120)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            try:
-                found = how(kind, cache)
-            except Exception as error:
-                found = {"how": "wrong", "why": f"{type(error).__name__}: {error}"[:200]}
-            os.write(writing, json.dumps(found).encode())
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as file:
-            found = json.loads(file.read() or b'{"how": "wrong", "why": "hangs or crashes"}')
-        os.waitpid(child, 0)
-        print(json.dumps({"kind": kind, **found}), flush=True)
 
 
 # ---------------------------------------------------------------- types of models
@@ -210,40 +45,16 @@ def test_a_type_runs_as_the_table_says_with_transformers_tokens(
 
 
 @pytest.mark.long
-def test_every_causal_type_runs_as_generate_or_alone_or_is_refused(tmp_path: Path) -> None:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, __file__, str(tmp_path), *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
+def test_every_causal_type_runs_as_generate_or_alone_or_is_refused() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench", "--models", *models.KINDS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     found = {line.pop("kind"): line for line in lines}
-    text = as_table(found)
-    if os.environ.get("LABS_MODELS"):
-        TABLE.write_text(text, encoding="utf-8")
     assert not [kind for kind, each in found.items() if each["how"] == "wrong"]
     assert sum(each["how"] in ("joins", "whole", "alone") for each in found.values()) >= 100
     columns = [line.split(" | ")[:2] for line in TABLE.read_text(encoding="utf-8").splitlines()]
-    assert [line.split(" | ")[:2] for line in text.splitlines()] == columns
-
-
-def as_table(found: dict[str, dict[str, str]]) -> str:
-    counts = Counter(each["how"] for each in found.values())
-    numbers = ", ".join(f"{how}: {count}" for how, count in counts.most_common())
-    lines = [
-        f"| {kind} | {each['how']} | {each['why'].replace('|', '/').strip()} |"
-        for kind, each in sorted(found.items())
-    ]
-    head = [f"# Which types of models run, and how\n\n{' '.join(MEANING)}\n\n{numbers}.\n"]
-    return "\n".join([*head, "| type | how | why |", "|---|---|---|", *lines]) + "\n"
-
-
-MEANING = (
-    "A tiny random model of each type that transformers' AutoModelForCausalLM knows, in float32,",
-    "against its own `generate`: four prompts, joining and leaving. joins: rows share each step.",
-    "whole: they do, but a prompt is written in one call. alone: one row at a time, by the steps",
-    "of `generate`. refused: by name, when it is loaded. not built: no tiny configuration could",
-    "be made of it; how it runs is found out when it is loaded.",
-)
+    assert [line.split(" | ")[:2] for line in models.as_table(found).splitlines()] == columns
 
 
 def test_a_masked_language_model_is_refused_by_name_unless_it_is_a_decoder(tmp_path: Path) -> None:
@@ -445,7 +256,3 @@ def test_with_amx_texts_are_the_same_beside_forty_others() -> None:
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, "-c", FORTY], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-
-
-if __name__ == "__main__":
-    main(sys.argv[2:], sys.argv[1])

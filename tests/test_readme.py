@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """README.md and docs/*.md hold: blocks tagged `run` are run in order and print what they show.
 
-Each page begins with fresh names; all pages share one loaded default model and one server. Pages
+Each page begins with fresh names; all share one loaded default model and one server. Pages
 but the README and those of ON_ANY_MODEL need the mark `real`. What the default model generates was
 recorded on the machines of RECORDED: elsewhere a block has to run, but its text may differ. After a
 change of outputs or settings, write pages, settings.md, labs.toml's comments and the README's line
@@ -13,9 +13,9 @@ counts anew, and read the diff:
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
-import logging
 import os
 import re
 import shlex
@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,13 +32,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import msgspec
 import pytest
 import yaml
-from kit import invoke
+from kit import WAIT_S, invoke, program
 
 import labs
-import labs_api
 import labs_cli
-import labs_models
-import labs_serve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,15 +65,10 @@ UNTAGGED = {
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
     "labs-gen --chat ": "needs a terminal",
     'labs-gen --prompt "Name three rivers."': "answers are long",
-    'eval "$(_LABS_GEN': "changes the shell",
-    'default_model = "small"': "names models that are not there",
-    "[guard]": "names a classifier that is not there",
-    "location / {": "nginx",
-    "[Service]": "changes the system",
+    **dict.fromkeys(('eval "$(_LABS_GEN', "[Service]", "location / {"), "changes the system"),
+    **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),
     "pip install 'labs-gen[ray]'": "needs a cluster",
-    "docker build": "needs Docker",
-    "docker run": "needs Docker",
-    "docker compose": "needs Docker",
+    **dict.fromkeys(("docker build", "docker run", "docker compose"), "needs Docker"),
 }
 
 
@@ -126,38 +117,11 @@ def as_shown(output: str) -> str:
 
 
 class LabsApi:
-    """labs-api in this process, on a free port, with the model that the other blocks use."""
+    """labs-api as a program on a free port: what it says when it is ready, and its address."""
 
-    def __init__(self) -> None:
-        self.greeting = ""
-        ready = threading.Event()
-
-        class Listen(logging.Handler):
-            def emit(_, record: logging.LogRecord) -> None:
-                self.greeting += f"{record.getMessage()}\n"
-                if "ready after" in self.greeting:
-                    ready.set()
-
-        config = labs.load_config(overrides={"server_port": 0})
-        self.models = labs_models.Models(config, start=False)
-        self.server = labs_serve.make_server(labs_api.create_app(config, self.models), config)
-        handler, logger = Listen(), logging.getLogger("labs.serve")
-        level = logger.level
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(labs_serve, "on_signals", lambda stop: None)  # of the main thread only
-            arguments = (self.server, self.models, config)
-            self.thread = threading.Thread(target=labs_serve._run, args=arguments, daemon=True)
-            self.thread.start()
-            assert ready.wait(120), self.greeting
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        self.address = f"127.0.0.1:{self.server.effective_port}"
-
-    def close(self) -> None:
-        labs_serve.drain(self.server, self.models, 1.0)
-        self.thread.join(30)
+    def __init__(self, process: Any) -> None:
+        self.greeting = "".join(process.stderr.readline().decode() for _ in range(2))
+        self.address = self.greeting.partition("http://")[2].partition(" ")[0]
 
 
 class Place:
@@ -168,11 +132,8 @@ class Place:
         self.serving = serving
 
     def output(self, block: Block) -> str:
-        return (
-            self.run_python(block.text)
-            if block.language == "python"
-            else self.run_console(block.text)
-        )
+        run = self.run_python if block.language == "python" else self.run_console
+        return run(block.text)
 
     def run_python(self, code: str) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -181,29 +142,22 @@ class Place:
 
     def run_console(self, text: str) -> str:
         """Return the commands of a transcript, each followed by what it prints now."""
-        shown = ""
-        for command in commands(text):
-            shown += f"$ {command}\n{as_shown(self.shell(command))}"
-        return shown
+        return "".join(f"$ {each}\n{as_shown(self.shell(each))}" for each in commands(text))
 
     def shell(self, command: str) -> str:
         if command == "labs-api":
             return self.serving().greeting
         if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen( -[^|]*)?", command, re.DOTALL):
             typed = self.bash(found[1]) if found[1] else None
-            return self.labs_gen(shlex.split(found[2] or "", comments=True), typed)
+            words = shlex.split(found[2] or "", comments=True)  # in this process, with its model
+            return str(invoke(*words, input=typed).output)
         return self.bash(self.local(command))
-
-    def labs_gen(self, arguments: list[str], typed: str | None) -> str:
-        """Run it in this process, where the model is loaded already."""
-        return str(invoke(*arguments, input=typed).output)
 
     def bash(self, command: str) -> str:
         environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.run(
-            ["bash", "-c", command], env=environment, text=True, timeout=60, **streams
-        ).stdout
+        words = ["bash", "-c", command]
+        return subprocess.run(words, env=environment, text=True, timeout=60, **streams).stdout
 
     def local(self, text: str) -> str:
         """Return the text with the address of the server, which the first one to need it starts."""
@@ -223,25 +177,24 @@ def commands(text: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[Callable[[], LabsApi]]:
+def serving():
     """Return a function that returns the server, which the first block to need it starts."""
-    running: list[LabsApi] = []
+    kept = {"CACHE_DIR": os.environ["LABS_CACHE_DIR"]} if "LABS_CACHE_DIR" in os.environ else {}
+    with contextlib.ExitStack() as stack:
 
-    def started() -> LabsApi:
-        running[:] = running or [LabsApi()]
-        return running[0]
+        @functools.cache
+        def started() -> LabsApi:
+            process = stack.enter_context(program(**kept))
+            stack.callback(process.wait, WAIT_S)
+            stack.callback(process.terminate)
+            return LabsApi(process)
 
-    yield started
-    for server in running:
-        server.close()
+        yield started
 
 
 @pytest.fixture
-def place(folder: Path, serving: Callable[[], LabsApi], monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(folder, serving, no_variables, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
-    for name in [name for name in os.environ if name.startswith("LABS_")]:
-        if name != "LABS_CACHE_DIR":
-            monkeypatch.delenv(name)
     made = Place(serving)
     monkeypatch.setitem(sys.modules, "readme", made.module)
     return made
@@ -253,7 +206,7 @@ def recorded_here() -> bool:
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES if tagged(page)])
-def test_the_tagged_blocks_of_a_page_print_what_it_shows(page: Path, place: Place) -> None:
+def test_the_tagged_blocks_of_a_page_print_what_it_shows(page, place):
     if any("curl" in block.text for block in tagged(page)) and not shutil.which("curl"):
         pytest.skip("curl is not installed")
     unlike = False
@@ -276,7 +229,7 @@ def test_the_tagged_blocks_of_a_page_print_what_it_shows(page: Path, place: Plac
         pytest.skip(f"the texts were recorded on {' and '.join(RECORDED)}; here they differ")
 
 
-def test_each_block_is_run_or_has_a_reason_not_to() -> None:
+def test_each_block_is_run_or_has_a_reason_not_to():
     first = [
         block.text.partition("\n")[0] for page in PAGES for block in blocks(page) if not block.runs
     ]
@@ -291,22 +244,18 @@ def test_each_block_is_run_or_has_a_reason_not_to() -> None:
 def bounds(kind: Any) -> tuple[str, str]:
     """Return the type of a setting and its bounds, both in words."""
     notes = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, msgspec.Meta)]
-    signs = {"ge": "≥ ", "gt": "> ", "le": "≤ ", "lt": "< "}
-    limits = [
-        f"{sign}{number(getattr(note, name))}"
-        for note in notes
-        for name, sign in signs.items()
-        if getattr(note, name) is not None
-    ]
     inner, origin = get_args(kind), get_origin(kind)
     if origin is Annotated:
         name, below = bounds(inner[0])
         item = "items" if get_origin(inner[0]) in (tuple, dict) else "characters"
+        limits = [below] if below else []
         for note in notes:
+            signs = {"≥": note.ge, ">": note.gt, "≤": note.le, "<": note.lt}
+            limits += [f"{sign} {number(end)}" for sign, end in signs.items() if end is not None]
             least, most = note.min_length, note.max_length
             limits += [f"at least {least} {item}"] if most is None and least is not None else []
             limits += [f"{least or 0} to {most:,} {item}"] if most is not None else []
-        return name, ", ".join(filter(None, [below, *limits]))
+        return name, ", ".join(limits)
     if origin is Literal:
         return "one of " + ", ".join(f"`{each}`" for each in inner), ""
     if NoneType in inner:
@@ -315,17 +264,10 @@ def bounds(kind: Any) -> tuple[str, str]:
         name, below = bounds(inner[0])
         return f"list of {name}", f"each {below}" if below else ""
     if origin is dict:
-        return "table", "; ".join(
-            f"{what} {below}"
-            for what, below in zip(("keys", "values"), map(limit, inner), strict=True)
-        )
-    return {bool: "true or false", int: "integer", float: "number", str: "string"}.get(
-        kind, "table"
-    ), ""
-
-
-def limit(kind: Any) -> str:
-    return bounds(kind)[1]
+        keys, values = (bounds(each)[1] for each in inner)
+        return "table", f"keys {keys}; values {values}"
+    names = {bool: "true or false", int: "integer", float: "number", str: "string"}
+    return names.get(kind, "table"), ""
 
 
 def number(value: float) -> str:
@@ -352,20 +294,19 @@ def settings_tables() -> str:
     return "\n".join(lines).strip()
 
 
-def test_settings_md_shows_the_settings_of_the_structs() -> None:
+def test_settings_md_shows_the_settings_of_the_structs():
     page = ROOT / "docs" / "settings.md"
     text = page.read_text(encoding="utf-8")
     (shown,) = re.findall(r"<!-- settings.* -->\n(.*)\n?<!-- end of settings -->", text, re.DOTALL)
     if REWRITE and shown.strip() != settings_tables():
         start = text.index("<!-- end of settings -->") - len(shown)
-        page.write_text(
-            f"{text[:start]}{settings_tables()}\n{text[start + len(shown) :]}", encoding="utf-8"
-        )
+        whole = f"{text[:start]}{settings_tables()}\n{text[start + len(shown) :]}"
+        page.write_text(whole, encoding="utf-8")
     else:
         assert shown.strip() == settings_tables()
 
 
-def test_labs_toml_describes_each_setting_in_the_words_of_its_struct() -> None:
+def test_labs_toml_describes_each_setting_in_the_words_of_its_struct():
     file = ROOT / "labs.toml"
     section, comment, lines = "", list[str](), list[str]()
     described = {(each.section, each.field): each.description for each in labs.settings()}
@@ -390,7 +331,7 @@ def test_labs_toml_describes_each_setting_in_the_words_of_its_struct() -> None:
 # ---------------------------------------------------------------- what stands in the pages
 
 
-def test_the_budgets_of_contributing_are_those_of_the_tests() -> None:
+def test_the_budgets_of_contributing_are_those_of_the_tests():
     tests = (ROOT / "test_labs.py").read_text(encoding="utf-8")
     rooms = re.search(r"^ROOMS = \{(.*?)^\}", tests, re.MULTILINE | re.DOTALL)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -398,22 +339,18 @@ def test_the_budgets_of_contributing_are_those_of_the_tests() -> None:
     assert shown == dict(re.findall(r'"(\w+\.py)": \(\s*(\d+)', rooms[1] if rooms else ""))
 
 
-def test_the_readme_is_one_short_page() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_is_one_short_page_and_links_to_every_other_which_are_short_too():
+    written = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    text = written.pop("README.md")
     assert len(text.splitlines()) <= 150
     assert len(text.encode()) <= 10_240
     assert max(map(len, text.splitlines())) <= 400
-
-
-def test_a_page_of_the_docs_is_short_too() -> None:
-    written = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+    assert [name for name in written if f"(docs/{name}" not in text] == []
     del written["models.md"]  # a table with a row for each model type
-    assert {
-        name: len(text.splitlines()) for name, text in written.items() if text.count("\n") > 200
-    } == {}
+    assert [name for name, text in written.items() if text.count("\n") > 200] == []
 
 
-def test_the_readme_counts_the_lines_of_the_core_rounded_up_to_tens() -> None:
+def test_the_readme_counts_the_lines_of_the_core_rounded_up_to_tens():
     page = ROOT / "README.md"
     rows = re.findall(
         r"^(\| .* \| \[(\w+\.py)\]\(\w+\.py\) \| )([\d,]+)( \|.*)$", page.read_text(), re.M
@@ -436,7 +373,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
     for target in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', text):
         path, _, anchor = "".join(target).partition("#")
@@ -446,15 +383,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(file), target
 
 
-def test_the_readme_links_to_every_page() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
-
-
 # ---------------------------------------------------------------- Docker
 
 
-def test_the_image_runs_as_a_user_checks_readiness_and_holds_no_secret() -> None:
+def test_the_image_runs_as_a_user_checks_readiness_and_holds_no_secret():
     text = (ROOT / "docs" / "Dockerfile").read_text(encoding="utf-8")
     assert re.search(r"^USER [1-9]\d*$", text, re.M)
     assert re.search(r"^HEALTHCHECK .*\\\n.*/readyz", text, re.M)
@@ -466,7 +398,7 @@ def test_the_image_runs_as_a_user_checks_readiness_and_holds_no_secret() -> None
     assert [" ".join(name.removeprefix("!") for name in names)] == copied
 
 
-def test_the_compose_file_takes_keys_from_a_secret_and_bounds_what_it_starts() -> None:
+def test_the_compose_file_takes_keys_from_a_secret_and_bounds_what_it_starts():
     spec = yaml.safe_load((ROOT / "docs" / "compose.yaml").read_text(encoding="utf-8"))
     service = spec["services"]["labs-api"]
     assert service["environment"]["LABS_SERVER_API_KEYS_FILE"] == "/run/secrets/api_keys"

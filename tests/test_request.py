@@ -17,11 +17,7 @@ import labs_rag
 import labs_request
 from labs_request import GenerateRequest, Prompt, Request, ResponseFormat
 
-DATABASE = "docs.db"
 QUESTION = "Which river runs through Paris?"
-
-
-# ---------------------------------------------------------------- helpers
 
 
 def configured(**options: Any) -> labs.Config:
@@ -29,15 +25,15 @@ def configured(**options: Any) -> labs.Config:
     return labs.Config(**{"model_id": "tiny", "generation": generation} | options)
 
 
-def guarded(**guard: Any) -> labs.Config:
-    return configured(guard=labs.Guard(**guard))
+def guarded(models: Any = None, **guard: Any) -> labs.Config:
+    return configured(guard=labs.Guard(**guard), models=models or {})
 
 
 def documented(text: str = "The Seine runs through Paris.", **options: Any) -> labs.Config:
     Path("docs").mkdir()
     Path("docs/a.md").write_text(f"# Seine\n\n{text}", encoding="utf-8")
-    labs_rag.index(["docs"], DATABASE)
-    documents = labs.Documents(**{"database": DATABASE, "max_tokens": 4000} | options)
+    labs_rag.index(["docs"], "docs.db")
+    documents = labs.Documents(**{"database": "docs.db", "max_tokens": 4000} | options)
     return configured(documents=documents)
 
 
@@ -71,9 +67,6 @@ def user(text: str) -> labs.Message:
     return labs.Message(role="user", content=text)
 
 
-# ---------------------------------------------------------------- labs' own format
-
-
 def read(**body: Any) -> Request:
     data = json.dumps(body).encode()
     return labs_request.request_of(msgspec.json.decode(data, type=GenerateRequest), body)
@@ -90,27 +83,16 @@ def test_a_request_has_the_options_that_were_named_and_no_others():
     assert request == changed(expected, response_format=ResponseFormat(type="json_object"))
 
 
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        {"type": "json_schema"},
-        {"type": "json_object", "json_schema": {"schema": {}}},
-        {"type": "xml"},
-        {"type": "json_schema", "json_schema": {"schema": {}, "strictly": True}},
-    ],
-)
+SCHEMA = {"json_schema": {"schema": {}}}
+FORMATS = [{"type": "json_schema"}, {"type": "xml"}]
+FORMATS += [{"type": kind, **SCHEMA} for kind in ("text", "json_object")]
+FORMATS += [{"type": "json_schema", "json_schema": {"schema": {}, "strictly": True}}]
+
+
+@pytest.mark.parametrize("wanted", FORMATS)
 def test_an_unknown_response_format_is_refused(wanted):
     with pytest.raises(msgspec.ValidationError):
         read(prompt="Hi!", response_format=wanted)
-
-
-def test_the_text_of_a_prompt_is_all_that_a_user_wrote():
-    assert Prompt(prompt="a").text == "a"
-    assert Prompt(messages=(user("a"), user("b"))).text == "a\nb"
-    assert Prompt(ids=(1, 2)).text == ""
-
-
-# ---------------------------------------------------------------- refused without a model
 
 
 @pytest.mark.parametrize(
@@ -133,20 +115,18 @@ def test_messages_may_come_as_dicts_from_any_iterable():
         assert prompt == Prompt(messages=(user("a"),))
 
 
-@pytest.mark.parametrize("name", ["other", "auto", ""])
-def test_an_unknown_model_is_refused_with_the_known_ones(name):
-    config = configured(models={"large": configured(model_id="large")})
-    error = refusal(config, changed(model=name))
-    assert isinstance(error, labs_request.Refusal)
-    assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
-    assert str(error) == f"unknown model {name!r}; known models: tiny, large"
-
-
-def test_the_model_auto_is_known_if_the_router_has_rules():
+def test_an_unknown_model_is_refused_with_the_known_ones_after_the_prompt_is_filtered():
+    config = guarded(deny=("bad",), models={"large": configured(model_id="large")})
+    for name in ("other", "auto", ""):
+        error = refusal(config, changed(model=name))
+        assert isinstance(error, labs_request.Refusal)
+        assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
+        assert str(error) == f"unknown model {name!r}; known models: tiny, large"
+    error = refusal(config, changed(asking(prompt="so bad"), model="other"))
+    assert (error.rule, error.code) == ("deny[0]", "content_filtered")
     rule = labs.RouterRule(model="tiny", pattern="code")
-    config = configured(router=labs.Router(rules=(rule,)))
-    assert checked(config, changed(model="auto")).model == "auto"
-    assert isinstance(refusal(config, changed(model="other")), labs_request.Refusal)
+    routing = configured(router=labs.Router(rules=(rule,)))
+    assert checked(routing, changed(model="auto")).model == "auto"
 
 
 def test_a_request_is_checked_with_the_settings_of_the_model_that_it_names():
@@ -157,18 +137,10 @@ def test_a_request_is_checked_with_the_settings_of_the_model_that_it_names():
     assert checked(config, changed(model="large", options={"logprobs": None}))
 
 
-def test_documents_need_a_database_and_filtered_answers_have_no_logprobs():
-    assert "documents" in str(refusal(configured(), changed(documents=True)))
-    assert checked(configured(), changed(documents=False))
+def test_answers_that_are_filtered_have_no_logprobs():
     request = changed(options={"logprobs": 0})
     assert str(refusal(guarded(mask=("card",)), request)).startswith("logprobs: ")
     assert checked(guarded(mask=("card",), side="input"), request) == request
-
-
-def test_a_filtered_prompt_is_refused_before_its_model_is_looked_up():
-    error = refusal(guarded(deny=("bad",)), changed(asking(prompt="so bad"), model="other"))
-    assert isinstance(error, labs_guard.Filtered)
-    assert (error.rule, error.code) == ("deny[0]", "content_filtered")
 
 
 def test_masks_are_put_into_every_prompt_and_nothing_else_changes():
@@ -185,32 +157,6 @@ def test_masks_are_put_into_every_prompt_and_nothing_else_changes():
         prompts[2],
     )
     assert changed(found, prompts=prompts) == request
-
-
-# ---------------------------------------------------------------- the context
-
-
-def test_a_context_reports_when_a_filter_acts():
-    acted = []
-    context = labs_request.open_context(
-        guarded(mask=("email",), deny=("bad",)), tell=lambda *each: acted.append(each)
-    )
-    labs_request.check(context, asking(prompt="to a@b.co"))
-    done = labs.Done("stop", labs.Usage(1, 1), labs.Timings(0.0, 0.1, 0.2, 5.0))
-    labs_request.shown(context, labs.fold([labs.Delta("so bad")], done))
-    assert acted == [("email", "input"), ("deny[0]", "output")]
-
-
-def test_a_context_knows_models_and_encoder_and_loads_nothing():
-    documents = labs.Documents(database=DATABASE, embedding_model="package:absent/model")
-    config = configured(models={"large": configured(model_id="large")}, documents=documents)
-    context = labs_request.open_context(config)
-    assert [*context.configs] == ["tiny", "large"]
-    assert (context.filters, context.encoder.nbytes) == (None, 0)
-    assert context.encoder.spec.model_name == "package:absent/model"
-
-
-# ---------------------------------------------------------------- with the model
 
 
 @pytest.mark.parametrize("toggle", ["use_chat_template", "add_generation_prompt"])
@@ -237,7 +183,7 @@ def test_a_prompt_of_ids_is_taken_as_it_is_and_its_text_is_filtered(tiny):
     assert prepared(config, tiny, asking(ids=tuple(b"good"))).inputs[0].prompt == "good"
 
 
-def test_each_prompt_has_n_answers_whose_seeds_differ(tiny):
+def test_each_prompt_has_n_answers_whose_seeds_differ_and_stay_in_their_range(tiny):
     prompts = (Prompt(prompt="a"), Prompt(prompt="b"))
     request = Request(prompts=prompts, n=2, options={"seed": 7, "temperature": 1.0})
     found = [*prepared(configured(), tiny, request).answers()]
@@ -245,12 +191,8 @@ def test_each_prompt_has_n_answers_whose_seeds_differ(tiny):
     assert [inputs for inputs, _ in found] == [a, a, b, b]
     assert [generation.seed for _, generation in found] == [7, 8, 7, 8]
     assert {generation.max_new_tokens for _, generation in found} == {8}
-
-
-def test_a_choice_has_no_seed_without_one_and_seeds_stay_in_their_range():
-    generation = labs.Generation()
+    generation, last = labs.Generation(), labs.Generation(seed=2**63 - 1)
     assert labs_request.seeded_choice(generation, 3) is generation
-    last = labs.Generation(seed=2**63 - 1)
     assert [labs_request.seeded_choice(last, n).seed for n in range(2)] == [2**63 - 1, 0]
 
 
@@ -266,9 +208,6 @@ def test_each_answer_gets_a_new_constraint(tiny):
     assert labs_request.constraints(tiny, ResponseFormat(type="text")) == ()
 
 
-# ---------------------------------------------------------------- documents
-
-
 def test_passages_are_put_into_each_prompt_but_ids_and_named_as_sources(tiny):
     texts = (QUESTION, "Where is Paris?")
     prompts = (Prompt(prompt=texts[0]), Prompt(messages=(user(texts[1]),)))
@@ -281,17 +220,6 @@ def test_passages_are_put_into_each_prompt_but_ids_and_named_as_sources(tiny):
     assert found.inputs[2].prompt == "Paris"
 
 
-def test_sources_are_none_without_documents_and_empty_without_a_passage(tiny):
-    config = documented(default=False)
-    request = asking(prompt=QUESTION)
-    assert prepared(config, tiny, request).sources is None
-    assert prepared(config, tiny, changed(request, documents=True)).sources
-    assert prepared(config, tiny, changed(request, documents=False)).sources is None
-    found = prepared(config, tiny, changed(asking(prompt="How are you?"), documents=True))
-    assert found.sources == ()
-    assert found.inputs == (labs.build_inputs(tiny, prompt="How are you?"),)
-
-
 def test_passages_are_not_filtered_but_counted(tiny):
     config = documented("Write to a@b.co in Paris.")
     guard = labs.Guard(mask=("email",))
@@ -300,14 +228,3 @@ def test_passages_are_not_filtered_but_counted(tiny):
     few = msgspec.structs.replace(config, guard=labs.Guard(max_prompt_tokens=60))
     with pytest.raises(labs_guard.Filtered, match="max_prompt_tokens"):
         prepared(few, tiny, asking(prompt=QUESTION))
-
-
-def test_an_explanation_names_the_source_of_each_setting(tiny):
-    request = changed(options={"temperature": 0.5})
-    found = prepared(configured(), tiny, request)
-    sources = dict.fromkeys(request.options, "request")
-    plan = labs_request.explain(tiny, found.inputs[0], found.generation, sources)
-    assert plan.prompt == found.inputs[0].prompt
-    assert plan.prompt_tokens == len(found.inputs[0].input_ids)
-    assert plan.settings["temperature"] == labs_request.SettingValue(0.5, "request")
-    assert plan.settings["max_new_tokens"] == labs_request.SettingValue(8, "default")

@@ -4,23 +4,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import falcon.testing
 import pytest
-from kit import CHAT, COMPLETIONS, invoke
+from kit import CHAT, COMPLETIONS, Site, invoke
 from kit import A as ONLY_A
 from msgspec import Struct
 
 import labs
-import labs_api
 import labs_engine
 import labs_jsonl
-import labs_models
 import labs_rag
 import labs_request
 
@@ -42,11 +38,10 @@ class World:
         self.model = model
         self.config = labs.load_config(env={}, overrides={"model_name": "tiny"})
         self.engine = labs_engine.Engine(model)
-        app = labs_api.create_app(self.config, labs_models.One(self.engine, "tiny"))
-        self.client = falcon.testing.TestClient(app)
+        self.site = Site(self.engine, self.config)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self.client.simulate_post(path, json=body, headers={"Host": "localhost"}).json
+        return self.site.post(path, body).json
 
     def line(self, row: dict[str, Any]) -> Any:
         context, tally = labs_request.open_context(self.config), labs_jsonl.Tally()
@@ -61,9 +56,6 @@ class World:
 
 Asked = dict[str, Any]  # a request in labs' own format
 Way = Callable[[World, Asked], Outcome]
-
-
-# ---------------------------------------------------------------- the ways
 
 
 def flags_of(asked: Asked) -> list[str]:
@@ -139,9 +131,6 @@ OWN = ("shell", "shell as JSON", "line", "HTTP")
 CHATS, RAW = ("chat line", "chat"), ("raw line", "raw")
 
 
-# ---------------------------------------------------------------- the features
-
-
 class Feature(Struct, frozen=True):
     """A request, and regular expressions for each whole text of the answer or for the error.
 
@@ -158,7 +147,8 @@ class Feature(Struct, frozen=True):
 
 
 def answered(asked: Asked, *texts: str, **rest: Any) -> Feature:
-    return Feature({"prompt": "hi", **asked}, texts or (r"(?s).+",), **rest)
+    asked = asked if "messages" in asked else {"prompt": "hi", **asked}
+    return Feature(asked, texts or (r"(?s).+",), **rest)
 
 
 def refused(asked: Asked, error: str, toml: str = "", **rest: Any) -> Feature:
@@ -174,28 +164,26 @@ def talk(text: str) -> Asked:
     return {"messages": [system, {"role": "user", "content": text}]}
 
 
-MASK, DENY = '[guard]\nmask = ["email"]\nside = "input"', '[guard]\ndeny = ["bad"]'
+MASK, DENY = '[guard]\nmask = ["email"]', '[guard]\ndeny = ["bad"]'
+ASKED_ONLY = f'{MASK}\nside = "input"'
 DOCS = '[documents]\ndatabase = "docs.db"'
 PLAIN, OPEN = {"use_chat_template": False}, {"add_generation_prompt": False}
-WILD = {"temperature": 1.5}
-SEEDED = {"seed": 3, "temperature": 1.5}
+NOT_OPEN = "[generation]\nadd_generation_prompt = false"
+WILD, BAD, ADDRESS = {"temperature": 1.5}, {"prompt": "a bad one"}, {"const": "a@b.co"}
+SEEDED, CONFIGURED_SEED = {"seed": 3, **WILD}, "[generation]\nseed = 3"
 SEINE = ("docs/a.md#Rivers > Seine",)
 FEATURES = {
     "a prompt": answered({}),
-    "messages": Feature(talk("to a@b.co"), ("(?s).+",)),
-    "a masked prompt": answered({"prompt": "a@b.co"}, toml=MASK, same_as={"prompt": "[email]"}),
-    "masked messages": Feature(
-        talk("to a@b.co"), ("(?s).+",), toml=MASK, same_as=talk("to [email]")
+    "messages": answered(talk("to a@b.co")),
+    "a masked prompt": answered(
+        {"prompt": "a@b.co"}, toml=ASKED_ONLY, same_as={"prompt": "[email]"}
     ),
-    "a denied prompt": refused({"prompt": "a bad one"}, r".*deny\[0\].*", DENY),
-    "a denied raw prompt": refused(
-        {"prompt": "a bad one", **PLAIN}, r".*deny\[0\].*", DENY, ways=(*OWN, *RAW)
-    ),
+    "masked messages": answered(talk("a@b.co"), toml=ASKED_ONLY, same_as=talk("[email]")),
+    "a denied prompt": refused(BAD, r".*deny\[0\].*", DENY),
+    "a denied raw prompt": refused({**BAD, **PLAIN}, r".*deny\[0\].*", DENY, ways=(*OWN, *RAW)),
     "a denied answer": answered(ONLY_A, "", toml='[guard]\ndeny = ["aaaa"]'),
     "a masked answer": answered(
-        {**typed({"const": "a@b.co"}), "max_new_tokens": 30},
-        r'"\[email\]"',
-        toml='[guard]\nmask = ["email"]',
+        {**typed(ADDRESS), "max_new_tokens": 30}, r'"\[email\]"', toml=MASK
     ),
     "too many tokens": refused({}, ".*max_prompt_tokens.*", "[guard]\nmax_prompt_tokens = 2"),
     "filtered logprobs": refused({"logprobs": 1}, "logprobs: .*", DENY),
@@ -207,13 +195,9 @@ FEATURES = {
     "a schema that is not supported": refused(typed({"not": {}}), ".*not.*"),
     "no template": answered(PLAIN, ways=(*OWN, *RAW)),
     "no beginning of an answer": answered(OPEN, ways=OWN),
-    "configured toggles": answered(
-        {}, toml="[generation]\nadd_generation_prompt = false", same_as={"prompt": "hi", **OPEN}
-    ),
+    "configured toggles": answered({}, toml=NOT_OPEN, same_as={"prompt": "hi", **OPEN}),
     "a seed": answered(SEEDED),
-    "a configured seed": answered(
-        WILD, toml="[generation]\nseed = 3", same_as={"prompt": "hi", **SEEDED}
-    ),
+    "a configured seed": answered(WILD, toml=CONFIGURED_SEED, same_as={"prompt": "hi", **SEEDED}),
     "choices": answered({**SEEDED, "n": 2}, "(?s).+", "(?s).+", ways=CHATS),
     "raw choices": answered({**SEEDED, **PLAIN, "n": 2}, "(?s).+", "(?s).+", ways=RAW),
     "a stop text": answered({**ONLY_A, "stop": ["aaa"]}, ""),
@@ -229,11 +213,9 @@ OWN_WORDS = ("an unknown option", "an option out of bounds", "a contradiction")
 
 
 @pytest.fixture
-def open_world(tiny, monkeypatch):
+def open_world(tiny, no_variables, monkeypatch):
     """Return a function that writes ./labs.toml and opens the ways to the model."""
     monkeypatch.setattr(labs, "load_model", lambda config: tiny)
-    for name in [name for name in os.environ if name.startswith("LABS_")]:
-        monkeypatch.delenv(name)
     worlds: list[World] = []
 
     def opened(toml: str = "") -> World:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -65,30 +66,16 @@ def refused(fragments: Any, env: dict[str, str] | None = None, **places: Any) ->
 
 @pytest.mark.parametrize(("low", "high"), list(itertools.combinations(LAYERS, 2)))
 def test_a_higher_layer_wins_and_leaves_other_keys_of_a_lower_one_alone(low, high):
-    config = layered(
-        {
-            low: {"temperature": 0.25, "stop": ["é😀\n"], "use_chat_template": False, "top_k": 7},
-            high: {"temperature": 0.75, "load_in_4bit": True, "use_chat_template": True, "seed": 2},
-        }
-    )
-    found = config.generation
+    below = {"temperature": 0.25, "stop": ["é😀\n"], "use_chat_template": False, "top_k": 7}
+    above = {"temperature": 0.75, "load_in_4bit": True, "use_chat_template": True, "seed": 2}
+    config = layered({low: {**below, "server_port": 2}, high: {**above, "server_host": "::1"}})
+    found, server = config.generation, config.server
     assert (found.temperature, found.stop, found.top_k, found.seed) == (0.75, ("é😀\n",), 7, 2)
     assert (config.use_chat_template, config.model.quantization.load_in_4bit) == (True, True)
-
-
-def test_other_sections_are_set_in_each_layer():
-    low = {"server_port": 1, "server_host": "::1", "response_cache_max_entries": 5}
-    high = {ENV: {"server_max_waiting": 9}, "overrides": {"server_drain_s": 3}}
-    config = layered({TOML: low, ".env": {"server_port": 2}, **high})
-    server = config.server
-    assert (server.port, server.host, server.max_waiting, server.drain_s) == (2, "::1", 9, 3)
-    assert config.response_cache.max_entries == 5
-
-
-def test_the_effective_configuration_shows_the_source_of_a_value():
-    lines = [line_of("temperature", layered({each: {"temperature": 0.5}})) for each in LAYERS]
-    sources = ("labs.toml", "LABS_TEMPERATURE in .env", "LABS_TEMPERATURE", "--temperature")
-    assert lines == [f"temperature = 0.5  # {source}" for source in sources]
+    assert (server.port, server.host) == (2, "::1")
+    names = ("labs.toml", "LABS_TEMPERATURE in .env", "LABS_TEMPERATURE", "--temperature")
+    source = dict(zip(LAYERS, names, strict=True))[high]
+    assert line_of("temperature", config) == f"temperature = 0.75  # {source}"
 
 
 def test_the_effective_configuration_has_every_setting_and_can_be_read_back():
@@ -109,18 +96,13 @@ def test_the_effective_configuration_has_every_setting_and_can_be_read_back():
         ("HF_TOKEN=hf_x", {"LABS_API_KEYS": "one, "}, ("one",), "hf_x"),
         ("LABS_API_KEYS=a\nHF_TOKEN=hf_x", {"LABS_API_KEYS": "", "HF_TOKEN": ""}, ("a",), "hf_x"),
         ("LABS_API_KEYS=a\nHF_TOKEN=x", {"LABS_API_KEYS": "b,c", "HF_TOKEN": "y"}, ("b", "c"), "y"),
-        (
-            "",
-            {"LABS_API_KEYS": "z", "LABS_SERVER_API_KEYS_FILE": "keys"},
-            ("z", "one", "two"),
-            None,
-        ),
+        ("", {"LABS_API_KEYS": "z", "LABS_SERVER_API_KEYS_FILE": "k"}, ("z", "one", "two"), None),
         ("LABS_TOP_K\nLABS_API_KEYS\nHF_TOKEN\n", {}, (), None),
     ],
 )
 def test_secrets_come_from_environment_and_dotenv_and_are_never_shown(dotenv, env, keys, token):
     write(".env", dotenv)
-    write("keys", "# for the team\none\n\n two \n")
+    write("k", "# for the team\none\n\n two \n")
     config = labs.load_config(env=env)
     assert config.api_keys == tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
     assert config.model.token == token
@@ -130,29 +112,19 @@ def test_secrets_come_from_environment_and_dotenv_and_are_never_shown(dotenv, en
     assert token is None or "hf_x" not in dumped + repr(config) + repr(config.model)
 
 
-@pytest.mark.parametrize("text", [None, "", "# none\n"])
-def test_a_file_of_keys_that_holds_none_is_refused(text):
-    if text is not None:
-        write("keys", text)
-    refused(["server_api_keys_file = keys"], {"LABS_SERVER_API_KEYS_FILE": "keys"})
+VARIABLES = [
+    ("LABS_MODEL", "some/model", "model_name", "some/model"),
+    *(("LABS_DO_SAMPLE", text, "do_sample", True) for text in ("true", "1")),
+    *(("LABS_DO_SAMPLE", text, "do_sample", False) for text in ("false", "0")),
+    *[("LABS_TOP_K", "40", "top_k", 40), ("LABS_TEMPERATURE", "1", "temperature", 1.0)],
+    ("LABS_STOP", '["a", "b"]', "stop", ("a", "b")),
+    ("LABS_LOGIT_BIAS", '{"5": -100}', "logit_bias", {5: -100.0}),
+    ("LABS_DEVICE_MAP", '{"": "cpu"}', "device_map", '{"": "cpu"}'),
+    ("LABS_MAX_NEW_TOKENS", "", "max_new_tokens", 9),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "key", "value"),
-    [
-        ("LABS_MODEL", "some/model", "model_name", "some/model"),
-        ("LABS_DO_SAMPLE", "true", "do_sample", True),
-        ("LABS_DO_SAMPLE", "1", "do_sample", True),
-        ("LABS_DO_SAMPLE", "false", "do_sample", False),
-        ("LABS_DO_SAMPLE", "0", "do_sample", False),
-        ("LABS_TOP_K", "40", "top_k", 40),
-        ("LABS_TEMPERATURE", "1", "temperature", 1.0),
-        ("LABS_STOP", '["a", "b"]', "stop", ("a", "b")),
-        ("LABS_LOGIT_BIAS", '{"5": -100}', "logit_bias", {5: -100.0}),
-        ("LABS_DEVICE_MAP", '{"": "cpu"}', "device_map", '{"": "cpu"}'),
-        ("LABS_MAX_NEW_TOKENS", "", "max_new_tokens", 9),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "key", "value"), VARIABLES)
 def test_a_variable_is_read_as_its_setting_is_typed_and_empty_is_unset(name, text, key, value):
     write(TOML, "[generation]\nmax_new_tokens = 9\n")
     write(".env", "LABS_MAX_NEW_TOKENS=\nLABS_DEBUG=1\n")
@@ -169,11 +141,8 @@ WRONG = [
     (TOML, "[generation]\ntemperature = nan", ["labs.toml", "temperature = nan"]),
     (TOML, "[generation]\ntimeout_s = inf", ["labs.toml", "timeout_s = inf"]),
     (TOML, "[generation]\nlogit_bias = {5 = nan}", ["labs.toml", "logit_bias"]),
-    (TOML, '[generation]\ntop_k = "many"', ["labs.toml", "top_k = 'many'", "int"]),
     (TOML, "[generation]\ndo_sample = 1", ["labs.toml", "do_sample = 1", "bool"]),
     (TOML, "[generation]\nmax_new_tokens = true", ["labs.toml", "max_new_tokens = True"]),
-    (TOML, '[generation]\nstop = "x"', ["labs.toml", "stop = 'x'", "array"]),
-    (TOML, '[generation]\ntorch_dtype = "int8"', ["labs.toml", "torch_dtype = 'int8'"]),
     (TOML, '[generation]\ntoken = "hf_secret"', ["unknown key 'token'"]),
     (TOML, "[quantization]\ntemperature = 1", ["labs.toml", "'temperature'", "[quantization]"]),
     (TOML, "[quantization]\nload_in_4bit = true\nload_in_8bit = true", ["labs.toml", "load_in_8"]),
@@ -185,12 +154,9 @@ WRONG = [
     (TOML, "[generation]\ndo_sample = true\ntemperature = 0", ["labs.toml", "contradicts"]),
     (TOML, "[generatoin]\ntop_k = 1", ["labs.toml", "[generatoin]", "generation?"]),
     (TOML, "[server]\nprt = 1", ["key 'prt' in [server]; did you mean port"]),
-    (TOML, "top_k = 1", ["labs.toml", "top_k", "belongs in [generation]"]),
     (TOML, "model = 'a'", ["labs.toml", "model_name belongs in [generation]"]),
-    (TOML, "[server]\nload_in_4bit = true", ["'load_in_4bit'", "belongs in [quantization]"]),
     (TOML, "[models.a]\nserver_port = 1", ["[models.a]", "port belongs in [server]"]),
     (TOML, "generation = 1", ["labs.toml", "generation", "section"]),
-    (TOML, "models = 1", ["labs.toml", "models", "section"]),
     (TOML, '[generation]\nmodel_name = "auto"', ["model_name = auto", "[router]"]),
     (ENV, "LABS_MODEL=auto", ["model_name = auto", "[router]"]),
     (TOML, "[models]\nsmall = 1", ["labs.toml", "[models.small]", "section"]),
@@ -208,18 +174,20 @@ WRONG = [
     (".env", "LABS_TOP_K=many", [".env", "LABS_TOP_K", "many", "int"]),
     (ENV, "LABS_TEMPERATUR=1", ["environment", "LABS_TEMPERATUR", "LABS_TEMPERATURE?"]),
     (ENV, "LABS_TOP_K=-1", ["LABS_TOP_K", "-1", "0"]),
-    (ENV, "LABS_DO_SAMPLE=maybe", ["LABS_DO_SAMPLE", "maybe", "bool"]),
     (ENV, "LABS_STOP=[", ["LABS_STOP", "["]),
     (ENV, "LABS_SEED=9223372036854775808", ["LABS_SEED", "9223372036854775808"]),
     (ENV, "LABS_API_KEYS= ,", ["LABS_API_KEYS holds no key"]),
     ("overrides", "temprature=1", ["temprature", "temperature?"]),
     ("overrides", "temperature=101", ["--temperature", "101", "100"]),
+    (ENV, "LABS_SERVER_API_KEYS_FILE=absent", ["server_api_keys_file = absent"]),
+    (ENV, "LABS_SERVER_API_KEYS_FILE=.env", ["server_api_keys_file = .env"]),  # which has none
 ]
 
 
 @pytest.mark.parametrize(("layer", "text", "fragments"), WRONG, ids=[w[1] for w in WRONG])
 def test_a_wrong_setting_is_refused_with_place_key_and_bound(layer, text, fragments):
     name, _, value = text.partition("=")
+    write(".env", "# no key\n")
     if layer in (TOML, ".env"):
         write(layer, text + "\n")
     overrides = {name: float(value)} if layer == "overrides" else {}
@@ -234,14 +202,8 @@ def test_a_contradiction_of_two_places_names_both_and_no_third():
     assert "BNB" not in str(told.value)
 
 
-WORDS = {
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "number": "a number",
-    "array": "a JSON list in [ ]",
-    "object": "a JSON table",
-    "string": "a text",
-}
+WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number"}
+WORDS |= {"array": "a JSON list in [ ]", "object": "a JSON table", "string": "a text"}
 each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -303,14 +265,9 @@ def test_names_that_labs_does_not_use_are_warned_of_once(caplog):
 
 
 LOWERED = {
-    "server_host": '"0.0.0.0"',
-    "server_insecure": "true",
-    "server_allowed_hosts": '["*"]',
-    "server_allow_origins": '["https://a.example"]',
-    "server_public_metrics": "true",
-    "server_api_keys_file": '"keys"',
-    "use_safetensors": "false",
-    "trust_remote_code": "true",
+    **{"server_host": '"0.0.0.0"', "server_insecure": "true", "server_allowed_hosts": '["*"]'},
+    **{"server_allow_origins": '["https://a.example"]', "server_public_metrics": "true"},
+    **{"server_api_keys_file": '"keys"', "use_safetensors": "false", "trust_remote_code": "true"},
 }
 
 
@@ -371,22 +328,16 @@ def test_a_model_table_is_chosen_by_its_name_in_any_layer(layer):
     assert (config.model.model_name, config.generation.temperature) == ("org/small", 0.25)
 
 
-def test_a_model_table_replaces_the_sections_that_it_has():
+def test_a_model_table_replaces_the_sections_that_it_has_but_not_the_environment():
     write(TOML, MODELS)
     small, packed = (labs.load_config(env={"LABS_MODEL": name}) for name in ("small", "packed"))
+    env = {"LABS_MODEL": "small", "LABS_TEMPERATURE": "0.75"}
+    assert labs.load_config(env=env).generation.temperature == 0.75
     assert (small.generation.top_k, small.use_chat_template) == (None, False)
     assert small.model.quantization.bnb_4bit_quant_type == "fp4"
     assert packed.model.quantization == labs.Quantization(load_in_8bit=True)
     assert line_of("temperature", small).endswith("labs.toml [models.small]")
     assert 'model_name = "org/small"' in line_of("model_name", small)
-
-
-def test_environment_and_overrides_win_over_a_model_table():
-    write(TOML, MODELS)
-    env = {"LABS_MODEL": "small", "LABS_TEMPERATURE": "0.75"}
-    assert labs.load_config(env=env).generation.temperature == 0.75
-    overrides = {"model_name": "small", "temperature": 0.75}
-    assert labs.load_config(env={}, overrides=overrides).generation.temperature == 0.75
 
 
 # ---------------------------------------------------------------- bounds and structs
@@ -418,11 +369,6 @@ def test_a_number_is_accepted_up_to_its_bounds_and_refused_beyond(key, least, mo
         refused([key], overrides={key: value})
 
 
-def test_every_setting_has_a_description_and_its_own_variable():
-    assert all(setting.description.endswith((".", "]")) for setting in labs.settings())
-    assert len({setting.environment for setting in labs.settings()}) == len(SETTINGS)
-
-
 STRUCTS = [each for each in vars(labs).values() if isinstance(each, type)]
 STRUCTS = [each for each in STRUCTS if issubclass(each, labs.Strict) and fields(each)]
 
@@ -445,57 +391,30 @@ def test_documents_are_used_as_requested_or_as_configured(default):
         without.apply(True)
 
 
-@pytest.mark.parametrize("kind", ["text", "json_object", "json_schema"])
-def test_a_schema_belongs_to_the_format_of_that_name_only(kind):
-    schema = {"schema": {"type": "object"}}
-    right, wrong = (schema, None) if kind == "json_schema" else (None, schema)
-    read = msgspec.json.Decoder(labs_request.ResponseFormat).decode
-    assert read(json.dumps({"type": kind, "json_schema": right})).type == kind
-    with pytest.raises(msgspec.ValidationError, match="belongs to the type json_schema"):
-        read(json.dumps({"type": kind, "json_schema": wrong}))
-
-
-@pytest.mark.parametrize(("length", "shown"), [(60, "x" * 58 + "':"), (61, "x" * 56 + "...:")])
-def test_only_the_beginning_of_a_long_value_is_shown(length, shown):
-    with pytest.raises(labs.ConfigError) as told:
-        labs.evolve(labs.Generation(), stop="x" * (length - 2))
-    assert f"stop = '{shown}" in str(told.value)
-
-
 @pytest.mark.parametrize(
-    ("changes", "fragments"),
+    ("key", "value"),
     [
-        ({"temprature": 1}, ["temprature", "temperature?"]),
-        ({"model_name": "x"}, ["model_name"]),
-        ({"temperature": "hot"}, ["temperature = 'hot'"]),
-        ({"temperature": float("nan")}, ["temperature = nan"]),
-        ({"repetition_penalty": float("inf")}, ["repetition_penalty = inf"]),
-        ({"logit_bias": {5: float("nan")}}, ["logit_bias"]),
-        ({"do_sample": True, "temperature": 0}, ["do_sample", "temperature", "contradict"]),
-        ({"temperature": 0}, ["contradict"]),
-        *(({"stop": bad}, ["stop"]) for bad in ([""], ["x" * 1025], ["x"] * 17)),
-        *(({"logit_bias": {key: 0}}, ["logit_bias"]) for key in (-1, 2**31 + 1)),
-        *(({"logit_bias": {5: bias}}, ["logit_bias"]) for bias in (-100.01, 100.01)),
-        ({"max_new_tokens": 1.5}, ["max_new_tokens = 1.5"]),
-        ({"seed": -1}, ["seed = -1"]),
+        *(("stop", bad) for bad in ([""], ["x" * 1025], ["x"] * 17)),
+        *(("logit_bias", {key: 0}) for key in (-1, 2**31 + 1)),
+        *(("logit_bias", {5: bias}) for bias in (-100.01, 100.01, float("nan"))),
+        *[("temprature", 1), ("model_name", "x"), ("temperature", float("nan"))],
+        *[("temperature", 0), ("max_new_tokens", 1.5)],  # a 0 contradicts do_sample
     ],
 )
-def test_evolve_refuses_what_a_file_may_not_say_either(changes, fragments):
+def test_evolve_refuses_what_a_file_may_not_say_either(key, value):
     assert labs.evolve(labs.Generation(), stop=["x" * 1024] * 16, logit_bias={0: -100, 2**31: 100})
-    with pytest.raises(labs.ConfigError) as caught:
-        labs.evolve(labs.Generation(do_sample=True), **changes)
-    assert [part for part in fragments if part not in str(caught.value)] == []
+    with pytest.raises(labs.ConfigError, match=key):
+        labs.evolve(labs.Generation(do_sample=True), **{key: value})
 
 
 def test_an_explanation_shows_each_setting_its_source_and_the_memory_without_computing(tiny):
     advice = {"do_sample": True, "top_k": 7, "temperature": 0.7}
     model = msgspec.structs.replace(tiny, generation_defaults=advice)
     explain, value = labs_request.explain, labs_request.SettingValue
+    here = {"max_new_tokens": "x.toml", "do_sample": "x.toml"}
     with counted(tiny) as calls:
-        told = explain(
-            model, SHORT, labs.Generation(max_new_tokens=5), {"max_new_tokens": "x.toml"}
-        )
-        greedy = explain(model, SHORT, labs.Generation(do_sample=False), {"do_sample": "x.toml"})
+        told = explain(model, SHORT, labs.Generation(max_new_tokens=5), here)
+        greedy = explain(model, SHORT, labs.Generation(do_sample=False), here)
         with pytest.raises(labs.PromptTooLong):
             explain(tiny, SHORT, labs.Generation(max_new_tokens=10**5))
     assert calls == []
@@ -503,12 +422,8 @@ def test_an_explanation_shows_each_setting_its_source_and_the_memory_without_com
     assert told.context_left == tiny.context_length - 3
     assert told.cache_bytes == 8 * tiny.decoder.column_bytes > 0
     found = [told.settings[key] for key in ("max_new_tokens", "top_k", "top_p", "seed")]
-    assert found == [
-        value(5, "x.toml"),
-        value(7, "model"),
-        value(1.0, "default"),
-        value(None, "drawn"),
-    ]
+    expected = [(5, "x.toml"), (7, "model"), (1.0, "default"), (None, "drawn")]
+    assert found == [value(*each) for each in expected]
     assert greedy.settings["do_sample"] == value(False, "x.toml")
     assert greedy.settings["temperature"] == value(0.0, "do_sample")
     known = {key for key, s in SETTINGS.items() if s.section in ("generation", "quantization")}
@@ -518,15 +433,14 @@ def test_an_explanation_shows_each_setting_its_source_and_the_memory_without_com
 # ---------------------------------------------------------------- labs.toml
 
 
-def test_labs_toml_has_exactly_the_defaults():
+def test_labs_toml_and_env_example_name_every_setting_and_change_none():
     config = labs.load_config(ROOT / "labs.toml", env={})
     assert msgspec.structs.replace(config, sources={}) == labs.Config()
-
-
-def test_labs_toml_shows_the_default_of_every_setting_that_has_one():
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
     text = (ROOT / "labs.toml").read_text(encoding="utf-8")
     sections = dict(part.split("]\n", 1) for part in text.split("\n[") if "]\n" in part)
     for setting in labs.settings():
+        assert re.search(rf"^# ?{setting.environment}=", example, re.MULTILINE), setting.environment
         lines = [line.removeprefix("# ") for line in sections[setting.section].splitlines()]
         line = next(line for line in lines if line.startswith(f"{setting.field} = "))
         if setting.default not in (None, (), {}):

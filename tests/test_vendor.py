@@ -70,9 +70,6 @@ def lacking(room: str) -> str:
     return f"labs_{room}.py is not beside labs.py: {copy}"
 
 
-# ---------------------------------------------------------------- contents
-
-
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "request")}
 COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "guard")}
 
@@ -84,10 +81,10 @@ def test_a_room_is_copied_with_its_imports_only(rooms, copied):
     assert labs_vendor.check("copy") == dict.fromkeys(copied, "same")
 
 
-@pytest.mark.parametrize("room", ["tpyed", "labs_typed", "typed.py", "", "labs"])
-def test_an_unknown_room_is_refused_with_the_known_ones(room):
-    with pytest.raises(labs.LabsError, match=f"unknown room {room!r}; .* api, .*typed"):
-        labs_vendor.vendor("copy", ["cli", room])
+def test_an_unknown_room_is_refused_with_the_known_ones():
+    for room in ("tpyed", "labs_typed", "typed.py", "", "labs"):
+        with pytest.raises(labs.LabsError, match=f"unknown room {room!r}; .* api, .*typed"):
+            labs_vendor.vendor("copy", ["cli", room])
     assert not Path("copy").exists()
 
 
@@ -139,11 +136,8 @@ def test_imports_of_labs_are_made_relative_and_nothing_else_changes(old, new):
     assert labs_vendor.relative(old, {"labs", "labs_decode", "labs_engine"}) == new
 
 
-# ---------------------------------------------------------------- how copies differ
-
-
 @pytest.fixture
-def newer(monkeypatch) -> Any:
+def newer(monkeypatch):
     """Return a function that makes this labs newer: typed is changed and needs one more room."""
 
     def change() -> None:
@@ -261,15 +255,6 @@ def test_a_place_that_is_not_a_folder_is_refused_in_one_sentence():
         assert done.exit_code == 1
 
 
-def test_flags_without_effect_are_refused():
-    for words in ("--rooms api", "--check", "--vendor copy --check --rooms api"):
-        assert invoke(*words.split()).exit_code == 2
-    assert not Path("copy").exists()
-
-
-# ---------------------------------------------------------------- copies at work
-
-
 INSIDE = """
 import sys
 import falcon.testing
@@ -309,9 +294,6 @@ def test_copies_in_a_zip_file_run(tiny_folder):
     assert done.stdout == "AAA\n", done.stderr
 
 
-# ---------------------------------------------------------------- rooms that were not copied
-
-
 def test_the_commands_of_a_copy_name_the_room_that_was_not_copied(folder):
     package("pkg", "cli")
     labs_vendor.vendor("flat", ["cli"])
@@ -324,11 +306,8 @@ def test_the_commands_of_a_copy_name_the_room_that_was_not_copied(folder):
 
 NEEDED = {"--input prompts.jsonl": "jsonl", "--replay prompts.jsonl": "jsonl"}
 NEEDED |= {"--index docs --docs x.db": "rag", "--prompt Hi --docs x.db": "rag"}
-NEEDED |= {
-    "--prompt Hi --schema schema.json": "typed",
-    "--prompt Hi --choose a --choose b": "typed",
-}
-NEEDED |= {"--prompt Hi --config guard.toml": "guard", "--vendor other": "vendor"}
+NEEDED |= {"--prompt Hi --schema schema.json": "typed", "--vendor other": "vendor"}
+NEEDED |= {"--prompt Hi --choose a --choose b": "typed", "--prompt Hi --config guard.toml": "guard"}
 
 
 @pytest.mark.parametrize(("words", "room"), NEEDED.items())
@@ -342,28 +321,7 @@ def test_the_room_a_flag_or_setting_needs_is_named(words, room, fake_labs, missi
     assert (done.stderr, done.exit_code) == (f"Error: {lacking(room)}\n", 1)
 
 
-@pytest.mark.parametrize("name", ["labs_decode", "cachetools", "waitress", "tqdm"])
-def test_a_missing_file_or_package_is_named_with_the_command_that_brings_it(name, missing):
-    missing(name)
-    command = "labs-gen --vendor DEST --rooms decode" if "labs" in name else f"pip install {name}"
-    with pytest.raises(labs.LabsError, match=command):
-        labs.require(name)
-
-
 FORM = {"response_format": {"type": "json_object"}}
-CHAT = {"messages": [{"role": "user", "content": "Hi"}], **FORM}
-
-
-def test_a_request_for_a_room_that_was_not_copied_is_refused_by_name(fake, site, missing):
-    missing("labs_typed")
-    missing("labs_guard")
-    options = {"prompt": "Hi", "options": ["a", "b"]}
-    for path, body in (("/v1/chat/completions", CHAT | {"stream": True}), ("/choose", options)):
-        assert kit.error_of(site.post(path, body), 400)["message"] == lacking("typed")
-    assert site.post("/generate", {"prompt": "Hi"}).status_code == 200
-    config = labs.Config(model_id="tiny", guard=labs.Guard(deny=("x",)))
-    with pytest.raises(labs.ConfigError, match=re.escape(lacking("guard"))):
-        kit.Site(fake, config)
 
 
 BATCH = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}
@@ -376,7 +334,12 @@ def test_a_line_for_a_room_that_was_not_copied_fails_alone(room, line, tiny, mis
     missing(f"labs_{room}")
     plain = {"id": "b", "prompt": "Hi", "max_new_tokens": 1}
     lines = enumerate((json.dumps(each).encode() for each in (line, plain)), 1)
-    context = labs_request.open_context(labs.Config(model_id="tiny"))
+    context = labs_request.open_context(config := labs.Config(model_id="tiny"))
+    if room == "typed":  # and so does a choice
+        asked = (labs_request.Prompt(prompt="Hi"),)
+        request = labs_request.Request(prompts=asked, choices=("a", "b"))
+        with pytest.raises(labs.LabsError, match=re.escape(lacking(room))):
+            labs_request.prepare(context, config, tiny, request)
     tally, ordered = labs_jsonl.Tally(), labs_jsonl.Batching(ordered=True)
     found = map(json.loads, labs_jsonl.answer_lines(tiny, context, lines, tally, ordered))
     failed, answered = found
