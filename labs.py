@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -499,9 +500,9 @@ def _load(spec: ModelSpec) -> Model:
 def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
     """Make a decoder faster with the optional files that are there."""
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
-    method = spec.quantization.quant_method
-    require(*(["labs_fast"] if method not in ("auto", "none") else []))
-    method = "none" if method == "auto" and spec.torch_dtype != "auto" else method
+    wanted, given = spec.quantization.quant_method, spec.torch_dtype != "auto"
+    require(*(["labs_fast"] if wanted in ("fp16", "int8", "int4") else []))
+    method = "none" if wanted == "auto" and given else wanted
     try:
         if _is_there("labs_calls"):
             import labs_calls
@@ -572,15 +573,14 @@ def _fingerprint_of(
     packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
     commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
     digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
-    wanted = replace(wanted, quant_method=decoder.quant_method.replace("none", "auto"))
-    settings = [(field, getattr(wanted, field.name)) for field in fields(wanted)]
+    used = asdict(wanted) | {"quant_method": decoder.quant_method.replace("none", "auto")}
     return Fingerprint(
         model=spec.model_name,
         revision=digest or str(commit),
         dtype=dtype,
         device=device_of(spec)[1],
         hardware=labs_cache.hardware(decoder.device),
-        quantization={field.name: value for field, value in settings if value != field.default},
+        quantization={f.name: used[f.name] for f in fields(wanted) if used[f.name] != f.default},
         batch_invariant=decoder.invariant,
         versions={"labs": __version__, **labs_cache.versions(packages)},
     )
@@ -970,8 +970,6 @@ def _finish(model: Model, request: InFlight, why: FinishReason, stop: str | None
 
 
 def _fingerprint(model: Model, request: InFlight) -> Fingerprint | None:
-    import hashlib
-
     if model.fingerprint is None:
         return None
     ids = msgspec.json.encode(request.inputs.input_ids)

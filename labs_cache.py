@@ -184,6 +184,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
         raise SourceError(f"{gguf}: is not a readable GGUF file") from error
     finally:
         gguf_package.GGUFReader = reader
+    model.config.gguf_types = sorted({tensor.tensor_type.name for tensor in tensors})
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 

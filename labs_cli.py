@@ -651,7 +651,7 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
     request = labs_request.check(context, first)
     stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
     began = time.perf_counter()
-    model = load_model(config)
+    model = load_model(for_one_stream(config))
     imports_s = time.perf_counter() - began - model.load_s
     model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
     session = Session(context, asked, model, stream, flags["verbose"], imports_s)
@@ -669,6 +669,16 @@ def answer_prompt(config: labs.Config, flags: Values) -> None:
     else:
         for _ in answer(session, request):
             pass
+
+
+def for_one_stream(config: labs.Config) -> labs.Config:
+    """Let a GGUF file keep its 4 or 8 bits, with which a single stream is faster."""
+    spec, quantization = config.model, config.model.quantization
+    if spec.torch_dtype != "auto" or quantization != labs.Quantization():
+        return config
+    quantization = msgspec.structs.replace(quantization, quant_method="gguf")
+    spec = msgspec.structs.replace(spec, quantization=quantization)
+    return msgspec.structs.replace(config, model=spec)
 
 
 def load_model(config: labs.Config) -> labs.Model:

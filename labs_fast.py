@@ -24,6 +24,7 @@ from labs_decode import Decoder, Tensor
 
 PACKED_ROWS = 16  # rows that oneDNN chooses its blocks for, as fast for 1 row and for 256
 INT4_GROUP = 32  # 4-bit weights that share a scale
+OFF_GRID = 0.1  # of a step: bfloat16 rounds by less, and numbers of a finer grid are further off
 
 
 def speed_up(
@@ -31,15 +32,18 @@ def speed_up(
 ) -> Decoder:
     """Replace linear layers and norms of the decoder's model by faster ones with the same text.
 
-    method: fp16, int8 or int4 weights on a CPU, with other text; auto: fp16 in place of float32
-    where that is faster, else none. Raises ValueError if a layer cannot.
+    method: fp16, int8 or int4 weights on a CPU, with other text; gguf: the 4 or 8 bits of a GGUF
+    file, where that is faster; auto, or gguf for other models: fp16 in place of float32, where that
+    is faster. Raises ValueError if a layer cannot be packed as asked.
     """
     model, devices = decoder.model, {each.device for each in decoder.model.parameters()}
     on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
     has_fp32 = any(each.dtype == torch.float32 for each in model.parameters())
-    if (kind := method) == "auto":
-        on_cpu = {device.type for device in devices} == {"cpu"}
+    on_cpu = {device.type for device in devices} == {"cpu"}
+    if (kind := method) in ("auto", "gguf"):
         kind = "fp16" if on_cpu and model.dtype == torch.float32 and has_fp16_kernel() else "none"
+    if method == "gguf" and on_cpu and has_few_bits(decoder) and has_quantised_kernels():
+        kind = "gguf"
     if decoder.packable:  # other models read `weight` at each step, which would unpack it
         pack(model, kind)
     if decoder.packable and on_one_gpu:
@@ -47,7 +51,7 @@ def speed_up(
     packed = {each.fused for each in model.modules() if isinstance(each, PackedLinear)}
     embedding, rest = model.get_input_embeddings().weight, model.parameters()
     left = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
-    if method not in ("auto", "none") and left > sum(fused.numel for fused in packed):
+    if method not in ("auto", "gguf", "none") and left > sum(fused.numel for fused in packed):
         raise ValueError(
             f"quant_method = {method}: needs a model with only plain linear layers, all on CPU"
             + (" and in fp32" if method == "fp16" else "")
@@ -120,17 +124,59 @@ def has_fp16_kernel() -> bool:
     return False
 
 
-def int4_weight(weight: Tensor) -> PackedWeight:
+def has_few_bits(decoder: Decoder) -> bool:
+    """Return whether a model was converted from a GGUF file whose products have 8 bits or fewer."""
+    types = {*getattr(decoder.config, "gguf_types", ())}
+    return bool(types) and not types & {"F16", "BF16", "F64"} and types != {"F32"}
+
+
+def has_quantised_kernels() -> bool:
+    """Return whether torch's kernels for 4 and 8 bits are faster here than those for 16."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+def gguf_weight(weight: Tensor) -> PackedWeight:
+    """Take over 4-bit numbers with their scales (Q4_0, Q4_1, Q4_K); round others to 8 bits."""
+    if weight.shape[1] % INT4_GROUP == 0 and grid_of(_groups(weight[:16])) is not None:
+        grid = grid_of(_groups(weight))
+        return int4_weight(weight, grid) if grid else int8_weight(weight)
+    return int8_weight(weight)
+
+
+def grid_of(groups: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return (lowest numbers, steps) if each group's numbers are its lowest plus up to 15 steps.
+
+    groups [out, n, INT4_GROUP], of 16 or 32 bits: rounded numbers are near their step.
+    """
+    low, span = groups.amin(-1), groups.amax(-1) - groups.amin(-1)
+    steps, left = span.clone(), span > 0
+    for count in range(15, 0, -1):
+        step = span[left] / count
+        levels = (groups[left] - low[left][:, None]) / step[:, None]
+        fits = (levels - levels.round()).abs_().amax(-1) < OFF_GRID
+        steps[left] = torch.where(fits, step, steps[left])
+        left[left.clone()] = ~fits
+        if not left.any():
+            break
+    return None if left.any() else (low, steps)
+
+
+def _groups(weight: Tensor) -> Tensor:
+    """Return a weight [out, in] as float32 groups, with rows added to a multiple of 16."""
+    padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
+    return padded.view(len(padded), -1, INT4_GROUP)
+
+
+def int4_weight(weight: Tensor, grid: tuple[Tensor, Tensor] | None = None) -> PackedWeight:
     """Round to 4-bit numbers with a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
 
     It is faster for few rows and slower for many, as each row unpacks it. Rows keep their bits.
     """
-    padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
-    groups = padded.view(len(padded), -1, INT4_GROUP)
-    low, high = groups.amin(-1), groups.amax(-1)
-    steps = ((high - low) / 15).clamp_min(torch.finfo(torch.float32).tiny)
+    groups = _groups(weight)
+    low, steps = grid or (groups.amin(-1), (groups.amax(-1) - groups.amin(-1)) / 15)
+    steps = steps.clamp_min(torch.finfo(torch.float32).tiny)
     levels = ((groups - low[..., None]) / steps[..., None]).round_().clamp_(0, 15)
-    levels = levels.to(torch.int32).view(padded.shape)
+    levels = levels.to(torch.int32).flatten(1)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
     scales = torch.stack([steps, low + 8 * steps], -1)  # the kernel's zero is in the middle
     scales = scales.transpose(0, 1).contiguous().bfloat16()
@@ -166,7 +212,8 @@ def _in_bf16(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | N
     return _by_rows(lambda x: kernel(x.bfloat16()).to(x.dtype))
 
 
-PACKINGS = {"none": onednn_weight, "fp16": fp16_weight, "int8": int8_weight, "int4": int4_weight}
+PACKINGS = {"none": onednn_weight, "fp16": fp16_weight, "int8": int8_weight}
+PACKINGS |= {"int4": int4_weight, "gguf": gguf_weight}
 FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # share an input
 
 

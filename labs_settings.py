@@ -149,7 +149,7 @@ class Quantization(Strict, frozen=True, kw_only=True):
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("Use this 4-bit format.")] = "nf4"
     bnb_4bit_use_double_quant: Annotated[bool, doc("Also quantise the 4-bit constants.")] = False
     quant_method: Annotated[
-        Literal["auto", "none", "fp16", "int8", "int4"], doc("Pack weights in fewer bits on CPU.")
+        Literal["auto", "none", "fp16", "int8", "int4", "gguf"], doc("Pack the weights so on CPU.")
     ] = "auto"
 
     def __post_init__(self) -> None:

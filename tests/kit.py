@@ -132,8 +132,8 @@ def load(folder: Path | str, **options: Any) -> labs.Model:
     )
 
 
-def save_gguf(path: Path, seed: int = 0) -> Path:
-    """Write a tiny llama with random weights as GGUF."""
+def save_gguf(path: Path, seed: int = 0, kind: str = "F32") -> Path:
+    """Write a tiny llama with random weights as GGUF; its products have the bits of this type."""
     import gguf
 
     tokens, width = [*ALPHABET, "th", "<s>", "</s>"], 32
@@ -158,7 +158,10 @@ def save_gguf(path: Path, seed: int = 0) -> Path:
     shapes["blk.0.ffn_down"] = (width, 64)
     numbers = numpy.random.default_rng(seed)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", numbers.normal(0, 0.3, shape).astype(numpy.float32))
+        values = numbers.normal(0, 0.3, shape).astype(numpy.float32)
+        type_ = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
+        values = gguf.quants.quantize(values, type_)
+        writer.add_tensor(f"{name}.weight", values, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,6 +13,9 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import gguf
+import kit
+import numpy
 import pytest
 import torch
 from decoding import (
@@ -30,6 +33,7 @@ from kit import NEW_TOKENS, PROMPTS, newcomer, prepare, random_model, row_of
 
 import labs
 import labs_calls
+import labs_cli
 import labs_decode as decode
 import labs_fast as fast
 import labs_graphs
@@ -221,6 +225,46 @@ def test_a_model_in_fewer_bits_is_the_one_of_its_rounded_weights(kind: str, meth
     found, expected = logits  # int8 and int4 also round each layer's input to bfloat16
     assert (found - expected).norm() < (1e-5 if method == "fp16" else 0.03) * expected.norm()
     assert decoder.duplicates_lone_row == (method == "fp16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0"])
+def test_numbers_of_a_gguf_file_keep_their_four_bits_and_others_get_eight(kind, dtype) -> None:
+    type_ = gguf.GGMLQuantizationType[kind]
+    numbers = numpy.random.default_rng(0).normal(0.02, 0.3, (40, 96)).astype(numpy.float32)
+    data = gguf.quants.dequantize(gguf.quants.quantize(numbers, type_), type_)
+    weight = torch.from_numpy(data)
+    weight[3, 32:64] = 0.25  # a group of equal numbers
+    linear = torch.nn.Linear(96, 40, bias=False).to(dtype)
+    linear.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    found = packed(linear, "gguf")
+    bits = 8 * found.fused.packed.nbytes / found.fused.numel
+    assert (bits > 8) == (kind in ("Q8_0", "Q5_0"))
+    # bfloat16 keeps 8 bits of the scales and of the lowest numbers
+    assert (found.weight.float() - weight).abs().max() <= 0.006 * weight.abs().max()
+
+
+def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fast, "has_quantised_kernels", lambda: True)
+    found = {}
+    for kind in ("Q4_1", "Q8_0", "F16", "F32"):
+        name = str(kit.save_gguf(tmp_path / f"{kind}.gguf", kind=kind))
+        spec = labs.ModelSpec(model_name=name, cache_dir=str(tmp_path))
+        config = labs_cli.for_one_stream(labs.Config(model=spec))
+        model = labs.load_model(config)
+        found[kind] = model.decoder.quant_method
+        used = labs.generate(model, kit.SHORT, max_new_tokens=2).fingerprint
+        assert used.quantization.get("quant_method", "none") == found[kind]
+        assert labs.load_model(spec).decoder.quant_method == AUTO
+    assert found == {"Q4_1": "gguf", "Q8_0": "gguf", "F16": AUTO, "F32": AUTO}
+    fixed = labs.Config(model=labs.ModelSpec(torch_dtype="fp32"))
+    assert labs_cli.for_one_stream(fixed) == fixed  # whoever gives a type gets this type
+    monkeypatch.setattr(fast, "has_quantised_kernels", lambda: False)
+    labs.load_model.cache_clear()
+    assert labs.load_model(config).decoder.quant_method == AUTO
+
+
+AUTO = "fp16" if fast.has_fp16_kernel() else "none"
 
 
 def test_fewer_bits_take_less_memory_and_the_output_layer_keeps_8_of_4() -> None:
