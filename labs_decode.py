@@ -210,7 +210,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if at.positions is None or at.index is None:
                 buffer[:1, :, at.write_from : at.read_to] = states
             else:
-                index, positions = at.index.to(buffer.device), at.positions.to(buffer.device)
+                index, positions = at.index, at.positions
+                if index.device != buffer.device:
+                    index, positions = index.to(buffer.device), positions.to(buffer.device)
                 buffer[index, :, positions] = states[: at.queries, :, 0]
         rows = slice(at.first_row, at.first_row + (1 if at.speculative else at.queries))
         keys, values = self.keys[rows, :, : at.read_to], self.values[rows, :, : at.read_to]
@@ -577,10 +579,9 @@ class Decoder:
     not depend on other rows; for that, at most `steady` rows share a call (0: any number), and with
     duplicates_lone_row a lone row is computed beside copies of itself. came_with: each
     configuration in the model and its attention before labs changed it. forward: replaces the
-    model's own; why_forward: why it does or does not. quant_method: how weights are packed, as in
-    labs_settings. prefill_packed: None if each prompt is
-    prefilled alone. step_alone: steps a lone row by one token and guessed ones. halves: splits a
-    batch in two after memory ran out.
+    model's own; why_forward: why it does or not. quant_method: how weights are packed.
+    prefill_packed: None if each prompt is prefilled alone. step_alone: steps a lone row by one
+    token and guessed ones. halves: splits a batch in two after memory ran out.
     """
 
     model: PretrainedModel

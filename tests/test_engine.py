@@ -338,8 +338,9 @@ def work(engine: Any, parts: Any, inputs: Any = None, **more: Any) -> labs_engin
 )
 def test_a_choice_runs_between_steps_and_changes_no_text(kind, cache, start):
     words, prompts = ["a", "bc", "d" * 9, "efg"], [prompt(n, 40) for n in range(3)]
+    engine, gate = start(kind, cache)
+    gate.let(math.inf)
     expected = [labs_typed.choose(model_of(kind), each, words) for each in prompts]
-    engine, _ = start(kind, cache)
     answers = [engine.submit(prompt(n), options()) for n in range(3)]
     choices = [labs_choose.Options(model_of(kind), each, words) for each in prompts]
     works = [

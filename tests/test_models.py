@@ -367,7 +367,7 @@ def config_at(*folders: Path, default: str = "tiny", **server: Any) -> labs.Conf
     return replace(configs[default], models=configs)
 
 
-def spec_of(folder: Path, method: Any = None) -> labs.ModelSpec:
+def spec_of(folder: Path, method: Any = "none") -> labs.ModelSpec:
     quantization = labs.Quantization(quant_method=method)
     return labs.ModelSpec(model_name=str(folder), torch_dtype="fp32", quantization=quantization)
 
@@ -394,7 +394,7 @@ def test_the_bytes_of_weights_are_known_before_a_load(dtype, tiny_folder):
 
 
 def test_fewer_bits_need_fewer_bytes(tiny_folder):
-    sizes = [labs_models.weight_bytes(spec_of(tiny_folder, m)) for m in (None, "int8", "int4")]
+    sizes = [labs_models.weight_bytes(spec_of(tiny_folder, m)) for m in ("none", "int8", "int4")]
     assert sizes[0] > sizes[1] > sizes[2] > 0
 
 
