@@ -303,7 +303,8 @@ def test_the_revision_of_a_gguf_file_is_its_sha256_and_of_a_hub_model_its_commit
     digest = hashlib.sha256(Path(made[0].model_name).read_bytes()).hexdigest()
     assert revision(labs.load_model(made[0])) == f"sha256:{digest}"
     model = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
-    decoder: Any = SimpleNamespace(model=model, device=torch.device("cpu"), invariant=True)
+    given = {"device": torch.device("cpu"), "invariant": True, "quant_method": "none"}
+    decoder: Any = SimpleNamespace(model=model, **given)
     spec = labs.ModelSpec(model_name="org/name", device_map="cpu")
     found = labs._fingerprint_of(decoder, spec, "fp32", None)
     assert found is not None
