@@ -200,9 +200,9 @@ def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | N
     """Return a linear layer's product from a kernel that takes rows [N, in] and no bias."""
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        product = kernel(x.reshape(-1, x.shape[-1]))
+        product = kernel(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
         product = product if bias is None else product + bias
-        return product.view(*x.shape[:-1], -1)
+        return product if x.ndim == 2 else product.view(*x.shape[:-1], -1)
 
     return multiply
 

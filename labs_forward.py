@@ -30,6 +30,8 @@ from labs_decode import Decoder, Tensor
 
 Product = Callable[[Tensor], Tensor]  # x [..., in] to [..., out]
 Norm = Callable[[Tensor], Tensor]
+# Batch and queries, the function of attention, the layer's slots, its mask and its rotation.
+Call = tuple[torch.Size, Any, Any, Tensor | None, Callable[[Tensor], Tensor]]
 
 MASKS = {
     "full_attention": create_causal_mask,
@@ -41,36 +43,20 @@ MASKS = {
 class Family:
     """In what a family differs from the others, by the names of its layers' attributes.
 
-    norms: before and after attention, before and after the MLP; "" where there is none. pairs: the
+    norms: before and after attention, before and after the MLP, without "_layernorm". pairs: the
     rotation turns neighbouring numbers of a head (as in GLM), not its two halves (as in llama).
     offset: is added to the weights of norms (gemma stores them minus 1).
     """
 
-    norms: tuple[str, str, str, str]
+    norms: str
     pairs: bool = False
     offset: float = 0.0
 
 
-BEFORE = Family(("input_layernorm", "", "post_attention_layernorm", ""))
-AFTER = Family(("", "post_attention_layernorm", "", "post_feedforward_layernorm"))
-AROUND = Family(
-    (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-    offset=1.0,
-)
-GLM4 = Family(
-    (
-        "input_layernorm",
-        "post_self_attn_layernorm",
-        "post_attention_layernorm",
-        "post_mlp_layernorm",
-    ),
-    pairs=True,
-)
+BEFORE = Family("input - post_attention -")
+AFTER = Family("- post_attention - post_feedforward")
+AROUND = Family("input post_attention pre_feedforward post_feedforward", offset=1.0)
+GLM4 = Family("input post_self_attn post_attention post_mlp", pairs=True)
 # By model_type; the source of each row is transformers/models/<model_type>/modeling_<...>.py.
 FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), BEFORE),
@@ -89,7 +75,7 @@ class Layer:
 
     qkv: queries, keys and values side by side. gated: up is the MLP's gate and its values side by
     side. qk_norm: of each head of queries and keys; q_norm, k_norm: of all heads together. module:
-    transformers' attention, for its scale and options. kind: of its mask and rotation.
+    transformers' attention, with options for attention functions. kind: of its mask and rotation.
     """
 
     qkv: Product
@@ -103,6 +89,7 @@ class Layer:
     q_norm: Norm | None
     k_norm: Norm | None
     module: Any
+    options: dict[str, float]
     kind: str
     rotates: bool
     heads: int
@@ -114,16 +101,18 @@ class Layer:
 class Weights:
     """A whole model: layers and what is around them, and the multipliers that granite has.
 
-    softcap: logits stay between -softcap and softcap (Gemma 2, arXiv 2408.00118, section 2).
+    steps: whether step_attention can be used. softcap: logits stay between -softcap and softcap
+    (Gemma 2, arXiv 2408.00118, section 2).
     """
 
     layers: tuple[Layer, ...]
     embed: Product
-    norm: Norm
+    norm: Norm | None
     head: Product
     rotary: Any
     config: Any
     pairs: bool
+    steps: bool
     embedding_scale: float
     residual_scale: float
     logits_scale: float
@@ -141,24 +130,30 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Cache, want
     masks = {kind: _mask(weights, kind, x, positions, cache) for kind in kinds}
     turns = {kind: _rotation(weights, kind, x, positions) for kind in kinds}
     attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
+    offset = cache.get_query_offset()
+    steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
+    if steps and x.dtype == torch.float32 and x.is_cpu:
+        attend, masks = step_attention, {k: _for_heads(weights, m) for k, m in masks.items()}
+    batch, x = x.shape[:2], x.flatten(0, 1)
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
-        seen = attend, slots, masks[layer.kind], turns[layer.kind]
-        x = layer_forward(layer, x, seen, weights.residual_scale)
+        call = batch, attend, slots, masks[layer.kind], turns[layer.kind]
+        x = layer_forward(layer, x, call, weights.residual_scale)
+    x = x.view(*batch, -1)
     x = x[:, -wanted:] if isinstance(wanted, int) else x[:, wanted]
-    logits = weights.head(weights.norm(x))
+    logits = weights.head(x if weights.norm is None else weights.norm(x))
     logits = logits if weights.logits_scale == 1 else logits * weights.logits_scale
     cap = weights.softcap
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def layer_forward(layer: Layer, x: Tensor, seen: Any, residual_scale: float = 1.0) -> Tensor:
-    """Return x [B, Q, hidden] after one decoder layer (Attention is all you need, section 3.1).
+def layer_forward(layer: Layer, x: Tensor, call: Call, residual_scale: float = 1.0) -> Tensor:
+    """Return x [N, hidden] after one decoder layer (Attention is all you need, section 3.1).
 
-    seen: the function of attention, the layer's slots, its mask and its rotation.
+    N: all tokens of all rows, because only attention tells rows apart.
     """
     before_attention, after_attention, before_mlp, after_mlp = layer.norms
     h = x if before_attention is None else before_attention(x)
-    h = attention(layer, h, *seen)
+    h = attention(layer, h, call)
     h = h if after_attention is None else after_attention(h)
     x = torch.add(x, h, alpha=residual_scale)
     h = x if before_mlp is None else before_mlp(x)
@@ -167,26 +162,38 @@ def layer_forward(layer: Layer, x: Tensor, seen: Any, residual_scale: float = 1.
     return torch.add(x, h, alpha=residual_scale)
 
 
-def attention(
-    layer: Layer, x: Tensor, attend: Any, slots: Any, mask: Tensor | None, turn: Any
-) -> Tensor:
-    """Return attention [B, Q, hidden]; writes the keys and values of x to the slots."""
-    (batch, queries), both = x.shape[:2], layer.heads + layer.groups
+def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
+    """Return attention [N, hidden]; writes the keys and values of x to the slots."""
+    batch, attend, slots, mask, turn = call
     qkv = layer.qkv(x)
     if layer.q_norm and layer.k_norm:
         widths = [layer.heads * layer.dim, *[layer.groups * layer.dim] * 2]
         q, k, v = torch.split(qkv, widths, -1)
         qkv = torch.cat([layer.q_norm(q), layer.k_norm(k), v], -1)
-    qkv = qkv.view(batch, queries, -1, layer.dim)
-    qk, v = qkv[:, :, :both], qkv[:, :, both:]
+    heads = qkv.view(*batch, -1, layer.dim)
+    qk, v = torch.split(heads, [layer.heads + layer.groups, layer.groups], 2)
     qk = qk if layer.qk_norm is None else layer.qk_norm(qk)
-    qk = (turn(qk) if layer.rotates else qk).transpose(1, 2)
-    keys, values = slots.update(qk[:, layer.heads :], v.transpose(1, 2))
-    options = {"scaling": layer.module.scaling}
-    if (cap := getattr(layer.module, "attn_logit_softcapping", None)) is not None:
-        options["softcap"] = cap
-    output, _ = attend(layer.module, qk[:, : layer.heads], keys, values, mask, **options)
-    return layer.out(output.reshape(batch, queries, -1))
+    qk = turn(qk) if layer.rotates else qk
+    q, k = torch.split(qk, [layer.heads, layer.groups], 2)
+    keys, values = slots.update(k.transpose(1, 2), v.transpose(1, 2))
+    output, _ = attend(layer.module, q.transpose(1, 2), keys, values, mask, **layer.options)
+    return layer.out(output.reshape(len(x), -1))
+
+
+def step_attention(
+    module: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scaling: float
+) -> tuple[Tensor, None]:
+    """Compute attention [B, 1, heads, dim] of one token a row in float32, in three kernels.
+
+    mask [B * groups, G, T], to add: the G heads that share keys are rows of one product. The copies
+    of a lone row have no keys of their own: they get the row's output.
+    """
+    (rows, heads, _, dim), (live, groups) = q.shape, keys.shape[:2]
+    queries = q[:live].reshape(live * groups, -1, dim)
+    keys, values = (each.reshape(live * groups, -1, dim) for each in (keys, values))
+    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling)
+    output = torch.bmm(scores.softmax(-1), values).view(live, 1, heads, dim)
+    return output if live == rows else output.expand(rows, -1, -1, -1), None
 
 
 def mlp(layer: Layer, x: Tensor) -> Tensor:
@@ -214,46 +221,40 @@ def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Call
 
     RoPE, arXiv 2104.09864; the angles are those of the model's own rotary module.
     """
-    words = {"layer_type": kind} if _takes(weights.rotary, "layer_type") else {}
+    words = {"layer_type": kind} if _takes(type(weights.rotary).forward, "layer_type") else {}
     cos, sin = (each.unsqueeze(2) for each in weights.rotary(x, positions, **words))
-    half = cos.shape[-1] // 2
-    if weights.pairs:
+    width, half, pairs = cos.shape[-1], cos.shape[-1] // 2, weights.pairs
+    if pairs:
         cos, sin = (each[..., :half].repeat_interleave(2, -1) for each in (cos, sin))
-        signs = torch.tensor([-1, 1], device=x.device, dtype=sin.dtype).repeat(half)
-        return functools.partial(_turned, cos=cos, sin=sin * signs, swap=_swapped_pairs)
-    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-    return functools.partial(_turned, cos=cos, sin=sin, swap=_swapped_halves)
+    split, at = ((half, 2), -1) if pairs else ((2, half), -2)  # where a number's partner is
+    cos, sin = (each.view(*each.shape[:-1], *split) for each in (cos, sin))
+    sin = torch.cat([-sin.narrow(at, 0, 1), sin.narrow(at, 1, 1)], at)
+
+    def turn(heads: Tensor) -> Tensor:
+        part = heads if width == heads.shape[-1] else heads[..., :width]
+        part = part.view(*heads.shape[:-1], *split)
+        turned = torch.addcmul(part * cos, part.flip(at), sin).to(heads.dtype).flatten(-2)
+        return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
+
+    return turn
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor, swap: Callable[[Tensor], Tensor]) -> Tensor:
-    width = cos.shape[-1]
-    part = heads if width == heads.shape[-1] else heads[..., :width]
-    turned = torch.addcmul(part * cos, swap(part), sin).to(heads.dtype)
-    return turned if part is heads else torch.cat([turned, heads[..., width:]], -1)
-
-
-def _swapped_halves(part: Tensor) -> Tensor:
-    return part.roll(part.shape[-1] // 2, -1)
-
-
-def _swapped_pairs(part: Tensor) -> Tensor:
-    return part.reshape(*part.shape[:-1], -1, 2).flip(-1).flatten(-2)
+def _for_heads(weights: Weights, mask: Tensor) -> Tensor:
+    """Return a mask [B, 1, 1, T] for the products of step_attention."""
+    heads, groups = weights.layers[0].heads, weights.layers[0].groups
+    shape = len(mask), groups, heads // groups, mask.shape[-1]
+    return mask.expand(shape).reshape(-1, *shape[2:])
 
 
 def _mask(weights: Weights, kind: str, x: Tensor, positions: Tensor, cache: Cache) -> Any:
-    words = {"inputs_embeds": x, "attention_mask": None, "position_ids": positions}
-    function = MASKS[kind]
-    known = next(name for name in labs_decode.CACHE_PARAMETERS if _takes(function, name))
-    return function(config=weights.config, **words, **{known: cache})
+    known = next(name for name in labs_decode.CACHE_PARAMETERS if _takes(MASKS[kind], name))
+    words = {"config": weights.config, "inputs_embeds": x, "attention_mask": None}
+    return MASKS[kind](**words, position_ids=positions, **{known: cache})
 
 
 @functools.cache
-def _parameters(function: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
-
-
 def _takes(function: Any, name: str) -> bool:
-    return name in _parameters(getattr(type(function), "forward", function))
+    return name in inspect.signature(function).parameters
 
 
 # ---------------------------------------------------------------- from modules to functions
@@ -308,6 +309,7 @@ def _weights_of(model: Any, config: Any, family: Family) -> Weights:
         rotary=inner.rotary_emb,
         config=config,
         pairs=family.pairs,
+        steps=getattr(config, "attn_logit_softcapping", None) is None,
         embedding_scale=getattr(config, "embedding_multiplier", 1.0),
         residual_scale=getattr(config, "residual_multiplier", 1.0),
         logits_scale=1 / getattr(config, "logits_scaling", 1.0),
@@ -321,8 +323,8 @@ def _layer_of(layer: Any, kind: str, family: Family) -> Layer:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     each_head = q_norm is not None and len(q_norm.weight) == dim
-    sizes = [heads, groups]
-    gate = [name for name in ("gate_proj", "gate_up_proj") if hasattr(mlp, name)]
+    norms = [getattr(layer, f"{name}_layernorm", None) for name in family.norms.split()]
+    sizes, cap = [heads, groups], getattr(attention, "attn_logit_softcapping", None)
     return Layer(
         qkv=product_of(_modules(attention, ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))),
         out=product_of([attention.o_proj]),
@@ -330,15 +332,14 @@ def _layer_of(layer: Any, kind: str, family: Family) -> Layer:
             _modules(mlp, ("gate_up_proj",), ("gate_proj", "up_proj"), ("up_proj",), ("c_fc",))
         ),
         down=product_of(_modules(mlp, ("down_proj",), ("c_proj",))),
-        gated=bool(gate),
+        gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
         activation=_first(mlp, "act_fn", "activation_fn", "act"),
-        norms=tuple(
-            _norm_of([getattr(layer, name)], offset) if name else None for name in family.norms
-        ),
+        norms=tuple(_norm_of([each], offset) for each in norms),
         qk_norm=_norm_of([q_norm, k_norm], offset, sizes) if each_head else None,
-        q_norm=_norm_of([q_norm], offset) if q_norm is not None and not each_head else None,
-        k_norm=_norm_of([k_norm], offset) if k_norm is not None and not each_head else None,
+        q_norm=None if each_head else _norm_of([q_norm], offset),
+        k_norm=None if each_head else _norm_of([k_norm], offset),
         module=attention,
+        options={"scaling": attention.scaling} | ({"softcap": cap} if cap else {}),
         kind=kind,
         rotates=_rotates(attention),
         heads=heads,
@@ -376,8 +377,10 @@ def product_of(linears: Sequence[Any]) -> Product:
     return (lambda x: torch.cat([each(x) for each in linears], -1)) if more else first.__call__
 
 
-def _norm_of(modules: Sequence[Any], offset: float, sizes: Sequence[int] = (1,)) -> Norm:
+def _norm_of(modules: Sequence[Any], offset: float, sizes: Sequence[int] = (1,)) -> Norm | None:
     """Return a norm as a function; for several modules, of as many heads each as `sizes` says."""
+    if modules[0] is None:
+        return None
     if isinstance(modules[0], torch.nn.LayerNorm):
         norm: Norm = modules[0]
         return norm
