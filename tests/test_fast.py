@@ -244,6 +244,18 @@ def test_numbers_of_a_gguf_file_keep_their_four_bits_and_others_get_eight(kind, 
     assert (found.weight.float() - weight).abs().max() <= 0.006 * weight.abs().max()
 
 
+def test_numbers_of_a_q4_k_file_keep_their_four_bits() -> None:
+    raw = numpy.random.default_rng(0).integers(0, 256, (32, 2, 144), dtype=numpy.uint8)
+    raw[:, :, :4] = numpy.array([0.01, 0.02], numpy.float16).view(numpy.uint8)  # scales of scales
+    type_ = gguf.GGMLQuantizationType.Q4_K
+    data = torch.from_numpy(gguf.quants.dequantize(raw.reshape(32, -1), type_))
+    linear = torch.nn.Linear(512, 32, bias=False)
+    linear.weight = torch.nn.Parameter(data, requires_grad=False)
+    found = packed(linear, "gguf")
+    assert 8 * found.fused.packed.nbytes < 6 * found.fused.numel
+    assert (found.weight - data).abs().max() <= 0.006 * data.abs().max()
+
+
 def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fast, "has_quantised_kernels", lambda: True)
     found = {}
