@@ -16,6 +16,7 @@ from decoding import FOUR, answers_of, failing_at, joined, raising, reference
 from kit import newcomer, prepare, random_model, row_of
 from transformers.generation import logits_process
 
+import labs
 import labs_decode as decode
 import labs_loop as loop
 
@@ -115,12 +116,18 @@ def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any)
     assert loop.rows_in_memory(reference("mamba2")[0]) == loop.MOST_ROWS
     decoder, _ = reference("llama")
     row = loop.TYPICAL_COLUMNS * decoder.column_bytes / decode.MEMORY_SHARE
-    for size, rows in ((0, 1), (5 * row, 5), (1e15, loop.MOST_ROWS)):
+    for size, rows in ((0, 1), (5 * row, 5), (5.9 * row, 5), (1e15, loop.MOST_ROWS)):
         free(monkeypatch, size)
         assert loop.rows_in_memory(decoder) == rows
 
 
 # ---------------------------------------------------------------- the kept set
+
+
+def test_a_model_that_recommends_temperature_0_is_greedy_even_if_it_recommends_sampling() -> None:
+    for temperature, used in ((0.0, 0.0), (0.5, 0.5), (loop.COLDEST, loop.COLDEST)):
+        recommended = {"do_sample": True, "temperature": temperature}
+        assert loop.sampling_of(labs.Generation(), recommended, 0, ()).temperature == used
 
 
 def rows_of(options: list[dict[str, Any]], prompt: list[int] | None = None) -> list[decode.Row]:
