@@ -159,6 +159,11 @@ def test_attention_takes_the_mask_by_position_and_by_name(function: Any, queries
 # ---------------------------------------------------------------- slots
 
 
+def test_slots_have_few_lengths() -> None:
+    lengths = {1: 64, 64: 64, 65: 128, 130: 256, 512: 512, 513: 576, 576: 576, 577: 640}
+    assert {n: decode.Slots(None, n).cursor.columns for n in lengths} == lengths
+
+
 def test_a_forward_that_failed_halfway_can_be_repeated_with_the_same_logits(monkeypatch) -> None:
     decoder, _ = reference("llama")
     batch = joined(decoder, [1, 3])

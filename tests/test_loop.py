@@ -16,6 +16,7 @@ from decoding import FOUR, answers_of, failing_at, joined, raising, reference
 from kit import newcomer, prepare, random_model, row_of
 from transformers.generation import logits_process
 
+import labs
 import labs_decode as decode
 import labs_loop as loop
 
@@ -60,7 +61,7 @@ def test_a_long_row_gets_a_batch_of_its_own_if_its_padding_outweighs_the_weights
 
 
 @pytest.mark.parametrize("method", ["resize", "write"])
-@pytest.mark.parametrize("kind", ["llama", "bamba"])
+@pytest.mark.parametrize("kind", ["llama", "mamba2", "bamba"])
 def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_batch(
     kind: str, method: str, monkeypatch: Any
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_bat
     failing_at(1, monkeypatch, layer, method)
     batches = loop.join_best(decoder, [batch], new)
     assert [[row.id for row in each.rows] for each in batches] == [[0, 1], [2]]
+    batches = [loop.step(decoder, each)[0] for each in batches]  # before `keep` cuts the states
     assert answers_of(decoder, batches) == dict(enumerate(expected[:3]))
 
 
@@ -115,12 +117,18 @@ def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any)
     assert loop.rows_in_memory(reference("mamba2")[0]) == loop.MOST_ROWS
     decoder, _ = reference("llama")
     row = loop.TYPICAL_COLUMNS * decoder.column_bytes / decode.MEMORY_SHARE
-    for size, rows in ((0, 1), (5 * row, 5), (1e15, loop.MOST_ROWS)):
+    for size, rows in ((0, 1), (5 * row, 5), (5.9 * row, 5), (1e15, loop.MOST_ROWS)):
         free(monkeypatch, size)
         assert loop.rows_in_memory(decoder) == rows
 
 
 # ---------------------------------------------------------------- the kept set
+
+
+def test_a_model_that_recommends_temperature_0_is_greedy_even_if_it_recommends_sampling() -> None:
+    for temperature, used in ((0.0, 0.0), (0.5, 0.5), (loop.COLDEST, loop.COLDEST)):
+        recommended = {"do_sample": True, "temperature": temperature}
+        assert loop.sampling_of(labs.Generation(), recommended, 0, ()).temperature == used
 
 
 def rows_of(options: list[dict[str, Any]], prompt: list[int] | None = None) -> list[decode.Row]:

@@ -62,6 +62,7 @@ def test_text_decoded_token_by_token_is_the_whole_text_in_whole_characters(text)
         (encoded("a\ufffdbcdef")[-3:], ["d", "e", "f"]),
         ([*b"ab", USER, *b"cd"], ["a", "b", "", "c", "d"]),
         (encoded("😀")[:2], ["", "\ufffd"]),
+        ([*encoded("😀")[:2], USER], ["", "", "\ufffd"]),
         ([0x80] * 5, ["", "", "", "\ufffd" * 4, "\ufffd"]),
     ],
 )
