@@ -709,7 +709,7 @@ ROOMS = {
     "labs_ray.py": (430, "labs api gate jsonl models serve turns"),
     "labs_vendor.py": (140, "labs"),
 }
-UNTYPED_SIGNATURES = {"attention", "attention_invariant"}  # transformers' own
+UNTYPED_SIGNATURES = {"attention", "attention_invariant", "step_attention"}  # as transformers calls
 
 
 def rooms_of(nodes: Any) -> set[str]:
