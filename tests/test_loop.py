@@ -112,6 +112,16 @@ def test_room_is_for_all_of_several_newcomers_and_always_for_a_first_one(monkeyp
     assert loop.has_room(decoder, [], new[:1])
 
 
+def test_the_usage_of_the_cache_is_the_share_of_all_slots_that_holds_tokens(
+    monkeypatch: Any,
+) -> None:
+    decoder, _ = reference("llama")
+    batch = joined(decoder, [0, 1])  # 6 tokens in two slots of 64 columns
+    free(monkeypatch, 72 * batch.cache.bytes_per_column / decode.MEMORY_SHARE)
+    assert loop.cache_usage([batch]) == pytest.approx(6 / (2 * 64 + 72))
+    assert loop.cache_usage([decode.new_batch(decoder, row_of(FOUR[1]))]) == 0
+
+
 def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any) -> None:
     assert loop.rows_in_memory(reference("rwkv")[0]) == 1
     assert loop.rows_in_memory(reference("mamba2")[0]) == loop.MOST_ROWS
