@@ -83,6 +83,16 @@ def test_another_error_than_memory_is_no_reason_for_a_batch_of_its_own(monkeypat
         loop.join_best(decoder, [batch], new)
 
 
+def test_with_cuda_graphs_a_new_batch_begins_in_the_slots_that_they_give() -> None:
+    class Graphs:
+        def begin(self, batch: decode.Batch) -> decode.Batch:
+            return dataclasses.replace(batch, at_once=7)
+
+    decoder: Any = dataclasses.replace(reference("llama")[0], graphs=Graphs())
+    (batch,) = loop.join_best(decoder, [], newcomer(reference("llama")[0], FOUR[1]))
+    assert batch.at_once == 7
+
+
 def free(monkeypatch: Any, size: float) -> None:
     monkeypatch.setattr(decode, "available_bytes", lambda device: int(size))
 
