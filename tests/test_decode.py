@@ -240,6 +240,16 @@ def test_a_step_of_more_rows_than_keep_their_bits_goes_in_calls_of_fewer(monkeyp
     assert calls == [3, 3, 3, 9]
 
 
+@torch.inference_mode()
+def test_guesses_continue_the_first_slot_and_each_sees_those_before_it() -> None:
+    decoder, expected = reference("llama")
+    batch, tokens = decode.keep(joined(decoder, [0, 2]), [2]), expected[2]
+    assert batch is not None
+    written = [batch.rows[0].written + n for n in range(3)]
+    logits = decode.forward_slots(decoder, batch, torch.tensor(tokens[:3])[:, None], written)
+    assert logits.argmax(-1).tolist() == tokens[1:4]
+
+
 def test_a_row_is_greedy_and_has_neutral_options_by_default() -> None:
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
     neutral |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "temperature": 0.0}

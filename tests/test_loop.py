@@ -83,6 +83,16 @@ def test_another_error_than_memory_is_no_reason_for_a_batch_of_its_own(monkeypat
         loop.join_best(decoder, [batch], new)
 
 
+def test_with_cuda_graphs_a_new_batch_begins_in_the_slots_that_they_give() -> None:
+    class Graphs:
+        def begin(self, batch: decode.Batch) -> decode.Batch:
+            return dataclasses.replace(batch, at_once=7)
+
+    decoder: Any = dataclasses.replace(reference("llama")[0], graphs=Graphs())
+    (batch,) = loop.join_best(decoder, [], newcomer(reference("llama")[0], FOUR[1]))
+    assert batch.at_once == 7
+
+
 def free(monkeypatch: Any, size: float) -> None:
     monkeypatch.setattr(decode, "available_bytes", lambda device: int(size))
 
@@ -110,6 +120,16 @@ def test_room_is_for_all_of_several_newcomers_and_always_for_a_first_one(monkeyp
         assert loop.has_room(decoder, [], new) is fits
     free(monkeypatch, 0)
     assert loop.has_room(decoder, [], new[:1])
+
+
+def test_the_usage_of_the_cache_is_the_share_of_all_slots_that_holds_tokens(
+    monkeypatch: Any,
+) -> None:
+    decoder, _ = reference("llama")
+    batch = joined(decoder, [0, 1])  # 6 tokens in two slots of 64 columns
+    free(monkeypatch, 72 * batch.cache.bytes_per_column / decode.MEMORY_SHARE)
+    assert loop.cache_usage([batch]) == pytest.approx(6 / (2 * 64 + 72))
+    assert loop.cache_usage([decode.new_batch(decoder, row_of(FOUR[1]))]) == 0
 
 
 def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any) -> None:
