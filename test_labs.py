@@ -499,6 +499,20 @@ def test_a_forgotten_iterator_frees_its_cache(tiny):
     assert caches[-1]() is None
 
 
+def test_an_error_that_is_kept_does_not_keep_the_cache_of_its_answer(tiny):
+    caches: list[Any] = []
+
+    def broken(ids: list[int], logits: Any) -> Any:
+        raise KeyError("grammar")
+
+    look = hooked(tiny, lambda words, output: caches.append(weakref.ref(output.past_key_values)))
+    with look, pytest.raises(labs.GenerationError, match="grammar") as kept:
+        labs.generate(tiny, SHORT, processors=[broken])
+    gc.collect()
+    assert kept.value.__traceback__ is not None
+    assert [cache() for cache in caches] == [None]
+
+
 def test_an_iterator_closed_during_a_prefill_stops_the_prefill(tiny):
     inputs = [SHORT, labs.Inputs((65,) * 4000, "")]
     with counted(tiny) as calls:
