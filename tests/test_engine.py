@@ -216,13 +216,16 @@ def test_an_exception_in_the_model_ends_running_requests_only(kind, start, monke
     gate.let(4)
     gate.until(5)
     slots = [weakref.ref(batch.cache) for batch in engine._loop.batches]
+    engine._loop.steps, engine._loop.oom_splits = 10**6, 7
     once(gate, RuntimeError("a shape is wrong"))
     gate.let(math.inf)
     running = answers[: engine.max_rows]
     assert all(isinstance(read(answer)[1], labs.Failed) for answer in running)
     assert texts(answers[engine.max_rows :]) == [alone(kind, n) for n in range(len(running), 3)]
     assert read(engine.submit(prompt(5), asked()))[0] == alone(kind, 5)
-    assert (engine.status().failures, engine.status().alive) == (1, True)
+    status = engine.status()
+    assert (status.failures, status.alive, status.halvings) == (1, True, 7)
+    assert status.steps > 10**6  # counted on
     assert kind != "llama" or engine._loop.prefixes.max_bytes == 77
     kit.until(lambda: not any(cache() for cache in slots))
 
