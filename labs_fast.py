@@ -126,7 +126,8 @@ def has_fp16_kernel() -> bool:
 
 def has_few_bits(decoder: Decoder) -> bool:
     """Return whether a model was converted from a GGUF file whose products have 8 bits or fewer."""
-    types = {*getattr(decoder.config, "gguf_types", ())}
+    stated = getattr(decoder.config, "gguf_types", None)
+    types = {str(each) for each in stated} if isinstance(stated, list) else set()
     return bool(types) and not types & {"F16", "BF16", "F64"} and types != {"F32"}
 
 

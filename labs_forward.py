@@ -292,8 +292,9 @@ def weights_of(decoder: Decoder) -> Weights | str:
         return "its modules have hooks"
     try:
         return _weights_of(model, config, family)
-    except (AttributeError, KeyError) as error:
-        return f"its modules are not those of {config.model_type} ({error})"
+    except Exception as error:  # a configuration may hold any value
+        why = f"{type(error).__name__}: {error}"
+        return f"its modules are not those of {config.model_type} that labs knows ({why})"
 
 
 def _weights_of(model: Any, config: Any, family: Family) -> Weights:

@@ -117,7 +117,8 @@ def compared(decoder: Decoder, source: str, cache: str | None = None) -> str:
     """
     file = labs_cache.cache_folder(cache) / f".compared-{_key(decoder, source)}"
     with contextlib.suppress(OSError, ValueError):
-        return file.read_text(encoding="utf-8")
+        if isinstance(kept := json.loads(file.read_text(encoding="utf-8")), str):
+            return kept
     try:
         found, known = _differences(decoder)
     except (RuntimeError, MemoryError) as error:
@@ -125,7 +126,7 @@ def compared(decoder: Decoder, source: str, cache: str | None = None) -> str:
             raise
         return "memory ran out while they were compared"
     if known:
-        _store(file, found)
+        _store(file, json.dumps(found))  # an empty file is an interrupted write, not a result
     return found
 
 
@@ -149,11 +150,12 @@ def _store(file: Path, text: str) -> None:
 def _key(decoder: Decoder, *more: str) -> str:
     """Return a digest of everything that the result depends on, which the weights are not."""
     model = decoder.model
-    sources = [inspect.getsourcefile(each) for each in (type(model), Decoder, tried)] + [*more]
+    kinds = (type(model), Decoder, tried, labs_compare.Own)
+    sources = [*(inspect.getsourcefile(each) for each in kinds), *more]
     code = [Path(each).read_bytes().hex() for each in sources if each and Path(each).is_file()]
     versions = [str(torch.__version__), transformers.__version__, torch.__config__.show()]
     kind = [str(model.dtype), str(model.device), model.config.to_json_string()]
-    kind += [str(decoder.invariant), str(decoder.prefill_packed is None)]
+    kind += [str(decoder.invariant), str(decoder.prefill_packed is None), decoder.quant_method]
     return hashlib.sha256(json.dumps([*kind, *versions, *code]).encode()).hexdigest()[:32]
 
 

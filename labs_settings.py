@@ -121,6 +121,7 @@ def doc(text: str, **bounds: Any) -> Meta:
     return Meta(description=text, **bounds)
 
 
+Packing = Literal["auto", "none", "fp16", "int8", "int4", "gguf"]
 Dtype = Literal["auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -148,9 +149,7 @@ class Quantization(Strict, frozen=True, kw_only=True):
     bnb_4bit_compute_dtype: Annotated[Dtype, doc("Compute 4-bit weights in this dtype.")] = "auto"
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("Use this 4-bit format.")] = "nf4"
     bnb_4bit_use_double_quant: Annotated[bool, doc("Also quantise the 4-bit constants.")] = False
-    quant_method: Annotated[
-        Literal["auto", "none", "fp16", "int8", "int4", "gguf"], doc("Pack the weights so on CPU.")
-    ] = "auto"
+    quant_method: Annotated[Packing, doc("Hold the weights on a CPU in this form.")] = "auto"
 
     def __post_init__(self) -> None:
         methods = [self.load_in_4bit, self.load_in_8bit, self.quant_method not in ("auto", "none")]

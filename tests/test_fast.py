@@ -276,6 +276,13 @@ def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkey
     assert labs.load_model(config).decoder.quant_method == AUTO
 
 
+@pytest.mark.parametrize("stated", [None, 7, "Q4_1", {}, [], [{}, "F16"], ["F32"]])
+def test_what_a_configuration_says_of_gguf_is_checked(stated) -> None:
+    decoder = decode.prepare(random_model("llama"))
+    decoder.config.gguf_types = stated
+    assert not fast.has_few_bits(decoder)
+
+
 AUTO = "fp16" if fast.has_fp16_kernel() else "none"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import kit
 import pytest
 import torch
+import transformers
 from decoding import raising, run_at_random
 from kit import PROMPTS, SLIDING, by_transformers, prepare, random_model
 
@@ -137,6 +138,33 @@ def test_other_models_and_devices_keep_the_forward_of_transformers() -> None:
     assert "its modules are not" in labs_forward.speed_up(decode.prepare(model)).why_forward
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("granite", "logits_scaling", 0),
+        ("qwen3", "layer_types", ["full_attention"]),
+        ("llama", "layer_types", 7),
+    ],
+)
+def test_a_configuration_with_odd_values_keeps_the_forward_of_transformers(
+    kind, name, value
+) -> None:
+    decoder = decode.prepare(random_model(kind))
+    decoder.model.config.__dict__[name] = value
+    assert "its modules are not" in str(labs_forward.weights_of(decoder))
+
+
+def test_an_interrupted_write_of_the_comparison_is_no_result(tmp_path, monkeypatch) -> None:
+    decoder = labs_calls.speed_up(decode.prepare(random_model("llama")))
+    labs_forward.speed_up(decoder, str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    rms = labs_forward.rms_norm
+    monkeypatch.setattr(labs_forward, "rms_norm", lambda *given: 1.1 * rms(*given))
+    for text in ("", '"', "7"):
+        file.write_text(text)
+        assert labs_forward.speed_up(decoder, str(tmp_path)).forward is None
+
+
 def test_hooks_on_the_model_still_see_each_call() -> None:
     model = kit.model_of("llama")
     assert model.decoder.forward is not None
@@ -181,7 +209,7 @@ def test_explain_says_whose_forward_runs_and_why(tmp_path) -> None:
         assert json.dumps(plan.forward)
 
 
-GPT2 = __import__("transformers").GPT2Config(
+GPT2 = transformers.GPT2Config(
     vocab_size=262, n_embd=64, n_layer=2, n_head=4, bos_token_id=256, eos_token_id=257
 )
 
