@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import inspect
+import itertools
 import math
 import sys
 import time
@@ -40,6 +42,7 @@ LONE_ROW_COPIES = 4  # a lone row runs as 4 equal rows: 1 rounds differently, 2 
 CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows wait for it
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
+SUMMED = 256  # columns that one product sums, see `weighted`
 KEPT_SHARE = 0.125  # the share of free memory for stored prefixes and for unused slots
 MEMORY_SHARE = 0.5  # the share of free memory for slots
 OOM_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
@@ -308,18 +311,14 @@ class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-c
         StateLayer.move(self, source, target, columns)
 
 
-# By exact type, as a subclass may hold more. Not every version of transformers has every name.
+# By exact type, as a subclass may hold more.
 _LAYERS: dict[type, type | None] = {
-    getattr(cache_utils, name): kind
-    for name, kind in (
-        ("DynamicLayer", SlotLayer),
-        ("DynamicSlidingWindowLayer", SlotLayer),
-        ("LinearAttentionAndFullAttentionLayer", HybridLayer),
-        ("LinearAttentionAndSlidingWindowAttentionLayer", HybridLayer),
-        ("LinearAttentionLayer", StateLayer),
-        ("DummyLayer", None),  # it stays as it is
-    )
-    if hasattr(cache_utils, name)
+    cache_utils.DynamicLayer: SlotLayer,
+    cache_utils.DynamicSlidingWindowLayer: SlotLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer: HybridLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
+    cache_utils.LinearAttentionLayer: StateLayer,
+    cache_utils.DummyLayer: None,  # it stays as it is
 }
 
 
@@ -332,10 +331,8 @@ class Slots(cache_utils.Cache):
         super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
     def _layer(self, old: CacheLayer) -> CacheLayer:
-        kind = _LAYERS[type(old)]
-        return (
-            kind(self.cursor, number_of_states=getattr(old, "number_of_states", 1)) if kind else old
-        )
+        kind, states = _LAYERS[type(old)], getattr(old, "number_of_states", 1)
+        return kind(self.cursor, number_of_states=states) if kind else old
 
     @property
     def stateful_layers(self) -> list[CacheLayer]:
@@ -469,20 +466,23 @@ def _eager_attention(
         sinks = sinks.to(scores.dtype).view(1, groups, -1, 1).repeat_interleave(queries, 2)
         scores = torch.cat([scores, sinks.expand(batch, -1, -1, -1)], -1)
     weights = scores.softmax(-1)[..., :total].to(v.dtype)
-    return (weights @ v).view(batch, heads, queries, -1).transpose(1, 2)
+    return weighted(weights, v).view(batch, heads, queries, -1).transpose(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Return q k [B, groups, N, T], in float32 on a GPU, as fused attention kernels compute it."""
-    if not _sums_in_float32(q):
+    if not q.is_cuda or q.dtype == torch.float32:
         return q @ k.transpose(2, 3)
     q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
     return torch.bmm(q3, k3.transpose(1, 2), out_dtype=torch.float32).view(*q.shape[:3], -1)
 
 
-def _sums_in_float32(q: Tensor) -> bool:
-    supported = hasattr(torch.ops.aten.bmm, "dtype")  # since torch 2.8
-    return q.is_cuda and q.dtype != torch.float32 and supported
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Return weights [..., G, T] @ values [..., T, dim]; on a CPU its sums have a fixed order."""
+    # MKL cuts longer sums than SUMMED by their length: zeros at the end would change bits.
+    size = SUMMED if weights.is_cpu else max(1, weights.shape[-1])
+    parts = zip(torch.split(weights, size, -1), torch.split(values, size, -2), strict=True)
+    return functools.reduce(torch.add, itertools.starmap(torch.matmul, parts))
 
 
 def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:
@@ -490,7 +490,7 @@ def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:
 
     An H200 takes 20 instead of 83 us for one query, 4,096 columns and 8 heads of keys.
     """
-    if q.shape[2] > 1 or not _sums_in_float32(q):
+    if q.shape[2] > 1 or not q.is_cuda or q.dtype == torch.float32:
         return False
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return 2 * k.shape[0] * k.shape[1] < int(processors)

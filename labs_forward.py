@@ -192,7 +192,7 @@ def step_attention(
     queries = q[:live].reshape(live * groups, -1, dim)
     keys, values = (each.reshape(live * groups, -1, dim) for each in (keys, values))
     scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling)
-    output = torch.bmm(scores.softmax(-1), values).view(live, 1, heads, dim)
+    output = labs_decode.weighted(scores.softmax(-1), values).view(live, 1, heads, dim)
     return output if live == rows else output.expand(rows, -1, -1, -1), None
 
 

@@ -96,12 +96,19 @@ def test_rows_that_come_and_go_have_the_tokens_of_generate(kind) -> None:
     assert found == [line[: len(got)] for line, got in zip(expected, found, strict=True)]
 
 
-@pytest.mark.parametrize("dim", [16, 40, 64, 80, 128])
-def test_rows_keep_their_bits_in_any_company_with_heads_of_any_size_and_long_rows(dim) -> None:
-    model = random_model("llama", head_dim=dim, max_position_embeddings=2048)
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dim"), [*(("llama", n) for n in (16, 40, 64, 80, 128)), ("gemma2", 24)]
+)
+def test_rows_keep_their_bits_in_any_company_with_heads_of_any_size_and_long_rows(
+    kind, dim, dtype, own
+) -> None:
+    model = random_model(kind, head_dim=dim, max_position_embeddings=2048).to(dtype)
     decoder = prepare(model)
-    assert decoder.invariant or not labs_fast._packed_types()
-    prompts = [(PROMPTS[5] * 30)[:length] for length in (3, 700, 80, 1100)]
+    decoder = decoder if own else dataclasses.replace(decoder, forward=None)
+    assert decoder.invariant or not {torch.float32, dtype} <= {*labs_fast._packed_types()}
+    prompts = [(PROMPTS[5] * 30)[:length] for length in (3, 700, 80, 300, 1100)]
     alone = [logits_of(decoder, [prompt])[0] for prompt in prompts]
     for found, expected in zip(logits_of(decoder, prompts), alone, strict=True):
         assert not decoder.invariant or torch.equal(found, expected)
