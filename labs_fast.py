@@ -10,9 +10,12 @@ labs.load_model calls it if this file is present. This file needs labs_decode.py
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import itertools
+import mmap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,6 +27,8 @@ from labs_decode import Decoder, Tensor
 
 PACKED_ROWS = 16  # rows that oneDNN chooses its blocks for, as fast for 1 row and for 256
 INT4_GROUP = 32  # 4-bit weights that share a scale
+ROWS_AT_ONCE = 512  # of a weight: a copy of an output layer in float32 would be the peak of memory
+MADV_PAGEOUT = 21  # Linux; Python's mmap does not name it
 OFF_GRID = 0.1  # of a step: bfloat16 rounds by less, and numbers of a finer grid are further off
 
 
@@ -138,9 +143,12 @@ def has_quantised_kernels() -> bool:
 
 def gguf_weight(weight: Tensor) -> PackedWeight:
     """Take over 4-bit numbers with their scales (Q4_0, Q4_1, Q4_K); round others to 8 bits."""
-    if weight.shape[1] % INT4_GROUP == 0 and grid_of(_groups(weight[:16])) is not None:
-        grid = grid_of(_groups(weight))
-        return int4_weight(weight, grid) if grid else int8_weight(weight)
+    if weight.shape[1] % INT4_GROUP == 0:
+        parts = torch.split(weight, ROWS_AT_ONCE)
+        found = (grid_of(_groups(part)) for part in parts)
+        grids = [each for each in itertools.takewhile(bool, found) if each]
+        if len(grids) == len(parts):
+            return int4_weight(weight, grids)
     return int8_weight(weight)
 
 
@@ -168,33 +176,49 @@ def _groups(weight: Tensor) -> Tensor:
     return padded.view(len(padded), -1, INT4_GROUP)
 
 
-def int4_weight(weight: Tensor, grid: tuple[Tensor, Tensor] | None = None) -> PackedWeight:
+def int4_weight(weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]] = ()) -> PackedWeight:
     """Round to 4-bit numbers with a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
 
     It is faster for few rows and slower for many, as each row unpacks it. Rows keep their bits.
+    grids: as of grid_of, for each ROWS_AT_ONCE rows.
     """
-    groups = _groups(weight)
-    low, steps = grid or (groups.amin(-1), (groups.amax(-1) - groups.amin(-1)) / 15)
-    steps = steps.clamp_min(torch.finfo(torch.float32).tiny)
-    levels = ((groups - low[..., None]) / steps[..., None]).round_().clamp_(0, 15)
-    levels = levels.to(torch.int32).flatten(1)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
-    scales = torch.stack([steps, low + 8 * steps], -1)  # the kernel's zero is in the middle
-    scales = scales.transpose(0, 1).contiguous().bfloat16()
+    parts = itertools.zip_longest(torch.split(weight, ROWS_AT_ONCE), grids)
+    levels, scales = _joined(_rounded_to_int4(_groups(part), grid) for part, grid in parts)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
+    scales = scales.transpose(0, 1).contiguous()
     (rows, columns), kernel = weight.shape, torch.ops.aten._weight_int4pack_mm_for_cpu
     multiply = _in_bf16(lambda x: kernel(x, packed, INT4_GROUP, scales)[:, :rows])
     unpack = lambda: multiply(torch.eye(columns), None).t().contiguous()  # noqa: E731
     return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
 
 
+def _rounded_to_int4(groups: Tensor, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return levels [out, in] from 0 to 15, and steps and zeros [out, n, 2] as the kernel has."""
+    low, steps = grid or (groups.amin(-1), (groups.amax(-1) - groups.amin(-1)) / 15)
+    steps = steps.clamp_min(torch.finfo(torch.float32).tiny)
+    levels = ((groups - low[..., None]) / steps[..., None]).round_().clamp_(0, 15)
+    scales = torch.stack([steps, low + 8 * steps], -1)  # the kernel's zero is in the middle
+    return levels.to(torch.uint8).flatten(1), scales.bfloat16()
+
+
 def int8_weight(weight: Tensor) -> PackedWeight:
     """Round to 8-bit numbers with a scale for each output, otherwise as int4_weight."""
-    steps = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    packed, weight_type = (weight.float() / steps[:, None]).round_().to(torch.int8), weight.dtype
-    scales = steps.bfloat16()
+    packed, scales = _joined(map(_rounded_to_int8, torch.split(weight, ROWS_AT_ONCE)))
     multiply = _in_bf16(lambda x: torch.ops.aten._weight_int8pack_mm(x, packed, scales))
+    weight_type = weight.dtype
     unpack = lambda: packed.to(weight_type) * scales[:, None]  # noqa: E731
     return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
+
+
+def _rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 8-bit numbers [out, in] and the scale [out] of each row."""
+    weight = weight.float()
+    steps = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (weight / steps[:, None]).round_().to(torch.int8), steps.bfloat16()
+
+
+def _joined(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -280,10 +304,27 @@ def pack(model: Any, method: str = "none") -> None:
                 together = FusedWeight(linears, PACKINGS[kind] if on_cpu else dense_weight)
             except torch.OutOfMemoryError:  # the GPU does not hold these weights twice
                 return
+            if on_cpu:
+                _give_back([linear.weight for linear in linears])
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 setattr(parent, name, PackedLinear(linear, together, index))
             del linears, linear
     torch.cuda.empty_cache()  # the memory of the weights that were fused
+
+
+def _give_back(weights: Sequence[Tensor]) -> None:
+    """Give the system the memory of weights that are not read again soon, and what packing left.
+
+    A model's file is mapped: until all of it is unmapped, its pages count as this process's memory.
+    """
+    page = mmap.PAGESIZE
+    with contextlib.suppress(OSError, AttributeError):  # other systems have other names
+        library = ctypes.CDLL(None)
+        for at, size in ((weight.data_ptr(), weight.nbytes) for weight in weights):
+            first, end = at + -at % page, (at + size) // page * page
+            span = map(ctypes.c_size_t, (first, max(0, end - first)))
+            library.madvise(*span, MADV_PAGEOUT)  # weights that are read again come back
+        library.malloc_trim(0)
 
 
 def _packed_types() -> list[torch.dtype]:
