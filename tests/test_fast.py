@@ -17,6 +17,7 @@ import gguf
 import kit
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from decoding import (
     FOUR,
@@ -254,6 +255,24 @@ def test_numbers_of_a_q4_k_file_keep_their_four_bits() -> None:
     found = packed(linear, "gguf")
     assert 8 * found.fused.packed.nbytes < 6 * found.fused.numel
     assert (found.weight - data).abs().max() <= 0.006 * data.abs().max()
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "gguf"])
+def test_a_large_weight_is_packed_in_parts_as_one_that_is_small(method) -> None:
+    weight = torch.randn(fast.ROWS_AT_ONCE + 16, 64, dtype=torch.bfloat16)
+    pack = fast.PACKINGS[method]
+    parts = [pack(each).unpack() for each in (weight[:400], weight[400:])]
+    assert torch.equal(pack(weight).unpack(), torch.cat(parts))
+
+
+def test_weights_keep_their_numbers_when_their_memory_is_given_back(tmp_path) -> None:
+    kept = torch.randn(1000, 64)
+    safetensors.torch.save_file({"weight": kept}, tmp_path / "file")
+    mapped = safetensors.torch.load_file(tmp_path / "file")["weight"]
+    for weight in (mapped, kept.clone(), kept[1:, 3:], torch.ones(1)):
+        expected = weight.clone()
+        fast._give_back([weight])
+        assert torch.equal(weight, expected)
 
 
 def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkeypatch) -> None:

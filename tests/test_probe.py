@@ -17,6 +17,7 @@ from decoding import raising
 
 import labs
 import labs_calls
+import labs_compare
 import labs_decode as decode
 import labs_probe as probe
 import labs_template
@@ -256,3 +257,11 @@ def test_with_amx_texts_are_the_same_beside_forty_others() -> None:
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, "-c", FORTY], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.parametrize(("offs", "right"), [((0.2, 0, 0), True), ((0.2, 0.2, 0), False)])
+def test_single_logits_of_several_rows_are_judged_together(offs, right) -> None:
+    logits = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    own = labs_compare.Own([[1]] * 3, [logits] * 3, labs_compare.OFF_IN_16_BITS, "")
+    found = ((i, 0, logits * (1 + share)) for i, share in enumerate(offs))
+    assert (own.wrong(found) == "") == right
