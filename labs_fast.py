@@ -4,32 +4,26 @@
     decoder = labs_decode.prepare(model)
     decoder = labs_fast.speed_up(decoder, "int4", batch_invariant=True, cuda_graphs=True)
 
-labs.load_model calls it if this file is present. This file needs labs_decode.py and labs_graphs.py.
+labs.load_model calls it if this file is present. This file needs labs_decode.py, labs_graphs.py
+and labs_packing.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import inspect
-import itertools
-import mmap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 import labs_decode
 import labs_graphs
+import labs_packing
 from labs_decode import Decoder, Tensor
-
-PACKED_ROWS = 16  # rows that oneDNN chooses its blocks for, as fast for 1 row and for 256
-INT4_GROUP = 32  # 4-bit weights that share a scale
-ROWS_AT_ONCE = 512  # of a weight: a copy of an output layer in float32 would be the peak of memory
-MADV_PAGEOUT = 21  # Linux; Python's mmap does not name it
-OFF_GRID = 0.1  # of a step: bfloat16 rounds by less, and numbers of a finer grid are further off
+from labs_packing import PackedWeight
 
 
 def speed_up(
@@ -45,10 +39,7 @@ def speed_up(
     on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
     has_fp32 = any(each.dtype == torch.float32 for each in model.parameters())
     on_cpu = {device.type for device in devices} == {"cpu"}
-    if (kind := method) in ("auto", "gguf"):
-        kind = "fp16" if on_cpu and model.dtype == torch.float32 and has_fp16_kernel() else "none"
-    if method == "gguf" and on_cpu and has_few_bits(decoder) and has_quantised_kernels():
-        kind = "gguf"
+    kind = _kind_of(decoder, method, on_cpu)
     if decoder.packable:  # other models read `weight` at each step, which would unpack it
         pack(model, kind)
     if decoder.packable and on_one_gpu:
@@ -63,7 +54,7 @@ def speed_up(
         )
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
-    exact = batch_invariant and (not has_fp32 or torch.float32 in _packed_types())
+    exact = batch_invariant and (not has_fp32 or torch.float32 in labs_packing.packed_types())
     decoder = labs_decode.with_invariance(decoder, exact)
     return replace(
         decoder,
@@ -74,59 +65,15 @@ def speed_up(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight in the form of its product: multiply(x [..., in], bias [out] or None); unpack()."""
-
-    multiply: Callable[[Tensor, Tensor | None], Tensor]
-    unpack: Callable[[], Tensor]
-    nbytes: int
-
-
-def dense_weight(weight: Tensor) -> PackedWeight:
-    """Return a weight as it is, for fused layers: a GPU launches one kernel instead of three."""
-    linear = torch.nn.functional.linear
-    return PackedWeight(lambda x, bias: linear(x, weight, bias), lambda: weight, weight.nbytes)
-
-
-def onednn_weight(weight: Tensor) -> PackedWeight:
-    """Reorder a weight into oneDNN's blocks; otherwise oneDNN does this at every call.
-
-    A step takes 0.6 to 0.8 of the time. Two or more rows have the same bits as any number of rows,
-    which MKL's products in float32 do not give.
-    """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    linear, nbytes = torch.ops.mkldnn._linear_pointwise, weight.nbytes  # the weight itself is freed
-    multiply = lambda x, bias: linear(x, packed, bias, "none", [], "")  # noqa: E731
-    return PackedWeight(multiply, packed.to_dense, nbytes)
-
-
-def fp16_weight(weight: Tensor) -> PackedWeight:
-    """Keep a weight in 16 bits; products and sums stay in float32 (FBGEMM's kernel).
-
-    Without bfloat16, a step takes half the time of float32. Weights of bfloat16 lose less than
-    float32 rounds off. The kernel takes six rows at a time, and rounds a rest of one or two rows
-    differently: zeros beside them make three.
-    """
-    if float(weight.abs().max()) > torch.finfo(torch.float16).max:
-        return onednn_weight(weight)
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-    kernel, pad = torch.ops.quantized.linear_dynamic_fp16, torch.nn.functional.pad
-
-    def product(x: Tensor) -> Tensor:
-        if not (more := {1: 2, 2: 1}.get(len(x) % 6, 0)):
-            return cast("Tensor", kernel(x, packed))
-        return cast("Tensor", kernel(pad(x, (0, 0, 0, more)), packed)[: len(x)])
-
-    unpack = lambda: torch.ops.quantized.linear_unpack_fp16(packed)[0]  # noqa: E731
-    return PackedWeight(_by_rows(product), unpack, 2 * weight.numel())
-
-
-def has_fp16_kernel() -> bool:
-    """Return whether float32 products with weights in 16 bits are faster here than without."""
-    with contextlib.suppress(Exception):  # a build of torch without FBGEMM raises any error
-        return not labs_decode.has_bf16("cpu") and bool(fp16_weight(torch.eye(2)).unpack().any())
-    return False
+def _kind_of(decoder: Decoder, method: str, on_cpu: bool) -> str:
+    """Return the name in labs_packing.PACKINGS that a method means for this model and machine."""
+    if method not in ("auto", "gguf"):
+        return method
+    keeps = method == "gguf" and on_cpu and has_few_bits(decoder)
+    if keeps and labs_packing.has_quantised_kernels():
+        return "gguf"
+    in_fp32 = on_cpu and decoder.model.dtype == torch.float32
+    return "fp16" if in_fp32 and labs_packing.has_fp16_kernel() else "none"
 
 
 def has_few_bits(decoder: Decoder) -> bool:
@@ -136,109 +83,6 @@ def has_few_bits(decoder: Decoder) -> bool:
     return bool(types) and not types & {"F16", "BF16", "F64"} and types != {"F32"}
 
 
-def has_quantised_kernels() -> bool:
-    """Return whether torch's kernels for 4 and 8 bits are faster here than those for 16."""
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def gguf_weight(weight: Tensor) -> PackedWeight:
-    """Take over 4-bit numbers with their scales (Q4_0, Q4_1, Q4_K); round others to 8 bits."""
-    if weight.shape[1] % INT4_GROUP == 0:
-        parts = torch.split(weight, ROWS_AT_ONCE)
-        found = (grid_of(_groups(part)) for part in parts)
-        grids = [each for each in itertools.takewhile(bool, found) if each]
-        if len(grids) == len(parts):
-            return int4_weight(weight, grids)
-    return int8_weight(weight)
-
-
-def grid_of(groups: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return (lowest numbers, steps) if each group's numbers are its lowest plus up to 15 steps.
-
-    groups [out, n, INT4_GROUP], of 16 or 32 bits: rounded numbers are near their step.
-    """
-    low, span = groups.amin(-1), groups.amax(-1) - groups.amin(-1)
-    steps, left = span.clone(), span > 0
-    for count in range(15, 0, -1):
-        step = span[left] / count
-        levels = (groups[left] - low[left][:, None]) / step[:, None]
-        fits = (levels - levels.round()).abs_().amax(-1) < OFF_GRID
-        steps[left] = torch.where(fits, step, steps[left])
-        left[left.clone()] = ~fits
-        if not left.any():
-            break
-    return None if left.any() else (low, steps)
-
-
-def _groups(weight: Tensor) -> Tensor:
-    """Return a weight [out, in] as float32 groups, with rows added to a multiple of 16."""
-    padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, -len(weight) % 16))
-    return padded.view(len(padded), -1, INT4_GROUP)
-
-
-def int4_weight(weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]] = ()) -> PackedWeight:
-    """Round to 4-bit numbers with a scale and a zero point for each INT4_GROUP of them, as in Q4_1.
-
-    It is faster for few rows and slower for many, as each row unpacks it. Rows keep their bits.
-    grids: as of grid_of, for each ROWS_AT_ONCE rows.
-    """
-    parts = itertools.zip_longest(torch.split(weight, ROWS_AT_ONCE), grids)
-    levels, scales = _joined(_rounded_to_int4(_groups(part), grid) for part, grid in parts)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
-    scales = scales.transpose(0, 1).contiguous()
-    (rows, columns), kernel = weight.shape, torch.ops.aten._weight_int4pack_mm_for_cpu
-    multiply = _in_bf16(lambda x: kernel(x, packed, INT4_GROUP, scales)[:, :rows])
-    unpack = lambda: multiply(torch.eye(columns), None).t().contiguous()  # noqa: E731
-    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
-
-
-def _rounded_to_int4(groups: Tensor, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return levels [out, in] from 0 to 15, and steps and zeros [out, n, 2] as the kernel has."""
-    low, steps = grid or (groups.amin(-1), (groups.amax(-1) - groups.amin(-1)) / 15)
-    steps = steps.clamp_min(torch.finfo(torch.float32).tiny)
-    levels = ((groups - low[..., None]) / steps[..., None]).round_().clamp_(0, 15)
-    scales = torch.stack([steps, low + 8 * steps], -1)  # the kernel's zero is in the middle
-    return levels.to(torch.uint8).flatten(1), scales.bfloat16()
-
-
-def int8_weight(weight: Tensor) -> PackedWeight:
-    """Round to 8-bit numbers with a scale for each output, otherwise as int4_weight."""
-    packed, scales = _joined(map(_rounded_to_int8, torch.split(weight, ROWS_AT_ONCE)))
-    multiply = _in_bf16(lambda x: torch.ops.aten._weight_int8pack_mm(x, packed, scales))
-    weight_type = weight.dtype
-    unpack = lambda: packed.to(weight_type) * scales[:, None]  # noqa: E731
-    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
-
-
-def _rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 8-bit numbers [out, in] and the scale [out] of each row."""
-    weight = weight.float()
-    steps = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (weight / steps[:, None]).round_().to(torch.int8), steps.bfloat16()
-
-
-def _joined(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
-    return [torch.cat(each) for each in zip(*parts, strict=True)]
-
-
-def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return a linear layer's product from a kernel that takes rows [N, in] and no bias."""
-
-    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        product = kernel(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
-        product = product if bias is None else product + bias
-        return product if x.ndim == 2 else product.view(*x.shape[:-1], -1)
-
-    return multiply
-
-
-def _in_bf16(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return a product in bfloat16: in other types these kernels are ten times slower."""
-    return _by_rows(lambda x: kernel(x.bfloat16()).to(x.dtype))
-
-
-PACKINGS = {"none": onednn_weight, "fp16": fp16_weight, "int8": int8_weight}
-PACKINGS |= {"int4": int4_weight, "gguf": gguf_weight}
 FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # share an input
 
 
@@ -246,11 +90,16 @@ class FusedWeight:
     """The product of layers that read the same input; the first one called computes it for all."""
 
     def __init__(
-        self, linears: Sequence[torch.nn.Linear], packing: Callable[[Tensor], PackedWeight]
+        self,
+        linears: Sequence[torch.nn.Linear],
+        packing: Callable[[Tensor], PackedWeight],
     ) -> None:
         self.sizes = [linear.out_features for linear in linears]
         self.numel = sum(linear.weight.numel() for linear in linears)
-        self.packed = packing(torch.cat([linear.weight.detach() for linear in linears]))
+        weights = [linear.weight.detach() for linear in linears]
+        self.packed = packing(torch.cat(weights) if len(weights) > 1 else weights[0])
+        if packing is labs_packing.gguf_weight:
+            self.packed = labs_packing.with_more_bits_for_prompts(self.packed, weights)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple, set atomically
@@ -284,12 +133,12 @@ class PackedLinear(torch.nn.Module):
 def pack(model: Any, method: str = "none") -> None:
     """Replace plain linear layers by packed ones, freeing their weights one group at a time.
 
-    On a GPU, replace only layers that can be fused. method, on a CPU only: a name of PACKINGS;
-    "int4" takes 8 bits for the output layer, whose loss at 4 bits shows.
+    On a GPU, replace only layers that can be fused. method, on a CPU only: a name in
+    labs_packing.PACKINGS; "int4" takes 8 bits for the output layer, whose loss at 4 bits shows.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     types = [torch.float32, torch.bfloat16, torch.float16]
-    types = {"none": _packed_types(), "fp16": types[:1]}.get(method, types)
+    types = {"none": labs_packing.packed_types(), "fp16": types[:1]}.get(method, types)
     for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
         children = dict(parent.named_children())
         names = [name for name in children if _can_pack(children[name], types, method)]
@@ -301,37 +150,17 @@ def pack(model: Any, method: str = "none") -> None:
             if len(group) == 1 and not on_cpu:
                 continue
             try:
-                together = FusedWeight(linears, PACKINGS[kind] if on_cpu else dense_weight)
+                together = FusedWeight(
+                    linears, labs_packing.PACKINGS[kind] if on_cpu else labs_packing.dense_weight
+                )
             except torch.OutOfMemoryError:  # the GPU does not hold these weights twice
                 return
             if on_cpu:
-                _give_back([linear.weight for linear in linears])
+                labs_packing.give_back([linear.weight for linear in linears])
             for index, (name, linear) in enumerate(zip(group, linears, strict=True)):
                 setattr(parent, name, PackedLinear(linear, together, index))
             del linears, linear
     torch.cuda.empty_cache()  # the memory of the weights that were fused
-
-
-def _give_back(weights: Sequence[Tensor]) -> None:
-    """Give the system the memory of weights that are not read again soon, and what packing left.
-
-    A model's file is mapped: until all of it is unmapped, its pages count as this process's memory.
-    """
-    page = mmap.PAGESIZE
-    with contextlib.suppress(OSError, AttributeError):  # other systems have other names
-        library = ctypes.CDLL(None)
-        for at, size in ((weight.data_ptr(), weight.nbytes) for weight in weights):
-            first, end = at + -at % page, (at + size) // page * page
-            span = map(ctypes.c_size_t, (first, max(0, end - first)))
-            library.madvise(*span, MADV_PAGEOUT)  # weights that are read again come back
-        library.malloc_trim(0)
-
-
-def _packed_types() -> list[torch.dtype]:
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return []
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [torch.float32, torch.bfloat16] if bf16 else [torch.float32]
 
 
 def _projection_groups(parent: Any, names: list[str]) -> list[tuple[str, ...]]:
@@ -354,7 +183,7 @@ def _can_pack(module: Any, types: list[torch.dtype], method: str) -> bool:
         return False
     if module.weight.is_cuda:
         return method == "none"
-    fits = method != "int4" or module.in_features % INT4_GROUP == 0
+    fits = method != "int4" or module.in_features % labs_packing.INT4_GROUP == 0
     return fits and module.weight.is_cpu and module.weight.dtype in types
 
 

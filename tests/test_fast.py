@@ -39,11 +39,12 @@ import labs_decode as decode
 import labs_fast as fast
 import labs_graphs
 import labs_loop as loop
+import labs_packing
 
 SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
 METHODS = ("fp16", "int8", "int4")
 packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN here")
-BF16 = fast._packed_types()[1:]
+BF16 = labs_packing.packed_types()[1:]
 no_bf16 = pytest.mark.skipif(not BF16, reason="oneDNN has no bfloat16 on this processor")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=no_bf16)]
@@ -60,7 +61,7 @@ def linear_of(
 
 
 def packed(linear: torch.nn.Linear, method: str = "none") -> fast.PackedLinear:
-    return fast.PackedLinear(linear, fast.FusedWeight([linear], fast.PACKINGS[method]), 0)
+    return fast.PackedLinear(linear, fast.FusedWeight([linear], labs_packing.PACKINGS[method]), 0)
 
 
 def keeps_bits(layer: Any, dtype: torch.dtype, first: int) -> bool:
@@ -133,7 +134,7 @@ class Reads(torch.nn.Module):
 @packs
 @dtypes
 @pytest.mark.parametrize("bias", [(False,) * 3, (True,) * 3])
-@pytest.mark.parametrize("packing", [fast.onednn_weight, fast.dense_weight])
+@pytest.mark.parametrize("packing", [labs_packing.onednn_weight, labs_packing.dense_weight])
 def test_layers_that_read_the_same_input_are_one_product(
     packing: Any, bias: tuple[bool, ...], dtype: torch.dtype, monkeypatch: Any
 ) -> None:
@@ -141,13 +142,13 @@ def test_layers_that_read_the_same_input_are_one_product(
     x, weight = torch.randn(5, 96).to(dtype), model.k_proj.weight
     expected = model(x)
 
-    def counted(weight: torch.Tensor) -> fast.PackedWeight:
+    def counted(weight: torch.Tensor) -> labs_packing.PackedWeight:
         product = packing(weight)
         return dataclasses.replace(
             product, multiply=lambda *a: calls.append(a) or product.multiply(*a)
         )
 
-    monkeypatch.setitem(fast.PACKINGS, "none", counted)
+    monkeypatch.setitem(labs_packing.PACKINGS, "none", counted)
     fast.pack(model)
     torch.testing.assert_close(model(x), expected)
     assert len(calls) == 1
@@ -257,10 +258,22 @@ def test_numbers_of_a_q4_k_file_keep_their_four_bits() -> None:
     assert (found.weight - data).abs().max() <= 0.006 * data.abs().max()
 
 
+def test_a_prompt_is_computed_with_the_weights_that_few_bits_were_taken_from() -> None:
+    weight, bias = torch.randn(48, 64).round_() / 8, torch.randn(48)
+    linear = torch.nn.Linear(64, 48)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    found, x = packed(linear, "gguf"), torch.randn(3, labs_packing.STEP_ROWS, 64)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    assert torch.equal(found(x), torch.nn.functional.linear(x, weight) + bias)
+    step = found(x[0])  # of no more rows than a step has
+    assert not torch.equal(step, expected[0])
+    assert (step - expected[0]).norm() < 0.02 * expected[0].norm()
+
+
 @pytest.mark.parametrize("method", ["int8", "int4", "gguf"])
 def test_a_large_weight_is_packed_in_parts_as_one_that_is_small(method) -> None:
-    weight = torch.randn(fast.ROWS_AT_ONCE + 16, 64, dtype=torch.bfloat16)
-    pack = fast.PACKINGS[method]
+    weight = torch.randn(labs_packing.ROWS_AT_ONCE + 16, 64, dtype=torch.bfloat16)
+    pack = labs_packing.PACKINGS[method]
     parts = [pack(each).unpack() for each in (weight[:400], weight[400:])]
     assert torch.equal(pack(weight).unpack(), torch.cat(parts))
 
@@ -271,12 +284,12 @@ def test_weights_keep_their_numbers_when_their_memory_is_given_back(tmp_path) ->
     mapped = safetensors.torch.load_file(tmp_path / "file")["weight"]
     for weight in (mapped, kept.clone(), kept[1:, 3:], torch.ones(1)):
         expected = weight.clone()
-        fast._give_back([weight])
+        labs_packing.give_back([weight])
         assert torch.equal(weight, expected)
 
 
 def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(fast, "has_quantised_kernels", lambda: True)
+    monkeypatch.setattr(labs_packing, "has_quantised_kernels", lambda: True)
     found = {}
     for kind in ("Q4_1", "Q8_0", "F16", "F32"):
         name = str(kit.save_gguf(tmp_path / f"{kind}.gguf", kind=kind))
@@ -290,7 +303,7 @@ def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkey
     assert found == {"Q4_1": "gguf", "Q8_0": "gguf", "F16": AUTO, "F32": AUTO}
     fixed = labs.Config(model=labs.ModelSpec(torch_dtype="fp32"))
     assert labs_cli.for_one_stream(fixed) == fixed  # whoever gives a type gets this type
-    monkeypatch.setattr(fast, "has_quantised_kernels", lambda: False)
+    monkeypatch.setattr(labs_packing, "has_quantised_kernels", lambda: False)
     labs.load_model.cache_clear()
     assert labs.load_model(config).decoder.quant_method == AUTO
 
@@ -302,7 +315,7 @@ def test_what_a_configuration_says_of_gguf_is_checked(stated) -> None:
     assert not fast.has_few_bits(decoder)
 
 
-AUTO = "fp16" if fast.has_fp16_kernel() else "none"
+AUTO = "fp16" if labs_packing.has_fp16_kernel() else "none"
 
 
 def test_fewer_bits_take_less_memory_and_the_output_layer_keeps_8_of_4() -> None:
