@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import asdict, fields, replace
+from msgspec.structs import asdict, replace
 
 import labs_settings
 from labs_settings import *
@@ -51,12 +51,6 @@ log = logging.getLogger("labs")
 
 
 # ---------------------------------------------------------------- values
-
-
-class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
-    role: Literal["system", "user", "assistant"]
-    content: str
-    name: str | None = None  # the speaker's, for templates that use it
 
 
 class Inputs(Struct, frozen=True):
@@ -421,24 +415,23 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Let only one thread load with transformers.
-
-    Progress bars of transformers and the hub are shown only if standard error is a terminal.
-    """
+    """Let only one thread load with transformers."""
     require("torch", "transformers", "labs_decode", "labs_loop")
-    with _LOADING:
-        hub: Any = importlib.import_module("huggingface_hub.utils")
-        bars: Any = importlib.import_module("transformers.utils.logging")
-        hides = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
-        try:
-            if hides:
-                bars.disable_progress_bar()
-                hub.disable_progress_bars()
-            yield
-        finally:
-            if hides:
-                bars.enable_progress_bar()
-                hub.enable_progress_bars()
+    with _LOADING, contextlib.ExitStack() as stack:
+        if _is_there("labs_hub"):
+            import labs_hub
+
+            stack.enter_context(labs_hub.quiet())
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """Return a sentence for the error or its cause, by default its first line."""
+    if _is_there("labs_hub"):
+        import labs_hub
+
+        return labs_hub.reason(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require(*names: str) -> None:
@@ -565,25 +558,13 @@ def pretrained(kind: str, source: str, options: Mapping[str, object]) -> Any:
 def _fingerprint_of(
     decoder: labs_decode.Decoder, spec: ModelSpec, dtype: str, origin: Path | None
 ) -> Fingerprint | None:
-    if not _is_there("labs_cache"):
+    if not _is_there("labs_fingerprint"):
         return None
-    import labs_cache
+    import labs_fingerprint
 
-    wanted, packages = spec.quantization, ["torch", "transformers"]
-    packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
-    commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
-    digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
-    used = asdict(wanted) | {"quant_method": decoder.quant_method.replace("none", "auto")}
-    return Fingerprint(
-        model=spec.model_name,
-        revision=digest or str(commit),
-        dtype=dtype,
-        device=device_of(spec)[1],
-        hardware=labs_cache.hardware(decoder.device),
-        quantization={f.name: used[f.name] for f in fields(wanted) if used[f.name] != f.default},
-        batch_invariant=decoder.invariant,
-        versions={"labs": __version__, **labs_cache.versions(packages)},
-    )
+    found = labs_fingerprint.read(decoder, spec, origin)
+    versions = {"labs": __version__, **found.pop("versions")}
+    return Fingerprint(dtype=dtype, device=device_of(spec)[1], versions=versions, **found)
 
 
 def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, str]:

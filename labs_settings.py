@@ -26,12 +26,12 @@ from msgspec.structs import asdict, fields, replace
 
 # fmt: off
 __all__ = [  # labs.py re-exports these
-    "DEFAULT_MODEL", "REASONS", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents",
-    "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "ModelError",
-    "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
+    "DEFAULT_MODEL", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents",
+    "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "Message",
+    "ModelError", "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
     "RepetitionPenalty", "ResponseCache", "Router", "RouterRule", "Seconds", "Seed", "Server",
-    "Setting", "Stop", "Strict", "Temperature", "TokenId", "TopLogprobs", "evolve", "reason",
-    "settings", "too_long"]
+    "Setting", "Stop", "Strict", "Temperature", "TokenId", "TopLogprobs", "evolve", "settings",
+    "too_long"]
 GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
@@ -81,39 +81,6 @@ class GenerationError(LabsError):
     """Decoding failed. The sender of the request sees the message."""
 
 
-# Words in the names or texts of other libraries' exceptions, and what the error means here.
-_NO_FOLDER = "is neither a folder here nor a"
-_TOO_LARGE = "does not fit in memory; use a smaller model or load_in_4bit"
-_MEMORY_WORDS = ("OutOfMemory", "MemoryError", "can't allocate memory", "not enough memory")
-REASONS = {
-    "trust_remote_code": "runs code from its folder: read it, then set trust_remote_code = true",
-    "no file named model.safetensors": "has no safetensors; use_safetensors = false reads pickles",
-    "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
-    "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (if it is private, set HF_TOKEN)",
-    "RevisionNotFound": "has no such revision on the hub",
-    "EntryNotFound": "the repository does not contain this file",
-    "HFValidation": f"{_NO_FOLDER} valid hub id",
-    "No space left": "the disk is full",
-    **dict.fromkeys(_MEMORY_WORDS, _TOO_LARGE),
-}
-
-
-def reason(error: BaseException) -> str:
-    """Return a sentence for the error or its cause: one of REASONS, or its own first line."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for marker, sentence in REASONS.items():
-        if any(marker in type(link).__name__ or marker in str(link) for link in chain):
-            return sentence
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    first, *more = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {more[0]}" if first.endswith(":") and more else first.strip()
-
-
 # ---------------------------------------------------------------- settings: the place of defaults
 
 
@@ -139,6 +106,12 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every struct that a user fills in: frozen, and unknown fields are refused."""
+
+
+class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+    name: str | None = None  # the speaker's, for templates that use it
 
 
 class Quantization(Strict, frozen=True, kw_only=True):

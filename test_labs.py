@@ -680,7 +680,8 @@ ROOMS = {
     "labs_settings.py": (660, ""),
     "labs.py": (
         1000,
-        "settings loop decode sources cache calls fast forward prefixes probe template defaults",
+        "settings loop decode sources cache calls fast forward prefixes probe template defaults "
+        "hub fingerprint",
     ),
     "labs_loop.py": (620, "decode"),
     "labs_decode.py": (940, ""),
@@ -692,6 +693,8 @@ ROOMS = {
     "labs_probe.py": (180, "decode cache compare"),
     "labs_compare.py": (200, "decode"),
     "labs_template.py": (100, ""),
+    "labs_hub.py": (100, ""),
+    "labs_fingerprint.py": (100, "settings decode cache"),
     "labs_prefixes.py": (300, "decode"),
     "labs_sources.py": (260, "cache"),
     "labs_cache.py": (260, ""),
