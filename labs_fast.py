@@ -22,6 +22,7 @@ import labs_decode
 import labs_graphs
 from labs_decode import Decoder, Tensor
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PACKED_ROWS = 16  # rows that oneDNN chooses its blocks for, as fast for 1 row and for 256
 INT4_GROUP = 32  # 4-bit weights that share a scale
 OFF_GRID = 0.1  # of a step: bfloat16 rounds by less, and numbers of a finer grid are further off
@@ -339,3 +340,13 @@ def fuse_norms(model: Any) -> None:
             theirs = module(x).float()
             if (norm(x).float() - theirs).norm() <= 0.01 * theirs.norm():
                 module.forward = norm
+
+
+def bitsandbytes(wanted: dict[str, Any], dtype: str) -> Any:
+    """Return transformers' configuration of the fields of labs.Quantization. dtype: the model's."""
+    import transformers
+
+    compute = wanted["bnb_4bit_compute_dtype"].replace("auto", dtype)
+    options = {**wanted, "bnb_4bit_compute_dtype": DTYPES.get(compute, compute)}
+    del options["quant_method"]
+    return transformers.BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]

@@ -78,7 +78,7 @@ class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def text(self) -> str:
         """Return the prompt, or the contents of the messages joined by line ends."""
-        contents = [message.content for message in self.messages or ()]
+        contents = [message.content or "" for message in self.messages or ()]
         return "\n".join([*([self.prompt] if self.prompt else []), *contents])
 
 

@@ -681,7 +681,7 @@ ROOMS = {
     "labs.py": (
         1000,
         "settings loop decode sources cache calls fast forward prefixes probe template defaults "
-        "hub fingerprint",
+        "hub fingerprint keys dialogue",
     ),
     "labs_loop.py": (620, "decode"),
     "labs_decode.py": (940, ""),
@@ -695,6 +695,12 @@ ROOMS = {
     "labs_template.py": (100, ""),
     "labs_hub.py": (100, ""),
     "labs_fingerprint.py": (100, "settings decode cache"),
+    "labs_keys.py": (60, "settings"),
+    "labs_dialogue.py": (260, "settings"),
+    "labs_split.py": (300, ""),
+    "labs_forms.py": (360, "labs dialogue split"),
+    "labs_grammar.py": (260, "labs dialogue schema split"),
+    "labs_tools.py": (400, "labs dialogue forms split grammar typed"),
     "labs_prefixes.py": (300, "decode"),
     "labs_sources.py": (260, "cache"),
     "labs_cache.py": (260, ""),
