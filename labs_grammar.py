@@ -90,13 +90,13 @@ def _up_to(name: str, marker: str, symbols: Symbols) -> tuple[str, str]:
 
 def _escaped(text: str) -> str:
     """Return a text as a regular expression between slashes."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text).replace("\n", "\\n")
+    return re.sub(r"([][\\.+*?(){}|^$#&~/-])", r"\\\1", text).replace("\n", "\\n")
 
 
 def _other(writing: Writing) -> str:
-    """Return the rule of a text that does not begin like a call."""
-    trigger = re.sub(r"\\?[ ]", r"\\s*", _escaped(writing.trigger.replace('{"', '{ "')))
-    return f"OTHER: /(.|\\n)*/ & ~/\\s*{trigger.rstrip(chr(34)).rstrip(chr(92))}(.|\\n)*/\n"
+    """Return the rule of a text that does not begin like a call, whatever its white space."""
+    begin = "\\s*".join(map(_escaped, re.findall(r"\w+|\W", writing.trigger.replace(" ", ""))))
+    return f"OTHER: /(.|\\n)*/ & ~/\\s*{begin}(.|\\n)*/\n"
 
 
 def _calls(
@@ -158,7 +158,7 @@ def _xml_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Ite
         text = _plain_text(value)
         inner = ends if text == "any" else f'({text}) "\\n</parameter>\\n"'
         if text is None:
-            root = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+            root: dict[str, Any] = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
             inner = (
                 f'{_json({**root, **value}, f"tools: {tool.function.name}")} "\\n</parameter>\\n"'
             )
@@ -186,11 +186,51 @@ def _plain_text(schema: Any) -> str | None:
 def _gemma_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:
     """Yield rules for an object as Gemma writes it: {name:<|"|>text<|"|>,other:3}."""
     quote = '<|"|>'
-    text = " ".join(symbols(quote)) + " " + _up_to(f"{rule}_end", quote, symbols)[0]
-    yield _up_to(f"{rule}_end", quote, symbols)[1]
+    text, lazy = _up_to(f"{rule}_end", quote, symbols)
+    text = " ".join([*symbols(quote), text])
+    yield lazy
     if tool.function.strict:
-        raise labs.InputError("tools: strict: not available for this model's form of calls")
+        yield f"{rule}: {_gemma(_schema_of(tool), text)}\n"
+        return
     yield f"{rule}_value: {text} | NUMBER | WORD | {rule} | {rule}_list\n"
     yield f'{rule}_list: "[" ({rule}_value ("," {rule}_value){{0,64}})? "]"\n'
     yield f"{rule}_pair: /[\\w.-]{{1,64}}:/ {rule}_value\n"
     yield f'{rule}: "{{" ({rule}_pair ("," {rule}_pair){{0,64}})? "}}"\n'
+
+
+def _gemma(schema: Any, text: str) -> str:
+    """Return symbols for a value of a schema. Raises InputError for what they cannot hold."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if kind == "object" and isinstance(schema.get("properties"), dict):
+        required = schema.get("required", ())
+        pairs = [
+            (f"{json.dumps(f'{name}:')} ({_gemma(value, text)})", name in required)
+            for name, value in schema["properties"].items()
+        ]
+        return f'"{{" {_listed(pairs)} "}}"'
+    if kind == "array" and schema.keys() <= PLAIN | {"items"}:
+        item = _gemma(schema.get("items", {}), text)
+        return f'"[" (({item}) ("," ({item})){{0,64}})? "]"'
+    if kind in ("boolean", "null"):
+        return '"null"' if kind == "null" else '("true" | "false")'
+    if kind in ("integer", "number"):
+        return _json(schema, "tools")
+    found = _plain_text(schema)
+    if found is not None:
+        quote = text.partition(" ")[0]
+        return text if found == "any" else f"{quote} ({found}) {quote}"
+    raise labs.InputError(f"tools: strict: this model's form of calls cannot hold {schema!r:.80}")
+
+
+def _listed(pairs: list[tuple[str, bool]]) -> str:
+    """Return symbols for (pair, whether it is required), with commas between those that come."""
+    first = next((n for n, (_, required) in enumerate(pairs) if required), None)
+    if first is not None:
+        parts = [f'({pair} ",")?' for pair, _ in pairs[:first]] + [pairs[first][0]]
+        after = pairs[first + 1 :]
+        return " ".join([*parts, *(f'("," {p})' + ("" if must else "?") for p, must in after)])
+    heads = [
+        " ".join([pair, *(f'("," {other})?' for other, _ in pairs[n + 1 :])])
+        for n, (pair, _) in enumerate(pairs)
+    ]
+    return f"({' | '.join(heads)})?" if heads else ""

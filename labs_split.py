@@ -97,7 +97,7 @@ class Splitter:
         self._found: list[Piece] = []
         if form.reasoning:
             self._opens, self._closes = (_literal(each.strip()) for each in form.reasoning)
-        self._strings = _strings(form.calls.content_args) if form.calls else None
+        self._strings: Any = _strings(form.calls.content_args) if form.calls else None
 
     @property
     def thinking(self) -> bool:
@@ -173,8 +173,8 @@ class Splitter:
         said = text if self._keep and self._state == "reasoning" else text.rstrip()
         self._space = text[len(said) :]
         if said:
-            kind = "reasoning" if self._state == "reasoning" and not self._keep else "text"
-            self._found.append(Piece(kind, said))
+            thinks = self._state == "reasoning" and not self._keep
+            self._found.append(Piece("reasoning" if thinks else "text", said))
 
     def _take_call(self, last: bool, whole: bool) -> bool:
         """Read the call that has begun, or make its text text; false: it is not complete yet."""

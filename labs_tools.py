@@ -15,14 +15,14 @@
 Parts are Reasoning, labs.Delta, CallStarted and Arguments; labs.Done or labs.Failed is the last. A
 call is held back until it is complete, so a stream shows what the whole answer has: one that is
 malformed, cut or of an unknown function is text. Needs labs.py, labs_dialogue.py, labs_forms.py,
-labs_split.py; anything that is held needs labs_grammar.py, labs_typed.py and llguidance.
+labs_limits.py, labs_parts.py and labs_split.py; what is held needs labs_grammar.py, labs_typed.py
+and llguidance.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -33,58 +33,15 @@ from msgspec.structs import replace
 import labs
 import labs_dialogue
 import labs_forms
+import labs_limits
 import labs_split
+from labs_parts import Answer, Part, Reader, fold
 
+__all__ = [  # with the names of labs_parts, of which this is the face
+    *("Answer", "Arguments", "Asked", "CallStarted", "Part", "Plan", "Reader", "Reasoning"),
+    *("fold", "generate", "plan", "stream"),
+]
 INSTALL = "pip install llguidance"
-
-
-class Reasoning(Struct, frozen=True, tag="reasoning"):
-    """A piece of what the model thinks before it answers."""
-
-    text: str
-
-
-class CallStarted(Struct, frozen=True, tag="call"):
-    """The beginning of a call, the index-th of the answer."""
-
-    index: int
-    id: str
-    name: str
-
-
-class Arguments(Struct, frozen=True, tag="arguments"):
-    """A piece of a call's arguments, which together are a JSON object."""
-
-    index: int
-    text: str
-
-
-Part = Reasoning | labs.Delta | CallStarted | Arguments | labs.Done | labs.Failed
-
-
-class Answer(Struct, frozen=True, kw_only=True):
-    """A whole answer: the fold of its parts."""
-
-    text: str
-    finish_reason: labs.FinishReason
-    usage: labs.Usage
-    timings: labs.Timings
-    reasoning: str = ""
-    tool_calls: tuple[labs.ToolCall, ...] = ()
-    matched_stop: str | None = None
-    seed: int | None = None
-    fingerprint: labs.Fingerprint | None = None
-    logprobs: tuple[labs.TokenLogprob, ...] = ()
-
-    @property
-    def message(self) -> labs.Message:
-        """Return the answer as a message, for the next turn of the conversation."""
-        return labs.Message(
-            role="assistant",
-            content=self.text,
-            reasoning_content=self.reasoning or None,
-            tool_calls=self.tool_calls or None,
-        )
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -114,19 +71,20 @@ class Plan(Struct, frozen=True, eq=False):
     def processors(self) -> tuple[Any, ...]:
         """Return logits processors for one answer; each answer needs new ones."""
         found: list[Any] = []
-        if (budget := self.given.thinking_budget) is not None:
-            found.append(Budget(self, budget))
         if self.banned is not None:
-            found.append(_Ban(self.banned))
+            found.append(labs_limits.Ban(self.banned))
         if self.grammar is not None:
             import labs_typed
 
             found.append(labs_typed.Constraint(self.model, self.grammar))
+        if (budget := self.given.thinking_budget) is not None:
+            found.append(labs_limits.Budget(self, budget))
         return tuple(found)
 
     def reader(self) -> Reader:
         """Return what turns the events of one answer into parts."""
-        return Reader(self)
+        splits = self.tools or self.form.reasoning or self.form.special
+        return Reader(self.model, self.given, self.splitter() if splits else None)
 
     def splitter(self) -> labs_split.Splitter:
         """Return a splitter at the beginning of the answer."""
@@ -161,8 +119,8 @@ def plan(
     if given.logprobs is not None and (tools or form.reasoning):
         raise labs.InputError("logprobs: not available beside tools and reasoning")
     marked = form.special and bool(tools or form.reasoning)
-    own = {"skip_special_tokens": given.skip_special_tokens and not marked}
-    own |= dict.fromkeys(("reasoning", "thinking_budget"))
+    own: dict[str, Any] = dict.fromkeys(("reasoning", "thinking_budget"))
+    own["skip_special_tokens"] = given.skip_special_tokens and not marked
     found = Plan(model, inputs, replace(given, **own), given, form, callable_)
     held = replace(found, grammar=_grammar(found, asked))
     if tools and not callable_:
@@ -229,138 +187,6 @@ def _trigger(found: Plan) -> int | None:
             writing.trigger if writing else "", add_special_tokens=False
         )
     return ids[0] if len(ids) == 1 else None
-
-
-class _Ban(Struct, frozen=True):
-    """A logits processor without which a token may come."""
-
-    token: int
-
-    def __call__(self, ids: list[int], logits: Any) -> Any:
-        logits[self.token] = float("-inf")
-        return logits
-
-
-class Budget:
-    """A logits processor that ends reasoning after so many tokens, by writing its end."""
-
-    def __init__(self, plan: Plan, tokens: int) -> None:
-        self._plan, self._tokens, self._start = plan, tokens, -1
-        with plan.model.lock:
-            closes = cast("tuple[str, str]", plan.form.reasoning)[1]
-            self._end = plan.model.tokenizer.encode(closes, add_special_tokens=False)
-        self._restart()
-
-    def _restart(self) -> None:
-        self._read: list[int] = []
-        self._splitter = self._plan.splitter()
-        self._text = labs.PartialText(skip_special_tokens=self._plan.generation.skip_special_tokens)
-        self._spent = 0  # tokens of reasoning, and of its end while that is not whole
-
-    def __call__(self, ids: list[int], logits: Any) -> Any:
-        """Return logits that allow only the next token of the end, once the budget is spent."""
-        self._start = len(ids) if self._start < 0 else self._start
-        answer = ids[self._start :]
-        if answer[: len(self._read)] != self._read:  # guessed tokens were wrong
-            self._restart()
-        for token in answer[len(self._read) :]:
-            self._take(token)
-        if not self._splitter.thinking or self._spent < self._tokens:
-            return logits
-        written = self._spent - self._tokens
-        only = logits.new_full(logits.shape, float("-inf"))
-        token = self._end[min(written, len(self._end) - 1)]
-        only[token] = logits[token].clamp(min=-1e4)
-        return only
-
-    def _take(self, token: int) -> None:
-        model = self._plan.model
-        self._read.append(token)
-        before = self._splitter.thinking
-        with model.lock:
-            piece = labs.decode_next(model.tokenizer, self._text, token)
-        self._splitter.feed(piece)
-        self._spent += before and self._splitter.thinking
-
-
-# ---------------------------------------------------------------- events → parts
-
-
-class Reader:
-    """Turn the events of one answer into parts; each call returns those that are certain."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._splitter = plan, plan.splitter()
-        self._plain = not (plan.tools or plan.form.reasoning or plan.form.special)
-        self._calls, self._thoughts = 0, list[str]()
-
-    def __call__(self, event: labs.Event) -> list[Part]:
-        if isinstance(event, labs.Failed) or self._plain:
-            return [event]
-        if isinstance(event, labs.Delta):
-            return [*self._parts(self._splitter.feed(event.text))]
-        whole = event.finish_reason == "stop" and event.matched_stop is None
-        return [*self._parts(self._splitter.end(whole=whole)), self._done(event)]
-
-    def _parts(self, pieces: Iterable[labs_split.Piece]) -> Iterator[Part]:
-        for piece in pieces:
-            if piece.kind == "text":
-                yield labs.Delta(piece.text)
-            elif piece.kind == "reasoning":
-                self._thoughts.append(piece.text)
-                if self._plan.given.reasoning != "drop":
-                    yield Reasoning(piece.text)
-            else:
-                yield CallStarted(self._calls, new_id(), piece.name)
-                yield Arguments(self._calls, piece.text)
-                self._calls += 1
-
-    def _done(self, done: labs.Done) -> labs.Done:
-        """Return the end of the answer: calls are its reason, and tokens of reasoning counted."""
-        model, thoughts, tokens = self._plan.model, "".join(self._thoughts), 0
-        if thoughts:
-            with model.lock:
-                tokens = len(model.tokenizer.encode(thoughts, add_special_tokens=False))
-        reason, mark = done.finish_reason, done.fingerprint
-        if mark is not None:
-            given = self._plan.given
-            names = ("reasoning", "thinking_budget", "skip_special_tokens")
-            own = {name: getattr(given, name) for name in names}
-            mark = replace(mark, generation=replace(mark.generation, **own))
-        return replace(
-            done,
-            finish_reason="tool_calls" if self._calls and reason == "stop" else reason,
-            usage=replace(done.usage, reasoning_tokens=tokens),
-            fingerprint=mark,
-        )
-
-
-def new_id() -> str:
-    """Return an id for a call: nine characters, the only length that Mistral's templates take."""
-    return secrets.token_hex(5)[:9]
-
-
-def fold(parts: Iterable[Part]) -> Answer:
-    """Join the parts of an answer. Raises the error of a Failed."""
-    *pieces, done = parts
-    if isinstance(done, labs.Failed):
-        raise done.error
-    started = [part for part in pieces if isinstance(part, CallStarted)]
-    arguments = [part for part in pieces if isinstance(part, Arguments)]
-    calls = tuple(
-        labs.ToolCall(
-            id=call.id,
-            function=labs.FunctionCall(
-                name=call.name,
-                arguments="".join(each.text for each in arguments if each.index == call.index),
-            ),
-        )
-        for call in started
-    )
-    deltas = [part for part in pieces if isinstance(part, labs.Delta)]
-    whole = msgspec.structs.asdict(labs.fold(deltas, cast("labs.Done", done)))
-    thoughts = "".join(part.text for part in pieces if isinstance(part, Reasoning))
-    return Answer(reasoning=thoughts, tool_calls=calls, **whole)
 
 
 # ---------------------------------------------------------------- in one call
