@@ -11,6 +11,7 @@
     for part in labs_tools.stream(model, messages, tools=[...]): ...  # the same in one call
     answer = labs_tools.generate(model, messages, tools=[...])  # its fold
     messages += [answer.message, ...]
+    for event in labs_tools.run(model, messages, [get_weather]): ...  # Python functions as tools
 
 Parts are Reasoning, labs.Delta, CallStarted and Arguments; labs.Done or labs.Failed is the last. A
 call is held back until it is complete, so a stream shows what the whole answer has: one that is
@@ -21,13 +22,19 @@ and llguidance.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import importlib.util
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import Any, cast
+import inspect
+import json
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 import labs
@@ -38,8 +45,8 @@ import labs_split
 from labs_parts import Answer, Part, Reader, fold
 
 __all__ = [  # with the names of labs_parts, of which this is the face
-    *("Answer", "Arguments", "Asked", "CallStarted", "Part", "Plan", "Reader", "Reasoning"),
-    *("fold", "generate", "plan", "stream"),
+    *("Answer", "Arguments", "Asked", "CallStarted", "Conversation", "Limits", "Part", "Plan"),
+    *("Reader", "Reasoning", "Result", "fold", "generate", "plan", "run", "stream"),
 ]
 INSTALL = "pip install llguidance"
 
@@ -235,3 +242,130 @@ def generate(
 ) -> Answer:
     """Generate a whole answer; the rest is as for `stream`."""
     return fold(stream(model, messages, generation, **changes))
+
+
+# ---------------------------------------------------------------- Python functions as tools
+
+
+class Limits(labs.Strict, frozen=True, kw_only=True):
+    """Bounds of `run`. strict: arguments are held to the types of the functions."""
+
+    max_turns: Annotated[int, Meta(ge=1, le=1000)] = 10
+    call_timeout_s: labs.Seconds = 60.0
+    strict: bool = False
+
+
+class Result(Struct, frozen=True, tag="result"):
+    """What a function returned, as text; failed: it raised an exception or took too long."""
+
+    call: labs.ToolCall
+    content: str
+    failed: bool = False
+
+    @property
+    def message(self) -> labs.Message:
+        """Return the result as a message, which follows that of the call."""
+        name = self.call.function.name
+        return labs.Message(role="tool", tool_call_id=self.call.id, name=name, content=self.content)
+
+
+class Conversation(Struct, frozen=True, tag="conversation"):
+    """The last event of a run: all messages, with those that were given."""
+
+    messages: tuple[labs.Message, ...]
+
+
+def run(
+    model: labs.Model,
+    messages: Iterable[Mapping[str, object] | labs.Message],
+    tools: Sequence[Callable[..., Any]],
+    generation: labs.Generation | None = None,
+    **changes: Any,
+) -> Iterator[Part | Result | Conversation]:
+    """Answer with Python functions as tools: calls and results alternate until an answer has none.
+
+    Each turn's parts come as in `stream`, then a Result for each call. tools: functions with type
+    hints and a docstring that describes each argument, as transformers' get_json_schema reads it;
+    nothing else is ever called. changes: fields of Limits, or as for `stream`. A tool_choice other
+    than auto and none is for the first turn. A function that takes too long is not stopped, but not
+    waited for.
+    """
+    limits = msgspec.convert(_taken(changes, Limits), Limits)
+    known = {function.__name__: function for function in tools}
+    if len(known) < len(tools):
+        raise labs.InputError("tools: two functions have the same name")
+    described = [_described(function, limits.strict) for function in tools]
+    talk = labs.check_prompt(None, messages) or []
+    model = model if model.prefixes else replace(model, prefixes=labs.new_prefixes())
+    first = stream(model, talk, generation, tools=described, **changes)
+    if changes.get("tool_choice") != "none":
+        changes["tool_choice"] = "auto"
+    follow = functools.partial(stream, model, generation=generation, tools=described, **changes)
+    return _turns(first, follow, talk, functools.partial(_call, known, limits), limits.max_turns)
+
+
+def _described(function: Callable[..., Any], strict: bool) -> dict[str, Any]:
+    """Return a function as a tool in OpenAI's form."""
+    from transformers.utils import get_json_schema
+
+    try:
+        found = get_json_schema(function)["function"]
+    except Exception as error:  # it raises several kinds for hints and docstrings
+        why = str(error).partition("\n")[0]
+        raise labs.InputError(f"tools: {getattr(function, '__name__', function)}: {why}") from error
+    names = ("name", "description", "parameters")
+    return {"type": "function", "function": {**{n: found[n] for n in names}, "strict": strict}}
+
+
+def _turns(
+    parts: Iterator[Part],
+    follow: Callable[..., Iterator[Part]],
+    talk: list[labs.Message],
+    call: Callable[[labs.ToolCall], Result],
+    turns: int,
+) -> Iterator[Part | Result | Conversation]:
+    for turn in range(turns):
+        seen = list[Part]()
+        for part in follow(talk) if turn else parts:
+            seen.append(part)
+            yield part
+        answer = fold(seen)
+        talk = [*talk, answer.message] if answer.text or answer.tool_calls else talk
+        for each in answer.tool_calls:
+            yield (result := call(each))
+            talk = [*talk, result.message]
+        if not answer.tool_calls:
+            break
+    yield Conversation(tuple(talk))
+
+
+def _call(known: Mapping[str, Callable[..., Any]], limits: Limits, call: labs.ToolCall) -> Result:
+    """Call a function in a thread, with a limit of time; its exception becomes the result."""
+    function, arguments = known[call.function.name], json.loads(call.function.arguments)
+    done: queue.Queue[Result] = queue.Queue()
+
+    def work() -> None:
+        try:
+            value = function(**arguments)
+            value = asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+            done.put(Result(call, value if isinstance(value, str) else _as_json(value)))
+        except BaseException as error:  # also SystemExit: the model is told what went wrong
+            done.put(Result(call, f"error: {type(error).__name__}: {error}", failed=True))
+
+    threading.Thread(target=work, daemon=True, name=f"tool {call.function.name}").start()
+    try:
+        return done.get(timeout=limits.call_timeout_s)
+    except queue.Empty:
+        late = f"error: no result within {limits.call_timeout_s:g} s"
+        return Result(call, late, failed=True)
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return msgspec.json.encode(value).decode()
+    except TypeError:  # of a type that JSON does not have
+        return str(value)

