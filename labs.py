@@ -452,8 +452,7 @@ def _is_there(name: str) -> bool:
 def _load(spec: ModelSpec) -> Model:
     import labs_decode
 
-    began = time.perf_counter()  # load_s does not count imports
-    device_map, device, dtype = device_of(spec)
+    began, (device_map, device, dtype) = time.perf_counter(), device_of(spec)  # after imports
     source, options, origin = locate(spec, dtype)
     config = pretrained("AutoConfig", source, options)
     if _is_there("labs_sources"):
@@ -649,9 +648,8 @@ def check_prompt(
         return None
     if not (checked := [_check_message(i, message) for i, message in enumerate(messages)]):
         raise InputError("the list of messages is empty")
-    if any(
-        m.role == "tool" or m.tool_calls or m.tool_call_id or m.reasoning_content for m in checked
-    ):
+    named = ("tool_calls", "tool_call_id", "reasoning_content")
+    if any(m.role == "tool" or any(getattr(m, n) for n in named) for m in checked):
         require("labs_dialogue")
         import labs_dialogue
 
@@ -778,10 +776,13 @@ class InFlight(Struct, eq=False):
     sampling: labs_decode.Sampling  # without the model's own rules, unlike row.sampling
     stops: dict[str, str]  # {text to search for: its stop string}
     marks: dict[int, str]  # {special token id: the character that stands for it}
-    text: PartialText
+    text: PartialText = msgspec.field(default_factory=PartialText)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
     first: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.text.skip_special_tokens = self.generation.skip_special_tokens
 
 
 Opened = InFlight | tuple[int, Failed] | None  # None: no request is waiting
@@ -803,9 +804,6 @@ def open_request(
     if wrong := model.decoder.wrong_prompt(inputs.input_ids):
         raise InputError(wrong)
     generation, ids = evolve(generation), list(inputs.input_ids)
-    for name in ("reasoning", "thinking_budget"):
-        if (value := getattr(generation, name)) is not None:
-            raise InputError(f"{name} = {value}: only labs_tools splits an answer; leave it out")
     prompt, limit = len(ids), model.context_length
     if limit is not None and prompt + generation.max_new_tokens > limit:
         raise too_long(limit, prompt, generation.max_new_tokens)
@@ -829,8 +827,7 @@ def open_request(
         deadline=began + (generation.timeout_s or float("inf")),
         exact_prefix=model.decoder.invariant or generation.seed is not None,
     )
-    text = PartialText(skip_special_tokens=generation.skip_special_tokens)
-    return InFlight(row, inputs, generation, began, sampling, stops, marks, text)
+    return InFlight(row, inputs, generation, began, sampling, stops, marks)
 
 
 def _sampling(
@@ -840,6 +837,9 @@ def _sampling(
 
     import labs_loop
 
+    for name in ("reasoning", "thinking_budget"):
+        if (value := getattr(options, name)) is not None:
+            raise InputError(f"{name} = {value}: only labs_tools splits an answer; leave it out")
     vocabulary = model.decoder.config.vocab_size
     if beyond := [token for token in options.logit_bias if token >= vocabulary]:
         raise InputError(f"logit_bias names token {beyond[0]}: there are {vocabulary} tokens")

@@ -11,6 +11,7 @@ template reads that call back. Needs labs.py, labs_dialogue.py and labs_split.py
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -188,8 +189,11 @@ def form_of(model: labs.Model, *, calls: bool = True) -> Form:
     """
     tokenizer = model.tokenizer
     tools = [TRIED] if calls else None
+    with model.lock, contextlib.suppress(ValueError):  # it has several templates and no default
+        template = ""
+        if getattr(tokenizer, "chat_template", None):
+            template = tokenizer.get_chat_template(tools=tools)
     with model.lock:
-        template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
         found = _FORMS.setdefault(tokenizer, {})
         if (template, calls) not in found:
             found[template, calls] = _form_of(tokenizer, template, calls)

@@ -124,6 +124,7 @@ def _calls(
 
 def _schema_of(tool: labs_dialogue.Tool) -> dict[str, Any]:
     """Return the schema that holds the arguments of a tool."""
+    _check(tool.schema, f"tools: {tool.function.name}")  # before anything recurses
     kind = tool.schema.get("type", "object")
     if kind != "object":
         name = tool.function.name
@@ -131,13 +132,17 @@ def _schema_of(tool: labs_dialogue.Tool) -> dict[str, Any]:
     return {"type": "object", **labs_schema.bounded(tool.schema)}
 
 
-def _json(schema: dict[str, Any], what: str) -> str:
-    """Return a symbol for JSON of a schema. Raises InputError when the schema exceeds a bound."""
+def _check(schema: Any, what: str) -> Any:
+    """Return a schema as plain JSON. Raises InputError when it exceeds a bound."""
     try:
-        text = labs_schema.check(schema)
+        return json.loads(labs_schema.check(schema))
     except labs_schema.SchemaError as error:
         raise labs.InputError(f"{what}: {error}") from error
-    return f"%json {json.dumps({**json.loads(text), 'x-guidance': GUIDANCE})}"
+
+
+def _json(schema: dict[str, Any], what: str) -> str:
+    """Return a symbol for JSON of a schema. Raises InputError when the schema exceeds a bound."""
+    return f"%json {json.dumps({**_check(schema, what), 'x-guidance': GUIDANCE})}"
 
 
 def _json_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:

@@ -10,7 +10,7 @@ labs_tools.py has these names too. Needs labs.py and labs_split.py.
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import cast
 
@@ -79,9 +79,11 @@ class Reader:
         model: labs.Model,
         given: labs.Generation,
         splitter: labs_split.Splitter | None,
+        prompt: str = "",
     ) -> None:
         """Read an answer. given: the options as they were asked. splitter: None if all is text."""
-        self._model, self._given, self._splitter = model, given, splitter
+        self._model, self._given = model, given
+        self._splitter, self._prompt = splitter, prompt
         self._calls, self._thoughts = 0, list[str]()
 
     def __call__(self, event: labs.Event) -> list[Part]:
@@ -101,7 +103,7 @@ class Reader:
                 if self._given.reasoning != "drop":
                     yield Reasoning(piece.text)
             else:
-                yield CallStarted(self._calls, new_id(), piece.name)
+                yield CallStarted(self._calls, id_of(self._prompt, self._calls, piece), piece.name)
                 yield Arguments(self._calls, piece.text)
                 self._calls += 1
 
@@ -124,9 +126,13 @@ class Reader:
         )
 
 
-def new_id() -> str:
-    """Return an id for a call: nine characters, the only length that Mistral's templates take."""
-    return secrets.token_hex(5)[:9]
+def id_of(prompt: str, index: int, call: labs_split.Piece) -> str:
+    """Return the id of a call, the same if the same prompt gets the same answer again.
+
+    It has nine characters, the only length that all of Mistral's templates take.
+    """
+    text = "\0".join([prompt, str(index), call.name, call.text])
+    return hashlib.sha256(text.encode()).hexdigest()[:9]
 
 
 def fold(parts: Iterable[Part]) -> Answer:

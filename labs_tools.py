@@ -91,7 +91,8 @@ class Plan(Struct, frozen=True, eq=False):
     def reader(self) -> Reader:
         """Return what turns the events of one answer into parts."""
         splits = self.tools or self.form.reasoning or self.form.special
-        return Reader(self.model, self.given, self.splitter() if splits else None)
+        splitter = self.splitter() if splits else None
+        return Reader(self.model, self.given, splitter, self.inputs.prompt)
 
     def splitter(self) -> labs_split.Splitter:
         """Return a splitter at the beginning of the answer."""
@@ -306,7 +307,7 @@ def run(
 
 def _described(function: Callable[..., Any], strict: bool) -> dict[str, Any]:
     """Return a function as a tool in OpenAI's form."""
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
         found = get_json_schema(function)["function"]

@@ -87,12 +87,13 @@ class Constraint:
     """
 
     def __init__(self, model: labs.Model, schema: dict[str, Any] | str) -> None:
+        self._what = "tools" if isinstance(schema, str) else "schema"
         try:
             self._schema = schema if isinstance(schema, str) else labs_schema.check(schema)
         except labs_schema.SchemaError as error:
             raise labs.InputError(f"schema: {error}") from error
         self._grammars = _grammars_of(model)
-        self._matcher = self._grammars.matcher(self._schema)
+        self._matcher = self._grammars.matcher(self._schema, self._what)
         self._made_at = -SPACING
         self._start: int | None = None
         self._read: list[int] = []
@@ -108,14 +109,14 @@ class Constraint:
         allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error() and len(answer) >= self._made_at + SPACING:
             # Answers share the states of a grammar's lexer, which are limited: start with none.
-            self._matcher, self._read = self._grammars.anew(self._schema), []
+            self._matcher, self._read = self._grammars.anew(self._schema, self._what), []
             self._made_at = len(answer)
             allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error():
             reason = labs_schema.error_of(self._matcher)
-            raise labs.InputError(f"schema: the grammar failed during the answer: {reason}")
+            raise labs.InputError(f"{self._what}: the grammar failed during the answer: {reason}")
         if not allowed.any():
-            raise labs.InputError("schema: no token of this model can continue the answer")
+            raise labs.InputError(f"{self._what}: no token of this model can continue the answer")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def _allowed(self, answer: list[int], size: int) -> Any:
@@ -166,7 +167,7 @@ class _Grammars:
         self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
         self._tried: Any = cachetools.LRUCache(MAX_TRIED)
 
-    def matcher(self, schema: str) -> Any:
+    def matcher(self, schema: str, what: str) -> Any:
         """Return a matcher at the start of an answer. Raises InputError for a refused schema."""
         key = hashlib.sha256(schema.encode()).digest()
         with self._lock:
@@ -176,7 +177,7 @@ class _Grammars:
         if mine:
             self._make(key, schema, made)
         if isinstance(found := made.result(), str):
-            raise labs.InputError(f"schema: {found}")
+            raise labs.InputError(f"{what}: {found}")
         return found.deep_copy()
 
     def symbols(self, model: labs.Model, text: str) -> list[str]:
@@ -187,11 +188,11 @@ class _Grammars:
         parts = parts if found else [text]
         return [f"<[{special[p]}]>" if p in special else json.dumps(p) for p in parts if p]
 
-    def anew(self, schema: str) -> Any:
+    def anew(self, schema: str, what: str) -> Any:
         """Compile the schema again; return a matcher that shares no state with earlier ones."""
         with self._lock:
             self._made.pop(hashlib.sha256(schema.encode()).digest(), None)
-        return self.matcher(schema)
+        return self.matcher(schema, what)
 
     def allowed(self, matcher: Any, tokens: Any) -> Any:
         """Set in tokens [V], all false before, those that may follow, and return it."""

@@ -658,6 +658,39 @@ def test_a_stream_that_is_closed_stops_computing(hermes):
         assert len(calls) < 50
 
 
+DEEP: dict[str, Any] = {"type": "object"}
+for _ in range(900):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+PATTERN = {"type": "string", "pattern": "(a{1,1000}){1,1000}"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        (DEEP, "tools"),
+        ({"type": "object", "properties": {"a": PATTERN}}, "tools: f: #/properties/a/pattern"),
+        ({"type": "string"}, "tools: the parameters of f are of the type 'string'"),
+        ({"type": "object", "x-guidance": {}}, "tools: f: #/x-guidance cannot be used here"),
+        ({"type": "object", "properties": {"a": {"type": "strin"}}}, "tools: "),
+        ({"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}, "tools: "),
+    ],
+)
+def test_hostile_tools_are_refused_by_name(parameters, named, hermes):
+    given = tools({"name": "f", "parameters": parameters, "strict": True})
+    with pytest.raises(labs.InputError, match=named) as caught:
+        labs_tools.stream(hermes, ASK, tools=given)
+    assert kit.is_one_sentence(caught.value)
+
+
+def test_the_same_answer_has_the_same_ids_and_its_calls_have_different_ones(hermes):
+    call = wire_forms.written("hermes", "add", {"n": 4})
+    first, again = (
+        labs_tools.fold(said(hermes, f"{call}\n{call}", tools=tools(ADD))) for _ in range(2)
+    )
+    assert first.tool_calls == again.tool_calls
+    assert len({each.id for each in first.tool_calls}) == 2
+
+
 def test_tools_are_checked_as_structs_too():
     (tool,) = labs_dialogue.check_tools(tools(ADD))
     assert labs_dialogue.check_tools([tool]) == (tool,)
