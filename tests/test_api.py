@@ -271,7 +271,8 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 7, "temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125,
     "do_sample": True, "repetition_penalty": 1.5, "frequency_penalty": -1.5, "seed": 9,
     "presence_penalty": 1.25, "logit_bias": {"5": -100.0}, "logprobs": 2, "stop": ["a", "b"],
-    "prompt_lookup_num_tokens": 4, "timeout_s": 1.5,
+    "prompt_lookup_num_tokens": 4, "timeout_s": 1.5, "skip_special_tokens": False,
+    "reasoning": "split", "thinking_budget": 5,
 }  # fmt: skip
 
 
@@ -322,7 +323,9 @@ FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
     (labs_request.JsonSchema, CHAT, ("response_format", "json_schema"),
      {"schema": {"type": "nothing"}}, {"name": "a", "description": "b", "strict": False}),
     (labs.Message, "/generate", ("messages", 0),
-     {"role": "system", "content": "ho", "name": "Ada"}, {}),
+     {"role": "system", "content": "ho", "name": "Ada", "tool_call_id": "a",  # refused in a user
+      "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}],
+      "reasoning_content": "hm", "reasoning": "hm"}, {}),
 ]  # fmt: skip
 
 

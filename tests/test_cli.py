@@ -237,7 +237,7 @@ def test_ctrl_c_is_exit_code_130_and_closes_the_generator(fake_labs):
         (["--prompt", "Hi", "--config", "absent.toml"], r"absent\.toml"),
         (["--messages-json", "{"], "--messages-json: .*expected a list"),
         (["--messages-json", HI.replace('"Hi"', "5")], "--messages-json: .*content"),
-        (["--messages-json", HI.replace("user", "tool")], "--messages-json: .*role"),
+        (["--messages-json", HI.replace("user", "wizard")], "--messages-json: .*role"),
         (["--messages-file", "."], "Is a directory"),
         ([], "byte 0xff at position 2 of standard input is not UTF-8"),
     ],

@@ -64,6 +64,7 @@ UNTAGGED = {
     "python3 -m venv .venv && . .venv/bin/activate": "network",
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
     "labs-gen --chat ": "needs a terminal",
+    "# with a model that calls tools": "no package has one; test_tools.py",
     'labs-gen --prompt "Name three rivers."': "answers are long",
     **dict.fromkeys(('eval "$(_LABS_GEN', "[Service]", "location / {"), "changes the system"),
     **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),
