@@ -39,6 +39,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 import labs
 import labs_engine
+import labs_explain
 import labs_gate
 import labs_meters
 import labs_models
@@ -571,7 +572,7 @@ class Generate(Resource):
             labs_request.shown_events(service.context, inputs, generation)  # may raise InputError
             sources = dict.fromkeys(service.context.configs[lease.name].sources, "server")
             sources |= dict.fromkeys(request.options, "request")
-            found = labs_request.explain(prepared.model, inputs, generation, sources)
+            found = labs_explain.explain(prepared.model, inputs, generation, sources)
         shown = {name: each for name, each in found.settings.items() if name not in PATHS}
         resp.data = labs_gate.dumps(msgspec.structs.replace(found, settings=shown))
 
@@ -719,7 +720,7 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
-    explanation, answer = labs_request.Explanation, labs_openai.OpenAIAnswer
+    explanation, answer = labs_explain.Explanation, labs_openai.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")

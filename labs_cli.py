@@ -27,8 +27,8 @@ import click
 import msgspec
 
 import labs
+import labs_explain
 import labs_request
-import labs_settings
 
 EPILOG = """\b
 Examples:
@@ -335,7 +335,7 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     repeated = {name: value for name, value in repeated.items() if value is not None}
     repeated |= {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
     repeated["response_format"] = request.response_format
-    settings = {setting.key: value_of(config, setting) for setting in SETTINGS}
+    settings = {setting.key: labs_explain.value_of(config, setting) for setting in SETTINGS}
     result = {**found, "request": repeated, "settings": settings}
     if prepared.sources is not None:
         repeated["documents"], result["documents"] = True, prepared.sources
@@ -378,24 +378,8 @@ def explain(session: Session, request: labs_request.Request) -> None:
     prepared = prepare(session, request)
     tell_sources(prepared)
     ((inputs, generation),) = prepared.answers()
-    plan = labs_request.explain(session.model, inputs, generation, sources)
-    left = plan.context_left
-    room = "the context has no limit" if left is None else f"the context has room for {left} more"
-    same = "yes" if plan.batch_invariant else "not promised for this model on this device"
-    write(f"""{plan.prompt}
----
-prompt tokens: {plan.prompt_tokens}; {room}
-runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
-forward of {plan.forward}
-same text whatever else is in the batch: {same}
-memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
----
-""")
-    for name, rule in plan.generation_config.items():
-        write(f"# generation_config.json: {name} = {rule}\n")
-    for key, each in plan.settings.items():
-        value = "unset" if each.value is None else json.dumps(each.value, ensure_ascii=False)
-        write(f"{key} = {value}  # {each.source}\n")
+    plan = labs_explain.explain(session.model, inputs, generation, sources)
+    write(labs_explain.described(plan))
 
 
 def answer_file(config: labs.Config, flags: Values) -> None:
@@ -499,43 +483,6 @@ def report(session: Session, done: labs.Done | labs.Completion) -> None:
         tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
 
 
-def dump_effective_config(config: labs.Config) -> str:
-    """Return every setting as TOML, each line with its source. Secrets are left out."""
-    lines = []
-    for section in labs_settings.SECTIONS:
-        lines.append(f"[{section}]")
-        for setting in (setting for setting in labs.settings() if setting.section == section):
-            value, name = value_of(config, setting), setting.field
-            line = f"# {name}: unset" if value is None else f"{name} = {_toml(value)}"
-            lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}")
-    if config.model.token:
-        lines.append('# HF_TOKEN = "********"')
-    if config.api_keys:
-        lines.append(f"# API keys: {len(config.api_keys)}")
-    return "\n".join(lines) + "\n"
-
-
-def value_of(config: labs.Config, setting: labs.Setting) -> Any:
-    """Return the value that a setting has in a configuration."""
-    split = {"generation": (config.model, config.generation, config)}
-    split["quantization"] = (config.model.quantization,)  # type: ignore[assignment]
-    holders = split.get(setting.section) or (getattr(config, setting.section),)
-    holder = next(each for each in holders if hasattr(each, setting.field))
-    return getattr(holder, setting.field)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, msgspec.Struct):
-        return _toml(
-            {key: item for key, item in msgspec.structs.asdict(value).items() if item is not None}
-        )
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return msgspec.json.encode(value).decode()
-
-
 class Command(click.Command):
     """A command that groups its options and turns errors into exit codes."""
 
@@ -631,7 +578,7 @@ def run(**flags: Any) -> None:
     overrides = {key: flags[key] for key in KEYS if flags[key] not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
-        write(dump_effective_config(config).rstrip("\n") + "\n")
+        write(labs_explain.dump_effective_config(config).rstrip("\n") + "\n")
         return
     for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
         if flags[name]:

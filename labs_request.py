@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import labs_typed
 
 Tell = Callable[[str, str], Any]
-Sources = Mapping[str, str] | None
 
 
 class JsonSchema(labs.Strict, frozen=True, kw_only=True):
@@ -312,69 +311,3 @@ def shown_events(
 def shown(context: Context, completion: labs.Completion) -> labs.Completion:
     """Return a complete answer after the filters have changed it."""
     return completion if context.filters is None else context.filters.shown(completion)
-
-
-class SettingValue(Struct, frozen=True):
-    """The value of a setting and where it comes from."""
-
-    value: Any
-    source: str
-
-
-class Explanation(Struct, frozen=True):
-    """How a request would run. cache_bytes: size of its KV cache. settings: with defaults."""
-
-    prompt: str
-    prompt_tokens: int
-    context_left: int | None
-    how: str
-    why: str
-    forward: str  # "labs" or "transformers", and why
-    batch_invariant: bool
-    rows: int
-    weight_bytes: int
-    cache_bytes: int
-    settings: dict[str, SettingValue]
-    generation_config: dict[str, str] = {}  # the model's rules, and why some have no effect
-
-
-def explain(
-    model: labs.Model, inputs: labs.Inputs, generation: labs.Generation, sources: Sources = None
-) -> Explanation:
-    """Return how a request would run, without running it. Raises the same errors as a run.
-
-    sources: where settings come from, as in Config; other settings are the model's or defaults.
-    """
-    decoder = model.decoder
-    stream = labs.open_request(model, 0, inputs, generation)
-    tokens, limit = len(inputs.input_ids), model.context_length
-    return Explanation(
-        prompt=inputs.prompt,
-        prompt_tokens=tokens,
-        context_left=None if limit is None else limit - tokens,
-        how=decoder.mode,
-        why=decoder.reason,
-        forward=f"{'labs' if decoder.forward else 'transformers'}: {decoder.why_forward}",
-        batch_invariant=decoder.invariant,
-        rows=labs.rows_in_memory(model),
-        weight_bytes=decoder.weight_bytes,
-        cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
-        settings=_sourced(model, stream, sources or {}),
-        generation_config=model.defaults.described() if model.defaults else {},
-    )
-
-
-def _sourced(model: labs.Model, stream: labs.InFlight, sources: Any) -> dict[str, SettingValue]:
-    found, samples = {}, stream.sampling.temperature > 0
-    holders = (model.spec, model.spec.quantization, labs.resolved(stream), model.decoder)
-    for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
-        key, name = setting.key, setting.field
-        source = sources.get(key) or ("model" if name in model.generation_defaults else "default")
-        for holder in (each for each in holders if hasattr(each, name)):
-            found[key] = SettingValue(getattr(holder, name), source)
-    found["do_sample"] = SettingValue(samples, found["do_sample"].source)
-    if not samples and stream.generation.temperature is None:
-        found["temperature"] = SettingValue(0.0, "do_sample")
-    if stream.generation.seed is None and samples:
-        found["seed"] = SettingValue(None, "drawn")
-    return found

@@ -714,6 +714,7 @@ ROOMS = {
     "labs_embed.py": (160, "labs"),
     "labs_rag.py": (420, "labs embed"),
     "labs_request.py": (380, "labs guard rag typed choose embed"),
+    "labs_explain.py": (180, "labs settings"),
     "labs_turns.py": (260, "labs"),
     "labs_engine.py": (450, "labs loop turns"),
     "labs_models.py": (360, "labs engine decode embed patterns"),
@@ -724,7 +725,7 @@ ROOMS = {
     "labs_pages.py": (420, ""),
     "labs_api.py": (
         800,
-        "labs gate meters pages models engine request openai tokens patterns turns",
+        "labs gate meters pages models engine request explain openai tokens patterns turns",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),

@@ -21,7 +21,7 @@ from kit import ONE_THREAD, ROOT, gen, heed_sigint, invoke, labs_gen, read_until
 import labs
 import labs_chat
 import labs_cli
-import labs_request
+import labs_explain
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -176,12 +176,12 @@ def test_json_is_one_object_with_the_answer_every_setting_and_no_secret(fake_lab
 
 
 def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
-    value = labs_request.SettingValue
+    value = labs_explain.SettingValue
     used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
     rest = ("joins", "as it can", "labs: as it is", True, 8, 2 * 10**6, 10**5, used)
     for left, room in ((97, "room for 97 more"), (None, "no limit")):
-        found = labs_request.Explanation("templated", 3, left, *rest)
-        monkeypatch.setattr(labs_request, "explain", lambda *_, found=found: found)
+        found = labs_explain.Explanation("templated", 3, left, *rest)
+        monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
         text = invoke("--prompt", "Hi", "--explain").stdout
         assert text.startswith("templated\n---\nprompt tokens: 3;")
         assert (
