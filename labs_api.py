@@ -46,6 +46,7 @@ import labs_models
 import labs_openai
 import labs_pages
 import labs_patterns
+import labs_replies
 import labs_request
 import labs_tokens
 import labs_turns
@@ -673,9 +674,9 @@ class OpenAI(Resource):
     def _frames(self, req: falcon.Request, usage_of: int, answers: Answers) -> Iterator[bytes]:
         """Yield one chunk per event. usage_of: the choices per prompt, or 0 for no usage chunk."""
         names = {"usage": None if usage_of else UNSET, **self._names(req, answers)}
-        names["system_fingerprint"] = labs_openai.system_fingerprint(answers.model)
+        names["system_fingerprint"] = labs_replies.system_fingerprint(answers.model)
 
-        def frame(*choices: labs_openai.Choice, **more: Any) -> bytes:
+        def frame(*choices: labs_replies.Choice, **more: Any) -> bytes:
             chunk = self.endpoint.wrap(choices, **{**names, **more})
             return b"data: " + labs_gate.dumps(chunk) + b"\n\n"
 
@@ -685,13 +686,13 @@ class OpenAI(Resource):
                 yield b": ping\n\n"
                 continue
             index, event = item
-            if index not in places and (first := self.endpoint.first(index)) is not None:
+            if index not in places and (first := self.endpoint.first(index, event)) is not None:
                 yield frame(first, documents=UNSET if places else answers.documents)
             place = places.setdefault(index, labs_tokens.Places(answers.model))
             yield frame(self.endpoint.choice(place, index, event))
         if usage_of:
             usages = [done.usage for done in answers.dones]
-            yield frame(usage=labs_openai.usage_of(usages, usage_of))
+            yield frame(usage=labs_replies.usage_of(usages, usage_of))
         yield b"data: [DONE]\n\n"
 
 
@@ -720,7 +721,7 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
-    explanation, answer = labs_explain.Explanation, labs_openai.OpenAIAnswer
+    explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")

@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Translate OpenAI's requests into labs' and labs' completions into OpenAI's responses.
+"""Translate OpenAI's requests into labs'; labs_replies.py makes the answers.
 
     body, given = labs_openai.read(data, CHAT.body)        # refuses unsupported fields by name
     request = CHAT.request_of(body, given)                 # a labs_request.Request
     CHAT.answer(model, completions, request.n, id="1", model=config.model_id)
 
 `CHAT` and `COMPLETIONS` do no input or output: labs_api.py answers HTTP requests with them, and
-labs_jsonl.py lines of batch files. Needs labs.py, labs_request.py and labs_tokens.py.
+labs_jsonl.py lines of batch files. Needs labs.py, labs_replies.py and labs_request.py with their
+needs.
 """
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import re
-import time
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Meta, Struct
 
 import labs
+import labs_replies
 import labs_request
 import labs_tokens
 from labs_request import Refusal
@@ -159,48 +158,7 @@ MINUS_ONE = {
 }
 
 
-# ---------------------------------------------------------------- responses
-
-
-class PromptTokensDetails(Struct, frozen=True):
-    cached_tokens: int = 0
-
-
-class OpenAIUsage(Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
-    response_cached: bool = False
-
-
-class MessagePart(Struct, frozen=True, omit_defaults=True):
-    """A message of a response, or the text that a chunk appends to it."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class Choice(Struct, frozen=True):
-    """One answer or a piece of it: a chat sets `message` or `delta`, a completion `text`."""
-
-    index: int
-    message: MessagePart | UnsetType = UNSET
-    delta: MessagePart | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    logprobs: dict[str, Any] | None = None
-    finish_reason: Literal["stop", "length", "content_filter"] | None = None
-
-
-class OpenAIAnswer(Struct, frozen=True):
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    choices: tuple[Choice, ...]
-    usage: OpenAIUsage | UnsetType | None = UNSET
-    system_fingerprint: str | None = None
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+# ---------------------------------------------------------------- errors
 
 
 class ErrorDetail(Struct, frozen=True):
@@ -212,9 +170,6 @@ class ErrorDetail(Struct, frozen=True):
 
 class Error(Struct, frozen=True):
     error: ErrorDetail
-
-
-# ---------------------------------------------------------------- errors
 
 
 def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
@@ -283,12 +238,10 @@ def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
 # ---------------------------------------------------------------- endpoints
 
 
-class Endpoint:
-    """The code that both endpoints share."""
+class Endpoint(labs_replies.Replies):
+    """The code that both endpoints share: requests here, and answers by labs_replies."""
 
     body: type[Any]
-    prefix: str
-    kinds: tuple[Any, Any]  # `object` of a whole answer, and of a chunk
 
     def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
         """Return a body as labs' request. given: the fields that the body sets, as of `read`."""
@@ -315,65 +268,9 @@ class Endpoint:
     def prompts(self, body: Any) -> tuple[labs_request.Prompt, ...]:
         raise NotImplementedError
 
-    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        """Return a Completion, Delta or Done as a choice. places: of this choice's tokens."""
-        raise NotImplementedError
 
-    def first(self, index: int) -> Choice | None:
-        """Return the choice of a stream's first chunk, or None if none is needed."""
-        return None
-
-    def answer(
-        self, loaded: labs.Model, found: Sequence[labs.Completion], n: int, **names: Any
-    ) -> OpenAIAnswer:
-        """Return whole answers, `n` per prompt. names: as in `wrap`."""
-        choices = tuple(
-            self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
-        )
-        usage = usage_of([each.usage for each in found], n)
-        names = {"system_fingerprint": system_fingerprint(loaded), **names}
-        return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
-
-    def wrap(self, choices: tuple[Choice, ...], **names: Any) -> OpenAIAnswer:
-        """Return choices as a chunk, or as a whole answer if `names` sets `object`.
-
-        names: other fields of OpenAIAnswer, at least id and model, equal in all chunks.
-        """
-        names = {"object": self.kinds[1], "created": int(time.time()), **names}
-        return OpenAIAnswer(choices=choices, **{**names, "id": f"{self.prefix}-{names['id']}"})
-
-
-def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
-    """Add up token counts: each prompt once, as OpenAI does, and every generated token."""
-    prompt = sum(usage.prompt_tokens for usage in usages) // n
-    completion = sum(usage.completion_tokens for usage in usages)
-    cached = sum(usage.cached_tokens for usage in usages) // n
-    return OpenAIUsage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached),
-        response_cached=all(usage.response_cached for usage in usages),
-    )
-
-
-def system_fingerprint(model: labs.Model) -> str | None:
-    """Return a digest of everything, other than the request, that an answer depends on."""
-    if model.fingerprint is None:
-        return None
-    return f"fp_{hashlib.sha256(msgspec.json.encode(model.fingerprint)).hexdigest()[:12]}"
-
-
-def _reason(event: Any) -> Any:
-    """Return OpenAI's finish reason, "length" for "timeout" and "cancelled", or None."""
-    reason = getattr(event, "finish_reason", None)
-    return "length" if reason in ("timeout", "cancelled") else reason
-
-
-class Chat(Endpoint):
+class Chat(labs_replies.ChatReplies, Endpoint):
     body = ChatRequest
-    prefix = "chatcmpl"
-    kinds = ("chat.completion", "chat.completion.chunk")
 
     def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
@@ -402,39 +299,9 @@ class Chat(Endpoint):
         role = "system" if message.role == "developer" else message.role
         return labs.Message(role=role, content=message.text, name=message.name)
 
-    def first(self, index: int) -> Choice:
-        return Choice(index=index, delta=MessagePart(role="assistant", content=""))
 
-    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        message: dict[str, Any] = {"delta": MessagePart()}
-        if isinstance(part, labs.Completion):
-            message = {"message": MessagePart(role="assistant", content=part.text)}
-        elif isinstance(part, labs.Delta):
-            message = {"delta": MessagePart(content=part.text)}
-        logprobs = self._logprobs(places, getattr(part, "logprobs", ()))
-        return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
-
-    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any] | None:
-        def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-            name = places.spelling.name_of(token)
-            return {"token": name, "logprob": logprob, "bytes": [*data]}
-
-        content = [
-            {
-                **entry(each.token, each.logprob, places.take(each.token)[1]),
-                "top_logprobs": [
-                    entry(i, logprob, places.spelling.bytes_of(i)) for i, logprob in each.top
-                ],
-            }
-            for each in found
-        ]
-        return {"content": content, "refusal": None} if content else None
-
-
-class Completions(Endpoint):
+class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
-    prefix = "cmpl"
-    kinds = ("text_completion", "text_completion")
 
     def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
@@ -452,24 +319,6 @@ class Completions(Endpoint):
             text = "prompt must be a text, a list of texts, or non-empty lists of token ids"
             raise Refusal(text, "invalid_value", "prompt")
         return labs_request.Prompt(ids=prompt)
-
-    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
-        found = self._logprobs(places, logprobs) if logprobs else None
-        return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
-
-    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any]:
-        tops: list[dict[str, float]] = []
-        for each in found:
-            tops.append({})
-            for token, logprob in each.top:
-                tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
-        return {
-            "tokens": [places.spelling.name_of(each.token) for each in found],
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": tops,
-            "text_offset": [places.take(each.token)[0] for each in found],
-        }
 
 
 CHAT, COMPLETIONS = Chat(), Completions()
