@@ -267,7 +267,7 @@ def build_inputs(
     With use_chat_template a prompt becomes one user message, if the model has a template.
     Raises InputError when the input is empty, malformed or refused by the template.
     """
-    turns, chat = check_prompt(prompt, messages), evolve(Template(), **options)
+    turns, chat = check_prompt(prompt, messages), evolve(Chat(), **options)
     templated = chat.use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
     if turns is None and templated:
         turns = [Message(role="user", content=prompt or "")]
@@ -679,7 +679,7 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _template(
-    model: Model, messages: list[Message], tools: tuple[Mapping[str, object], ...], chat: Template
+    model: Model, messages: list[Message], tools: tuple[Mapping[str, object], ...], chat: Chat
 ) -> list[int]:
     """Let the template make tokens: BOS comes once, and control tokens in messages stay text."""
     options = {"add_generation_prompt": chat.add_generation_prompt}

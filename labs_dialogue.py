@@ -2,7 +2,7 @@
 """Give tools, calls, results and earlier reasoning to a chat template in the form that it reads.
 
     labs_dialogue.check(messages)  # raises InputError for a result without its call
-    plain, options = labs_dialogue.as_read(tokenizer, plain, tools, labs.Template())
+    plain, options = labs_dialogue.as_read(tokenizer, plain, tools, labs.Chat())
 
 labs.build_inputs calls both. Texts of clients stay text: transformers' sanitize_control_tokens sees
 to strings, and names in JSON objects, which it does not read, are checked here. Needs
@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from labs_settings import InputError, Message, Strict, Template
+from labs_settings import Chat, InputError, Message, Strict
 
 MAX_TOOLS = 128  # as at OpenAI
 MAX_TOOL_CHARACTERS = 2**18  # of all tools together, as JSON
@@ -129,7 +129,7 @@ def as_read(
     tokenizer: Any,
     messages: list[dict[str, Any]],
     tools: Iterable[Mapping[str, object] | Tool],
-    chat: Template,
+    chat: Chat,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return messages, and options of apply_chat_template, as the tokenizer's template reads them.
 

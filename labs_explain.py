@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 import labs
 import labs_settings
@@ -55,7 +56,8 @@ def explain(
     sources: where settings come from, as in Config; other settings are the model's or defaults.
     """
     decoder = model.decoder
-    stream = labs.open_request(model, 0, inputs, generation)
+    own = dict.fromkeys(("reasoning", "thinking_budget"))  # of labs_tools, not of the core
+    stream = labs.open_request(model, 0, inputs, replace(generation, **own))
     tokens, limit = len(inputs.input_ids), model.context_length
     return Explanation(
         prompt=inputs.prompt,
@@ -68,7 +70,7 @@ def explain(
         rows=labs.rows_in_memory(model),
         weight_bytes=decoder.weight_bytes,
         cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
-        settings=_sourced(model, stream, sources or {}),
+        settings=_sourced(model, stream, sources or {}, generation),
         generation_config=model.defaults.described() if model.defaults else {},
     )
 
@@ -95,7 +97,9 @@ memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes
     return text
 
 
-def _sourced(model: labs.Model, stream: labs.InFlight, sources: Any) -> dict[str, SettingValue]:
+def _sourced(
+    model: labs.Model, stream: labs.InFlight, sources: Any, given: labs.Generation
+) -> dict[str, SettingValue]:
     found, samples = {}, stream.sampling.temperature > 0
     holders = (model.spec, model.spec.quantization, labs.resolved(stream), model.decoder)
     for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
@@ -103,6 +107,8 @@ def _sourced(model: labs.Model, stream: labs.InFlight, sources: Any) -> dict[str
         source = sources.get(key) or ("model" if name in model.generation_defaults else "default")
         for holder in (each for each in holders if hasattr(each, name)):
             found[key] = SettingValue(getattr(holder, name), source)
+    for name in ("reasoning", "thinking_budget"):
+        found[name] = SettingValue(getattr(given, name), found[name].source)
     found["do_sample"] = SettingValue(samples, found["do_sample"].source)
     if not samples and stream.generation.temperature is None:
         found["temperature"] = SettingValue(0.0, "do_sample")

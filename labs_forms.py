@@ -317,3 +317,24 @@ def _as_written(writing: Writing, written: str) -> Writing:
 def _special_tokens(tokenizer: Any) -> set[str]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(str(each) for each in added if each.special)} - {""}
+
+
+def effort_options(model: labs.Model, effort: str, *, calls: bool = False) -> dict[str, Any]:
+    """Return the template options that a reasoning_effort stands for.
+
+    Raises InputError for one that the chat template cannot show. "medium" is OpenAI's default.
+    """
+    tokenizer = model.tokenizer
+    with model.lock:
+        tools = [TRIED] if calls else None
+        template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
+        names = labs_dialogue.variables_of(tokenizer, template)
+    knows_none = regex.search(r"""['"]none['"]""", template) is not None
+    if "reasoning_effort" in names and (effort != "none" or knows_none):
+        return {"reasoning_effort": effort}
+    switch = next((name for name in ("enable_thinking", "thinking") if name in names), None)
+    if effort == "none" and switch:
+        return {switch: False}
+    if effort == "medium" or (effort == "none" and form_of(model, calls=False).reasoning is None):
+        return {}
+    raise labs.InputError(f"reasoning_effort = {effort:.80}: the chat template does not read it")

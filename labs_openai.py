@@ -18,8 +18,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 import labs
+import labs_dialogue
 import labs_replies
 import labs_request
 import labs_tokens
@@ -47,16 +49,18 @@ class RefusalPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="ty
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     """A message of the conversation. annotations never changes the text, see Hints."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | tuple[TextPart | RefusalPart, ...] | None = None
     name: str | None = None
     refusal: str | None = None
     annotations: tuple[dict[str, Any], ...] | None = None
     audio: Any = None
     function_call: Any = None
-    tool_calls: Any = None
-    reasoning_content: Any = None
     provider_specific_fields: Any = None
+    tool_calls: tuple[labs.ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @property
     def text(self) -> str:
@@ -71,6 +75,17 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class Named(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: Named
 
 
 class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +103,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     logit_bias: dict[labs.TokenId, labs.Bias] | None = None
     stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
     seed: labs.Seed | None = None
+    skip_special_tokens: bool | None = None  # as in vLLM
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -102,6 +118,13 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: labs.TopLogprobs | None = None
     response_format: labs_request.ResponseFormat | None = None
+    tools: tuple[labs_dialogue.Tool, ...] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # as in vLLM; labs' template_options
+    reasoning: labs.Thinking | None = None  # these two are labs' own, as in labs.Generation
+    thinking_budget: labs.Count | None = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
@@ -116,7 +139,6 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
 class Hints(Struct, frozen=True):
     cache_prompt: bool | None = None
     metadata: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     priority: int | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -131,25 +153,22 @@ class Hints(Struct, frozen=True):
 # Ignoring one of these could change the text, so only null and the values that change nothing pass.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
-    **dict.fromkeys(("functions", "stop_token_ids", "tools"), ([],)),
-    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
-    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
+    **dict.fromkeys(("functions", "stop_token_ids"), ([],)),
+    "function_call": ("none", "auto"),
+    "add_generation_prompt": (True,),
     **dict.fromkeys(("continue_final_message", "echo", "ignore_eos", "use_beam_search"), (False,)),
     **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
     "best_of": (1,),  # or n, because all n answers are returned
-    "chat_template_kwargs": ({},),
     "include_stop_str_in_output": (False,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "reasoning_effort": ("none", "medium"),  # "medium" is OpenAI's default
     "suffix": ("",),
     "verbosity": ("medium",),
 }
+REPLACED = {"functions": "tools", "function_call": "tool_choice"}
 NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "function_call"), ()),
     "provider_specific_fields": ({},),
-    "reasoning_content": ("",),
-    "tool_calls": ([],),
 }
 # Many clients send -1 for "no limit" or "not set"; these are the values that it stands for.
 MINUS_ONE = {
@@ -219,9 +238,6 @@ def _without_neutral(data: bytes) -> bytes:
     found = {name: msgspec.json.decode(raw[name]) for name in names}
     n = msgspec.json.decode(raw.get("n", b"null"))
     neutral = NEUTRAL | ({} if n is None else {"best_of": (1, n)})
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if found.get(choice) == "none":  # the model may not call any of the tools
-            found.pop(tools, None)
     for name, value in found.items():
         _check_neutral(name, value, neutral[name])
     minus = {k: v for k, v in MINUS_ONE.items() if bytes(raw.get(k, b"")) == b"-1"}
@@ -232,7 +248,9 @@ def _without_neutral(data: bytes) -> bytes:
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
     known = [(type(each), each) for each in (None, *neutral)]  # the types keep 0 and False apart
     if (type(value), value) not in known:
-        raise Refusal(f"{name} is not implemented; leave it out", "unsupported", name)
+        instead = REPLACED.get(name)
+        rest = f"use {instead}" if instead else "leave it out"
+        raise Refusal(f"{name} is not implemented; {rest}", "unsupported", name)
 
 
 # ---------------------------------------------------------------- endpoints
@@ -286,9 +304,24 @@ class Chat(labs_replies.ChatReplies, Endpoint):
             found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         return found
 
+    def request_of(self, body: ChatRequest, given: dict[str, Any]) -> labs_request.Request:
+        choice, request = body.tool_choice or "auto", super().request_of(body, given)
+        if isinstance(choice, NamedTool) and choice.function.name in ("none", "auto", "required"):
+            text = f"tool_choice: no tool that is named {choice.function.name} can be chosen"
+            raise Refusal(text, "unsupported", "tool_choice")
+        name = choice.function.name if isinstance(choice, NamedTool) else choice
+        parallel = body.parallel_tool_calls is not False
+        return replace(request, tool_choice=name, parallel_tool_calls=parallel)
+
     def prompts(self, body: ChatRequest) -> tuple[labs_request.Prompt, ...]:
         messages = (self._message(f"messages[{i}]", each) for i, each in enumerate(body.messages))
-        return (labs_request.Prompt(messages=tuple(messages)),)
+        prompt = labs_request.Prompt(
+            messages=tuple(messages),
+            tools=body.tools or (),
+            template_options=body.chat_template_kwargs or None,
+            effort=body.reasoning_effort,
+        )
+        return (prompt,)
 
     def _message(self, where: str, message: ChatMessage) -> labs.Message:
         for name, neutral in NEUTRAL_OF_MESSAGE.items():
@@ -297,7 +330,14 @@ class Chat(labs_replies.ChatReplies, Endpoint):
             text = f"{where}.content is missing; only an assistant's message may be empty"
             raise Refusal(text, "invalid_value", f"{where}.content")
         role = "system" if message.role == "developer" else message.role
-        return labs.Message(role=role, content=message.text, name=message.name)
+        return labs.Message(
+            role=role,
+            content=message.text,
+            name=message.name,
+            tool_calls=message.tool_calls,
+            tool_call_id=message.tool_call_id,
+            reasoning_content=message.reasoning_content or message.reasoning,
+        )
 
 
 class Completions(labs_replies.TextReplies, Endpoint):

@@ -5,8 +5,8 @@
     reply.answer(model, completions, n=1, id="1", model=config.model_id)   # a whole answer
     reply.wrap((reply.choice(places, index, part),), id="1", model="m")    # a chunk
 
-A chat is rendered from the parts of labs_tools, a completion from labs' events. labs_openai.py
-joins these to its requests. Needs labs.py, labs_tokens.py and labs_tools.py.
+A chat is rendered from the parts of labs_parts, a completion from labs' events. labs_openai.py
+joins these to its requests. Needs labs.py, labs_tokens.py and labs_parts.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 import labs
+import labs_parts
 import labs_tokens
-import labs_tools
 
-Found = labs.Completion | labs_tools.Answer
+Found = labs.Completion | labs_parts.Answer
 
 
 class PromptTokensDetails(Struct, frozen=True):
@@ -211,13 +211,13 @@ def _function(call: labs.ToolCall) -> dict[str, str]:
 
 def _delta(part: Any) -> MessagePart:
     """Return a part as what a chunk appends to the message."""
-    if isinstance(part, labs_tools.Reasoning):
+    if isinstance(part, labs_parts.Reasoning):
         return MessagePart(reasoning_content=part.text)
-    if isinstance(part, labs_tools.CallStarted):
+    if isinstance(part, labs_parts.CallStarted):
         function = Called(name=part.name, arguments="")
         call = Call(index=part.index, id=part.id, type="function", function=function)
         return MessagePart(tool_calls=(call,))
-    if isinstance(part, labs_tools.Arguments):
+    if isinstance(part, labs_parts.Arguments):
         call = Call(index=part.index, function=Called(arguments=part.text))
         return MessagePart(tool_calls=(call,))
     return MessagePart(content=part.text) if isinstance(part, labs.Delta) else MessagePart()

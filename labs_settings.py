@@ -29,7 +29,7 @@ __all__ = [  # labs.py re-exports these
     "FunctionCall", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "Message",
     "ModelError", "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
     "RepetitionPenalty", "ResponseCache", "Router", "RouterRule", "Seconds", "Seed", "Server",
-    "Setting", "Stop", "Strict", "Temperature", "Template", "TokenId", "ToolCall", "TopLogprobs",
+    "Setting", "Stop", "Strict", "Temperature", "Thinking", "TokenId", "ToolCall", "TopLogprobs",
     "evolve", "settings", "too_long"]
 GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
@@ -231,12 +231,7 @@ class Chat(Strict, frozen=True, kw_only=True):
 
     use_chat_template: Annotated[bool, doc("Apply the model's chat template, if any.")] = True
     add_generation_prompt: Annotated[bool, doc("End the prompt where the answer begins.")] = True
-
-
-class Template(Chat, frozen=True, kw_only=True):
-    """How one prompt is made. template_options: names that the model's chat template reads."""
-
-    template_options: dict[str, Any] = {}
+    template_options: Annotated[dict[str, Any], doc("Give this to the model's chat template.")] = {}
 
 
 class Server(Strict, frozen=True, kw_only=True):

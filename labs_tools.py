@@ -208,11 +208,11 @@ def stream(
 ) -> Iterator[Part]:
     """Generate an answer as parts. Closing the iterator stops computing.
 
-    changes: fields of Asked (tools, tool_choice, …), of labs.Template and of Generation. Raises
+    changes: fields of Asked (tools, tool_choice, …), of labs.Chat and of Generation. Raises
     labs' errors at the call, or GenerationError midway.
     """
     asked = msgspec.convert(_taken(changes, Asked), Asked)
-    chat = _taken(changes, labs.Template)
+    chat = _taken(changes, labs.Chat)
     options = labs.evolve(generation or labs.Generation(), **changes)
     inputs = labs.build_inputs(model, messages=messages, tools=asked.tools, **chat)
     return _parts_of(plan(model, inputs, options, asked))
