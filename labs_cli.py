@@ -320,7 +320,7 @@ class Paper:
     def __call__(self, part: Any) -> None:
         kind = kind_of(part)
         if self._thinks and kind != "reasoning":
-            tell("\n")
+            tell("")
         self._thinks = kind == "reasoning"
         if kind == "reasoning":
             tell(click.style(part.text, dim=True), nl=False)  # click drops colours off a terminal

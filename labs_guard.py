@@ -191,11 +191,14 @@ def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
 
 
 class Filter:
-    """Filter an answer's events; each call returns the events to show. over: a rule ended it."""
+    """Filter an answer's events; each call returns the events to show. over: a rule ended it.
+
+    changed: whether a rule changed its text.
+    """
 
     def __init__(self, filters: Filters, inputs: labs.Inputs, generation: labs.Generation) -> None:
         self.over, self._filters, self._on = False, filters, filters.filters(generation)
-        self._text, self._changed, self._shown, self._tokens = "", False, 0, 0
+        self._text, self.changed, self._shown, self._tokens = "", False, 0, 0
         self._judged = 0 if filters.guard.classifier else 2**62  # characters classified so far
         self._prompt, self._began, self._first = len(inputs.input_ids), time.perf_counter(), 0.0
 
@@ -205,19 +208,20 @@ class Filter:
             while not self.over and (event := next(events, None)):
                 yield from self(event)
 
-    def __call__(self, event: labs.Event) -> list[labs.Event]:
+    def __call__(self, event: labs.Event, *, final: bool = False) -> list[labs.Event]:
+        """Return the events to show. final: no more text comes, but the answer goes on."""
         if not self._on or self.over or isinstance(event, labs.Failed):
             return [] if self.over else [event]
         done = isinstance(event, labs.Done)
         if isinstance(event, labs.Delta):
-            self._text, self._tokens = self._text + event.text, self._tokens + 1
+            self._text, self._tokens = self._text + event.text, self._tokens + bool(event.text)
             self._first = self._first or time.perf_counter()
-        rejected, start = self._reject(done), self._shown
-        final = [each.final_up_to(self._text) for each in self._filters.patterns]
-        end = min(len(self._text), self._judged, *([] if done or rejected else final))
+        rejected, start = self._reject(done or final), self._shown
+        ends = [each.final_up_to(self._text) for each in self._filters.patterns]
+        end = min(len(self._text), self._judged, *([] if done or final or rejected else ends))
         shown, self._shown, refused = self._filters.apply("output", self._text, start, end)
         self.over = bool(refused or rejected)
-        self._changed |= self.over or shown != self._text[start : self._shown]
+        self.changed |= self.over or shown != self._text[start : self._shown]
         if rejected and not refused:
             self._filters.tell(rejected, "output")
         last: list[labs.Event] = [self._end(event)] if done or self.over else []
@@ -235,11 +239,10 @@ class Filter:
         return None
 
     def cut(self, event: labs.Event) -> labs.Done:
-        """End the answer here and return its last event.
+        """Return the last event of an answer that a rule ends here.
 
-        A cut answer counts one token a piece: its row has no Done yet.
+        It counts one token a piece: its row has no Done yet.
         """
-        self.over = True
         if isinstance(event, labs.Done):
             cut = {"finish_reason": "content_filter", "matched_stop": None}
             return replace(event, fingerprint=None, **cut)
@@ -252,5 +255,5 @@ class Filter:
     def _end(self, event: Any) -> labs.Done:
         if self.over:
             return self.cut(event)
-        done: labs.Done = replace(event, fingerprint=None) if self._changed else event
+        done: labs.Done = replace(event, fingerprint=None) if self.changed else event
         return done

@@ -91,10 +91,9 @@ class Task(Struct, eq=False):
 
     def ready(self, place: int) -> labs_ready.Ready:
         """Return the answer of the row with this number."""
-        prepared = self.prepared
-        if self.error is not None or prepared is None:
+        if self.prepared is None:
             raise self.error or labs.InputError("the line was not prepared")
-        return prepared.ready(place // prepared.request.n, place % self.seeds)
+        return self.prepared.ready(place // self.prepared.request.n, place % self.seeds)
 
     def take(self, place: int, event: labs.Event, context: labs_request.Context) -> None:
         """Record an event of the row with this number, and its answer after the last one."""
@@ -274,6 +273,8 @@ def _streams(
 
 def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     try:
+        if task.error is not None:
+            raise task.error
         ready = task.ready(place)
         return labs.open_request(model, index, ready.inputs, ready.generation, ready.processors())
     except labs.LabsError as error:

@@ -120,9 +120,11 @@ def _said(old: labs_jsonl.OldAnswer) -> list[Said]:
     choices, found = (old.response or {}).get("body", {}).get("choices", ()), list[Said]()
     for choice in choices:
         message = choice if "text" in choice else choice["message"]
-        content = message["text"] if "text" in message else message["content"] or ""
+        content = message["text"] if "text" in message else message["content"]
         calls = msgspec.convert(message.get("tool_calls", ()), tuple[labs.ToolCall, ...])
-        found.append(_said_in(content, message.get("reasoning_content", ""), calls))
+        thoughts = message.get("reasoning_content", "")
+        none = "" if calls or thoughts else None  # a content that is missing is damage
+        found.append(_said_in(none if content is None else content, thoughts, calls))
     return msgspec.convert(msgspec.to_builtins(found), list[Said])
 
 
@@ -130,7 +132,7 @@ def _said_now(new: labs_ready.Found) -> Said:
     return _said_in(new.text, getattr(new, "reasoning", ""), getattr(new, "tool_calls", ()))
 
 
-def _said_in(text: str, reasoning: str, calls: Iterable[labs.ToolCall]) -> Said:
+def _said_in(text: Any, reasoning: str, calls: Iterable[labs.ToolCall]) -> Said:
     pairs = ((each.function.name, msgspec.json.decode(each.function.arguments)) for each in calls)
     return Said(text, reasoning, tuple(pairs))
 

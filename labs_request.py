@@ -293,11 +293,15 @@ def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:
         schema=schema_of(request.response_format),
         named=tuple(name for name, value in asks.items() if value not in (None, (), {})),
     )
-    if prompt.ids is None and prompt.use_chat_template and model.tokenizer.chat_template:
+    if prompt.ids is None and prompt.use_chat_template and _has_template(model):
         return labs_ready.plan(model, inputs, prepared.generation, wanted)
     if own := [name for name in wanted.named if name in (*request.options, "tools")]:
         raise labs.InputError(f"{own[0]}: only a chat has it, by the model's chat template")
     return labs_ready.raw(model, wanted)
+
+
+def _has_template(model: labs.Model) -> bool:
+    return bool(getattr(model.tokenizer, "chat_template", None))
 
 
 def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:

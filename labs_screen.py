@@ -132,6 +132,7 @@ class Screen:
         self._filters, self._on, self._over = filters, filters.filters(generation), False
         self._text = labs_guard.Filter(filters, inputs, generation)
         self._thoughts = labs_guard.Filter(filters, inputs, generation)
+        self._thinks, self._again = False, ""
         self._call: labs_parts.CallStarted | None = None
         self._pieces, self._changed = 0, False
 
@@ -139,12 +140,31 @@ class Screen:
         if self._over or not self._on or isinstance(part, labs.Failed):
             return [] if self._over else [part]
         self._pieces += not isinstance(part, labs.Done)
-        shown = self._shown(part)
-        self._over = any(isinstance(each, labs.Done) for each in shown)
+        if isinstance(part, labs_parts.Reasoning):
+            shown = self._think(part.text)
+        else:
+            before = self._end_of_thought()
+            shown = before if self._thoughts.over else [*before, *self._shown(part)]
+        self._over = bool(shown) and isinstance(shown[-1], labs.Done)
         if self._over and not isinstance(part, labs.Done):  # a rule ended the answer
             usage = replace(shown[-1].usage, completion_tokens=self._pieces)
             shown[-1] = replace(shown[-1], usage=usage)
+        elif self._over and self._thoughts.over:
+            shown[-1] = self._thoughts.cut(part)
         return shown
+
+    def _think(self, text: str) -> list[Any]:
+        """Filter reasoning. What comes later begins a line, so that no word is made of both."""
+        text = text if self._thinks else self._again + text
+        self._thinks, self._again = True, "\n"
+        return _as_reasoning(self._thoughts(labs.Delta(text)))
+
+    def _end_of_thought(self) -> list[Any]:
+        """Return the rest of the reasoning, which was held back, when something else comes."""
+        if not self._thinks:
+            return []
+        self._thinks = False
+        return _as_reasoning(self._thoughts(labs.Delta(""), final=True))
 
     def _shown(self, part: labs_parts.Part) -> list[Any]:
         if isinstance(part, labs_parts.CallStarted):
@@ -152,26 +172,20 @@ class Screen:
             return []
         if isinstance(part, labs_parts.Arguments):
             return self._called(part)
-        if isinstance(part, labs_parts.Reasoning):
-            return _as_reasoning(self._thoughts(labs.Delta(part.text)))
-        return self._end(part) if isinstance(part, labs.Done) else list(self._text(part))
+        if isinstance(part, labs.Delta):
+            return [*self._text(part)]
+        *texts, end = self._text(part)
+        if self._changed or self._thoughts.changed:
+            end = replace(end, fingerprint=None)
+        return [*texts, end]
 
     def _called(self, part: labs_parts.Arguments) -> list[Any]:
         try:
             arguments = _arguments(self._filters, part.text, "output")
         except labs_guard.Filtered:
-            return [self._text.cut(labs.Delta(""))]
+            return [*self._text(self._text.cut(labs.Delta("")))]
         self._changed |= arguments != part.text
         return [self._call, replace(part, text=arguments)]
-
-    def _end(self, done: labs.Done) -> list[Any]:
-        *thoughts, last = _as_reasoning(self._thoughts(done))
-        if last.finish_reason == "content_filter":
-            return [*thoughts, last]
-        *texts, end = self._text(done)
-        if self._changed or last.fingerprint is None:
-            end = replace(end, fingerprint=None)
-        return [*thoughts, *texts, end]
 
 
 def _as_reasoning(events: list[labs.Event]) -> list[Any]:
