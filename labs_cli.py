@@ -43,7 +43,7 @@ Examples:
   labs-gen --model your-org/your-model --load-in-4bit --prompt "Hello!"
   labs-gen --prompt "Name a city." --schema city.json
   labs-gen --prompt "Is it Paris?" --choose yes --choose no
-  labs-gen --prompt "Is it cold in Rome?" --tools tools.json --tool-choice required
+  labs-gen --prompt "Is it cold in Rome?" --tools tools.json
   labs-gen --input prompts.jsonl --output answers.jsonl
   labs-gen --input 's3://bucket/*.jsonl' --output answers --ray --replicas 4
   labs-gen --replay answers.jsonl

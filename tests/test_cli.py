@@ -132,9 +132,10 @@ TOGETHER = {  # each mode, and the flags that have an effect on it
     "--input": "--config --output --batch-rows --ordered --ray",
     "--replay": "--config --batch-rows",
     "--index": "--config",
-    "--explain": ASKED + " --messages-json --messages-file",
+    "--explain": ASKED + " --messages-json --messages-file --tools --tool-choice",
     "--choose": ASKED + " --messages-json --messages-file --json",
-    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema",
+    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema --tools"
+    " --tool-choice",
     "--chat": "--system --config --messages-json --messages-file --stream --verbose --schema",
 }
 

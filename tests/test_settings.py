@@ -426,7 +426,7 @@ def test_an_explanation_shows_each_setting_its_source_and_the_memory_without_com
     assert greedy.settings["do_sample"] == value(False, "x.toml")
     assert greedy.settings["temperature"] == value(0.0, "do_sample")
     known = {key for key, s in SETTINGS.items() if s.section in ("generation", "quantization")}
-    assert known - {*told.settings} == {"use_chat_template", "add_generation_prompt"}
+    assert known - {*told.settings} == {*labs.Chat.__struct_fields__}
 
 
 # ---------------------------------------------------------------- labs.toml
