@@ -143,6 +143,8 @@ def as_read(
     reads = _reads(tokenizer, template)
     if checked and "tools" not in reads.variables:
         raise InputError("tools: the model's chat template renders none")
+    if "tool_calls" not in template and any(each.get("tool_calls") for each in messages):
+        raise InputError("messages: the model's chat template shows no tool_calls")
     for name in more:
         if name in RESERVED or name not in reads.variables or name.endswith("_token"):
             known = sorted(each for each in reads.variables - RESERVED if each[-6:] != "_token")

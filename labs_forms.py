@@ -187,12 +187,7 @@ def form_of(model: labs.Model, *, calls: bool = True) -> Form:
 
     Raises InputError when its chat template shows no calls, or shows them in an unknown way.
     """
-    tokenizer = model.tokenizer
-    tools = [TRIED] if calls else None
-    with model.lock, contextlib.suppress(ValueError):  # it has several templates and no default
-        template = ""
-        if getattr(tokenizer, "chat_template", None):
-            template = tokenizer.get_chat_template(tools=tools)
+    tokenizer, template = model.tokenizer, _template_of(model, calls)
     with model.lock:
         found = _FORMS.setdefault(tokenizer, {})
         if (template, calls) not in found:
@@ -201,6 +196,15 @@ def form_of(model: labs.Model, *, calls: bool = True) -> Form:
     if isinstance(form, str):
         raise labs.InputError(f"tools: {model.spec.model_name} {form}")
     return form
+
+
+def _template_of(model: labs.Model, calls: bool) -> str:
+    """Return the chat template, "" if there is none or if none of several is the default."""
+    tools = [TRIED] if calls else None
+    with model.lock, contextlib.suppress(ValueError):
+        if getattr(model.tokenizer, "chat_template", None):
+            return str(model.tokenizer.get_chat_template(tools=tools))
+    return ""
 
 
 TRIED_ARGUMENTS = {"city": 'Zürich "west"', "days": 3}
@@ -324,11 +328,9 @@ def effort_options(model: labs.Model, effort: str, *, calls: bool = False) -> di
 
     Raises InputError for one that the chat template cannot show. "medium" is OpenAI's default.
     """
-    tokenizer = model.tokenizer
+    template = _template_of(model, calls)
     with model.lock:
-        tools = [TRIED] if calls else None
-        template = tokenizer.get_chat_template(tools=tools) if tokenizer.chat_template else ""
-        names = labs_dialogue.variables_of(tokenizer, template)
+        names = labs_dialogue.variables_of(model.tokenizer, template)
     knows_none = regex.search(r"""['"]none['"]""", template) is not None
     if "reasoning_effort" in names and (effort != "none" or knows_none):
         return {"reasoning_effort": effort}

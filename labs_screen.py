@@ -149,7 +149,7 @@ class Screen:
         if self._over and not isinstance(part, labs.Done):  # a rule ended the answer
             usage = replace(shown[-1].usage, completion_tokens=self._pieces)
             shown[-1] = replace(shown[-1], usage=usage)
-        elif self._over and self._thoughts.over:
+        elif isinstance(part, labs.Done) and self._thoughts.over:
             shown[-1] = self._thoughts.cut(part)
         return shown
 
@@ -166,7 +166,7 @@ class Screen:
         self._thinks = False
         return _as_reasoning(self._thoughts(labs.Delta(""), final=True))
 
-    def _shown(self, part: labs_parts.Part) -> list[Any]:
+    def _shown(self, part: Any) -> list[Any]:
         if isinstance(part, labs_parts.CallStarted):
             self._call = part
             return []

@@ -132,10 +132,9 @@ TOGETHER = {  # each mode, and the flags that have an effect on it
     "--input": "--config --output --batch-rows --ordered --ray",
     "--replay": "--config --batch-rows",
     "--index": "--config",
-    "--explain": ASKED + " --messages-json --messages-file --tools --tool-choice",
+    "--explain": ASKED + " --messages-json --messages-file --tools",
     "--choose": ASKED + " --messages-json --messages-file --json",
-    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema --tools"
-    " --tool-choice",
+    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema --tools",
     "--chat": "--system --config --messages-json --messages-file --stream --verbose --schema",
 }
 
