@@ -165,6 +165,78 @@ def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     return message
 
 
+TWO = [call("add", '{"n": 1}'), call("get_weather", "{}", "b")]
+ONE_RESULT = [*ASK, {"role": "assistant", "content": None, "tool_calls": TWO[:1]}, result("a")]
+RESULTS = [*ASK, {"role": "assistant", "content": None, "tool_calls": TWO}]
+RESULTS += [result("b", "two"), result("a", "one")]
+NO_TOOLS: dict[str, Any] = {"tools": None, "tool_choice": None}
+BRACES = {"name": "add", "arguments": '{"n": "a \\" } b"}'}
+LONG = "<think>" + "word " * 60 + "</think>\n\nHi"
+ONE: dict[str, Any] = {"tools": tools(EXACT), "parallel_tool_calls": False, **BRIEF}
+# Cases of the tests of vLLM and llama.cpp: the request, what the model says if nothing holds it,
+# and the content, the calls and the finish_reason, or None for a refusal.
+OTHERS: dict[str, tuple[dict[str, Any], str | None, Any]] = {
+    "vLLM: no tools": ({}, "Hello", ("Hello", 0, "stop")),
+    "vLLM: tools that are not called": ({"tools": BOTH}, "Hello", ("Hello", 0, "stop")),
+    "vLLM: a call": ({"tools": BOTH}, CALLED, (None, 1, "tool_calls")),
+    "vLLM: two calls": ({"tools": BOTH}, f"{CALLED}\n{CALLED}", (None, 2, "tool_calls")),
+    "vLLM: a result": ({"messages": ONE_RESULT, "tools": BOTH}, "98", ("98", 0, "stop")),
+    "vLLM: two results": ({"messages": RESULTS, "tools": BOTH}, "98", ("98", 0, "stop")),
+    "vLLM: tools are null": (NO_TOOLS, "Hello", ("Hello", 0, "stop")),
+    "vLLM: no tool in the list": ({"tools": []}, "Hello", ("Hello", 0, "stop")),
+    "vLLM: auto without tools": ({"tool_choice": "auto"}, "Hello", ("Hello", 0, "stop")),
+    "vLLM: required without tools": ({"tool_choice": "required"}, "Hello", None),
+    "vLLM: required": ({"tool_choice": "required", **ONE}, None, (None, 1, "tool_calls")),
+    "vLLM: braces in a string": (
+        {"tools": tools(ADD)},
+        CALLED.replace('{"n": 1}', BRACES["arguments"]),
+        (None, 1, "tool_calls"),
+    ),
+    "vLLM: a named tool beside a format": (
+        {
+            **ONE,
+            "tool_choice": {"type": "function", "function": {"name": "add"}},
+            "response_format": {"type": "json_object"},
+        },
+        None,
+        (None, 1, "tool_calls"),
+    ),
+    "vLLM: a tool that is no function": ({"tools": [{"type": "web_search"}]}, "Hello", None),
+    "llama.cpp: required": ({"tool_choice": "required", **ONE}, None, (None, 1, "tool_calls")),
+    "llama.cpp: none": ({"tools": BOTH, "tool_choice": "none"}, "Hello", ("Hello", 0, "stop")),
+    "llama.cpp: thoughts": ({}, f"{THOUGHT}Hi", ("Hi", 0, "stop")),
+    "llama.cpp: a budget": ({"thinking_budget": 5, "max_tokens": 8}, LONG, None),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_cases_of_the_tests_of_others(name, stream, site):
+    body, text, expected = OTHERS[name]
+    site.engine.text = text
+    answer = site.post(CHAT, asked(**body, stream=stream))
+    if name == "llama.cpp: a budget":  # the script goes on after the end that the budget wrote
+        assert answer.status_code == 200
+        message, _ = shown(answer, stream)
+        assert message["reasoning_content"].strip() == "word"
+        return
+    if expected is None:
+        kit.error_of(answer, 400)
+        return
+    message, reason = shown(answer, stream)
+    assert (message["content"], len(calls_of(message)), reason) == expected
+
+
+def shown(answer: Any, stream: bool) -> tuple[dict[str, Any], str]:
+    """Return the message of an answer, and its finish_reason."""
+    assert answer.status_code == 200, answer.text
+    if not stream:
+        choice = answer.json["choices"][0]
+        return choice["message"], choice["finish_reason"]
+    choices = [chunk["choices"][0] for chunk in kit.chunks_of(answer)]
+    return joined([choice["delta"] for choice in choices]), choices[-1]["finish_reason"]
+
+
 def test_usage_counts_the_tokens_of_reasoning(site):
     site.engine.text = f"{THOUGHT}Hi"
     usage = site.post(CHAT, asked()).json["usage"]
