@@ -65,7 +65,7 @@ UNTAGGED = {
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
     "labs-gen --chat ": "needs a terminal",
     "# with a model that calls tools": "no package has one; test_tools.py",
-    "curl -s localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{": "the same",
+    "curl -s localhost:8000/v1/chat/completions -H": "the same",
     'labs-gen --prompt "Name three rivers."': "answers are long",
     **dict.fromkeys(('eval "$(_LABS_GEN', "[Service]", "location / {"), "changes the system"),
     **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,33 @@ def test_what_cannot_be_is_refused_before_anything_runs(body, param, site):
         return
     error = kit.error_of(answer, 400)
     assert param is None or error["param"] == param, error
+
+
+STRANGE: list[Any] = [
+    *("hi", "<end><bot>", "</tool_call>", "\0", '{"<bot>": 1}', "[1]", "{", '{"n": 1e999}', ""),
+    *(None, 5, True, -1, 2**70, [], {}, {"$ref": "#"}, {"$ref": "http://x"}, {"type": "nothing"}),
+    *({"pattern": "(a+)+$"}, {"pattern": "["}, {"minLength": 10**9}, {"multipleOf": 0}, 1e308),
+]
+WHERE = ("parameters", "description", "strict", "name")
+
+
+def test_strange_requests_are_answered_or_refused_but_never_fail(engine):
+    chance, engine.text = random.Random(7), None
+    site = filtered(engine, deny=("zzz",), mask=("email", "card"))
+    statuses = set()
+    for _ in range(400):
+        odd = [chance.choice(STRANGE) for _ in range(4)]
+        schema = {"type": "object", "properties": {str(odd[0]): odd[1]}}
+        function = {"name": "f", "parameters": schema, chance.choice(WHERE): odd[2]}
+        turn = {"role": "assistant", "content": odd[3], "tool_calls": [call("f", str(odd[0]))]}
+        turns = chance.choice([ASK, [*ASK, turn, result("a", str(odd[1]))], [*ASK, turn]])
+        body = {"tools": tools(function), "messages": turns, "max_tokens": 8}
+        body["tool_choice"] = chance.choice(["none", "auto", "required", odd[1]])
+        body["stream"] = chance.random() < 0.2
+        answer = site.post(CHAT, json.dumps(body).encode())
+        statuses.add(answer.status_code)
+        assert "event: error" not in answer.text, (body, answer.text)
+    assert statuses == {200, 400}
 
 
 def test_a_model_that_knows_no_tools_is_told_by_name(tiny):
