@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import labs_rag
 
 Tell = Callable[[str, str], Any]
+ONLY_CHATS = "only a chat has it, by the model's chat template"
 
 
 class JsonSchema(labs.Strict, frozen=True, kw_only=True):
@@ -284,38 +285,44 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:
     """Return the plan of the answers to one prompt, None if their text is left as it is."""
     model, request, inputs = prepared.model, prepared.request, prepared.inputs[place]
-    asks = {"tools": prompt.tools, "template_options": prompt.template_options}
+    asks: dict[str, Any] = {"tools": prompt.tools or None}
     asks |= {name: request.options.get(name) for name in ("reasoning", "thinking_budget")}
+    asks["tool_choice"] = None if request.tool_choice in ("auto", "none") else request.tool_choice
     wanted = labs_ready.Wanted(
         tools=prompt.tools,
         tool_choice=request.tool_choice,
         parallel_tool_calls=request.parallel_tool_calls,
         schema=schema_of(request.response_format),
-        named=tuple(name for name, value in asks.items() if value not in (None, (), {})),
+        named=tuple(name for name, value in asks.items() if value is not None),
     )
-    if prompt.ids is None and prompt.use_chat_template and _has_template(model):
+    if _is_chat(model, prompt):
         return labs_ready.plan(model, inputs, prepared.generation, wanted)
-    if own := [name for name in wanted.named if name in (*request.options, "tools")]:
-        raise labs.InputError(f"{own[0]}: only a chat has it, by the model's chat template")
+    for name in wanted.named:
+        raise labs.InputError(f"{name}: {ONLY_CHATS}")
     return labs_ready.raw(model, wanted)
 
 
-def _has_template(model: labs.Model) -> bool:
-    return bool(getattr(model.tokenizer, "chat_template", None))
+def _is_chat(model: labs.Model, prompt: Prompt) -> bool:
+    """Return whether a prompt with the fields of Chat filled in goes through a chat template."""
+    template = getattr(model.tokenizer, "chat_template", None)
+    return bool(prompt.ids is None and prompt.use_chat_template and template)
 
 
 def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     """Build the inputs of one prompt. Fields of Chat that it leaves unset come from `config`."""
     if prompt.ids is not None:
         return labs.inputs_from_ids(model, prompt.ids)
+    named = next((name for name in ("tools", "template_options") if getattr(prompt, name)), None)
     prompt = filled(prompt, config)
+    if named and not _is_chat(model, prompt):
+        raise labs.InputError(f"{named}: {ONLY_CHATS}")
     given = {name: value for name, value in asdict(prompt).items() if value is not None}
     if (effort := given.pop("effort", None)) is not None:
         labs.require("labs_forms")
         import labs_forms
 
-        named = labs_forms.effort_options(model, effort, calls=bool(prompt.tools))
-        given["template_options"] = {**(prompt.template_options or {}), **named}
+        meant = labs_forms.effort_options(model, effort, calls=bool(prompt.tools))
+        given["template_options"] = {**(prompt.template_options or {}), **meant}
     return labs.build_inputs(model, **given)
 
 

@@ -398,7 +398,8 @@ def test_a_model_that_knows_no_tools_is_told_by_name(tiny):
         assert error["param"] == "thinking_budget"
         assert site.post(CHAT, asked(reasoning_effort="none")).status_code == 200
         raw = {"prompt": "hi", "use_chat_template": False}
-        for body in ({"tools": BOTH}, {"reasoning": "split"}, {"thinking_budget": 2}):
+        more: Any = ({"template_options": {"zip": 1}}, {"tool_choice": "required"})
+        for body in ({"tools": BOTH}, {"reasoning": "split"}, {"thinking_budget": 2}, *more):
             error = kit.error_of(site.post("/generate", {**raw, **body}), 400)
             assert error["param"] == next(iter(body))
     finally:
