@@ -474,7 +474,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
 def replay(config: labs.Config, flags: Values) -> None:
     """Report how each line of --replay compares. Exit with code 1 if a comparable one differs."""
-    labs.require("labs_replay")
+    labs.require("labs_jsonl", "labs_replay")
     import labs_jsonl
     import labs_replay
 

@@ -103,6 +103,8 @@ def plan(
         if wanted.named:
             raise
         return raw(model, wanted)
+    if wanted.schema is not None:
+        labs.require("labs_typed")
     import labs_tools
 
     names = labs_tools.Asked.__struct_fields__
