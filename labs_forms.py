@@ -45,12 +45,15 @@ def _field(open_pattern: str, function: Any = "{content}", **more: Any) -> dict[
 
 LISTED = {"name": "{name}", "arguments": "{arguments}"}
 NAMED = {"name": "{name}", "arguments": "{content}"}
-XML = {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"}
+XML = {
+    "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
+    r"(?=\s*(?:<parameter=|</function>|\Z))"
+}
 GEMMA = {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]}
 HARMONY = (
-    r"(?:<\|start\|>assistant)?(?: to=functions\.(?P<name>[\w.-]+)<\|channel\|>commentary"
-    r"|<\|channel\|>commentary to=functions\.(?P<name>[\w.-]+))[^<]*(?:<\|constrain\|>[^<]*)?"
-    r"<\|message\|>"
+    r"(?:<\|start\|>assistant)?(?: to=functions\.(?P<name>[\w.-]{1,64})<\|channel\|>commentary"
+    r"|<\|channel\|>commentary to=functions\.(?P<name>[\w.-]{1,64}))[^<]{0,64}"
+    r"(?:<\|constrain\|>[^<]{0,64})?<\|message\|>"
 )
 OBJECT: dict[str, Any] = {"begin": '{"name": "', "between": '", "arguments": ', "end": "}"}
 FAMILIES = (
@@ -76,7 +79,7 @@ FAMILIES = (
             arguments="xml",
         ),
         calls=_field(
-            r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+            r"<tool_call>\s{0,8}<function=(?P<name>[^>\n]{1,64})>",
             NAMED,
             close_pattern=r"</function>\s*</tool_call>",
             content="xml-inline",
@@ -100,7 +103,9 @@ FAMILIES = (
     Family(
         name="mistral_args",
         writing=Writing(trigger="[TOOL_CALLS]", begin="[TOOL_CALLS]", between="[ARGS]"),
-        calls=_field(r"\[TOOL_CALLS\](?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]", NAMED),
+        calls=_field(
+            r"\[TOOL_CALLS\](?P<name>[\w.-]{1,64})(?:\[CALL_ID\][\w-]{0,64})?\[ARGS\]", NAMED
+        ),
     ),
     Family(
         name="deepseek31",
@@ -113,11 +118,11 @@ FAMILIES = (
             tail="<｜tool▁calls▁end｜>",
         ),
         calls=_field(
-            "<｜tool▁call▁begin｜>(?P<name>[\\w.-]+)<｜tool▁sep｜>",
+            "<｜tool▁call▁begin｜>(?P<name>[\\w.-]{1,64})<｜tool▁sep｜>",
             NAMED,
             close="<｜tool▁call▁end｜>",
         ),
-        skips=(r"\s*<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        skips=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
     ),
     Family(
         name="gemma4",
@@ -129,7 +134,7 @@ FAMILIES = (
             arguments="gemma",
         ),
         calls=_field(
-            r"<\|tool_call>call:(?P<name>[\w.-]+)(?=\{)",
+            r"<\|tool_call>call:(?P<name>[\w.-]{1,64})(?=\{)",
             NAMED,
             close="<tool_call|>",
             content_args=GEMMA,
@@ -161,7 +166,7 @@ FAMILIES = (
             anchored=True,
         ),
         calls=_field(
-            r'\A\s*(?:<\|python_tag\|>)?(?=\{\s*"name"\s*:)',
+            r'\A\s{0,8}(?:<\|python_tag\|>)?(?=\{\s{0,8}(?:"type": ?"function", ?)?"name"\s{0,8}:)',
             {"name": "{content.name}", "arguments": "{content.parameters}"},
         ),
     ),
@@ -290,7 +295,7 @@ def _form(tokenizer: Any, template: str, family: Family | None, own: dict[str, A
     said = "".join([repr(fields).replace("\\", ""), *(reasoning or ())])
     markers = [token for token in tokens if token in said]
     others = "|".join(regex.escape(token) for token in tokens if token not in (reasoning or ()))
-    skips = [*(family.skips if family else ()), *([others] if others else [])]
+    skips = [*(family.skips if family else ()), *([others] if others and markers else [])]
     return Form(
         template=_load(fields | {"tool_calls": ends}) if ends else loaded,
         calls=calls,

@@ -153,8 +153,9 @@ def _json_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> It
 
 def _xml_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:
     """Yield rules for <parameter=NAME> elements, in the order of the schema if it is strict."""
-    ends, lazy = _up_to(f"{rule}_text", "\n</parameter>\n", symbols)
-    yield lazy
+    ends = f'{rule}_text "\\n"'
+    # A value that holds an end of its element, or of the call, could not be read back.
+    yield f"{rule}_text[lazy]: /(.|\\n)*<\\/parameter>/ & ~/(.|\\n)*<\\/function>(.|\\n)*/\n"
     if not tool.function.strict:
         yield f'{rule}: ("<parameter=" /[^>\\n]{{1,64}}/ ">\\n" {ends}){{0,64}}\n'
         return

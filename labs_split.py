@@ -94,10 +94,11 @@ class Splitter:
         self._state, self._fresh = ("reasoning" if inside else "text"), inside and not keep
         self._space = ""  # at the end of what was said: it may precede a call
         self._scan, self._depth = 0, 0  # how far the JSON of a call was read
+        self._quote = ""  # the mark that opened the string there
         self._found: list[Piece] = []
         if form.reasoning:
             self._opens, self._closes = (_literal(each.strip()) for each in form.reasoning)
-        self._strings: Any = _strings(form.calls.content_args) if form.calls else None
+        self._json: Any = _json_pieces(form.calls.content_args) if form.calls else {}
 
     @property
     def thinking(self) -> bool:
@@ -130,7 +131,7 @@ class Splitter:
         if match is None:
             return False
         if kind == "call":
-            self._state, self._scan, self._depth = "call", match.end(), 0
+            self._state, self._scan, self._depth, self._quote = "call", match.end(), 0, ""
             self._calls_at = match.start()
             return True
         self._at = match.end()
@@ -151,6 +152,8 @@ class Splitter:
             patterns["text"] = self._closes
         elif self._form.reasoning:
             patterns["reasoning"] = self._opens
+            if self._form.special:
+                patterns["skip"] = self._closes
         patterns |= {f"skip{n}": pattern for n, pattern in enumerate(self._form.skips)}
         found = list[tuple[int, bool, int, str, Any]]()
         for kind, pattern in patterns.items():
@@ -223,24 +226,38 @@ class Splitter:
         """Return where the JSON value at _scan ends, or None while it goes on."""
         if self._depth < 0:
             return self._scan
-        while match := self._strings.match(self._buffer, self._scan):
+        while match := self._json[self._quote].match(self._buffer, self._scan):
             self._scan = match.end()
-            self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
-            if self._depth == 0 and match[0] in "}]":
-                self._depth = -1  # whole
-                return self._scan
+            if match.lastgroup == "mark":
+                self._quote = "" if self._quote else match[0]
+            elif not self._quote:
+                self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
+                if self._depth == 0 and match[0] in "}]":
+                    self._depth = -1  # whole
+                    return self._scan
         return None
 
     def _read(self, text: str) -> list[Piece]:
         """Return the calls in a text, none if it is not calls of known functions."""
         parser = importlib.import_module("transformers.utils.chat_parsing")
         tools = self._tools if self._form.calls.content != "json" else ()
+        if self._form.calls.content == "xml-inline" and not self._is_all_tags(text):
+            return []
         try:
             parsed = parser.parse_response(text, self._form.template, prefix="", tools=tools)
             calls = [*_flat(parsed.get("tool_calls", ()))]
             return [_call(each["function"], self._names) for each in calls]
         except Exception:  # a model may write anything, and parsers of other forms raise anything
             return []
+
+    def _is_all_tags(self, text: str) -> bool:
+        """Return whether a call is all tags: the parser leaves out what is between them."""
+        field = self._form.calls
+        start = field.open_re.match(text).end()
+        close = field.close_re.search(text, start, partial=True)
+        inside = text[start : close.start() if close else len(text)]
+        tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
+        return not tag.sub("", inside).strip()
 
 
 def _call(function: Any, names: Collection[str]) -> Piece:
@@ -266,10 +283,19 @@ def _skip_space(text: str, at: int) -> int:
     return at + len(text[at:]) - len(text[at:].lstrip())
 
 
-def _strings(options: dict[str, Any]) -> Any:
-    """Return a pattern of one piece of JSON: a string, a bracket, or other characters."""
-    pairs = [tuple(map(regex.escape, pair)) for pair in options.get("string_delims", ())]
-    quoted = [rf"{a}.*?{b}" for a, b in pairs] or [r'"(?:[^"\\]|\\.)*+"']
-    first = "".join({a.removeprefix("\\")[0] for a, _ in pairs} or {'"'})
-    strings = "|".join(quoted)
-    return regex.compile(rf"{strings}|[\[\]{{}}]|[^\[\]{{}}{regex.escape(first)}]++", regex.DOTALL)
+def _json_pieces(options: dict[str, Any]) -> dict[str, Any]:
+    """Return patterns of one piece of JSON: outside of strings (""), and inside by opening mark.
+
+    A long string comes in many pieces, none of which is read twice.
+    """
+    pairs = options.get("string_delims") or [('"', '"')]
+    marks = "|".join(regex.escape(opens) for opens, _ in pairs)
+    first = "".join({regex.escape(opens[0]) for opens, _ in pairs})
+    found = {"": rf"(?P<mark>{marks})|[\[\]{{}}]|[^\[\]{{}}{first}]++"}
+    for opens, closes in pairs:
+        end, other = regex.escape(closes), regex.escape(closes[0])
+        rest = rf"[^{other}]++|(?!{end}).(?=.{{{len(closes) - 1}}})"
+        if closes == '"':
+            rest = r'(?:[^"\\]++|\\.)++'
+        found[opens] = rf"(?P<mark>{end})|{rest}"
+    return {opens: regex.compile(each, regex.DOTALL) for opens, each in found.items()}
