@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -204,7 +205,8 @@ def split(
 ) -> list[tuple[str, str, str]]:
     """Return the joined pieces of a text that comes cut at these places."""
     given = [msgspec.json.decode(msgspec.json.encode(each)) for each in tools(WEATHER, ADD)]
-    splitter = labs_split.Splitter(form, names={"get_weather", "add"}, tools=given, **options)
+    options = {"names": {"get_weather", "add"}, **options}
+    splitter = labs_split.Splitter(form, tools=given, **options)
     places, pieces = [0, *cuts, len(text)], list[labs_split.Piece]()
     for start, end in itertools.pairwise(places):
         pieces += splitter.feed(text[start:end])
@@ -219,6 +221,12 @@ def split(
 
 
 CALLED = '<tool_call>\n{"name": "add", "arguments": {"n": 1}}\n</tool_call>'
+
+
+def xml(inside: str) -> str:
+    return f"<tool_call>\n<function=add>\n{inside}</function>\n</tool_call>"
+
+
 ADDED = ("call", '{"n": 1}', "add")
 CASES: list[tuple[str, bool, list[tuple[str, str, str]]]] = [
     (" Hello.\n", True, [("text", " Hello.\n", "")]),
@@ -259,6 +267,40 @@ def test_a_closing_marker_inside_a_string_does_not_end_a_call(hermes):
     text = wire_forms.written("hermes", "add", arguments)
     ((kind, found, _),) = split(labs_forms.form_of(hermes), text, range(1, len(text)))
     assert (kind, json.loads(found)) == ("call", arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "expected"),
+    [
+        ("qwen_xml", xml("garbage"), None),
+        ("qwen_xml", xml("<parameter=n>1"), None),
+        ("qwen_xml", xml("<parameter=n>\nx</function>\n</tool_call>"), None),
+        ("qwen_xml", xml("<parameter=m>\na</parameter>\nb\n</parameter>\n"), "a</parameter>\nb"),
+        ("llama3", '{"type": "function", "name": "add", "parameters": {"m": ""}}', ""),
+        ("hermes", f"<|end|>{CALLED}", None),
+    ],
+)
+def test_nothing_that_a_call_says_is_left_out(family, text, expected, modelled):
+    form = labs_forms.form_of(modelled(family))
+    for cuts in ((), range(1, len(text))):
+        found = split(form, text, cuts)
+        if expected is not None:
+            assert [(k, json.loads(said), n) for k, said, n in found] == [
+                ("call", {"m": expected}, "add")
+            ]
+        elif family == "hermes":
+            assert found == [("text", "<|end|>", ""), ADDED]
+        else:
+            assert found == [("text", text, "")]
+
+
+def test_a_piece_of_a_long_argument_costs_no_more_than_one_of_a_short_one(hermes):
+    form = labs_forms.form_of(hermes)
+    text = wire_forms.written("hermes", "add", {"n": "word \\ " * 20_000})
+    started = time.process_time()
+    ((kind, *_),) = split(form, text, range(4, len(text), 4))
+    assert kind == "call"
+    assert time.process_time() - started < 10  # read again at each piece, it took minutes
 
 
 def test_reasoning_can_stay_in_the_text_word_for_word(hermes):
@@ -327,6 +369,13 @@ class Answers:
         return chance.choice([text, *wild])
 
 
+def bare(form: Any, text: str) -> str:
+    """Return a text without white space and markers."""
+    markers = [re.escape(each.strip()) for each in form.reasoning or ()]
+    patterns = [*markers, *(each.pattern for each in form.skips), r"\s"]
+    return re.sub("|".join(patterns), "", text, flags=re.DOTALL)
+
+
 def compare(family: str, form: Any, count: int, seed: str) -> None:
     answers = Answers(family, form, seed)
     for _ in range(count):
@@ -337,6 +386,9 @@ def compare(family: str, form: Any, count: int, seed: str) -> None:
         some = sorted(chance.sample(range(len(text) + 1), min(len(text), 3)))
         for cuts in (range(1, len(text)), some):
             assert split(form, text, cuts, **options) == expected, (text, options)
+        options["inside"] = False
+        pieces = [said for _, said, _ in split(form, text, names=(), **options)]
+        assert "".join(bare(form, each) for each in pieces) == bare(form, text), (text, options)
         text, calls = answers.clean()
         found = [(n, json.loads(said)) for kind, said, n in split(form, text) if kind == "call"]
         assert found == calls, text
