@@ -200,7 +200,7 @@ def _gemma_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> I
         return
     yield f"{rule}_value: {text} | NUMBER | WORD | {rule} | {rule}_list\n"
     yield f'{rule}_list: "[" ({rule}_value ("," {rule}_value){{0,64}})? "]"\n'
-    yield f"{rule}_pair: /[\\w.-]{{1,64}}:/ {rule}_value\n"
+    yield f"{rule}_pair: /[A-Za-z0-9_]{{1,64}}:/ {rule}_value\n"
     yield f'{rule}: "{{" ({rule}_pair ("," {rule}_pair){{0,64}})? "}}"\n'
 
 
@@ -209,6 +209,10 @@ def _gemma(schema: Any, text: str) -> str:
     kind = schema.get("type") if isinstance(schema, dict) else None
     if kind == "object" and isinstance(schema.get("properties"), dict):
         required = schema.get("required", ())
+        if odd := next(
+            (name for name in schema["properties"] if not re.fullmatch(r"\w+", name)), ""
+        ):
+            raise labs.InputError(f"tools: strict: this model writes no argument named {odd!r:.80}")
         pairs = [
             (f"{json.dumps(f'{name}:')} ({_gemma(value, text)})", name in required)
             for name, value in schema["properties"].items()
