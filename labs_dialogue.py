@@ -6,13 +6,11 @@
 
 labs.build_inputs calls both. Texts of clients stay text: transformers' sanitize_control_tokens sees
 to strings, and names in JSON objects, which it does not read, are checked here. Needs
-labs_settings.py.
+labs_settings.py and labs_shown.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import re
 import weakref
@@ -22,12 +20,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+import labs_shown
 from labs_settings import Chat, InputError, Message, Strict
 
 MAX_TOOLS = 128  # as at OpenAI
 MAX_TOOL_CHARACTERS = 2**18  # of all tools together, as JSON
-MARK = "zebra"  # a word that no template contains
-REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates give it
 # What the caller of a template decides, or transformers: no template option has these names.
 RESERVED = {
     *("messages", "tools", "documents", "chat_template", "add_generation_prompt", "conversation"),
@@ -60,10 +57,10 @@ class Tool(Strict, frozen=True, kw_only=True):
 
 
 class _Reads(Struct, frozen=True):
-    """What a chat template reads: its variables, and its field for earlier reasoning."""
+    """What a chat template reads and shows."""
 
     variables: frozenset[str]
-    reasoning: str | None
+    shows: labs_shown.Shows
 
 
 _FOUND: weakref.WeakKeyDictionary[Any, dict[str, _Reads]] = weakref.WeakKeyDictionary()
@@ -150,9 +147,9 @@ def as_read(
             known = sorted(each for each in reads.variables - RESERVED if each[-6:] != "_token")
             text = f"template_options: the model's chat template does not read {name!r:.80}"
             raise InputError(f"{text}; it reads {', '.join(known) or 'none'}")
-    plain = [_plain(each, reads.reasoning) for each in messages]
+    plain = labs_shown.written([_plain(each) for each in messages], reads.shows)
     _check_names(tokenizer, [shown, dict(more), [each.get("tool_calls") for each in plain]])
-    return list(_in_order(plain)), {**more, **({"tools": shown} if shown else {})}
+    return plain, {**more, **({"tools": shown} if shown else {})}
 
 
 def _is_special(message: Mapping[str, Any]) -> bool:
@@ -165,36 +162,17 @@ def _shown(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": {**function, "parameters": tool.schema}}
 
 
-def _plain(message: dict[str, Any], reasoning: str | None) -> dict[str, Any]:
-    """Return a message with reasoning in its field, or without, and arguments as objects."""
-    plain = {k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls")}
-    if reasoning and "reasoning_content" in message:
-        plain[reasoning] = message["reasoning_content"]
-    if calls := message.get("tool_calls"):
-        plain["tool_calls"] = [
-            {**call, "function": {**(each := call["function"]), "arguments": _read(each)}}
-            for call in calls
-        ]
-    return plain
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with arguments as objects."""
+    if not (calls := message.get("tool_calls")):
+        return {name: value for name, value in message.items() if name != "tool_calls"}
+    functions = [{**call["function"], "arguments": _read(call["function"])} for call in calls]
+    pairs = zip(calls, functions, strict=True)
+    return {**message, "tool_calls": [{**call, "function": each} for call, each in pairs]}
 
 
 def _read(function: dict[str, Any]) -> dict[str, Any]:
     return _arguments(function["arguments"], function["name"])
-
-
-def _in_order(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield messages; results come in the order of their calls, with their function's name."""
-    calls, results = dict[str, str](), list[dict[str, Any]]()
-    for message in [*messages, {"role": "end"}]:
-        if message["role"] == "tool":
-            results.append({"name": calls.get(message["tool_call_id"]), **message})
-            continue
-        yield from sorted(results, key=lambda each: [*calls].index(each["tool_call_id"]))
-        results = []
-        if message.get("tool_calls"):
-            calls = {call["id"]: call["function"]["name"] for call in message["tool_calls"]}
-        if message["role"] != "end":
-            yield message
 
 
 def _check_names(tokenizer: Any, value: Any) -> None:
@@ -222,7 +200,7 @@ def variables_of(tokenizer: Any, template: str) -> frozenset[str]:
 def _reads(tokenizer: Any, template: str) -> _Reads:
     found = _FOUND.setdefault(tokenizer, {})
     if template not in found:
-        found[template] = _Reads(_variables(template), _reasoning_field(tokenizer, template))
+        found[template] = _Reads(_variables(template), labs_shown.of(tokenizer, template))
     return found[template]
 
 
@@ -233,18 +211,3 @@ def _variables(template: str) -> frozenset[str]:
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)  # transformers' own tag
     tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     return frozenset(jinja2.meta.find_undeclared_variables(tree))
-
-
-def _reasoning_field(tokenizer: Any, template: str) -> str | None:
-    """Return the field from which a template shows earlier reasoning, found by trying."""
-    function = {"name": "yes", "arguments": {"yes": "yes"}}
-    calls = [{"id": "abcdef123", "type": "function", "function": function}]
-    user, options = {"role": "user", "content": "yes"}, {"tokenize": False}
-    for name, more in itertools.product(REASONING, ({"tool_calls": calls}, {})):
-        turn = {"role": "assistant", "content": "" if more else "yes", name: MARK, **more}
-        with contextlib.suppress(Exception):  # templates raise anything
-            if MARK in tokenizer.apply_chat_template(
-                [user, turn], chat_template=template, **options
-            ):
-                return name
-    return None
