@@ -5,7 +5,8 @@
 
 symbols: turns a text into symbols of the grammar, see labs_typed.symbols. A grammar covers the
 whole answer: reasoning is free, then text is free up to a call, and calls are held and end the
-answer. Needs labs.py, labs_dialogue.py, labs_schema.py and labs_split.py.
+answer. Needs labs.py, labs_dialogue.py, labs_schema.py, labs_split.py and
+labs_values.py.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from msgspec import Struct
 import labs
 import labs_dialogue
 import labs_schema
+import labs_values
 from labs_split import Form, Writing
 
 # As json.dumps and chat templates write JSON; a small model may write white space endlessly.
 GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-PLAIN = {"type", "description", "title", "default", "examples", "nullable"}
 MOST_CALLS = 16  # in one answer; a small model may call endlessly
 HEAD = "%llguidance {}\n"
 RULES = """TEXT: /(.|\\n)*/
@@ -153,40 +154,15 @@ def _json_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> It
 
 def _xml_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:
     """Yield rules for <parameter=NAME> elements, in the order of the schema if it is strict."""
-    ends = f'{rule}_text "\\n"'
-    # A value that holds an end of its element, or of the call, could not be read back.
-    yield f"{rule}_text[lazy]: /(.|\\n)*<\\/parameter>/ & ~/(.|\\n)*<\\/function>(.|\\n)*/\n"
     if not tool.function.strict:
-        yield f'{rule}: ("<parameter=" /[^>\\n]{{1,64}}/ ">\\n" {ends}){{0,64}}\n'
+        yield f"{rule}_text[lazy]: {labs_values.TEXT}\n"
+        yield f'{rule}: ("<parameter=" /[^>\\n]{{1,64}}/ ">\\n" {rule}_text "\\n"){{0,64}}\n'
         return
-    schema, parts = _schema_of(tool), list[str]()
-    for index, (name, value) in enumerate(schema.get("properties", {}).items()):
-        text = _plain_text(value)
-        inner = ends if text == "any" else f'({text}) "\\n</parameter>\\n"'
-        if text is None:
-            root: dict[str, Any] = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
-            inner = (
-                f'{_json({**root, **value}, f"tools: {tool.function.name}")} "\\n</parameter>\\n"'
-            )
-        yield f"{rule}_{index}: {json.dumps(f'<parameter={name}>' + chr(10))} {inner}\n"
-        parts.append(f"{rule}_{index}" + ("" if name in schema.get("required", ()) else "?"))
-    yield f"{rule}: {' '.join(parts)}\n"
+    yield from labs_values.xml_arguments(rule, _schema_of(tool), _for(tool))
 
 
-def _plain_text(schema: Any) -> str | None:
-    """Return "any" for a schema of any text, symbols for some texts, None if it holds no texts.
-
-    Raises InputError for texts that are neither.
-    """
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    texts = schema.get("enum", [schema["const"]] if "const" in schema else None) if kinds else None
-    if texts is not None and all(isinstance(each, str) for each in texts):
-        return " | ".join(json.dumps(each) for each in texts)
-    if kinds == "string" and schema.keys() <= PLAIN:
-        return "any"
-    if kinds in ("integer", "number", "boolean", "null", "object", "array"):
-        return None
-    raise labs.InputError(f"tools: strict: this model's form of calls cannot hold {schema!r:.80}")
+def _for(tool: labs_dialogue.Tool) -> Callable[[dict[str, Any]], str]:
+    return lambda schema: _json(schema, f"tools: {tool.function.name}")
 
 
 def _gemma_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:
@@ -196,51 +172,9 @@ def _gemma_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> I
     text = " ".join([*symbols(quote), text])
     yield lazy
     if tool.function.strict:
-        yield f"{rule}: {_gemma(_schema_of(tool), text)}\n"
+        yield from labs_values.gemma_arguments(rule, _schema_of(tool), text, _for(tool))
         return
     yield f"{rule}_value: {text} | NUMBER | WORD | {rule} | {rule}_list\n"
     yield f'{rule}_list: "[" ({rule}_value ("," {rule}_value){{0,64}})? "]"\n'
     yield f"{rule}_pair: /[A-Za-z0-9_]{{1,64}}:/ {rule}_value\n"
     yield f'{rule}: "{{" ({rule}_pair ("," {rule}_pair){{0,64}})? "}}"\n'
-
-
-def _gemma(schema: Any, text: str) -> str:
-    """Return symbols for a value of a schema. Raises InputError for what they cannot hold."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "object" and isinstance(schema.get("properties"), dict):
-        required = schema.get("required", ())
-        if odd := next(
-            (name for name in schema["properties"] if not re.fullmatch(r"\w+", name)), ""
-        ):
-            raise labs.InputError(f"tools: strict: this model writes no argument named {odd!r:.80}")
-        pairs = [
-            (f"{json.dumps(f'{name}:')} ({_gemma(value, text)})", name in required)
-            for name, value in schema["properties"].items()
-        ]
-        return f'"{{" {_listed(pairs)} "}}"'
-    if kind == "array" and schema.keys() <= PLAIN | {"items"}:
-        item = _gemma(schema.get("items", {}), text)
-        return f'"[" (({item}) ("," ({item})){{0,64}})? "]"'
-    if kind in ("boolean", "null"):
-        return '"null"' if kind == "null" else '("true" | "false")'
-    if kind in ("integer", "number"):
-        return _json(schema, "tools")
-    found = _plain_text(schema)
-    if found is not None:
-        quote = text.partition(" ")[0]
-        return text if found == "any" else f"{quote} ({found}) {quote}"
-    raise labs.InputError(f"tools: strict: this model's form of calls cannot hold {schema!r:.80}")
-
-
-def _listed(pairs: list[tuple[str, bool]]) -> str:
-    """Return symbols for (pair, whether it is required), with commas between those that come."""
-    first = next((n for n, (_, required) in enumerate(pairs) if required), None)
-    if first is not None:
-        parts = [f'({pair} ",")?' for pair, _ in pairs[:first]] + [pairs[first][0]]
-        after = pairs[first + 1 :]
-        return " ".join([*parts, *(f'("," {p})' + ("" if must else "?") for p, must in after)])
-    heads = [
-        " ".join([pair, *(f'("," {other})?' for other, _ in pairs[n + 1 :])])
-        for n, (pair, _) in enumerate(pairs)
-    ]
-    return f"({' | '.join(heads)})?" if heads else ""

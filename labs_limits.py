@@ -14,6 +14,8 @@ from msgspec import Struct
 
 import labs
 
+RECENT = 64  # tokens that may have been guessed; at most 32 are at once
+
 
 class Ban(Struct, frozen=True):
     """A logits processor without which a token may come."""
@@ -37,7 +39,7 @@ class Budget:
         self._restart()
 
     def _restart(self) -> None:
-        self._read: list[int] = []
+        self._read, self._recent = 0, list[int]()  # how many tokens, and the last of them
         self._splitter = self._plan.splitter()
         self._text = labs.PartialText(skip_special_tokens=self._plan.generation.skip_special_tokens)
         self._spent = 0  # tokens of reasoning
@@ -45,16 +47,17 @@ class Budget:
     def __call__(self, ids: list[int], logits: Any) -> Any:
         """Return logits that allow only the next token of the end, once the budget is spent."""
         self._start = len(ids) if self._start < 0 else self._start
-        answer = ids[self._start :]
-        if answer[: len(self._read)] != self._read:  # guessed tokens were wrong
+        seen = self._start + self._read
+        if ids[seen - len(self._recent) : seen] != self._recent:  # guessed tokens were wrong
             self._restart()
-        for token in answer[len(self._read) :]:
+        for token in ids[self._start + self._read :]:
             self._take(token)
+        self._recent = ids[max(self._start, len(ids) - RECENT) :]
         end, token = self._end, self._end[0]
         if not self._splitter.thinking or self._spent < self._tokens:
             return logits
-        for written in range(min(len(end) - 1, len(answer)), 0, -1):
-            if answer[-written:] == end[:written]:
+        for written in range(min(len(end) - 1, self._read), 0, -1):
+            if ids[-written:] == end[:written]:
                 token = end[written]
                 break
         if logits[token] == float("-inf"):  # by the grammar, inside a character
@@ -65,7 +68,7 @@ class Budget:
 
     def _take(self, token: int) -> None:
         model = self._plan.model
-        self._read.append(token)
+        self._read += 1
         before = self._splitter.thinking
         with model.lock:
             piece = labs.decode_next(model.tokenizer, self._text, token)

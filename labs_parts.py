@@ -113,6 +113,7 @@ class Reader:
         if thoughts:
             with model.lock:
                 tokens = len(model.tokenizer.encode(thoughts, add_special_tokens=False))
+        tokens = min(tokens, done.usage.completion_tokens)  # an odd text may encode to more
         reason, mark = done.finish_reason, done.fingerprint
         if mark is not None:
             names = ("reasoning", "thinking_budget", "skip_special_tokens")

@@ -16,8 +16,8 @@
 Parts are Reasoning, labs.Delta, CallStarted and Arguments; labs.Done or labs.Failed is the last. A
 call is held back until it is complete, so a stream shows what the whole answer has: one that is
 malformed, cut or of an unknown function is text. Needs labs.py, labs_dialogue.py, labs_forms.py,
-labs_limits.py, labs_parts.py and labs_split.py; what is held needs labs_grammar.py, labs_typed.py
-and llguidance.
+labs_limits.py, labs_parts.py, labs_split.py and labs_values.py; what is held needs
+labs_grammar.py, labs_typed.py and llguidance.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ import labs_dialogue
 import labs_forms
 import labs_limits
 import labs_split
+import labs_values
 from labs_parts import Answer, Part, Reader, fold
 
 __all__ = [  # with the names of labs_parts, of which this is the face
@@ -99,7 +100,7 @@ class Plan(Struct, frozen=True, eq=False):
         return labs_split.Splitter(
             self.form,
             names={tool.function.name for tool in self.tools},
-            tools=[msgspec.to_builtins(tool) for tool in self.tools],
+            tools=[labs_values.typed(msgspec.to_builtins(tool)) for tool in self.tools],
             inside=self.form.starts_inside(self.inputs.prompt),
             keep=self.given.reasoning == "keep",
         )
