@@ -28,12 +28,16 @@ from labs_split import Form, Splitter, Writing
 
 
 class Family(Struct, frozen=True, kw_only=True):
-    """calls: the field `tool_calls` of a response_template. skips: patterns that are not text."""
+    """calls: the field `tool_calls` of a response_template. skips: patterns that are not text.
+
+    again: the pattern of a call after another, where calls begin only the answer.
+    """
 
     name: str
     writing: Writing
     calls: dict[str, Any]
     skips: tuple[str, ...] = ()
+    again: str | None = None
 
 
 def _field(open_pattern: str, function: Any = "{content}", **more: Any) -> dict[str, Any]:
@@ -162,9 +166,11 @@ FAMILIES = (
             begin='{"name": "',
             between='", "parameters": ',
             end="}",
-            parallel=False,
+            separator="; ",
             anchored=True,
         ),
+        again=r"\s{0,8};\s{0,8}(?:<\|python_tag\|>)?"
+        r'(?=\{\s{0,8}(?:"type": ?"function", ?)?"name"\s{0,8}:)',
         calls=_field(
             r'\A\s{0,8}(?:<\|python_tag\|>)?(?=\{\s{0,8}(?:"type": ?"function", ?)?"name"\s{0,8}:)',
             {"name": "{content.name}", "arguments": "{content.parameters}"},
@@ -303,6 +309,7 @@ def _form(tokenizer: Any, template: str, family: Family | None, own: dict[str, A
         reasoning=(reasoning[0], reasoning[1]) if reasoning else None,
         skips=tuple(regex.compile(each, regex.DOTALL) for each in skips),
         special=bool(markers),
+        again=regex.compile(family.again) if family and family.again and not own else None,
         after_reasoning="<|start|>assistant" if reasoning and reasoning[1] == "<|end|>" else "",
     )
 

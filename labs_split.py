@@ -8,7 +8,7 @@
 transformers' parser reads each whole call. Where a call begins and ends is found here, because that
 parser ends a call at a closing marker inside a JSON string, raises when an answer was cut, keeps
 only the last of several texts, and does not check shapes. A call is held back until it is complete;
-one that is malformed, cut or of an unknown function stays text. This file needs no other of labs.
+one that is malformed, cut or of an unknown function stays text. Needs labs_scan.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import regex
 from msgspec import Struct
+
+import labs_scan
 
 Kind = Literal["json", "xml", "gemma"]
 
@@ -49,7 +51,8 @@ class Form(Struct, frozen=True, eq=False):
 
     writing: for a grammar; None if no family writes as the model's own response_template reads.
     special: whether markers are special tokens, so that the text is needed with them.
-    after_reasoning: what follows it before text and calls.
+    after_reasoning: what follows it before text and calls. again: what begins a call right after
+    another, if calls begin only the answer.
     """
 
     template: Any
@@ -59,6 +62,7 @@ class Form(Struct, frozen=True, eq=False):
     skips: tuple[Any, ...]
     special: bool
     after_reasoning: str = ""
+    again: Any = None
 
     def starts_inside(self, prompt: str) -> bool:
         """Return whether a prompt ends where the model's reasoning has begun."""
@@ -93,12 +97,12 @@ class Splitter:
         self._buffer, self._at = "", 0
         self._state, self._fresh = ("reasoning" if inside else "text"), inside and not keep
         self._space = ""  # at the end of what was said: it may precede a call
-        self._scan, self._depth = 0, 0  # how far the JSON of a call was read
-        self._quote = ""  # the mark that opened the string there
+        self._scan = 0  # how far a call was read
+        self._called = 0  # where the last call ended, if nothing has been said since
         self._found: list[Piece] = []
         if form.reasoning:
             self._opens, self._closes = (_literal(each.strip()) for each in form.reasoning)
-        self._json: Any = _json_pieces(form.calls.content_args) if form.calls else {}
+        self._json = labs_scan.Scan(form.calls.content_args if form.calls else {})
 
     @property
     def thinking(self) -> bool:
@@ -131,8 +135,9 @@ class Splitter:
         if match is None:
             return False
         if kind == "call":
-            self._state, self._scan, self._depth, self._quote = "call", match.end(), 0, ""
-            self._calls_at = match.start()
+            self._state, self._scan, self._calls_at = "call", match.end(), match.start()
+            self._reads_at = match.end() if self._follows() else match.start()
+            self._json.begin()
             return True
         self._at = match.end()
         if kind in ("reasoning", "text"):
@@ -157,7 +162,10 @@ class Splitter:
         patterns |= {f"skip{n}": pattern for n, pattern in enumerate(self._form.skips)}
         found = list[tuple[int, bool, int, str, Any]]()
         for kind, pattern in patterns.items():
-            match = pattern.search(self._buffer, self._at, partial=not last)
+            if kind == "call" and self._follows():
+                match = self._form.again.match(self._buffer, self._called, partial=not last)
+            else:
+                match = pattern.search(self._buffer, self._at, partial=not last)
             if match and match.start() < len(self._buffer):
                 fixed = kind in ("reasoning", "text") or match.end() < len(self._buffer)
                 certain = last or (fixed and not match.partial)
@@ -166,6 +174,10 @@ class Splitter:
             return "", None, len(self._buffer)
         start, certain, _, kind, match = min(found, key=lambda each: each[:3])
         return (kind, match, start) if certain else ("", None, start)
+
+    def _follows(self) -> bool:
+        """Return whether a call may only follow the one before."""
+        return self._form.again is not None and self._called > 0
 
     def _say(self, text: str) -> None:
         """Add text or reasoning; white space at its end waits for what follows."""
@@ -187,10 +199,11 @@ class Splitter:
         end = max(end, self._calls_at + 1)  # an opening pattern may match nothing
         text, self._at, self._state = self._buffer[self._calls_at : end], end, "text"
         read = self._scan if self._form.calls.content == "json" else end  # without its marker
-        if complete and (calls := self._read(self._buffer[self._calls_at : read])):
+        if complete and (calls := self._read(self._buffer[self._reads_at : read])):
             self._found += calls
-            self._space, self._fresh = "", True
+            self._space, self._fresh, self._called = "", True, end
         else:
+            self._called = len(self._buffer) + 1 if self._follows() else 0  # never again
             self._say(text)
         return True
 
@@ -199,12 +212,14 @@ class Splitter:
         field, length = self._form.calls, len(self._buffer)
         if field.content != "json":
             return self._end_at_close(field.close_re, last, whole)
-        if self._depth == 0:
+        if not self._json.begun:
             self._scan = _skip_space(self._buffer, self._scan)
             if self._scan < length and self._buffer[self._scan] not in "{[":
                 return self._scan, False
-        if (end := self._end_of_json()) is None:
+        self._scan, ended = self._json.read(self._buffer, self._scan)
+        if not ended:
             return (length, False) if last else (None, False)
+        end = self._scan
         if field.close_re is None:
             return end, True
         after = _skip_space(self._buffer, end)
@@ -221,21 +236,6 @@ class Splitter:
             return len(self._buffer), whole
         self._scan = match.start() if match else len(self._buffer)
         return None, False
-
-    def _end_of_json(self) -> int | None:
-        """Return where the JSON value at _scan ends, or None while it goes on."""
-        if self._depth < 0:
-            return self._scan
-        while match := self._json[self._quote].match(self._buffer, self._scan):
-            self._scan = match.end()
-            if match.lastgroup == "mark":
-                self._quote = "" if self._quote else match[0]
-            elif not self._quote:
-                self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(match[0], 0)
-                if self._depth == 0 and match[0] in "}]":
-                    self._depth = -1  # whole
-                    return self._scan
-        return None
 
     def _read(self, text: str) -> list[Piece]:
         """Return the calls in a text, none if it is not calls of known functions."""
@@ -281,21 +281,3 @@ def _flat(found: Any) -> Iterator[Any]:
 
 def _skip_space(text: str, at: int) -> int:
     return at + len(text[at:]) - len(text[at:].lstrip())
-
-
-def _json_pieces(options: dict[str, Any]) -> dict[str, Any]:
-    """Return patterns of one piece of JSON: outside of strings (""), and inside by opening mark.
-
-    A long string comes in many pieces, none of which is read twice.
-    """
-    pairs = options.get("string_delims") or [('"', '"')]
-    marks = "|".join(regex.escape(opens) for opens, _ in pairs)
-    first = "".join({regex.escape(opens[0]) for opens, _ in pairs})
-    found = {"": rf"(?P<mark>{marks})|[\[\]{{}}]|[^\[\]{{}}{first}]++"}
-    for opens, closes in pairs:
-        end, other = regex.escape(closes), regex.escape(closes[0])
-        rest = rf"[^{other}]++|(?!{end}).(?=.{{{len(closes) - 1}}})"
-        if closes == '"':
-            rest = r'(?:[^"\\]++|\\.)++'
-        found[opens] = rf"(?P<mark>{end})|{rest}"
-    return {opens: regex.compile(each, regex.DOTALL) for opens, each in found.items()}

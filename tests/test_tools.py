@@ -303,6 +303,29 @@ def test_a_piece_of_a_long_argument_costs_no_more_than_one_of_a_short_one(hermes
     assert time.process_time() - started < 10  # read again at each piece, it took minutes
 
 
+LLAMA = '{"name": "add", "parameters": {"n": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{LLAMA}; {LLAMA}", [ADDED, ADDED]),
+        (f"{LLAMA};{LLAMA} ; {LLAMA}", [ADDED, ADDED, ADDED]),
+        (f"{LLAMA}; and", [ADDED, ("text", "; and", "")]),
+        (f"{LLAMA}; {LLAMA[:20]}", [ADDED, ("text", f"; {LLAMA[:20]}", "")]),
+        (f"{LLAMA} so; {LLAMA}", [ADDED, ("text", f"so; {LLAMA}", "")]),
+        (f"{LLAMA}; {LLAMA[:-1]}, }}; {LLAMA}", None),
+        (f"; {LLAMA}", [("text", f"; {LLAMA}", "")]),
+        (f"So: {LLAMA}; {LLAMA}", [("text", f"So: {LLAMA}; {LLAMA}", "")]),
+    ],
+)
+def test_llama_writes_several_calls_one_after_another(text, expected, modelled):
+    form = labs_forms.form_of(modelled("llama3"))
+    expected = expected or [ADDED, ("text", text[len(LLAMA) :], "")]
+    assert split(form, text) == expected
+    assert split(form, text, range(1, len(text))) == expected
+
+
 def test_reasoning_can_stay_in_the_text_word_for_word(hermes):
     text = "<think>\nhm \n</think>\n\nHi"
     assert split(labs_forms.form_of(hermes), text, keep=True) == [("text", text, "")]
@@ -351,12 +374,13 @@ class Answers:
 
     def clean(self) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
         chance, plain = self.chance, ("rain", " sun", "é日😀", " a<b", "ok.")
-        most = 1 if self.family in ("llama3", "gpt_oss") else 3
+        most = 1 if self.family == "gpt_oss" else 3
         calls = [("add", self.arguments()) for _ in range(chance.randrange(most + 1))]
         text = "" if calls and self.family == "llama3" else self.words(4, plain)
         if self.family == "gpt_oss" and not calls:
             text = f"<|channel|>final<|message|>{text}"
-        text += "\n".join(wire_forms.written(self.family, *each) for each in calls)
+        between = "; " if self.family == "llama3" else "\n"
+        text += between.join(wire_forms.written(self.family, *each) for each in calls)
         if self.form.reasoning and chance.random() < 0.5:
             opens, closes = self.form.reasoning
             text = f"{opens}hm {self.words(3, plain)}{closes}{self.form.after_reasoning}{text}"
