@@ -32,6 +32,7 @@ RESERVED = {
     *("return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
     *("sanitize_control_tokens", "raise_exception", "strftime_now", "range", "namespace"),
 }
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the option that turns it off
 ORDINARY = re.compile(r"[\w .-]*")  # names that hold no control token
 
 
@@ -89,6 +90,12 @@ def check_tools(tools: Iterable[Mapping[str, object] | Tool]) -> tuple[Tool, ...
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"tools: two are named {twice}")
     return tuple(found)
+
+
+def thinks(options: Mapping[str, Any]) -> bool:
+    """Return whether template options leave it to the model to think."""
+    off = any(options.get(name) is False for name in SWITCHES)
+    return not off and options.get("reasoning_effort") != "none"
 
 
 def check(messages: Sequence[Message]) -> None:

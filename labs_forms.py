@@ -61,7 +61,7 @@ HARMONY = (
 )
 OBJECT: dict[str, Any] = {"begin": '{"name": "', "between": '", "arguments": ', "end": "}"}
 FAMILIES = (
-    Family(  # Hermes, Qwen 2, 2.5 and 3, Granite 4, SmolLM 3
+    Family(  # Hermes, Qwen 2, 2.5 and 3, Granite 4
         name="hermes",
         writing=Writing(
             trigger="<tool_call>",
@@ -90,7 +90,7 @@ FAMILIES = (
             content_args=XML,
         ),
     ),
-    Family(
+    Family(  # with templates that render calls; the model's own renders none
         name="granite3",
         writing=Writing(
             trigger="<|tool_call|>", head="<|tool_call|>[", separator=", ", tail="]", **OBJECT
@@ -111,7 +111,7 @@ FAMILIES = (
             r"\[TOOL_CALLS\](?P<name>[\w.-]{1,64})(?:\[CALL_ID\][\w-]{0,64})?\[ARGS\]", NAMED
         ),
     ),
-    Family(
+    Family(  # with templates that render tools; the model's own renders none
         name="deepseek31",
         writing=Writing(
             trigger="<｜tool▁calls▁begin｜>",
@@ -346,7 +346,7 @@ def effort_options(model: labs.Model, effort: str, *, calls: bool = False) -> di
     knows_none = regex.search(r"""['"]none['"]""", template) is not None
     if "reasoning_effort" in names and (effort != "none" or knows_none):
         return {"reasoning_effort": effort}
-    switch = next((name for name in ("enable_thinking", "thinking") if name in names), None)
+    switch = next((name for name in labs_dialogue.SWITCHES if name in names), None)
     if effort == "none" and switch:
         return {switch: False}
     if effort == "medium" or (effort == "none" and form_of(model, calls=False).reasoning is None):

@@ -29,6 +29,7 @@ GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 MOST_CALLS = 16  # in one answer; a small model may call endlessly
 HEAD = "%llguidance {}\n"
 RULES = """TEXT: /(.|\\n)*/
+VISIBLE: /[^\\x01\\x02]*/
 SPACE: /[ \\n]{0,4}/
 NUMBER: /-?(0|[1-9][0-9]{0,15})(\\.[0-9]{1,16})?/
 WORD: "true" | "false" | "null"
@@ -40,7 +41,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     """What an answer has to be. tools: those that may be called. required: it has to be calls.
 
     schema: of an answer that is text, as JSON; None leaves text free. inside: it begins in
-    reasoning.
+    reasoning. thinks: reasoning may begin before calls that it has to be.
     """
 
     tools: tuple[labs_dialogue.Tool, ...] = ()
@@ -48,6 +49,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     parallel: bool = True
     schema: dict[str, Any] | None = None
     inside: bool = False
+    thinks: bool = True
 
 
 def write(form: Form, wanted: Wanted, symbols: Symbols) -> str:
@@ -72,7 +74,8 @@ def write(form: Form, wanted: Wanted, symbols: Symbols) -> str:
 
 def _thinking(form: Form, wanted: Wanted, symbols: Symbols) -> tuple[str, str]:
     """Return the part of the first rule that lets a model think, and the rules for it."""
-    if form.reasoning is None:
+    silent = wanted.required and not wanted.thinks and not wanted.inside
+    if form.reasoning is None or silent:
         return "", ""
     thought, rule = _up_to("thought", form.reasoning[1], symbols)
     thought = " ".join([thought, *symbols(form.after_reasoning), "SPACE"])
@@ -169,7 +172,8 @@ def _gemma_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> I
     """Yield rules for an object as Gemma writes it: {name:<|"|>text<|"|>,other:3}."""
     quote = '<|"|>'
     text, lazy = _up_to(f"{rule}_end", quote, symbols)
-    text = " ".join([*symbols(quote), text])
+    # transformers' parser keeps two control characters for itself.
+    text = " ".join([*symbols(quote), text]).replace("TEXT", "VISIBLE")
     yield lazy
     if tool.function.strict:
         yield from labs_values.gemma_arguments(rule, _schema_of(tool), text, _for(tool))

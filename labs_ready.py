@@ -38,6 +38,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     schema: dict[str, Any] | None = None
+    thinks: bool = True
     named: tuple[str, ...] = ()
 
 

@@ -288,11 +288,13 @@ def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:
     asks: dict[str, Any] = {"tools": prompt.tools or None}
     asks |= {name: request.options.get(name) for name in ("reasoning", "thinking_budget")}
     asks["tool_choice"] = None if request.tool_choice in ("auto", "none") else request.tool_choice
+    given = {"reasoning_effort": prompt.effort, **(prompt.template_options or {})}
     wanted = labs_ready.Wanted(
         tools=prompt.tools,
         tool_choice=request.tool_choice,
         parallel_tool_calls=request.parallel_tool_calls,
         schema=schema_of(request.response_format),
+        thinks=labs_dialogue.thinks(given),
         named=tuple(name for name, value in asks.items() if value is not None),
     )
     if _is_chat(model, prompt):

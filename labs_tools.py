@@ -56,12 +56,14 @@ class Asked(Struct, frozen=True, kw_only=True):
     """What an answer is asked to be. tools: as OpenAI describes them.
 
     tool_choice: none, auto, required or the name of a tool. schema: of text, as a response_format.
+    thinks: false where thinking was turned off; then none comes before calls that have to come.
     """
 
     tools: tuple[Any, ...] = ()
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     schema: dict[str, Any] | None = None
+    thinks: bool = True
 
 
 class Plan(Struct, frozen=True, eq=False):
@@ -184,6 +186,7 @@ def _grammar(found: Plan, asked: Asked) -> Any:
         parallel=asked.parallel_tool_calls,
         schema=asked.schema,
         inside=found.form.starts_inside(found.inputs.prompt),
+        thinks=asked.thinks,
     )
     return labs_grammar.write(found.form, goal, lambda text: labs_typed.symbols(found.model, text))
 
@@ -214,6 +217,8 @@ def stream(
     """
     asked = msgspec.convert(_taken(changes, Asked), Asked)
     chat = _taken(changes, labs.Chat)
+    if not labs_dialogue.thinks(chat.get("template_options") or {}):
+        asked = replace(asked, thinks=False)
     options = labs.evolve(generation or labs.Generation(), **changes)
     inputs = labs.build_inputs(model, messages=messages, tools=asked.tools, **chat)
     return _parts_of(plan(model, inputs, options, asked))

@@ -28,6 +28,7 @@ import labs
 import labs_dialogue
 import labs_engine
 import labs_forms
+import labs_parts
 import labs_split
 import labs_tools
 
@@ -674,6 +675,72 @@ def test_text_is_free_until_a_call_begins_and_then_held(hermes):
         assert raw.startswith('Let me see.\n<tool_call>\n{"name": "')
     else:
         assert raw == "Let me see."
+
+
+@pytest.mark.parametrize("choice", ["required", "add"])
+def test_no_reasoning_begins_before_a_required_call_where_thinking_is_off(choice, hermes):
+    text = f"<think>\nhm\n</think>\n\n{CALLED}"
+    asked: dict[str, Any] = {"tools": tools({**ADD, **SMALL}), "tool_choice": choice}
+    for thinks in (True, False):
+        answer = labs_tools.fold(said(hermes, text, **asked, thinks=thinks))
+        assert (answer.reasoning == "hm") == thinks
+    model = kit.with_template(hermes, FORMS["hermes"][0] + "{% if enable_thinking %}{% endif %}")
+    off = {"template_options": {"enable_thinking": False}, **HELD, **asked, "seed": 1}
+    answer = labs_tools.generate(model, ASK, **off)
+    assert answer.tool_calls
+    assert answer.usage.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "thinks"),
+    [
+        ({}, True),
+        ({"enable_thinking": False}, False),
+        ({"thinking": False}, False),
+        ({"enable_thinking": True}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "low"}, True),
+    ],
+)
+def test_an_option_turns_thinking_off(options, thinks):
+    assert labs_dialogue.thinks(options) == thinks
+
+
+def test_reasoning_has_no_more_tokens_than_the_answer(hermes):
+    model = msgspec.structs.replace(hermes, tokenizer=kit.byte_tokenizer(FORMS["hermes"][0]))
+    reader = labs_parts.Reader(
+        model,
+        labs.Generation(),
+        labs_split.Splitter(labs_forms.form_of(hermes), inside=True),
+    )
+    reader(labs.Delta("many bytes"))
+    usage = labs.Usage(prompt_tokens=1, completion_tokens=3)
+    (*_, done) = reader(labs.Done("stop", usage, labs.Timings(0, 0, 0, 0, 0)))
+    assert done.usage.reasoning_tokens == 3
+
+
+def test_a_step_of_a_budget_costs_no_more_in_a_long_answer(modelled):
+    model = modelled("qwen_xml")
+    inputs = labs.build_inputs(model, messages=ASK)
+    options = labs.Generation(thinking_budget=10**6)
+    (budget,) = labs_tools.plan(model, inputs, options).processors()
+
+    class Ids(list[int]):
+        copied = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            found = super().__getitem__(place)
+            Ids.copied += len(found) if isinstance(place, slice) else 0
+            return found
+
+    ids, logits = Ids(inputs.input_ids), torch.zeros(300)
+    for token in b"hm " * 300:
+        budget(ids, logits)
+        ids.append(token)
+    assert Ids.copied < 200 * 900
+    guessed = Ids([*ids[:-3], *b"no"])  # three guesses were wrong
+    budget(guessed, logits)
+    assert budget._read == len(guessed) - len(inputs.input_ids)
 
 
 def test_one_call_at_most_where_parallel_calls_are_off(hermes):
