@@ -26,6 +26,13 @@ from labs_split import Form, Writing
 
 # As json.dumps and chat templates write JSON; a small model may write white space endlessly.
 GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Any object. Its numbers are bounded too: Python cannot read 1e999.
+NUMBER = {"type": "number", "minimum": -labs_schema.LARGEST_INTEGER}
+NUMBER |= {"maximum": labs_schema.LARGEST_INTEGER}
+ITEM = {"$ref": "#/$defs/any"}
+PLAINS = [{"type": "string"}, {"type": "boolean"}, {"type": "null"}, NUMBER]
+ANY = [*PLAINS, {"type": "array", "items": ITEM}, {"type": "object", "additionalProperties": ITEM}]
+FREE = {"type": "object", "additionalProperties": ITEM, "$defs": {"any": {"anyOf": ANY}}}
 MOST_CALLS = 16  # in one answer; a small model may call endlessly
 HEAD = "%llguidance {}\n"
 RULES = """TEXT: /(.|\\n)*/
@@ -151,7 +158,7 @@ def _json(schema: dict[str, Any], what: str) -> str:
 
 def _json_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:
     schema = _schema_of(tool)
-    held = schema if tool.function.strict else {"type": "object"}
+    held = schema if tool.function.strict else FREE
     yield f"{rule}: {_json(held, f'tools: {tool.function.name}')}\n"
 
 

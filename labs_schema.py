@@ -186,7 +186,7 @@ def _refused(place: Place, what: str) -> SchemaError:
 
 
 def bounded(schema: Any) -> Any:
-    """Forbid fields that an object does not declare, and bound all integers.
+    """Forbid fields that an object does not declare, and bound all numbers.
 
     Decoding would drop undeclared fields, and a small model may write digits endlessly.
     """
@@ -197,7 +197,7 @@ def bounded(schema: Any) -> Any:
     bounds: dict[str, Any] = {}
     if isinstance(schema.get("properties"), dict):
         bounds["additionalProperties"] = False
-    if schema.get("type") == "integer":
+    if schema.get("type") in ("integer", "number"):
         bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -LARGEST_INTEGER}
         bounds |= {} if "exclusiveMaximum" in schema else {"maximum": LARGEST_INTEGER}
     return {**bounds, **{key: bounded(value) for key, value in schema.items()}}

@@ -133,10 +133,27 @@ def plan(
     own: dict[str, Any] = dict.fromkeys(("reasoning", "thinking_budget"))
     own["skip_special_tokens"] = given.skip_special_tokens and not marked
     found = Plan(model, inputs, replace(given, **own), given, form, callable_)
-    held = replace(found, grammar=_grammar(found, asked))
     if tools and not callable_:
-        held = replace(held, banned=_trigger(found))
-    held.processors()  # compiles the grammar
+        found = replace(found, banned=_trigger(found))
+    return _held(found, asked)
+
+
+def _held(found: Plan, asked: Asked) -> Plan:
+    """Return a plan with its grammar, compiled.
+
+    A call that has to come follows its schema, strict or not, unless no grammar holds that schema.
+    """
+    tools = found.tools
+    if asked.tool_choice not in ("none", "auto"):
+        with contextlib.suppress(labs.InputError):
+            strict = [replace(each, function=replace(each.function, strict=True)) for each in tools]
+            return _compiled(found, _grammar(replace(found, tools=tuple(strict)), asked))
+    return _compiled(found, _grammar(found, asked))
+
+
+def _compiled(found: Plan, grammar: Any) -> Plan:
+    held = replace(found, grammar=grammar)
+    held.processors()
     return held
 
 
@@ -183,7 +200,7 @@ def _grammar(found: Plan, asked: Asked) -> Any:
     goal = labs_grammar.Wanted(
         tools=tools,
         required=choice not in ("none", "auto"),
-        parallel=asked.parallel_tool_calls,
+        parallel=asked.parallel_tool_calls and choice in ("none", "auto", "required"),
         schema=asked.schema,
         inside=found.form.starts_inside(found.inputs.prompt),
         thinks=asked.thinks,

@@ -667,6 +667,23 @@ def test_a_thousand_random_tool_sets_are_obeyed_and_nine_of_ten_end(hermes):
     assert obeyed(hermes, 1000) >= 900
 
 
+def test_a_call_that_has_to_come_follows_its_schema_even_if_it_is_not_strict(hermes):
+    held = {**SMALL["parameters"], "required": ["n"]}
+    given = tools({"name": "add", "parameters": held})
+    for choice in ("required", "add"):
+        answer = labs_tools.generate(
+            hermes, ASK, tools=given, tool_choice=choice, **HELD, **brief(hermes), seed=2
+        )
+        for each in answer.tool_calls:
+            jsonschema.validate(json.loads(each.function.arguments), held)
+        assert len(answer.tool_calls) == 1 if choice == "add" else answer.tool_calls
+    loose = tools({"name": "add", "parameters": {"not": {"type": "integer"}}})
+    assert labs_tools.stream(hermes, ASK, tools=loose, tool_choice="add")
+    strict = tools({**loose[0]["function"], "strict": True})
+    with pytest.raises(labs.InputError, match="not"):
+        labs_tools.stream(hermes, ASK, tools=strict, tool_choice="add")
+
+
 def test_text_is_free_until_a_call_begins_and_then_held(hermes):
     text = "Let me see.\n<tool_call>\n{nonsense"
     parts = said(hermes, text, {"max_new_tokens": 80, "temperature": 1.0}, tools=BOTH)
