@@ -145,7 +145,7 @@ def live(served: kit.Live, brake: kit.Brake) -> Iterator[kit.Live]:
 @pytest.fixture
 def fake_labs(monkeypatch: pytest.MonkeyPatch) -> kit.FakeLabs:
     fake_labs = kit.FakeLabs()
-    for name in ("load_config", "build_inputs", "stream_generate", "generate"):
+    for name in ("load_config", "build_inputs", "stream_generate"):
         monkeypatch.setattr(labs, name, getattr(fake_labs, name))
     monkeypatch.setattr(labs, "load_model", lambda config: kit.MODEL)
     return fake_labs

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import asdict, fields, replace
+from msgspec.structs import asdict, replace
 
 import labs_settings
 from labs_settings import *
@@ -51,12 +51,6 @@ log = logging.getLogger("labs")
 
 
 # ---------------------------------------------------------------- values
-
-
-class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
-    role: Literal["system", "user", "assistant"]
-    content: str
-    name: str | None = None  # the speaker's, for templates that use it
 
 
 class Inputs(Struct, frozen=True):
@@ -124,13 +118,14 @@ class TokenLogprob(Struct, frozen=True):
 class Usage(Struct, frozen=True):
     """Counts of tokens. cached_tokens: prompt tokens whose keys and values were reused.
 
-    response_cached: the answer was computed for an earlier, identical request.
+    response_cached: it answered an identical request before. reasoning_tokens: see labs_tools.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     response_cached: bool = False
+    reasoning_tokens: int = 0
 
 
 class Timings(Struct, frozen=True):
@@ -143,7 +138,7 @@ class Timings(Struct, frozen=True):
     queue_s: float = 0.0
 
 
-FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter"]
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter", "tool_calls"]
 
 
 class Source(Struct, frozen=True):
@@ -220,9 +215,14 @@ def load_config(
     secrets = {**dotenv, **{name: text for name, text in environment.items() if text}}
     config = labs_settings.configure(tables, upper, str(file), secrets.get("HF_TOKEN") or None)
     labs_settings.warn_of_trust(config, str(file) if path is None else None)
-    keys = _api_keys(secrets.get("LABS_API_KEYS", ""), config.server.api_keys_file)
     labs_settings.check_routes(config)
-    return replace(config, api_keys=keys)
+    keys, keys_file = secrets.get("LABS_API_KEYS", ""), config.server.api_keys_file
+    if not keys and keys_file is None:
+        return config
+    require("labs_keys")
+    import labs_keys
+
+    return replace(config, api_keys=labs_keys.digests(keys, keys_file))
 
 
 def resolve_dtype(name: str, *, device: str, has_bf16: bool) -> Literal["bf16", "fp16", "fp32"]:
@@ -258,25 +258,26 @@ def build_inputs(
     *,
     prompt: str | None = None,
     messages: Iterable[Mapping[str, object] | Message] | None = None,
-    use_chat_template: bool = True,
-    add_generation_prompt: bool = True,
+    tools: Iterable[Mapping[str, object]] = (),
+    **options: object,
 ) -> Inputs:
-    """Turn a prompt or messages into token ids.
+    """Turn a prompt or messages into token ids. tools: functions as OpenAI describes them.
 
+    options: use_chat_template, add_generation_prompt (both true by default) and template_options.
     With use_chat_template a prompt becomes one user message, if the model has a template.
     Raises InputError when the input is empty, malformed or refused by the template.
     """
-    turns = check_prompt(prompt, messages)
-    templated = use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
+    turns, chat = check_prompt(prompt, messages), evolve(Chat(), **options)
+    templated = chat.use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
     if turns is None and templated:
         turns = [Message(role="user", content=prompt or "")]
     if turns is None:
         with _refusing(model, "tokenizer"):
             ids = list(model.tokenizer(prompt)["input_ids"])
     elif templated:
-        ids = _template(model, turns, add_generation_prompt)
+        ids = _template(model, turns, tuple(tools), chat)
     else:
-        why = "has no chat template" if use_chat_template else "needs use_chat_template"
+        why = "has no chat template" if chat.use_chat_template else "needs use_chat_template"
         raise InputError(f"{model.spec.model_name} {why} for messages: give a prompt instead")
     if not ids:
         raise InputError("the prompt has no tokens")
@@ -290,8 +291,9 @@ def _refusing(model: Model, what: str) -> Iterator[None]:
         with model.lock:
             yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Rust's panics do not derive from Exception
+        panics = type(error).__name__ == "PanicException"  # of Rust, and not an Exception
+        if isinstance(error, InputError) or not (panics or isinstance(error, Exception)):
+            raise
         why, kind = str(error).strip().partition("\n")[0], type(error)
         if not (why and (kind is ValueError or kind.__module__.startswith("jinja2"))):
             why = f"{kind.__name__}: {why}".removesuffix(": ")
@@ -389,15 +391,6 @@ def _read_dotenv(path: Path) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
-def _api_keys(text: str, file: str | None) -> tuple[str, ...]:
-    try:
-        path = Path(file).expanduser() if file else None
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"server_api_keys_file = {file}: {reason(error)}") from error
-    return labs_settings.api_key_digests(text, lines, file)
-
-
 # ---------------------------------------------------------------- loading
 
 
@@ -421,24 +414,23 @@ def release_memory() -> None:
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Let only one thread load with transformers.
-
-    Progress bars of transformers and the hub are shown only if standard error is a terminal.
-    """
+    """Let only one thread load with transformers."""
     require("torch", "transformers", "labs_decode", "labs_loop")
-    with _LOADING:
-        hub: Any = importlib.import_module("huggingface_hub.utils")
-        bars: Any = importlib.import_module("transformers.utils.logging")
-        hides = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
-        try:
-            if hides:
-                bars.disable_progress_bar()
-                hub.disable_progress_bars()
-            yield
-        finally:
-            if hides:
-                bars.enable_progress_bar()
-                hub.enable_progress_bars()
+    with _LOADING, contextlib.ExitStack() as stack:
+        if _is_there("labs_hub"):
+            import labs_hub
+
+            stack.enter_context(labs_hub.quiet())
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """Return a sentence for the error or its cause, by default its first line."""
+    if _is_there("labs_hub"):
+        import labs_hub
+
+        return labs_hub.reason(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require(*names: str) -> None:
@@ -460,8 +452,7 @@ def _is_there(name: str) -> bool:
 def _load(spec: ModelSpec) -> Model:
     import labs_decode
 
-    began = time.perf_counter()  # load_s does not count imports
-    device_map, device, dtype = device_of(spec)
+    began, (device_map, device, dtype) = time.perf_counter(), device_of(spec)  # after imports
     source, options, origin = locate(spec, dtype)
     config = pretrained("AutoConfig", source, options)
     if _is_there("labs_sources"):
@@ -473,7 +464,10 @@ def _load(spec: ModelSpec) -> Model:
     weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
     weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map, "output_loading_info": True}
     if spec.quantization.load_in_4bit or spec.quantization.load_in_8bit:
-        weights["quantization_config"] = _bitsandbytes_config(spec.quantization, dtype)
+        require("bitsandbytes", "labs_fast")
+        import labs_fast
+
+        weights["quantization_config"] = labs_fast.bitsandbytes(asdict(spec.quantization), dtype)
     model, info = pretrained("AutoModelForCausalLM", source, weights)
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -565,25 +559,13 @@ def pretrained(kind: str, source: str, options: Mapping[str, object]) -> Any:
 def _fingerprint_of(
     decoder: labs_decode.Decoder, spec: ModelSpec, dtype: str, origin: Path | None
 ) -> Fingerprint | None:
-    if not _is_there("labs_cache"):
+    if not _is_there("labs_fingerprint"):
         return None
-    import labs_cache
+    import labs_fingerprint
 
-    wanted, packages = spec.quantization, ["torch", "transformers"]
-    packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
-    commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
-    digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
-    used = asdict(wanted) | {"quant_method": decoder.quant_method.replace("none", "auto")}
-    return Fingerprint(
-        model=spec.model_name,
-        revision=digest or str(commit),
-        dtype=dtype,
-        device=device_of(spec)[1],
-        hardware=labs_cache.hardware(decoder.device),
-        quantization={f.name: used[f.name] for f in fields(wanted) if used[f.name] != f.default},
-        batch_invariant=decoder.invariant,
-        versions={"labs": __version__, **labs_cache.versions(packages)},
-    )
+    found = labs_fingerprint.read(decoder, spec, origin)
+    versions = {"labs": __version__, **found.pop("versions")}
+    return Fingerprint(dtype=dtype, device=device_of(spec)[1], versions=versions, **found)
 
 
 def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, str]:
@@ -617,14 +599,6 @@ def device_of(spec: ModelSpec) -> tuple[str | dict[str, int | str] | None, str, 
         require("accelerate")
     has_bf16 = labs_decode.has_bf16(wanted if wanted.startswith(f"{device}:") else device)
     return device_map, device, resolve_dtype(spec.torch_dtype, device=device, has_bf16=has_bf16)
-
-
-def _bitsandbytes_config(wanted: Quantization, dtype: str) -> object:
-    require("bitsandbytes")
-    compute = dtype if wanted.bnb_4bit_compute_dtype == "auto" else wanted.bnb_4bit_compute_dtype
-    options = {**asdict(wanted), "bnb_4bit_compute_dtype": TORCH_DTYPES.get(compute, compute)}
-    del options["quant_method"]
-    return importlib.import_module("transformers").BitsAndBytesConfig(**options)
 
 
 def _recommended(
@@ -674,17 +648,25 @@ def check_prompt(
         return None
     if not (checked := [_check_message(i, message) for i, message in enumerate(messages)]):
         raise InputError("the list of messages is empty")
+    named = ("tool_calls", "tool_call_id", "reasoning_content")
+    if any(m.role == "tool" or any(getattr(m, n) for n in named) for m in checked):
+        require("labs_dialogue")
+        import labs_dialogue
+
+        labs_dialogue.check(checked)
     return checked
 
 
 def _check_message(index: int, message: Mapping[str, object] | Message) -> Message:
-    plain = asdict(message) if isinstance(message, Message) else message
+    plain = msgspec.to_builtins(message) if isinstance(message, Message) else message
     try:
         checked = msgspec.convert(plain, Message)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise InputError(f"messages[{index}]: {error}") from error
-    _check_text(checked.content, f"messages[{index}]")
-    _check_text(checked.name or "", f"messages[{index}].name")
+    functions = [call.function for call in checked.tool_calls or ()]
+    texts = [checked.content, checked.name, checked.reasoning_content, checked.tool_call_id]
+    texts += [text for each in functions for text in (each.name, each.arguments)]
+    _check_text("".join(filter(None, texts)), f"messages[{index}]")
     return checked
 
 
@@ -696,12 +678,21 @@ def _check_text(text: str, what: str) -> None:
         raise InputError(f"{what} holds a lone surrogate at character {error.start}") from error
 
 
-def _template(model: Model, messages: list[Message], add_generation_prompt: bool) -> list[int]:
+def _template(
+    model: Model, messages: list[Message], tools: tuple[Mapping[str, object], ...], chat: Chat
+) -> list[int]:
     """Let the template make tokens: BOS comes once, and control tokens in messages stay text."""
-    options = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": True}
-    options |= {"tokenize": True, "return_dict": True}
+    options = {"add_generation_prompt": chat.add_generation_prompt}
+    options |= {"sanitize_control_tokens": True, "tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
+    if tools or chat.template_options:
+        require("labs_dialogue")
     with _refusing(model, "chat template"):
+        if _is_there("labs_dialogue"):
+            import labs_dialogue
+
+            plain, more = labs_dialogue.as_read(model.tokenizer, plain, tools, chat)
+            options |= more
         if _is_there("labs_template"):
             import labs_template
 
@@ -719,6 +710,7 @@ class PartialText(Struct):
     prefix: int = 0  # ids before this are not needed any more
     read: int = 0  # ids before this are in the text
     held: str = ""  # may be the beginning of a stop string
+    skip_special_tokens: bool = True
 
 
 def decode_next(
@@ -729,10 +721,11 @@ def decode_next(
     It is the difference of a short window decoded with and without the token (source: TGI).
     """
     text.ids += [] if token is None else [token]
-    before = tokenizer.decode(text.ids[text.prefix : text.read], skip_special_tokens=True)
-    after = tokenizer.decode(text.ids[text.prefix :], skip_special_tokens=True)
+    options = {"skip_special_tokens": text.skip_special_tokens}
+    before = tokenizer.decode(text.ids[text.prefix : text.read], **options)
+    after = tokenizer.decode(text.ids[text.prefix :], **options)
     broken = after.endswith("\ufffd")
-    if token is not None and (broken or after == before):
+    if token is not None and text.skip_special_tokens and (broken or after == before):
         alone = [tokenizer.decode([token], skip_special_tokens=skip) for skip in (False, True)]
         if alone[0] != alone[1] or tokenizer.convert_ids_to_tokens(token) is None:
             text.ids.pop()  # a special token has no text and is not context for the next one
@@ -788,6 +781,9 @@ class InFlight(Struct, eq=False):
     tokens: int = 0
     first: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.text.skip_special_tokens = self.generation.skip_special_tokens
+
 
 Opened = InFlight | tuple[int, Failed] | None  # None: no request is waiting
 
@@ -820,7 +816,8 @@ def open_request(
     with_rules = sampling
     if model.defaults is not None:
         with_rules = model.defaults.apply(sampling, ids, generation.max_new_tokens)
-        stops, marks = model.defaults.mark(tuple(stops))
+        if generation.skip_special_tokens:
+            stops, marks = model.defaults.mark(tuple(stops))
     row = labs_decode.Row(
         id=index,
         ids=ids,
@@ -840,6 +837,9 @@ def _sampling(
 
     import labs_loop
 
+    for name in ("reasoning", "thinking_budget"):
+        if (value := getattr(options, name)) is not None:
+            raise InputError(f"{name} = {value}: only labs_tools splits an answer; leave it out")
     vocabulary = model.decoder.config.vocab_size
     if beyond := [token for token in options.logit_bias if token >= vocabulary]:
         raise InputError(f"logit_bias names token {beyond[0]}: there are {vocabulary} tokens")

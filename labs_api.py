@@ -25,10 +25,8 @@ import functools
 import itertools
 import logging
 import math
-import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -39,25 +37,27 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 import labs
 import labs_engine
+import labs_explain
 import labs_gate
 import labs_meters
 import labs_models
 import labs_openai
 import labs_pages
+import labs_parts
 import labs_patterns
+import labs_ready
+import labs_replies
 import labs_request
 import labs_tokens
 import labs_turns
+from labs_answers import Answers, Frames
 
 log = logging.getLogger("labs.api")
 POLL_S = 0.05  # a waiting request checks this often whether its client is still connected
-PING_S = 15.0  # a stream sends a comment after this silence, before a proxy closes the connection
-DOUBT_S = 0.5  # the same for a client that may have left, which only a write can show
 LOADING_S = 1.0  # a stream whose model is loading sends a comment this often
 PATHS = ("cache_dir", "model_name")  # settings that hold paths of the server, hidden from clients
 OK = b": ok\n\n"  # a comment that sends the headers before the model has read the prompt
 S = TypeVar("S", bound=Struct)
-Shown = Callable[[labs.Event], list[labs.Event]]
 
 
 # ---------------------------------------------------------------- requests and responses
@@ -73,12 +73,15 @@ class ChooseRequest(labs.Strict, frozen=True, kw_only=True):
     messages: tuple[labs.Message, ...] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
+    template_options: dict[str, Any] | None = None
 
 
 class GenerateAnswer(labs.Completion, frozen=True, kw_only=True):
     id: str
     model: str
     documents: tuple[labs.Source, ...] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: tuple[labs.ToolCall, ...] | UnsetType = UNSET
 
 
 class ChooseAnswer(Struct, frozen=True, kw_only=True):
@@ -142,116 +145,6 @@ def error_of(problem: labs_gate.Problem) -> labs_openai.Error:
 def error_event(problem: labs_gate.Problem) -> bytes:
     """Return the last event of a stream that failed."""
     return b"event: error\ndata: " + labs_gate.dumps(error_of(problem)) + b"\n\n"
-
-
-# ---------------------------------------------------------------- one request's answers
-
-
-class Answers:
-    """The answers to one HTTP request, whose events share one queue; closing it cancels them.
-
-    began: when the request arrived, by perf_counter. gone: returns whether the client has left.
-    documents: the passages quoted in the prompts, or UNSET without documents.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        prepared: labs_request.Prepared,
-        meters: labs_meters.Meters,
-        began: float,
-        gone: Callable[[], bool | None],
-    ) -> None:
-        self.name, self._meters, self._began, self._gone = name, meters, began, gone
-        self.model = msgspec.structs.replace(prepared.model, decoder=None)  # without the weights
-        self.documents = UNSET if prepared.sources is None else prepared.sources
-        self.shares = prepared.choice and prepared.choice.shares
-        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._answers: list[labs_engine.Answer] = []
-        self._shown: dict[int, Shown] = {}
-        self.dones: list[labs.Done] = []
-
-    def add(self, answer: labs_engine.Answer, shown: Shown) -> None:
-        """Add an answer whose events come to `events`. shown: from labs_request.shown_events."""
-        self._answers.append(answer)
-        self._shown[answer.ticket] = shown
-
-    def __iter__(self) -> Iterator[tuple[int, labs.Delta | labs.Done] | None]:
-        """Yield (choice, event), or None to send a comment. Raises the error that ended a row."""
-        choices = {answer.ticket: index for index, answer in enumerate(self._answers)}
-        last = dict.fromkeys(choices, 0.0)
-        silent = time.perf_counter()
-        while len(self.dones) < len(choices):
-            ticket, events = self._next()
-            if gone := self._gone():
-                raise labs_turns.ClientGone
-            if not events and time.perf_counter() - silent > (DOUBT_S if gone is None else PING_S):
-                silent = time.perf_counter()
-                yield None
-            for event in events:
-                if isinstance(event, labs.Failed):
-                    raise event.error
-                silent = now = time.perf_counter()
-                if isinstance(event, labs.Done):
-                    event = self._end(choices[ticket], event)
-                elif last[ticket]:
-                    self._meters.gap.labels(self.name).observe(now - last[ticket])
-                else:
-                    self._meters.first.labels(self.name).observe(now - self._began)
-                last[ticket] = now
-                yield choices[ticket], event
-
-    def _next(self) -> tuple[int, list[labs.Event]]:
-        """Wait up to POLL_S for an event; return its ticket and the events that may be shown."""
-        try:
-            ticket, event = self.events.get(timeout=POLL_S)
-        except queue.Empty:
-            return -1, []
-        return ticket, self._shown[ticket](event)
-
-    def _end(self, choice: int, done: labs.Done) -> labs.Done:
-        if done.fingerprint is not None:  # clients see the model's name, not its folder
-            shown = msgspec.structs.replace(done.fingerprint, model=self.name)
-            done = msgspec.structs.replace(done, fingerprint=shown)
-        self.dones.append(done)
-        self._meters.done(self.name, done, time.perf_counter() - self._began)
-        if done.finish_reason == "content_filter":  # the row itself may still be generating
-            self._answers[choice].close()
-        return done
-
-    def record(self) -> dict[str, Any]:
-        """Return the fields that the request log shows for these answers."""
-        usages = [done.usage for done in self.dones]
-        return {
-            "model": self.name,
-            "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
-            "cached_tokens": sum(usage.cached_tokens for usage in usages),
-            "completion_tokens": sum(usage.completion_tokens for usage in usages),
-            "finish_reason": ",".join(done.finish_reason for done in self.dones) or "cancelled",
-            "queue_s": round(max((done.timings.queue_s for done in self.dones), default=0), 4),
-            "prefill_s": round(max((done.timings.prefill_s for done in self.dones), default=0), 4),
-        }
-
-    def close(self) -> None:
-        for answer in self._answers:
-            answer.close()
-
-
-class Frames:
-    """A stream of bytes that the WSGI server closes, possibly twice or before the first frame."""
-
-    def __init__(self, frames: Iterator[bytes], close: Callable[[], None]) -> None:
-        self._frames = frames
-        self._finish = weakref.finalize(self, close)
-
-    def __iter__(self) -> Frames:
-        return self
-
-    def __next__(self) -> bytes:
-        return next(self._frames)
-
-    def close(self) -> None:
-        self._finish()
 
 
 # ---------------------------------------------------------------- from a request to its answers
@@ -360,13 +253,19 @@ class Service:
         @functools.cache
         def count() -> int:
             model = self.models.reader(default)
-            return max(
-                len(each.ids or labs_request.build(self.config, model, each).input_ids)
-                for each in request.prompts
-            )
+            return max(len(each.ids or self._read_by(model, each)) for each in request.prompts)
 
         text = "\n".join(prompt.text for prompt in request.prompts)
         return labs_models.route(self.config.router, text, count) or default
+
+    def _read_by(self, model: labs.Model, prompt: labs_request.Prompt) -> tuple[int, ...]:
+        """Return the tokens of a prompt; a model that cannot show its tools reads the rest."""
+        try:
+            return labs_request.build(self.config, model, prompt).input_ids
+        except labs.InputError:
+            rest = {"tools": (), "template_options": None, "effort": None}
+            prompt = msgspec.structs.replace(prompt, **rest)
+            return labs_request.build(self.config, model, prompt).input_ids
 
     # ------------------------------------------------------------ with the model
 
@@ -384,8 +283,8 @@ class Service:
     @contextlib.contextmanager
     def charged(self, owner: str, n: int, prepared: labs_request.Prepared) -> Iterator[None]:
         """Charge the owner for n answers per prompt, or raise Problem; an error inside refunds."""
-        rows = [(each, prepared.generation_of(each, 0)) for each in prepared.inputs]
-        cost = n * sum(len(each.input_ids) + asked.max_new_tokens for each, asked in rows)
+        rows = [prepared.ready(place, 0) for place in range(len(prepared.inputs))]
+        cost = n * sum(len(r.inputs.input_ids) + r.generation.max_new_tokens for r in rows)
         cost = cost if prepared.choice is None else prepared.choice.tokens
         if cost > (most := self._tokens.per_minute or cost):
             text = f"this request may use {cost} tokens; the quota is {most} a minute"
@@ -410,15 +309,16 @@ class Service:
             rest = {"owner": owner, "events": answers.events}
             try:
                 with self.charged(owner, request.n, prepared):
-                    for each in prepared.answers():
-                        shown = labs_request.shown_events(self.context, *each)
-                        rest["processors"] = prepared.constraints()
+                    for ready in prepared.answers():
+                        given, filters = (ready.inputs, ready.generation), self.context.filters
+                        rest["processors"] = ready.processors()
                         if prepared.choice is None:
-                            answers.add(lease.engine.submit(*each, **rest), shown)
+                            answers.add(lease.engine.submit(*given, **rest), ready, filters)
                             continue
-                        stream = lease.engine.open(*each, owner, ())
+                        stream = lease.engine.open(*given, owner, ())
                         work = prepared.choice.parts
-                        answers.add(lease.engine.take_in(stream, answers.events, work), shown)
+                        taken = lease.engine.take_in(stream, answers.events, work)
+                        answers.add(taken, ready, filters)
             except BaseException:
                 answers.close()
                 raise
@@ -428,21 +328,14 @@ class Service:
 
     def collect(
         self, req: falcon.Request, request: labs_request.Request
-    ) -> tuple[Answers, list[labs.Completion]]:
+    ) -> tuple[Answers, list[labs_ready.Found]]:
         """Wait for a checked request's answers and return them whole, in the order of choices."""
         answers = self.submit(req, request, self.leased(req, request))
-        pieces: dict[int, list[labs.Delta]] = {}
-        dones: dict[int, labs.Done] = {}
         try:
-            for choice, event in (item for item in answers if item is not None):
-                if isinstance(event, labs.Delta):
-                    pieces.setdefault(choice, []).append(event)
-                else:
-                    dones[choice] = event
+            return answers, answers.whole()
         finally:
             answers.close()
             req.context.record = answers.record()
-        return answers, [labs.fold(pieces.get(each, []), dones[each]) for each in sorted(dones)]
 
     def stream(
         self,
@@ -561,17 +454,17 @@ class Generate(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         answers, (completion,) = self.service.collect(req, self._read(req))
         names = {"id": req.context.id, "model": answers.name, "documents": answers.documents}
-        resp.data = labs_gate.dumps(GenerateAnswer(**names, **msgspec.structs.asdict(completion)))
+        resp.data = labs_gate.dumps(GenerateAnswer(**names, **labs_ready.fields_of(completion)))
 
     def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
         service, request = self.service, self._read(req)
         lease = service.leased(req, request)
         with service.prepared(request, lease) as prepared:
-            (inputs,), generation = prepared.inputs, prepared.generation
-            labs_request.shown_events(service.context, inputs, generation)  # may raise InputError
+            ready = prepared.ready(0, 0)
+            ready.shown(service.context.filters)  # may raise InputError
             sources = dict.fromkeys(service.context.configs[lease.name].sources, "server")
             sources |= dict.fromkeys(request.options, "request")
-            found = labs_request.explain(prepared.model, inputs, generation, sources)
+            found = labs_explain.explain(prepared.model, ready.inputs, prepared.generation, sources)
         shown = {name: each for name, each in found.settings.items() if name not in PATHS}
         resp.data = labs_gate.dumps(msgspec.structs.replace(found, settings=shown))
 
@@ -580,26 +473,39 @@ class Generate(Resource):
         self.service.stream(req, resp, self._read(req), frames)
 
     def _frames(self, req: falcon.Request, answers: Answers) -> Iterator[bytes]:
-        """Yield text as `data:` lines, with line ends as "\\n"; then `event: done` with JSON."""
-        rest = ""  # a carriage return, held back because the next piece may begin with its "\n"
+        """Yield text as `data:` lines, with line ends as "\\n"; at last `event: done` with JSON.
+
+        Reasoning comes as `event: reasoning`, a call whole as `event: call` with JSON.
+        """
+        rest = {labs.Delta: "", labs_parts.Reasoning: ""}  # a "\\r" whose "\\n" may come
         for item in answers:
-            if item is None:
+            part = None if item is None else item[1]
+            if part is None:
                 yield b": ping\n\n"
-            elif isinstance(item[1], labs.Delta):
-                text = rest + item[1].text
-                rest = "\r" if text.endswith("\r") else ""
-                yield _data_lines(text.removesuffix("\r"))
+            elif isinstance(part, labs.Delta | labs_parts.Reasoning):
+                text = rest[type(part)] + part.text
+                rest[type(part)] = "\r" if text.endswith("\r") else ""
+                yield _data_lines(type(part), text.removesuffix("\r"))
+            elif isinstance(part, labs_parts.CallStarted):
+                begun = part
+            elif isinstance(part, labs_parts.Arguments):
+                function = labs.FunctionCall(name=begun.name, arguments=part.text)
+                call = labs_gate.dumps(labs.ToolCall(id=begun.id, function=function))
+                yield b"event: call\ndata: " + call + b"\n\n"
             else:
-                yield _data_lines(rest)
+                yield from (_data_lines(*each) for each in rest.items())
                 answer = {"id": req.context.id, "model": answers.name}
                 answer |= {} if answers.documents is UNSET else {"documents": answers.documents}
-                data = labs_gate.dumps({**answer, **msgspec.structs.asdict(item[1])})
+                data = labs_gate.dumps({**answer, **msgspec.structs.asdict(part)})
                 yield b"event: done\ndata: " + data + b"\n\n"
 
 
-def _data_lines(text: str) -> bytes:
+def _data_lines(kind: type[Any], text: str) -> bytes:
+    """Return text or reasoning as one event, none if it is empty."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return "".join(f"data: {line}\n" for line in lines).encode() + b"\n" if text else b""
+    event = "" if kind is labs.Delta else "event: reasoning\n"
+    data = "".join(f"data: {line}\n" for line in lines)
+    return f"{event}{data}\n".encode() if text else b""
 
 
 class Choose(Resource):
@@ -672,9 +578,9 @@ class OpenAI(Resource):
     def _frames(self, req: falcon.Request, usage_of: int, answers: Answers) -> Iterator[bytes]:
         """Yield one chunk per event. usage_of: the choices per prompt, or 0 for no usage chunk."""
         names = {"usage": None if usage_of else UNSET, **self._names(req, answers)}
-        names["system_fingerprint"] = labs_openai.system_fingerprint(answers.model)
+        names["system_fingerprint"] = labs_replies.system_fingerprint(answers.model)
 
-        def frame(*choices: labs_openai.Choice, **more: Any) -> bytes:
+        def frame(*choices: labs_replies.Choice, **more: Any) -> bytes:
             chunk = self.endpoint.wrap(choices, **{**names, **more})
             return b"data: " + labs_gate.dumps(chunk) + b"\n\n"
 
@@ -684,13 +590,13 @@ class OpenAI(Resource):
                 yield b": ping\n\n"
                 continue
             index, event = item
-            if index not in places and (first := self.endpoint.first(index)) is not None:
+            if index not in places and (first := self.endpoint.first(index, event)) is not None:
                 yield frame(first, documents=UNSET if places else answers.documents)
             place = places.setdefault(index, labs_tokens.Places(answers.model))
             yield frame(self.endpoint.choice(place, index, event))
         if usage_of:
             usages = [done.usage for done in answers.dones]
-            yield frame(usage=labs_openai.usage_of(usages, usage_of))
+            yield frame(usage=labs_replies.usage_of(usages, usage_of))
         yield b"data: [DONE]\n\n"
 
 
@@ -719,7 +625,7 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
-    explanation, answer = labs_request.Explanation, labs_openai.OpenAIAnswer
+    explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")

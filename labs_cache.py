@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,20 +238,3 @@ def digest(place: Path, cache: str | None = None) -> str:
 def _digest_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------- fields of a fingerprint
-
-
-def hardware(device: Any) -> str:
-    """Return the hardware of a torch device, as far as it can change the bits of a result."""
-    import torch
-
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of packages by their names."""
-    return {name: str(importlib.import_module(name).__version__) for name in packages}

@@ -30,6 +30,13 @@ is too long for the model's context, its oldest messages are left out.
   /help         show this text
   /exit         end the chat, as Ctrl-D does'''
 
+
+class Thought(str):
+    """A piece of reasoning, which is shown but is not a part of the answer's text."""
+
+    __slots__ = ()
+
+
 Messages = list[labs.Message]
 Answer = Callable[[Messages], Iterator[str]]  # writes the answer and yields its pieces
 tell = functools.partial(click.echo, err=True)
@@ -97,8 +104,10 @@ def take_turn(history: Messages, text: str, answer: Answer) -> Messages:
         tell(f"Error: {exc} (--max-new-tokens is the room for the answer)")
     except labs.LabsError as exc:
         tell(f"Error: {exc}")
-    said = labs.Message(role="assistant", content="".join(parts))
-    return [*messages, said] if parts else history
+    text = "".join(part for part in parts if not isinstance(part, Thought))
+    thoughts = "".join(part for part in parts if isinstance(part, Thought))
+    said = labs.Message(role="assistant", content=text, reasoning_content=thoughts or None)
+    return [*messages, said] if text else history
 
 
 def fitting(messages: Messages, answer: Answer) -> Iterator[str]:

@@ -27,8 +27,10 @@ import click
 import msgspec
 
 import labs
+import labs_dialogue
+import labs_explain
+import labs_ready
 import labs_request
-import labs_settings
 
 EPILOG = """\b
 Examples:
@@ -41,6 +43,7 @@ Examples:
   labs-gen --model your-org/your-model --load-in-4bit --prompt "Hello!"
   labs-gen --prompt "Name a city." --schema city.json
   labs-gen --prompt "Is it Paris?" --choose yes --choose no
+  labs-gen --prompt "Is it cold in Rome?" --tools tools.json
   labs-gen --input prompts.jsonl --output answers.jsonl
   labs-gen --input 's3://bucket/*.jsonl' --output answers --ray --replicas 4
   labs-gen --replay answers.jsonl
@@ -91,6 +94,8 @@ OPTIONS: Options = (
     ("Input", "--messages-json", str, "A conversation: a JSON list of {role, content}."),
     ("Input", "--messages-file", str, "A file with the conversation; - is standard input."),
     ("Input", "--system", str, "A system message that comes before the prompt."),
+    ("Input", "--tools", str, "A file with a JSON list of tools that the model may call."),
+    ("Input", "--tool-choice", str, "none, auto, required or the name of a tool [default: auto]."),
     ("Input", "--chat", bool, "Talk with the model; /help lists the commands."),
     (
         "Output",
@@ -137,6 +142,7 @@ ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
 ALIASES["documents_database"] = ["--docs"]
 KEYS = [setting.key for setting in SETTINGS]
 TALK = ["prompt", "messages_json", "messages_file", "system", "config", *KEYS]
+TOOLS = ["tools", "tool_choice"]
 # Each mode and the flags that it reads; other flags would have no effect and are refused. The first
 # mode that is given counts. Without a mode, labs-gen answers one prompt as text.
 READS = {
@@ -145,17 +151,17 @@ READS = {
     "input": ["output", "ordered", "batch_rows", *RAY_KEYS, "config", *KEYS],
     "replay": ["batch_rows", "config", *KEYS],
     "index": ["config", *KEYS],
-    "explain": TALK,
+    "explain": [*TALK, *TOOLS],
     "choose": [*TALK, "json"],
     "chat": [*TALK[1:], "stream", "verbose", "schema"],
-    "json": [*TALK, "verbose", "schema"],
+    "json": [*TALK, *TOOLS, "verbose", "schema"],
 }
 # Flags that exclude each other: at most one of each row may be given.
 RIVALS = ("prompt messages_json messages_file", "rooms check", "ray ordered")
 # The first flag of each row needs one of the flags after it.
 NEEDS = (
     *("output input", "ordered input", "batch_rows input replay", "ray input", *RAY_NEEDS),
-    *("rooms vendor", "check vendor"),
+    *("rooms vendor", "check vendor", "tool_choice tools"),
 )
 
 Values = dict[str, Any]  # flags by name
@@ -286,56 +292,100 @@ def tell_sources(prepared: labs_request.Prepared) -> None:
         tell(f"[{source.n}] {source.path}" + (f"#{source.heading}" if source.heading else ""))
 
 
-def events_of(session: Session, prepared: labs_request.Prepared) -> Generator[labs.Event]:
-    """Yield the events of one answer after the filters have changed them."""
-    ((inputs, generation),) = prepared.answers()
-    shown = labs_request.shown_events(session.context, inputs, generation)
-    only = prepared.constraints()
+def parts_of(session: Session, prepared: labs_request.Prepared) -> Generator[Any]:
+    """Yield the parts of one answer after the filters have changed them."""
+    (ready,) = prepared.answers()
+    take, only = ready.shown(session.context.filters), ready.processors()
+    inputs, generation = ready.inputs, ready.generation
     events: Any = labs.stream_generate(session.model, inputs, generation, processors=only)
     tell_sources(prepared)  # now the prompt fits: a chat that is too long tries again with less
     with contextlib.closing(events):
-        for event in itertools.chain.from_iterable(map(shown, events)):
-            yield event
-            if isinstance(event, labs.Done):  # a filter may end the answer before the model does
+        for part in itertools.chain.from_iterable(map(take, events)):
+            yield part
+            if isinstance(part, labs.Done):  # a filter may end the answer before the model does
                 return
 
 
-def answer(session: Session, request: labs_request.Request) -> Iterator[str]:
-    """Write the answer, streamed or in one piece, and yield the pieces of its text."""
-    prepared, pieces = prepare(session, request), list[str]()
-    with contextlib.closing(events_of(session, prepared)) as events:
-        for event in events:
-            if isinstance(event, labs.Delta):
-                pieces.append(event.text)
-                yield event.text
-                write(event.text if session.stream else "")
-            elif isinstance(event, labs.Done):
-                write("\n" if session.stream else "".join(pieces) + "\n")
-                report(session, event)
+class Paper:
+    """Writes the parts of one answer: its text, then each call as a line of JSON.
+
+    stream: whether text is written as it comes. Reasoning goes to standard error.
+    """
+
+    def __init__(self, stream: bool) -> None:
+        self._stream, self._thinks = stream, False
+        self._texts, self._calls = list[str](), list[str]()
+        self._begun: Any = None
+
+    def __call__(self, part: Any) -> None:
+        kind = kind_of(part)
+        if self._thinks and kind != "reasoning":
+            tell("")
+        self._thinks = kind == "reasoning"
+        if kind == "reasoning":
+            tell(click.style(part.text, dim=True), nl=False)  # click drops colours off a terminal
+        elif kind == "delta":
+            self._texts.append(part.text)
+            write(part.text if self._stream else "")
+        elif kind == "call":
+            self._begun = part
+        elif kind == "arguments":
+            function = labs.FunctionCall(name=self._begun.name, arguments=part.text)
+            call = labs.ToolCall(id=self._begun.id, function=function)
+            self._calls.append(msgspec.json.encode(call).decode() + "\n")
+        elif kind == "done":
+            text = "" if self._stream else "".join(self._texts)
+            end = "\n" if self._texts or not self._calls else ""
+            write("".join([text, end, *self._calls]))
+
+
+def kind_of(part: Any) -> str:
+    """Return the tag of a part; labs_parts.py, which has some of them, may be absent."""
+    return str(part.__struct_config__.tag)
+
+
+def answer(session: Session, request: labs_request.Request) -> Iterator[Any]:
+    """Write the answer, streamed or in one piece, and yield its parts."""
+    prepared, paper = prepare(session, request), Paper(session.stream)
+    with contextlib.closing(parts_of(session, prepared)) as parts:
+        for part in parts:
+            yield part
+            paper(part)
+            if isinstance(part, labs.Done):
+                report(session, part)
 
 
 def take_turn(session: Session, messages: Messages) -> Iterator[str]:
     """Answer the last of these messages and yield the pieces of the answer."""
+    import labs_chat
+
     prompt = labs_request.Prompt(messages=tuple(messages))
     request = msgspec.structs.replace(session.asked, prompts=(prompt,))
-    return answer(session, labs_request.check(session.context, request))
+    for part in answer(session, labs_request.check(session.context, request)):
+        if kind_of(part) == "reasoning":
+            yield labs_chat.Thought(part.text)
+        elif isinstance(part, labs.Delta):
+            yield part.text
 
 
 def answer_json(session: Session, request: labs_request.Request) -> None:
     """Write one JSON object: the completion, its request and all settings."""
     config, prepared = session.context.config, prepare(session, request)
-    ((inputs, generation),) = prepared.answers()
-    constraints = prepared.constraints()
+    (ready,) = prepared.answers()
+    inputs, generation, only = ready.inputs, ready.generation, ready.processors()
     tell_sources(prepared)
-    completion = labs.generate(session.model, inputs, generation, processors=constraints)
-    completion = labs_request.shown(session.context, completion)
-    found = msgspec.structs.asdict(completion)
+    events = labs.stream_generate(session.model, inputs, generation, processors=only)
+    completion = ready.whole(session.context.filters, [*events])
+    found = labs_ready.fields_of(completion)
     (prompt,) = session.asked.prompts
     repeated: Values = {"prompt": prompt.prompt, "messages": prompt.messages}
+    if prompt.tools:
+        repeated |= {"tools": prompt.tools, "tool_choice": request.tool_choice}
     repeated = {name: value for name, value in repeated.items() if value is not None}
-    repeated |= {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
+    chat = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
+    repeated |= {name: value for name, value in chat.items() if value != {}}
     repeated["response_format"] = request.response_format
-    settings = {setting.key: value_of(config, setting) for setting in SETTINGS}
+    settings = {setting.key: labs_explain.value_of(config, setting) for setting in SETTINGS}
     result = {**found, "request": repeated, "settings": settings}
     if prepared.sources is not None:
         repeated["documents"], result["documents"] = True, prepared.sources
@@ -347,14 +397,20 @@ def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
     """Return the response format for a file with a JSON schema, or None without a file."""
     if name is None:
         return None
+    wanted = labs_request.JsonSchema(
+        schema=read_json(name, dict[str, Any], "a JSON schema, an object")
+    )
+    return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)
+
+
+def read_json(name: str, kind: Any, expected: str) -> Any:
+    """Return the contents of a JSON file. Raises InputError, which says what was expected."""
     text = read_text(name)
     try:
-        schema = msgspec.json.decode(text, type=dict[str, Any])
+        return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
         reason = json_fault(text, exc)
-        raise labs.InputError(f"{name}: {reason}; expected a JSON schema, an object") from exc
-    wanted = labs_request.JsonSchema(schema=schema)
-    return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)
+        raise labs.InputError(f"{name}: {reason}; expected {expected}") from exc
 
 
 def choose(
@@ -377,25 +433,9 @@ def explain(session: Session, request: labs_request.Request) -> None:
     sources = session.context.config.sources
     prepared = prepare(session, request)
     tell_sources(prepared)
-    ((inputs, generation),) = prepared.answers()
-    plan = labs_request.explain(session.model, inputs, generation, sources)
-    left = plan.context_left
-    room = "the context has no limit" if left is None else f"the context has room for {left} more"
-    same = "yes" if plan.batch_invariant else "not promised for this model on this device"
-    write(f"""{plan.prompt}
----
-prompt tokens: {plan.prompt_tokens}; {room}
-runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
-forward of {plan.forward}
-same text whatever else is in the batch: {same}
-memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
----
-""")
-    for name, rule in plan.generation_config.items():
-        write(f"# generation_config.json: {name} = {rule}\n")
-    for key, each in plan.settings.items():
-        value = "unset" if each.value is None else json.dumps(each.value, ensure_ascii=False)
-        write(f"{key} = {value}  # {each.source}\n")
+    (ready,), generation = prepared.answers(), prepared.generation
+    plan = labs_explain.explain(session.model, ready.inputs, generation, sources)
+    write(labs_explain.described(plan))
 
 
 def answer_file(config: labs.Config, flags: Values) -> None:
@@ -434,14 +474,15 @@ def answer_file(config: labs.Config, flags: Values) -> None:
 
 def replay(config: labs.Config, flags: Values) -> None:
     """Report how each line of --replay compares. Exit with code 1 if a comparable one differs."""
-    labs.require("labs_jsonl")
+    labs.require("labs_jsonl", "labs_replay")
     import labs_jsonl
+    import labs_replay
 
     counts = dict.fromkeys(("same", "differs", "not comparable"), 0)
     context = labs_request.open_context(config)
     with labs_jsonl.opened(flags["replay"]) as file:
         model, lines = load_model(config), enumerate(file, 1)
-        for found in labs_jsonl.replay(model, context, lines, flags["batch_rows"]):
+        for found in labs_replay.replay(model, context, lines, flags["batch_rows"]):
             counts[found.verdict] += 1
             at = f" at token {found.token}" if found.token else ""
             why = f" ({found.why})" if found.why else ""
@@ -485,7 +526,7 @@ def vendor(folder: str, rooms: str, check: bool) -> None:
     tell(f"[{count} files written]")
 
 
-def report(session: Session, done: labs.Done | labs.Completion) -> None:
+def report(session: Session, done: Any) -> None:
     """Report whether a limit cut the answer and, with --verbose, how long each part took."""
     flag = {"length": "--max-new-tokens", "timeout": "--timeout-s"}.get(done.finish_reason)
     if flag and (session.verbose or sys.stderr.isatty()):
@@ -497,43 +538,6 @@ def report(session: Session, done: labs.Done | labs.Completion) -> None:
         figures = {**counts, "imports_s": session.imports_s, **times}
         del figures["response_cached"], figures["queue_s"]  # only a server sets these
         tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
-
-
-def dump_effective_config(config: labs.Config) -> str:
-    """Return every setting as TOML, each line with its source. Secrets are left out."""
-    lines = []
-    for section in labs_settings.SECTIONS:
-        lines.append(f"[{section}]")
-        for setting in (setting for setting in labs.settings() if setting.section == section):
-            value, name = value_of(config, setting), setting.field
-            line = f"# {name}: unset" if value is None else f"{name} = {_toml(value)}"
-            lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}")
-    if config.model.token:
-        lines.append('# HF_TOKEN = "********"')
-    if config.api_keys:
-        lines.append(f"# API keys: {len(config.api_keys)}")
-    return "\n".join(lines) + "\n"
-
-
-def value_of(config: labs.Config, setting: labs.Setting) -> Any:
-    """Return the value that a setting has in a configuration."""
-    split = {"generation": (config.model, config.generation, config)}
-    split["quantization"] = (config.model.quantization,)  # type: ignore[assignment]
-    holders = split.get(setting.section) or (getattr(config, setting.section),)
-    holder = next(each for each in holders if hasattr(each, setting.field))
-    return getattr(holder, setting.field)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, msgspec.Struct):
-        return _toml(
-            {key: item for key, item in msgspec.structs.asdict(value).items() if item is not None}
-        )
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{key}" = {_toml(item)}' for key, item in value.items()) + "}"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return msgspec.json.encode(value).decode()
 
 
 class Command(click.Command):
@@ -631,7 +635,7 @@ def run(**flags: Any) -> None:
     overrides = {key: flags[key] for key in KEYS if flags[key] not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
-        write(dump_effective_config(config).rstrip("\n") + "\n")
+        write(labs_explain.dump_effective_config(config).rstrip("\n") + "\n")
         return
     for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
         if flags[name]:
@@ -643,9 +647,15 @@ def run(**flags: Any) -> None:
 def answer_prompt(config: labs.Config, flags: Values) -> None:
     """Answer one prompt or a chat. A request that cannot work is refused before the model loads."""
     prompt, schema = read_prompt(flags), read_schema(flags["schema"])
-    asked = labs_request.Request(prompts=(prompt,), response_format=schema)
+    if flags["tools"] is not None:
+        tools = read_json(flags["tools"], tuple[labs_dialogue.Tool, ...], "a list of tools")
+        prompt = msgspec.structs.replace(prompt, tools=tools)
+    choice = flags["tool_choice"] or "auto"
+    asked = labs_request.Request(prompts=(prompt,), response_format=schema, tool_choice=choice)
     if flags["choose"] or schema is not None:
         labs.require("labs_typed")
+    if prompt.tools:
+        labs.require("labs_tools")
     context = labs_request.open_context(config)
     first = msgspec.structs.replace(asked, prompts=()) if flags["chat"] else asked
     request = labs_request.check(context, first)

@@ -25,6 +25,8 @@ import labs_packing
 from labs_decode import Decoder, Tensor
 from labs_packing import PackedWeight
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 
 def speed_up(
     decoder: Decoder, method: str = "none", *, batch_invariant: bool, cuda_graphs: bool
@@ -209,3 +211,13 @@ def fuse_norms(model: Any) -> None:
             theirs = module(x).float()
             if (norm(x).float() - theirs).norm() <= 0.01 * theirs.norm():
                 module.forward = norm
+
+
+def bitsandbytes(wanted: dict[str, Any], dtype: str) -> Any:
+    """Return transformers' configuration of the fields of labs.Quantization. dtype: the model's."""
+    import transformers
+
+    compute = wanted["bnb_4bit_compute_dtype"].replace("auto", dtype)
+    options = {**wanted, "bnb_4bit_compute_dtype": DTYPES.get(compute, compute)}
+    del options["quant_method"]
+    return transformers.BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]

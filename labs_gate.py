@@ -116,9 +116,10 @@ def check_sizes(server: labs.Server, request: labs_request.Request) -> None:
             what = {"n": "choices per prompt", "prompt": "prompts"}[name]
             text = f"the request has {count} {what}; this server allows {most}"
             raise labs_request.Refusal(text, "invalid_value", name)
-    texts = [("the prompt has", prompt.text) for prompt in request.prompts]
-    for what, text in (*texts, ("the options have", "".join(request.choices or ()))):
-        if (size := len(text.encode(errors="replace"))) > server.max_prompt_bytes:
+    sizes = [("the prompt has", prompt.size) for prompt in request.prompts]
+    options = "".join(request.choices or ()).encode(errors="replace")
+    for what, size in (*sizes, ("the options have", len(options))):
+        if size > server.max_prompt_bytes:
             text = f"{what} {size} bytes; this server allows {server.max_prompt_bytes}"
             raise labs_request.Refusal(text, "prompt_too_large")
 

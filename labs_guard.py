@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 import labs
 import labs_patterns
@@ -100,12 +100,6 @@ class Filters(Struct, frozen=True, eq=False):
             raise Filtered(refused)
         return shown
 
-    def check_prompt(self, prompt: Any) -> Any:
-        """Return a labs_request.Prompt with masks in its texts. Raises Filtered like check_text."""
-        check, old, text = self.check_text, prompt.messages or (), prompt.prompt
-        turns = (replace(m, content=check(m.content), name=m.name and check(m.name)) for m in old)
-        return replace(prompt, prompt=text and check(text), messages=tuple(turns) or None)
-
     def check_inputs(self, inputs: labs.Inputs, *, ids: bool = False) -> labs.Inputs:
         """Raise Filtered for too many tokens or, when `ids` were sent, for their text."""
         if (tokens := len(inputs.input_ids)) > (most := self.guard.max_prompt_tokens or 2**62):
@@ -121,14 +115,6 @@ class Filters(Struct, frozen=True, eq=False):
         if on and generation.logprobs is not None:
             raise labs.InputError("logprobs: not available while [guard] filters answers")
         return on
-
-    def shown(self, completion: labs.Completion) -> labs.Completion:
-        """Return a whole answer with its text filtered."""
-        done, take = asdict(completion), Filter(self, labs.Inputs((), ""), labs.Generation())
-        delta = labs.Delta(done.pop("text"), done.pop("logprobs"))
-        events: list[Any] = [*take(delta), *take(labs.Done(**done))]
-        found = labs.fold(events[:-1], events[-1])
-        return replace(found, usage=completion.usage, timings=completion.timings)
 
     def apply(self, side: str, text: str, start: int, end: int) -> tuple[str, int, str | None]:
         """Return text[start:end] with masks, the position that it reaches, and a refusing rule.
@@ -205,11 +191,14 @@ def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
 
 
 class Filter:
-    """Filter an answer's events; each call returns the events to show. over: a rule ended it."""
+    """Filter an answer's events; each call returns the events to show. over: a rule ended it.
+
+    changed: whether a rule changed its text.
+    """
 
     def __init__(self, filters: Filters, inputs: labs.Inputs, generation: labs.Generation) -> None:
         self.over, self._filters, self._on = False, filters, filters.filters(generation)
-        self._text, self._changed, self._shown, self._tokens = "", False, 0, 0
+        self._text, self.changed, self._shown, self._tokens = "", False, 0, 0
         self._judged = 0 if filters.guard.classifier else 2**62  # characters classified so far
         self._prompt, self._began, self._first = len(inputs.input_ids), time.perf_counter(), 0.0
 
@@ -219,19 +208,20 @@ class Filter:
             while not self.over and (event := next(events, None)):
                 yield from self(event)
 
-    def __call__(self, event: labs.Event) -> list[labs.Event]:
+    def __call__(self, event: labs.Event, *, final: bool = False) -> list[labs.Event]:
+        """Return the events to show. final: no more text comes, but the answer goes on."""
         if not self._on or self.over or isinstance(event, labs.Failed):
             return [] if self.over else [event]
         done = isinstance(event, labs.Done)
         if isinstance(event, labs.Delta):
-            self._text, self._tokens = self._text + event.text, self._tokens + 1
+            self._text, self._tokens = self._text + event.text, self._tokens + bool(event.text)
             self._first = self._first or time.perf_counter()
-        rejected, start = self._reject(done), self._shown
-        final = [each.final_up_to(self._text) for each in self._filters.patterns]
-        end = min(len(self._text), self._judged, *([] if done or rejected else final))
+        rejected, start = self._reject(done or final), self._shown
+        ends = [each.final_up_to(self._text) for each in self._filters.patterns]
+        end = min(len(self._text), self._judged, *([] if done or final or rejected else ends))
         shown, self._shown, refused = self._filters.apply("output", self._text, start, end)
         self.over = bool(refused or rejected)
-        self._changed |= self.over or shown != self._text[start : self._shown]
+        self.changed |= self.over or shown != self._text[start : self._shown]
         if rejected and not refused:
             self._filters.tell(rejected, "output")
         last: list[labs.Event] = [self._end(event)] if done or self.over else []
@@ -248,11 +238,22 @@ class Filter:
             self._judged = end
         return None
 
-    def _end(self, event: labs.Event) -> labs.Done:
-        """Return the last event. A cut answer counts one token a piece: its row has no Done yet."""
+    def cut(self, event: labs.Event) -> labs.Done:
+        """Return the last event of an answer that a rule ends here.
+
+        It counts one token a piece: its row has no Done yet.
+        """
         if isinstance(event, labs.Done):
-            cut = {"finish_reason": "content_filter", "matched_stop": None} if self.over else {}
-            return replace(event, fingerprint=None, **cut) if self._changed else event
-        first, rest = self._first - self._began, time.perf_counter() - self._first
-        timings = labs.Timings(0.0, first, rest, (self._tokens - 1) / max(rest, 1e-9))
+            cut = {"finish_reason": "content_filter", "matched_stop": None}
+            return replace(event, fingerprint=None, **cut)
+        first = self._first or time.perf_counter()
+        rest = time.perf_counter() - first
+        speed = max(self._tokens - 1, 0) / max(rest, 1e-9)
+        timings = labs.Timings(0.0, first - self._began, rest, speed)
         return labs.Done("content_filter", labs.Usage(self._prompt, self._tokens), timings)
+
+    def _end(self, event: Any) -> labs.Done:
+        if self.over:
+            return self.cut(event)
+        done: labs.Done = replace(event, fingerprint=None) if self.changed else event
+        return done

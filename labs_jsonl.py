@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer files of prompts, one JSON object per line; generate answers again and compare them.
+"""Answer files of prompts, one JSON object per line.
 
     {"id": "a", "prompt": "Name a river.", "max_new_tokens": 8}          any field of a request
     {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {...}}   OpenAI's
 
 `answer_file` runs labs-gen --input: the lines share one decode batch, each answer is appended as a
 whole line, and the same call again continues where it stopped. `answer_lines` needs no files.
-`replay` runs labs-gen --replay. Needs labs.py, labs_request.py, labs_openai.py for OpenAI's lines,
-and tqdm for files.
+labs_replay.py generates the answers again. Needs labs.py, labs_request.py, labs_openai.py for
+OpenAI's lines, and tqdm for files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 import labs
+import labs_ready
 import labs_request
 
 open_context = labs_request.open_context  # called once per run
@@ -73,8 +74,8 @@ class Task(Struct, eq=False):
     endpoint: Any = None
     order: int = 0
     prepared: labs_request.Prepared | None = None
-    pieces: dict[int, list[labs.Delta]] = field(default_factory=dict)
-    found: dict[int, labs.Completion] = field(default_factory=dict)
+    events: dict[int, list[labs.Event]] = field(default_factory=dict)
+    found: dict[int, labs_ready.Found] = field(default_factory=dict)
     error: labs.LabsError | None = None
     missing: int = 1
 
@@ -88,16 +89,22 @@ class Task(Struct, eq=False):
         """Store the first error, without its traceback."""
         self.error = self.error or error.with_traceback(None)
 
-    def take(self, place: int, event: labs.Event) -> None:
-        """Record an event of the row with this number."""
+    def ready(self, place: int) -> labs_ready.Ready:
+        """Return the answer of the row with this number."""
+        if self.prepared is None:
+            raise self.error or labs.InputError("the line was not prepared")
+        return self.prepared.ready(place // self.prepared.request.n, place % self.seeds)
+
+    def take(self, place: int, event: labs.Event, context: labs_request.Context) -> None:
+        """Record an event of the row with this number, and its answer after the last one."""
+        self.events.setdefault(place, []).append(event)
         if isinstance(event, labs.Delta):
-            self.pieces.setdefault(place, []).append(event)
             return
-        self.missing -= 1
+        events, self.missing = self.events.pop(place), self.missing - 1
         if isinstance(event, labs.Failed):
             self.fail(event.error)
         else:
-            self.found[place] = labs.fold(self.pieces.pop(place, []), event)
+            self.found[place] = self.ready(place).whole(context.filters, events)
 
 
 # ---------------------------------------------------------------- lines in
@@ -145,10 +152,13 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
         "prompt": line.prompt,
         "messages": line.messages,
         "response_format": line.response_format,
+        "tools": line.tools or None,
+        "tool_choice": line.tool_choice,
+        "parallel_tool_calls": line.parallel_tool_calls,
         **{name: getattr(prompt, name) for name in labs.Chat.__struct_fields__},
         "documents": config.documents.apply(line.documents) or None,
     }
-    task.repeated = {name: value for name, value in repeated.items() if value is not None}
+    task.repeated = {k: v for k, v in repeated.items() if v is not None and v != {}}
 
 
 def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
@@ -168,13 +178,13 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     task.request = request = task.endpoint.request_of(body, given)
     documents = {"documents": True} if config.documents.apply(request.documents) else {}
     task.repeated = {"url": line.url, "body": line.body, **documents}
-    task.seeds = _count_seeds(request)
+    task.seeds = count_seeds(request)
     if task.seeds > 1 and request.options.get("seed", config.generation.seed) is None:
         drawn = {"seed": secrets.randbits(32)}  # replay can repeat one seed, not one per choice
         task.request = replace(request, options=request.options | drawn)
 
 
-def _count_seeds(request: labs_request.Request) -> int:
+def count_seeds(request: labs_request.Request) -> int:
     """Return how many rows get different seeds: with a seed, only the choices of one prompt."""
     return request.n * (1 if "seed" in request.options else len(request.prompts))
 
@@ -200,17 +210,17 @@ def _tasks(
             tally.skipped += 1
             continue
         task.order = next(order)
-        _prepare(model, context, task)
+        prepare(model, context, task)
         yield task
 
 
-def _prepare(model: labs.Model, context: labs_request.Context, task: Task) -> None:
+def prepare(model: labs.Model, context: labs_request.Context, task: Task) -> None:
     """Check a task and build its inputs, or store the error."""
     if task.error is not None:
         return
     most = context.config.server.max_prompt_bytes
     try:
-        if any(len(prompt.text.encode(errors="replace")) > most for prompt in task.request.prompts):
+        if any(prompt.size > most for prompt in task.request.prompts):
             raise labs.InputError(f"the prompt has over server_max_prompt_bytes = {most} bytes")
         request = labs_request.check(context, task.request)
         task.prepared = labs_request.prepare(context, context.config, model, request)
@@ -225,7 +235,9 @@ def _key(identity: str | int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> Iterator[Task]:
+def complete(
+    model: labs.Model, context: labs_request.Context, tasks: Iterable[Task], batching: Batching
+) -> Iterator[Task]:
     """Decode prepared tasks, read lazily, in one batch; yield each when it is done, or in order."""
     under_way: dict[int, tuple[Task, int]] = {}
     held: dict[int, Task] = {}
@@ -233,7 +245,7 @@ def complete(model: labs.Model, tasks: Iterable[Task], batching: Batching) -> It
     streams = _streams(model, tasks, under_way, held)
     for index, event in labs.run(model, streams, batching.rows or labs.rows_in_memory(model)):
         task, place = under_way[index]
-        task.take(place, event)
+        task.take(place, event, context)
         if isinstance(event, labs.Delta):
             continue
         del under_way[index]
@@ -260,13 +272,11 @@ def _streams(
 
 
 def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
-    prepared = task.prepared
-    if task.error is not None or prepared is None:
-        return index, labs.Failed(task.error or labs.InputError("the line was not prepared"))
-    inputs = prepared.inputs[place // prepared.request.n]
-    generation = prepared.generation_of(inputs, place % task.seeds)
     try:
-        return labs.open_request(model, index, inputs, generation, prepared.constraints())
+        if task.error is not None:
+            raise task.error
+        ready = task.ready(place)
+        return labs.open_request(model, index, ready.inputs, ready.generation, ready.processors())
     except labs.LabsError as error:
         return index, labs.Failed(error)
 
@@ -280,9 +290,9 @@ def answer_lines(
 ) -> Iterator[bytes]:
     """Answer lines; yield lines of answers. tally: has the ids answered before, and counts."""
     tally.began = time.perf_counter()
-    for task in complete(model, _tasks(model, context, lines, tally), batching):
+    for task in complete(model, context, _tasks(model, context, lines, tally), batching):
         tally.count(task)
-        found = [labs_request.shown(context, task.found[place]) for place in sorted(task.found)]
+        found = [task.found[place] for place in sorted(task.found)]
         render = _render_openai if task.openai else _render
         yield msgspec.json.encode(render(model, context.config, task, found)) + b"\n"
 
@@ -324,12 +334,17 @@ class Tally(Struct, eq=False):
 
 
 def _render(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
+    model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
     if task.error is not None:
         kind = "invalid_request" if _is_bad_request(task.error) else "failed"
         return {"id": task.id, "error": {"type": kind, "message": str(task.error)}}
-    answer = {"id": task.id, "model": config.model_id, **asdict(found[0]), **_documents(task)}
+    answer = {
+        "id": task.id,
+        "model": config.model_id,
+        **labs_ready.fields_of(found[0]),
+        **_documents(task),
+    }
     return {**answer, "request": task.repeated}
 
 
@@ -345,7 +360,7 @@ def _is_bad_request(error: labs.LabsError) -> bool:
 
 
 def _render_openai(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs.Completion]
+    model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
     import labs_openai
 
@@ -376,6 +391,8 @@ class OldAnswer(Struct, frozen=True):
     id: str | int | None = None
     custom_id: str | int | None = None
     text: str | UnsetType = UNSET
+    reasoning: str = ""
+    tool_calls: tuple[labs.ToolCall, ...] = ()
     finish_reason: str | None = None
     response: Any = UNSET
     error: Any = UNSET
@@ -390,15 +407,6 @@ class OldAnswer(Struct, frozen=True):
     def failed(self) -> bool:
         status = self.response.get("status_code") if isinstance(self.response, dict) else 200
         return self.error not in (UNSET, None) or status != 200
-
-    @property
-    def texts(self) -> list[str]:
-        """Return the text of each choice. An error has none."""
-        if self.response is UNSET:
-            return [self.text] if isinstance(self.text, str) else []
-        choices = (self.response or {}).get("body", {}).get("choices", ())
-        found = [c["text"] if "text" in c else c["message"]["content"] for c in choices]
-        return msgspec.convert(found, list[str])
 
 
 def read_answer(data: bytes, where: str) -> OldAnswer:
@@ -534,117 +542,3 @@ def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
             bar.update(tally.done + tally.failed + tally.skipped - bar.n)
 
         yield show
-
-
-# ---------------------------------------------------------------- replay
-
-
-class Verdict(Struct, frozen=True):
-    """How a new answer compares with the old one. token: the first that differs, from 1."""
-
-    id: str | int
-    verdict: Literal["same", "differs", "not comparable"]
-    token: int | None = None
-    why: str | None = None
-
-
-def replay(
-    model: labs.Model, context: labs_request.Context, lines: Lines, batch_rows: int | None = None
-) -> Iterator[Verdict]:
-    """Generate answers again with the settings of their fingerprints; yield verdicts in order."""
-    answers: dict[int, OldAnswer] = {}
-
-    def tasks() -> Iterator[Task]:
-        filled = (pair for pair in lines if pair[1].strip())
-        for order, (number, data) in enumerate(filled):
-            answers[order], task = _task_of(number, data)
-            task.order = order
-            _prepare(model, context, task)
-            if task.prepared is not None:  # log-probabilities come with token ids
-                generation = replace(task.prepared.generation, logprobs=0)
-                task.prepared = replace(task.prepared, generation=generation)
-            yield task
-
-    for task in complete(model, tasks(), Batching(rows=batch_rows, ordered=True)):
-        yield _compare(model, answers.pop(task.order), task)
-
-
-def _task_of(number: int | str, data: bytes) -> tuple[OldAnswer, Task]:
-    """Return the answer in a line and the task that it answers."""
-    task, old = Task(number), OldAnswer()
-    try:
-        old = read_answer(data, f"line {number}")
-        task.id = number if old.name is None else old.name
-        if not old.texts:
-            raise labs.InputError("the old answer is an error")
-        if old.fingerprint is None or old.request is None:
-            raise labs.InputError("the line does not hold its request and fingerprint")
-        if old.finish_reason in UNFINISHED:
-            raise labs.InputError(f"the old answer was cut ({old.finish_reason})")
-        _restore_request(task, old.request, old.fingerprint.generation)
-        if len(old.texts) != len(task.request.prompts) * task.request.n:
-            raise labs.InputError("the line is damaged: it lacks choices")
-    except labs.LabsError as error:
-        task.fail(error)
-    except (msgspec.ValidationError, LookupError, TypeError, AttributeError) as error:
-        task.fail(labs.InputError(f"the line is damaged: {error}"))
-    return old, task
-
-
-def _restore_request(task: Task, repeated: dict[str, Any], generation: labs.Generation) -> None:
-    """Set the request that an answer repeats, without its time limit and log-probabilities."""
-    if "url" not in repeated:
-        task.request = labs_request.request_of(msgspec.convert(repeated, Line), {})
-    else:
-        labs.require("labs_openai")
-        import labs_openai
-
-        task.endpoint = labs_openai.ENDPOINTS[repeated["url"]]
-        body = msgspec.json.encode(repeated["body"])
-        task.request = task.endpoint.request_of(*labs_openai.read(body, task.endpoint.body))
-        task.seeds = _count_seeds(task.request)
-    options = {**asdict(generation), "timeout_s": None, "logprobs": None}
-    documents = bool(repeated.get("documents"))
-    task.request = replace(task.request, model=None, options=options, documents=documents)
-
-
-def _compare(model: labs.Model, old: OldAnswer, task: Task) -> Verdict:
-    if task.error is not None:
-        return Verdict(task.id, "not comparable", why=str(task.error))
-    now = [task.found[place] for place in sorted(task.found)]
-    pairs = zip(old.texts, now, strict=True)
-    places = [at for text, new in pairs if (at := _differs_at(model, text, new)) is not None]
-    if not places:
-        return Verdict(task.id, "same")
-    why = _difference(old.fingerprint, now[0].fingerprint)
-    if not (why or model.decoder.invariant or model.dtype == "fp32"):
-        why = f"in {model.dtype} this model's text depends on the other rows of the batch"
-    return Verdict(task.id, "not comparable" if why else "differs", min(places), why or None)
-
-
-def _differs_at(model: labs.Model, old: str, new: labs.Completion) -> int | None:
-    """Return the number of the first new token that differs from the old text, or None."""
-    if old == new.text:
-        return None
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new.text, strict=False))
-    common, length, text = len(list(pairs)), 0, labs.PartialText()
-    for number, each in enumerate(new.logprobs, 1):
-        length += len(labs.decode_next(model.tokenizer, text, each.token))
-        if length > common or each.token in model.eos_token_ids:
-            return number
-    return len(new.logprobs) + 1
-
-
-def _difference(old: labs.Fingerprint | None, new: labs.Fingerprint | None) -> str:
-    """Describe what changed. A new name of the model counts only with a new revision."""
-    before, after = _flat(old), _flat(new)
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    dropped = "revision" if {"model", "revision"} <= {*names} else "model"
-    names = [name for name in names if name != dropped]
-    return ", ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in names)
-
-
-def _flat(fingerprint: labs.Fingerprint | None) -> dict[str, Any]:
-    found = asdict(fingerprint) if fingerprint else {}
-    found |= found.pop("versions", {})
-    return {**found, "generation": None}

@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Translate OpenAI's requests into labs' and labs' completions into OpenAI's responses.
+"""Translate OpenAI's requests into labs'; labs_replies.py makes the answers.
 
     body, given = labs_openai.read(data, CHAT.body)        # refuses unsupported fields by name
     request = CHAT.request_of(body, given)                 # a labs_request.Request
     CHAT.answer(model, completions, request.n, id="1", model=config.model_id)
 
 `CHAT` and `COMPLETIONS` do no input or output: labs_api.py answers HTTP requests with them, and
-labs_jsonl.py lines of batch files. Needs labs.py, labs_request.py and labs_tokens.py.
+labs_jsonl.py lines of batch files. Needs labs.py, labs_replies.py and labs_request.py with their
+needs.
 """
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import re
-import time
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 import labs
+import labs_dialogue
+import labs_replies
 import labs_request
 import labs_tokens
 from labs_request import Refusal
@@ -48,16 +49,18 @@ class RefusalPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="ty
 class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     """A message of the conversation. annotations never changes the text, see Hints."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | tuple[TextPart | RefusalPart, ...] | None = None
     name: str | None = None
     refusal: str | None = None
     annotations: tuple[dict[str, Any], ...] | None = None
     audio: Any = None
     function_call: Any = None
-    tool_calls: Any = None
-    reasoning_content: Any = None
     provider_specific_fields: Any = None
+    tool_calls: tuple[labs.ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @property
     def text(self) -> str:
@@ -72,6 +75,17 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class Named(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: Named
 
 
 class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,6 +103,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     logit_bias: dict[labs.TokenId, labs.Bias] | None = None
     stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
     seed: labs.Seed | None = None
+    skip_special_tokens: bool | None = None  # as in vLLM
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -103,6 +118,13 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: labs.TopLogprobs | None = None
     response_format: labs_request.ResponseFormat | None = None
+    tools: tuple[labs_dialogue.Tool, ...] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # as in vLLM; labs' template_options
+    reasoning: labs.Thinking | None = None  # these two are labs' own, as in labs.Generation
+    thinking_budget: labs.Count | None = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
@@ -117,7 +139,6 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
 class Hints(Struct, frozen=True):
     cache_prompt: bool | None = None
     metadata: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     priority: int | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -132,25 +153,22 @@ class Hints(Struct, frozen=True):
 # Ignoring one of these could change the text, so only null and the values that change nothing pass.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
-    **dict.fromkeys(("functions", "stop_token_ids", "tools"), ([],)),
-    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
-    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), (True,)),
+    **dict.fromkeys(("functions", "stop_token_ids"), ([],)),
+    "function_call": ("none", "auto"),
+    "add_generation_prompt": (True,),
     **dict.fromkeys(("continue_final_message", "echo", "ignore_eos", "use_beam_search"), (False,)),
     **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
     "best_of": (1,),  # or n, because all n answers are returned
-    "chat_template_kwargs": ({},),
     "include_stop_str_in_output": (False,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "reasoning_effort": ("none", "medium"),  # "medium" is OpenAI's default
     "suffix": ("",),
     "verbosity": ("medium",),
 }
+REPLACED = {"functions": "tools", "function_call": "tool_choice"}
 NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "function_call"), ()),
     "provider_specific_fields": ({},),
-    "reasoning_content": ("",),
-    "tool_calls": ([],),
 }
 # Many clients send -1 for "no limit" or "not set"; these are the values that it stands for.
 MINUS_ONE = {
@@ -159,48 +177,7 @@ MINUS_ONE = {
 }
 
 
-# ---------------------------------------------------------------- responses
-
-
-class PromptTokensDetails(Struct, frozen=True):
-    cached_tokens: int = 0
-
-
-class OpenAIUsage(Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
-    response_cached: bool = False
-
-
-class MessagePart(Struct, frozen=True, omit_defaults=True):
-    """A message of a response, or the text that a chunk appends to it."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class Choice(Struct, frozen=True):
-    """One answer or a piece of it: a chat sets `message` or `delta`, a completion `text`."""
-
-    index: int
-    message: MessagePart | UnsetType = UNSET
-    delta: MessagePart | UnsetType = UNSET
-    text: str | UnsetType = UNSET
-    logprobs: dict[str, Any] | None = None
-    finish_reason: Literal["stop", "length", "content_filter"] | None = None
-
-
-class OpenAIAnswer(Struct, frozen=True):
-    id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
-    created: int
-    model: str
-    choices: tuple[Choice, ...]
-    usage: OpenAIUsage | UnsetType | None = UNSET
-    system_fingerprint: str | None = None
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+# ---------------------------------------------------------------- errors
 
 
 class ErrorDetail(Struct, frozen=True):
@@ -212,9 +189,6 @@ class ErrorDetail(Struct, frozen=True):
 
 class Error(Struct, frozen=True):
     error: ErrorDetail
-
-
-# ---------------------------------------------------------------- errors
 
 
 def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
@@ -264,9 +238,6 @@ def _without_neutral(data: bytes) -> bytes:
     found = {name: msgspec.json.decode(raw[name]) for name in names}
     n = msgspec.json.decode(raw.get("n", b"null"))
     neutral = NEUTRAL | ({} if n is None else {"best_of": (1, n)})
-    for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-        if found.get(choice) == "none":  # the model may not call any of the tools
-            found.pop(tools, None)
     for name, value in found.items():
         _check_neutral(name, value, neutral[name])
     minus = {k: v for k, v in MINUS_ONE.items() if bytes(raw.get(k, b"")) == b"-1"}
@@ -277,18 +248,18 @@ def _without_neutral(data: bytes) -> bytes:
 def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
     known = [(type(each), each) for each in (None, *neutral)]  # the types keep 0 and False apart
     if (type(value), value) not in known:
-        raise Refusal(f"{name} is not implemented; leave it out", "unsupported", name)
+        instead = REPLACED.get(name)
+        rest = f"use {instead}" if instead else "leave it out"
+        raise Refusal(f"{name} is not implemented; {rest}", "unsupported", name)
 
 
 # ---------------------------------------------------------------- endpoints
 
 
-class Endpoint:
-    """The code that both endpoints share."""
+class Endpoint(labs_replies.Replies):
+    """The code that both endpoints share: requests here, and answers by labs_replies."""
 
     body: type[Any]
-    prefix: str
-    kinds: tuple[Any, Any]  # `object` of a whole answer, and of a chunk
 
     def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
         """Return a body as labs' request. given: the fields that the body sets, as of `read`."""
@@ -315,65 +286,9 @@ class Endpoint:
     def prompts(self, body: Any) -> tuple[labs_request.Prompt, ...]:
         raise NotImplementedError
 
-    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        """Return a Completion, Delta or Done as a choice. places: of this choice's tokens."""
-        raise NotImplementedError
 
-    def first(self, index: int) -> Choice | None:
-        """Return the choice of a stream's first chunk, or None if none is needed."""
-        return None
-
-    def answer(
-        self, loaded: labs.Model, found: Sequence[labs.Completion], n: int, **names: Any
-    ) -> OpenAIAnswer:
-        """Return whole answers, `n` per prompt. names: as in `wrap`."""
-        choices = tuple(
-            self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
-        )
-        usage = usage_of([each.usage for each in found], n)
-        names = {"system_fingerprint": system_fingerprint(loaded), **names}
-        return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
-
-    def wrap(self, choices: tuple[Choice, ...], **names: Any) -> OpenAIAnswer:
-        """Return choices as a chunk, or as a whole answer if `names` sets `object`.
-
-        names: other fields of OpenAIAnswer, at least id and model, equal in all chunks.
-        """
-        names = {"object": self.kinds[1], "created": int(time.time()), **names}
-        return OpenAIAnswer(choices=choices, **{**names, "id": f"{self.prefix}-{names['id']}"})
-
-
-def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
-    """Add up token counts: each prompt once, as OpenAI does, and every generated token."""
-    prompt = sum(usage.prompt_tokens for usage in usages) // n
-    completion = sum(usage.completion_tokens for usage in usages)
-    cached = sum(usage.cached_tokens for usage in usages) // n
-    return OpenAIUsage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached),
-        response_cached=all(usage.response_cached for usage in usages),
-    )
-
-
-def system_fingerprint(model: labs.Model) -> str | None:
-    """Return a digest of everything, other than the request, that an answer depends on."""
-    if model.fingerprint is None:
-        return None
-    return f"fp_{hashlib.sha256(msgspec.json.encode(model.fingerprint)).hexdigest()[:12]}"
-
-
-def _reason(event: Any) -> Any:
-    """Return OpenAI's finish reason, "length" for "timeout" and "cancelled", or None."""
-    reason = getattr(event, "finish_reason", None)
-    return "length" if reason in ("timeout", "cancelled") else reason
-
-
-class Chat(Endpoint):
+class Chat(labs_replies.ChatReplies, Endpoint):
     body = ChatRequest
-    prefix = "chatcmpl"
-    kinds = ("chat.completion", "chat.completion.chunk")
 
     def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
@@ -389,9 +304,24 @@ class Chat(Endpoint):
             found["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         return found
 
+    def request_of(self, body: ChatRequest, given: dict[str, Any]) -> labs_request.Request:
+        choice, request = body.tool_choice or "auto", super().request_of(body, given)
+        if isinstance(choice, NamedTool) and choice.function.name in ("none", "auto", "required"):
+            text = f"tool_choice: no tool that is named {choice.function.name} can be chosen"
+            raise Refusal(text, "unsupported", "tool_choice")
+        name = choice.function.name if isinstance(choice, NamedTool) else choice
+        parallel = body.parallel_tool_calls is not False
+        return replace(request, tool_choice=name, parallel_tool_calls=parallel)
+
     def prompts(self, body: ChatRequest) -> tuple[labs_request.Prompt, ...]:
         messages = (self._message(f"messages[{i}]", each) for i, each in enumerate(body.messages))
-        return (labs_request.Prompt(messages=tuple(messages)),)
+        prompt = labs_request.Prompt(
+            messages=tuple(messages),
+            tools=body.tools or (),
+            template_options=body.chat_template_kwargs or None,
+            effort=body.reasoning_effort,
+        )
+        return (prompt,)
 
     def _message(self, where: str, message: ChatMessage) -> labs.Message:
         for name, neutral in NEUTRAL_OF_MESSAGE.items():
@@ -400,41 +330,18 @@ class Chat(Endpoint):
             text = f"{where}.content is missing; only an assistant's message may be empty"
             raise Refusal(text, "invalid_value", f"{where}.content")
         role = "system" if message.role == "developer" else message.role
-        return labs.Message(role=role, content=message.text, name=message.name)
-
-    def first(self, index: int) -> Choice:
-        return Choice(index=index, delta=MessagePart(role="assistant", content=""))
-
-    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        message: dict[str, Any] = {"delta": MessagePart()}
-        if isinstance(part, labs.Completion):
-            message = {"message": MessagePart(role="assistant", content=part.text)}
-        elif isinstance(part, labs.Delta):
-            message = {"delta": MessagePart(content=part.text)}
-        logprobs = self._logprobs(places, getattr(part, "logprobs", ()))
-        return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
-
-    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any] | None:
-        def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-            name = places.spelling.name_of(token)
-            return {"token": name, "logprob": logprob, "bytes": [*data]}
-
-        content = [
-            {
-                **entry(each.token, each.logprob, places.take(each.token)[1]),
-                "top_logprobs": [
-                    entry(i, logprob, places.spelling.bytes_of(i)) for i, logprob in each.top
-                ],
-            }
-            for each in found
-        ]
-        return {"content": content, "refusal": None} if content else None
+        return labs.Message(
+            role=role,
+            content=message.text,
+            name=message.name,
+            tool_calls=message.tool_calls,
+            tool_call_id=message.tool_call_id,
+            reasoning_content=message.reasoning_content or message.reasoning,
+        )
 
 
-class Completions(Endpoint):
+class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
-    prefix = "cmpl"
-    kinds = ("text_completion", "text_completion")
 
     def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
@@ -452,24 +359,6 @@ class Completions(Endpoint):
             text = "prompt must be a text, a list of texts, or non-empty lists of token ids"
             raise Refusal(text, "invalid_value", "prompt")
         return labs_request.Prompt(ids=prompt)
-
-    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
-        logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
-        found = self._logprobs(places, logprobs) if logprobs else None
-        return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
-
-    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any]:
-        tops: list[dict[str, float]] = []
-        for each in found:
-            tops.append({})
-            for token, logprob in each.top:
-                tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
-        return {
-            "tokens": [places.spelling.name_of(each.token) for each in found],
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": tops,
-            "text_offset": [places.take(each.token)[0] for each in found],
-        }
 
 
 CHAT, COMPLETIONS = Chat(), Completions()

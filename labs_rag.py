@@ -375,7 +375,7 @@ def ground(
     if not (parts and questions):
         return tuple(messages), ()
     found = list(messages)
-    text = "\n\n".join((INTRODUCTION, *parts, found[questions[-1]].content))
+    text = "\n\n".join((INTRODUCTION, *parts, found[questions[-1]].content or ""))
     found[questions[-1]] = labs.Message(role="user", content=text)
     return tuple(found), tuple(sources)
 
@@ -409,7 +409,7 @@ def with_passages(
     if not (prompt.use_chat_template and model.tokenizer.chat_template):
         raise labs.InputError("documents: passages need the model's chat template")
     messages = prompt.messages or (labs.Message(role="user", content=prompt.prompt),)
-    query = next((each.content for each in reversed(messages) if each.role == "user"), "")
+    query = next((each.content or "" for each in reversed(messages) if each.role == "user"), "")
     passages = search(cast("str", documents.database), query, documents.passages, encoder=encoder)
 
     def count_tokens(text: str) -> int:

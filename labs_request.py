@@ -4,11 +4,15 @@
     context = labs_request.open_context(config)  # the filters and the documents' encoder
     request = labs_request.check(context, request)  # raises LabsError, without a model
     prepared = labs_request.prepare(context, config, model, request)
-    for inputs, generation in prepared.answers(): ...  # one row of the batch each
+    for ready in prepared.answers():  # one row of the batch each
+        take = ready.shown(context.filters)
+        options = {"processors": ready.processors()}
+        for event in labs.stream_generate(model, ready.inputs, ready.generation, **options):
+            for part in take(event): ...
 
 `check` needs no model, so a request that it refuses loads none. `prepare` needs the tokenizer: it
 renders the chat template, adds passages of documents, counts tokens and compiles the grammar.
-Needs labs.py, and the files of the features that a request uses.
+Needs labs.py, labs_dialogue.py, labs_ready.py, and the files of the features of a request.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 import labs
+import labs_dialogue
+import labs_ready
 
 if TYPE_CHECKING:
     import labs_guard
     import labs_rag
-    import labs_typed
 
 Tell = Callable[[str, str], Any]
-Sources = Mapping[str, str] | None
+ONLY_CHATS = "only a chat has it, by the model's chat template"
 
 
 class JsonSchema(labs.Strict, frozen=True, kw_only=True):
@@ -61,12 +66,17 @@ class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
     messages: tuple[labs.Message, ...] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
+    template_options: dict[str, Any] | None = None
+    tools: tuple[labs_dialogue.Tool, ...] | None = None
+    tool_choice: str | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt: exactly one of prompt, messages and ids (token ids).
 
-    The last two fields take the configured values where they are None.
+    The fields of labs.Chat take the configured values where they are None. effort: OpenAI's
+    reasoning_effort, which becomes template_options.
     """
 
     prompt: str | None = None
@@ -74,12 +84,26 @@ class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ids: tuple[int, ...] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
+    template_options: dict[str, Any] | None = None
+    tools: tuple[labs_dialogue.Tool, ...] = ()
+    effort: str | None = None
 
     @property
     def text(self) -> str:
         """Return the prompt, or the contents of the messages joined by line ends."""
-        contents = [message.content for message in self.messages or ()]
+        contents = [message.content or "" for message in self.messages or ()]
         return "\n".join([*([self.prompt] if self.prompt else []), *contents])
+
+    @property
+    def size(self) -> int:
+        """Return the number of bytes of the text, and about those of calls, reasoning and tools."""
+        turns = self.messages or ()
+        rest: list[Any] = [self.tools, self.template_options]
+        rest += [each for m in turns for each in (m.tool_calls, m.reasoning_content)]
+        return sum(
+            len(each.encode(errors="replace"))
+            for each in (self.text, *map(str, filter(None, rest)))
+        )
 
 
 class Request(Struct, frozen=True, kw_only=True):
@@ -88,6 +112,7 @@ class Request(Struct, frozen=True, kw_only=True):
     options: the generation settings that it names. n: answers per prompt. documents: whether to add
     passages. None in model and documents: as configured. choices: answers to rate, see Options.
     within_context: lower max_new_tokens to the tokens that the prompt leaves in the context.
+    tool_choice: none, auto, required or the name of a tool.
     """
 
     prompts: tuple[Prompt, ...]
@@ -98,6 +123,8 @@ class Request(Struct, frozen=True, kw_only=True):
     documents: bool | None = None
     within_context: bool = False
     choices: tuple[str, ...] | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
 
 
 class Refusal(labs.InputError):
@@ -113,13 +140,16 @@ def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
     names = labs.Generation.__struct_fields__
     options = {name: getattr(body, name) for name in names if name in given}
     rest = {name: getattr(body, name) for name in ("model", "response_format", "documents")}
+    named = {name: getattr(body, name) for name in ("tool_choice", "parallel_tool_calls")}
+    rest |= {name: value for name, value in named.items() if value is not None}
     return Request(prompts=(prompt_of(body),), options=options, **rest)
 
 
 def prompt_of(body: Any) -> Prompt:
     """Return the prompt, messages and Chat fields of a struct as a Prompt."""
     names = ("prompt", "messages", *labs.Chat.__struct_fields__)
-    return Prompt(**{name: getattr(body, name) for name in names})
+    tools = getattr(body, "tools", None) or ()
+    return Prompt(tools=tools, **{name: getattr(body, name) for name in names})
 
 
 class Context(Struct, frozen=True, eq=False):
@@ -142,7 +172,7 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
     """
     filters = encoder = None
     if config.guard != labs.Guard():
-        labs.require("labs_guard")
+        labs.require("labs_guard", "labs_screen")
         import labs_guard
 
         filters = labs_guard.load(config.guard, config.model)
@@ -186,8 +216,14 @@ def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
     if prompt.ids is not None:
         return prompt
     messages = labs.check_prompt(prompt.prompt, prompt.messages)
-    prompt = replace(prompt, messages=messages and tuple(messages))
-    return prompt if context.filters is None else context.filters.check_prompt(prompt)
+    tools = labs_dialogue.check_tools(prompt.tools)
+    prompt = replace(prompt, messages=messages and tuple(messages), tools=tools)
+    if context.filters is None:
+        return prompt
+    import labs_screen
+
+    checked: Prompt = labs_screen.check_prompt(context.filters, prompt)
+    return checked
 
 
 # ---------------------------------------------------------------- with the model
@@ -200,25 +236,28 @@ class Prepared(Struct, frozen=True, eq=False):
     request: Request
     generation: labs.Generation
     inputs: tuple[labs.Inputs, ...]
+    plans: tuple[Any, ...]  # of labs_tools or None, one for each of the inputs
     sources: tuple[labs.Source, ...] | None = None
     choice: Any = None  # labs_choose.Options, if the request has choices
 
-    def answers(self) -> Iterator[tuple[labs.Inputs, labs.Generation]]:
-        """Yield the inputs and settings of each answer, `n` of them for each prompt."""
-        for inputs, choice in itertools.product(self.inputs, range(self.request.n)):
-            yield inputs, self.generation_of(inputs, choice)
+    def answers(self) -> Iterator[labs_ready.Ready]:
+        """Yield each answer, `n` of them for each prompt."""
+        for place, choice in itertools.product(range(len(self.inputs)), range(self.request.n)):
+            yield self.ready(place, choice)
 
-    def generation_of(self, inputs: labs.Inputs, choice: int) -> labs.Generation:
-        """Return the settings of one answer: its seed and, with within_context, its length."""
-        generation, limit = seeded_choice(self.generation, choice), self.model.context_length
+    def ready(self, place: int, choice: int) -> labs_ready.Ready:
+        """Return an answer of one prompt with its own seed and, with within_context, length."""
+        inputs, plan = self.inputs[place], self.plans[place]
+        generation = labs_ready.seeded_choice(self.generation, choice)
+        limit = self.model.context_length
         left = 2**20 if limit is None else limit - len(inputs.input_ids)
-        if not self.request.within_context or left >= generation.max_new_tokens:
-            return generation
-        return replace(generation, max_new_tokens=max(1, left))
-
-    def constraints(self) -> tuple[labs_typed.Constraint, ...]:
-        """Return logits processors for the response_format. Each answer needs new ones."""
-        return constraints(self.model, self.request.response_format)
+        changes: dict[str, Any] = dict.fromkeys(("reasoning", "thinking_budget"))
+        if plan is not None:
+            changes["skip_special_tokens"] = plan.generation.skip_special_tokens
+        if self.request.within_context and left < generation.max_new_tokens:
+            changes["max_new_tokens"] = max(1, left)
+        generation, schema = replace(generation, **changes), schema_of(self.request.response_format)
+        return labs_ready.Ready(self.model, inputs, generation, schema, plan)
 
 
 def prepare(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
@@ -228,25 +267,65 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
     """
     generation = labs.evolve(config.generation, **request.options)
     grounds = config.documents.apply(request.documents)
-    constraints(model, request.response_format)  # raises if the schema is unsupported
-    found = (_build(context, config, model, each, grounds) for each in request.prompts)
-    (inputs, passages), choice = zip(*found, strict=True), None
-    sources = tuple(itertools.chain(*passages))
+    built = [_build(context, config, model, each, grounds) for each in request.prompts]
+    inputs, passages = zip(*built, strict=True)
+    sources = tuple(itertools.chain(*passages)) if grounds else None
     if request.choices is not None:
         labs.require("labs_typed")
         import labs_typed
 
         choice = labs_typed.read_options(model, inputs[0], request.choices)
         generation = choice.generation(generation.timeout_s)
-    return Prepared(model, request, generation, inputs, sources if grounds else None, choice)
+        return Prepared(model, request, generation, inputs, (None,), sources, choice)
+    found = Prepared(model, request, generation, inputs, (), sources)
+    prompts = enumerate(filled(each, config) for each in request.prompts)
+    return replace(found, plans=tuple(_plan(found, *each) for each in prompts))
+
+
+def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:
+    """Return the plan of the answers to one prompt, None if their text is left as it is."""
+    model, request, inputs = prepared.model, prepared.request, prepared.inputs[place]
+    asks: dict[str, Any] = {"tools": prompt.tools or None}
+    asks |= {name: request.options.get(name) for name in ("reasoning", "thinking_budget")}
+    asks["tool_choice"] = None if request.tool_choice in ("auto", "none") else request.tool_choice
+    given = {"reasoning_effort": prompt.effort, **(prompt.template_options or {})}
+    wanted = labs_ready.Wanted(
+        tools=prompt.tools,
+        tool_choice=request.tool_choice,
+        parallel_tool_calls=request.parallel_tool_calls,
+        schema=schema_of(request.response_format),
+        thinks=labs_dialogue.thinks(given),
+        named=tuple(name for name, value in asks.items() if value is not None),
+    )
+    if _is_chat(model, prompt):
+        return labs_ready.plan(model, inputs, prepared.generation, wanted)
+    for name in wanted.named:
+        raise labs.InputError(f"{name}: {ONLY_CHATS}")
+    return labs_ready.raw(model, wanted)
+
+
+def _is_chat(model: labs.Model, prompt: Prompt) -> bool:
+    """Return whether a prompt with the fields of Chat filled in goes through a chat template."""
+    template = getattr(model.tokenizer, "chat_template", None)
+    return bool(prompt.ids is None and prompt.use_chat_template and template)
 
 
 def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     """Build the inputs of one prompt. Fields of Chat that it leaves unset come from `config`."""
     if prompt.ids is not None:
         return labs.inputs_from_ids(model, prompt.ids)
-    given = asdict(filled(prompt, config)).items()
-    return labs.build_inputs(model, **{name: value for name, value in given if value is not None})
+    named = next((name for name in ("tools", "template_options") if getattr(prompt, name)), None)
+    prompt = filled(prompt, config)
+    if named and not _is_chat(model, prompt):
+        raise labs.InputError(f"{named}: {ONLY_CHATS}")
+    given = {name: value for name, value in asdict(prompt).items() if value is not None}
+    if (effort := given.pop("effort", None)) is not None:
+        labs.require("labs_forms")
+        import labs_forms
+
+        meant = labs_forms.effort_options(model, effort, calls=bool(prompt.tools))
+        given["template_options"] = {**(prompt.template_options or {}), **meant}
+    return labs.build_inputs(model, **given)
 
 
 def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
@@ -278,103 +357,8 @@ def _build(
     return inputs, sources
 
 
-def constraints(
-    model: labs.Model, wanted: ResponseFormat | None
-) -> tuple[labs_typed.Constraint, ...]:
-    """Return logits processors for a response_format. Raises InputError if none can enforce it."""
+def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """Return the schema of a response_format, or None if it is text."""
     if wanted is None or wanted.type == "text":
-        return ()
-    labs.require("labs_typed")
-    import labs_typed
-
-    schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
-    return (labs_typed.Constraint(model, schema),)
-
-
-def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
-    """Return the settings of a choice. Its number is added to a given seed, so choices differ."""
-    if generation.seed is None:
-        return generation
-    return replace(generation, seed=(generation.seed + choice) % 2**63)
-
-
-def shown_events(
-    context: Context, inputs: labs.Inputs, generation: labs.Generation
-) -> Callable[[labs.Event], list[labs.Event]]:
-    """Return a function that filters the events of one answer: it maps one to those to show."""
-    if context.filters is None:
-        return lambda event: [event]
-    import labs_guard
-
-    return labs_guard.Filter(context.filters, inputs, generation)
-
-
-def shown(context: Context, completion: labs.Completion) -> labs.Completion:
-    """Return a complete answer after the filters have changed it."""
-    return completion if context.filters is None else context.filters.shown(completion)
-
-
-class SettingValue(Struct, frozen=True):
-    """The value of a setting and where it comes from."""
-
-    value: Any
-    source: str
-
-
-class Explanation(Struct, frozen=True):
-    """How a request would run. cache_bytes: size of its KV cache. settings: with defaults."""
-
-    prompt: str
-    prompt_tokens: int
-    context_left: int | None
-    how: str
-    why: str
-    forward: str  # "labs" or "transformers", and why
-    batch_invariant: bool
-    rows: int
-    weight_bytes: int
-    cache_bytes: int
-    settings: dict[str, SettingValue]
-    generation_config: dict[str, str] = {}  # the model's rules, and why some have no effect
-
-
-def explain(
-    model: labs.Model, inputs: labs.Inputs, generation: labs.Generation, sources: Sources = None
-) -> Explanation:
-    """Return how a request would run, without running it. Raises the same errors as a run.
-
-    sources: where settings come from, as in Config; other settings are the model's or defaults.
-    """
-    decoder = model.decoder
-    stream = labs.open_request(model, 0, inputs, generation)
-    tokens, limit = len(inputs.input_ids), model.context_length
-    return Explanation(
-        prompt=inputs.prompt,
-        prompt_tokens=tokens,
-        context_left=None if limit is None else limit - tokens,
-        how=decoder.mode,
-        why=decoder.reason,
-        forward=f"{'labs' if decoder.forward else 'transformers'}: {decoder.why_forward}",
-        batch_invariant=decoder.invariant,
-        rows=labs.rows_in_memory(model),
-        weight_bytes=decoder.weight_bytes,
-        cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
-        settings=_sourced(model, stream, sources or {}),
-        generation_config=model.defaults.described() if model.defaults else {},
-    )
-
-
-def _sourced(model: labs.Model, stream: labs.InFlight, sources: Any) -> dict[str, SettingValue]:
-    found, samples = {}, stream.sampling.temperature > 0
-    holders = (model.spec, model.spec.quantization, labs.resolved(stream), model.decoder)
-    for setting in (s for s in labs.settings() if s.section in ("generation", "quantization")):
-        key, name = setting.key, setting.field
-        source = sources.get(key) or ("model" if name in model.generation_defaults else "default")
-        for holder in (each for each in holders if hasattr(each, name)):
-            found[key] = SettingValue(getattr(holder, name), source)
-    found["do_sample"] = SettingValue(samples, found["do_sample"].source)
-    if not samples and stream.generation.temperature is None:
-        found["temperature"] = SettingValue(0.0, "do_sample")
-    if stream.generation.seed is None and samples:
-        found["seed"] = SettingValue(None, "drawn")
-    return found
+        return None
+    return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema

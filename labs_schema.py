@@ -20,6 +20,7 @@ import types
 from typing import Any
 
 Place = tuple[Any, str] | None  # of a part of a schema: its parent's place and its name there
+GRAMMAR = "%llguidance"  # how a grammar begins, unlike JSON
 LARGEST_INTEGER = 2**53 - 1  # all readers of JSON agree on integers up to this (RFC 8259 §6)
 
 # Bounds on a schema that protect llguidance's memory, time and stack.
@@ -184,14 +185,38 @@ def _refused(place: Place, what: str) -> SchemaError:
     return SchemaError(f"{path if len(path) <= 200 else f'{path[:199]}…'} {what}")
 
 
+def bounded(schema: Any) -> Any:
+    """Forbid fields that an object does not declare, and bound all numbers.
+
+    Decoding would drop undeclared fields, and a small model may write digits endlessly.
+    """
+    if isinstance(schema, list):
+        return [bounded(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    bounds: dict[str, Any] = {}
+    if isinstance(schema.get("properties"), dict):
+        bounds["additionalProperties"] = False
+    if schema.get("type") in ("integer", "number"):
+        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -LARGEST_INTEGER}
+        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": LARGEST_INTEGER}
+    return {**bounds, **{key: bounded(value) for key, value in schema.items()}}
+
+
 # ---------------------------------------------------------------- compiling it
 
 
 def compiled(library: Any, tokenizer: Any, schema: str) -> Any:
-    """Return llguidance's matcher at the start of an answer, or a text that names the fault."""
+    """Return llguidance's matcher at the start of an answer, or a text that names the fault.
+
+    schema: a checked schema as JSON, or a grammar, which begins with GRAMMAR.
+    """
     compact = {"whitespace_flexible": False}  # a small model may write whitespace endlessly
     try:
-        grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
+        if schema.startswith(GRAMMAR):
+            grammar = library.LLMatcher.grammar_from_lark(schema)
+        else:
+            grammar = library.LLMatcher.grammar_from_json_schema(schema, overrides=compact)
     except ValueError as error:
         return _cut(str(error))
     limits = library.LLParserLimits(verbose_errors=False, **LIMITS)
@@ -276,6 +301,8 @@ def _main(folder: str) -> None:
 def steps(library: Any, schema: str, seed: int = 0) -> str:
     """Compile a schema and begin a random answer; return the fault found, "" for none."""
     tokenizer, chance = library.LLTokenizer(_Bytes()), random.Random(seed)
+    if schema.startswith(GRAMMAR):  # a byte that no text has stands for special tokens
+        schema = re.sub(r"<\[\d+\]>", "<[255]>", schema)
     try:
         matcher = compiled(library, tokenizer, schema)
         for _ in range(0 if isinstance(matcher, str) else TRIAL_STEPS):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import logging
 import re
@@ -22,16 +21,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import asdict, fields, replace
+from msgspec.structs import asdict, fields, force_setattr, replace
 
 # fmt: off
 __all__ = [  # labs.py re-exports these
-    "DEFAULT_MODEL", "REASONS", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents",
-    "Dtype", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "ModelError",
-    "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
+    "DEFAULT_MODEL", "Bias", "Chat", "Config", "ConfigError", "Count", "Documents", "Dtype",
+    "FunctionCall", "Generation", "GenerationError", "Guard", "InputError", "LabsError", "Message",
+    "ModelError", "ModelSpec", "Penalty", "Pii", "Probability", "PromptTooLong", "Quantization",
     "RepetitionPenalty", "ResponseCache", "Router", "RouterRule", "Seconds", "Seed", "Server",
-    "Setting", "Stop", "Strict", "Temperature", "TokenId", "TopLogprobs", "evolve", "reason",
-    "settings", "too_long"]
+    "Setting", "Stop", "Strict", "Temperature", "Thinking", "TokenId", "ToolCall", "TopLogprobs",
+    "evolve", "settings", "too_long"]
 GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
@@ -81,39 +80,6 @@ class GenerationError(LabsError):
     """Decoding failed. The sender of the request sees the message."""
 
 
-# Words in the names or texts of other libraries' exceptions, and what the error means here.
-_NO_FOLDER = "is neither a folder here nor a"
-_TOO_LARGE = "does not fit in memory; use a smaller model or load_in_4bit"
-_MEMORY_WORDS = ("OutOfMemory", "MemoryError", "can't allocate memory", "not enough memory")
-REASONS = {
-    "trust_remote_code": "runs code from its folder: read it, then set trust_remote_code = true",
-    "no file named model.safetensors": "has no safetensors; use_safetensors = false reads pickles",
-    "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
-    "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (if it is private, set HF_TOKEN)",
-    "RevisionNotFound": "has no such revision on the hub",
-    "EntryNotFound": "the repository does not contain this file",
-    "HFValidation": f"{_NO_FOLDER} valid hub id",
-    "No space left": "the disk is full",
-    **dict.fromkeys(_MEMORY_WORDS, _TOO_LARGE),
-}
-
-
-def reason(error: BaseException) -> str:
-    """Return a sentence for the error or its cause: one of REASONS, or its own first line."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for marker, sentence in REASONS.items():
-        if any(marker in type(link).__name__ or marker in str(link) for link in chain):
-            return sentence
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    first, *more = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {more[0]}" if first.endswith(":") and more else first.strip()
-
-
 # ---------------------------------------------------------------- settings: the place of defaults
 
 
@@ -131,6 +97,7 @@ RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+Thinking = Literal["split", "keep", "drop"]
 Pii = Literal["email", "phone", "card"]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -139,6 +106,42 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every struct that a user fills in: frozen, and unknown fields are refused."""
+
+
+class FunctionCall(Strict, frozen=True, kw_only=True):
+    """A function and its arguments: a JSON object as text, as OpenAI sends it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict, frozen=True, kw_only=True):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
+    """A turn. content may be missing beside tool_calls; `reasoning` is read as reasoning_content.
+
+    tool_call_id: the call that a message of the role tool answers. name: of speaker or function.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only a message with tool_calls may have none")
+        force_setattr(self, "content", self.content or "")
+        force_setattr(self, "tool_calls", self.tool_calls or None)
+        force_setattr(self, "reasoning_content", self.reasoning_content or self.reasoning or None)
+        force_setattr(self, "reasoning", None)
 
 
 class Quantization(Strict, frozen=True, kw_only=True):
@@ -214,6 +217,9 @@ class Generation(Strict, frozen=True, kw_only=True):
     ] = None
     seed: Annotated[Seed | None, doc("The same seed gives the same text; unset draws one.")] = None
     timeout_s: Annotated[Seconds | None, doc("End the answer after this many seconds.")] = None
+    skip_special_tokens: Annotated[bool, doc("Leave special tokens out of the text.")] = True
+    reasoning: Annotated[Thinking | None, doc("Split thinking from text, keep or drop it.")] = None
+    thinking_budget: Annotated[Count | None, doc("End thinking after this many tokens.")] = None
 
     def __post_init__(self) -> None:
         if self.do_sample and self.temperature == 0:
@@ -225,6 +231,7 @@ class Chat(Strict, frozen=True, kw_only=True):
 
     use_chat_template: Annotated[bool, doc("Apply the model's chat template, if any.")] = True
     add_generation_prompt: Annotated[bool, doc("End the prompt where the answer begins.")] = True
+    template_options: Annotated[dict[str, Any], doc("Give this to the model's chat template.")] = {}
 
 
 class Server(Strict, frozen=True, kw_only=True):
@@ -621,18 +628,6 @@ def _layer_of(section: str, table: object, label: str) -> Layer:
             close = _instead_of(key, keys) or _place_of(key)
             raise ConfigError(f"{label}: unknown key {key!r} in [{section}]{close}")
     return {keys[key]: (value, label) for key, value in table.items()}
-
-
-def api_key_digests(text: str, lines: Iterable[str] | None, file: str | None) -> tuple[str, ...]:
-    """Return the sha256 of each API key. text: keys with commas between. lines: one key each."""
-    keys = [key.strip() for key in text.split(",")]
-    if text and not any(keys):
-        raise ConfigError("LABS_API_KEYS holds no key")
-    if lines is not None:
-        keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]
-        if not any(keys):
-            raise ConfigError(f"server_api_keys_file = {file}: holds no key")
-    return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys if key)
 
 
 def _checked(values: Layer, name: str | None, token: str | None) -> Config:

@@ -32,11 +32,12 @@ def as_read(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, An
     Raises ValueError when the template leaves out the content of a role in both forms.
     """
     template = tokenizer.get_chat_template()
-    forms = {each["role"]: content_form(tokenizer, template, each["role"]) for each in messages}
+    roles = {each["role"] for each in messages} & TALKS.keys()  # results of tools are texts
+    forms = {role: content_form(tokenizer, template, role) for role in roles}
     if left_out := [role for role, form in forms.items() if form is None]:
         raise ValueError(f"it leaves out the content of {left_out[0]} messages")
     return [
-        {**each, "content": _content(each["content"], forms[each["role"]])} for each in messages
+        {**each, "content": _content(each["content"], forms.get(each["role"]))} for each in messages
     ]
 
 

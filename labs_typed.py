@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
+import re
 import subprocess
 import threading
 import weakref
@@ -64,7 +66,7 @@ def generate_as(
     schema or llguidance does not support its schema.
     """
     try:
-        schema = _bounded(msgspec.json.schema(kind))
+        schema = labs_schema.bounded(msgspec.json.schema(kind))
     except TypeError as error:
         raise labs.InputError(f"{kind}: {error}") from error
     only = Constraint(model, schema)
@@ -77,40 +79,21 @@ def generate_as(
         raise labs.GenerationError(f"the answer is not a valid {kind}: {error}") from error
 
 
-def _bounded(schema: Any) -> Any:
-    """Forbid fields that an object does not declare, and bound all integers.
-
-    Decoding would drop undeclared fields, and a small model may write digits endlessly.
-    """
-    if isinstance(schema, list):
-        return [_bounded(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    bounds: dict[str, Any] = {}
-    if isinstance(schema.get("properties"), dict):
-        bounds["additionalProperties"] = False
-    if schema.get("type") == "integer":
-        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -labs_schema.LARGEST_INTEGER}
-        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": labs_schema.LARGEST_INTEGER}
-    return {**bounds, **{key: _bounded(value) for key, value in schema.items()}}
-
-
 class Constraint:
     """Restricts one answer to JSON that matches a schema; a processor as in labs_decode.Sampling.
 
-    Raises InputError, which names the unsupported keyword or the exceeded bound, and its place.
+    schema: or a grammar of labs_grammar, as text. Raises InputError, which names the unsupported
+    keyword or the exceeded bound, and its place.
     """
 
-    def __init__(self, model: labs.Model, schema: dict[str, Any]) -> None:
+    def __init__(self, model: labs.Model, schema: dict[str, Any] | str) -> None:
+        self._what = "tools" if isinstance(schema, str) else "schema"
         try:
-            self._schema = labs_schema.check(schema)
+            self._schema = schema if isinstance(schema, str) else labs_schema.check(schema)
         except labs_schema.SchemaError as error:
             raise labs.InputError(f"schema: {error}") from error
-        with _LOCK:  # reading a tokenizer takes most of a second, so it happens once
-            if (grammars := _TOKENIZERS.get(model.tokenizer)) is None:
-                grammars = _TOKENIZERS[model.tokenizer] = _Grammars(model)
-        self._grammars = grammars
-        self._matcher = grammars.matcher(self._schema)
+        self._grammars = _grammars_of(model)
+        self._matcher = self._grammars.matcher(self._schema, self._what)
         self._made_at = -SPACING
         self._start: int | None = None
         self._read: list[int] = []
@@ -126,14 +109,14 @@ class Constraint:
         allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error() and len(answer) >= self._made_at + SPACING:
             # Answers share the states of a grammar's lexer, which are limited: start with none.
-            self._matcher, self._read = self._grammars.anew(self._schema), []
+            self._matcher, self._read = self._grammars.anew(self._schema, self._what), []
             self._made_at = len(answer)
             allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error():
             reason = labs_schema.error_of(self._matcher)
-            raise labs.InputError(f"schema: the grammar failed during the answer: {reason}")
+            raise labs.InputError(f"{self._what}: the grammar failed during the answer: {reason}")
         if not allowed.any():
-            raise labs.InputError("schema: no token of this model can continue the answer")
+            raise labs.InputError(f"{self._what}: no token of this model can continue the answer")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def _allowed(self, answer: list[int], size: int) -> Any:
@@ -148,6 +131,18 @@ class Constraint:
         self._matcher.consume_tokens(answer[common:])
         self._read = answer
         return self._grammars.allowed(self._matcher, torch.zeros(size, dtype=torch.bool))
+
+
+def _grammars_of(model: labs.Model) -> _Grammars:
+    with _LOCK:  # reading a tokenizer takes most of a second, so it happens once
+        if (grammars := _TOKENIZERS.get(model.tokenizer)) is None:
+            grammars = _TOKENIZERS[model.tokenizer] = _Grammars(model)
+        return grammars
+
+
+def symbols(model: labs.Model, text: str) -> list[str]:
+    """Return a text as symbols of a grammar: special tokens by their ids, the rest in quotes."""
+    return _grammars_of(model).symbols(model, text)
 
 
 class _Grammars:
@@ -172,7 +167,7 @@ class _Grammars:
         self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
         self._tried: Any = cachetools.LRUCache(MAX_TRIED)
 
-    def matcher(self, schema: str) -> Any:
+    def matcher(self, schema: str, what: str) -> Any:
         """Return a matcher at the start of an answer. Raises InputError for a refused schema."""
         key = hashlib.sha256(schema.encode()).digest()
         with self._lock:
@@ -182,23 +177,32 @@ class _Grammars:
         if mine:
             self._make(key, schema, made)
         if isinstance(found := made.result(), str):
-            raise labs.InputError(f"schema: {found}")
+            raise labs.InputError(f"{what}: {found}")
         return found.deep_copy()
 
-    def anew(self, schema: str) -> Any:
+    def symbols(self, model: labs.Model, text: str) -> list[str]:
+        added = {str(token): i for i, token in model.tokenizer.added_tokens_decoder.items()}
+        special = {each: i for each, i in added.items() if self._tokenizer.is_special_token(i)}
+        found = [each for each in special if each in text]
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(found, key=len)[::-1]))})", text)
+        parts = parts if found else [text]
+        return [f"<[{special[p]}]>" if p in special else json.dumps(p) for p in parts if p]
+
+    def anew(self, schema: str, what: str) -> Any:
         """Compile the schema again; return a matcher that shares no state with earlier ones."""
         with self._lock:
             self._made.pop(hashlib.sha256(schema.encode()).digest(), None)
-        return self.matcher(schema)
+        return self.matcher(schema, what)
 
     def allowed(self, matcher: Any, tokens: Any) -> Any:
         """Set in tokens [V], all false before, those that may follow, and return it."""
+        import numpy
         import torch
 
-        bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
-        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().view(-1)
+        packed = numpy.frombuffer(matcher.compute_bitmask(), dtype=numpy.uint8)
+        found = numpy.unpackbits(packed, bitorder="little").view(bool)
         size = min(len(tokens), len(found))
-        tokens[:size] = found[:size]
+        tokens[:size] = torch.from_numpy(found[:size])
         tokens[[end for end in self._ends if end < len(tokens)]] = matcher.is_accepting()
         return tokens
 

@@ -53,6 +53,7 @@ import labs_forward
 import labs_jsonl
 import labs_loop as loop
 import labs_models
+import labs_replay
 import labs_request
 import labs_serve
 
@@ -795,11 +796,6 @@ class FakeLabs:
         finally:
             self.closed += 1
 
-    def generate(self, model: Any, inputs: Any, generation: Any, processors: Any) -> Any:
-        return labs.Completion(
-            text="".join(self.pieces), finish_reason="stop", usage=USAGE, timings=TIMINGS
-        )
-
 
 NOTHING = dict.fromkeys(labs.Model.__struct_fields__, None)
 MODEL = labs.Model(**NOTHING | {"load_s": 1.0})  # type: ignore[arg-type]
@@ -922,9 +918,9 @@ def whole(data: bytes) -> dict[str, Any]:
 
 def replayed(
     model: labs.Model, rows: Iterable[Any], config: labs.Config = SHORT_LINES, **options: Any
-) -> list[labs_jsonl.Verdict]:
+) -> list[labs_replay.Verdict]:
     context = labs_request.open_context(config)
-    return list(labs_jsonl.replay(model, context, numbered(rows), **options))
+    return list(labs_replay.replay(model, context, numbered(rows), **options))
 
 
 def openai_line(name: Any, url: str = CHAT, method: str = "POST", **body: Any) -> dict[str, Any]:

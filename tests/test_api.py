@@ -29,6 +29,7 @@ from openai.types.chat import completion_create_params as chat_params
 from schemathesis.specs.openapi import checks as openapi_checks
 
 import labs
+import labs_answers
 import labs_api
 import labs_engine
 import labs_models
@@ -85,7 +86,8 @@ WRONG_INSIDE = [
     ("/generate", '"stop": ["a", 1]', "stop[1]"),
     ("/generate", '"do_sample": true, "temperature": 0', "do_sample"),
     ("/generate", '"messages": [{"role": "user", "content": 5}]', "messages[0].content"),
-    (CHAT, '"messages": [{"role": "tool", "content": "a"}]', "messages[0].role"),
+    (CHAT, '"messages": [{"role": "tool", "content": "a"}]', "messages[0]"),
+    (CHAT, '"messages": [{"role": "wizard", "content": "a"}]', "messages[0].role"),
     (CHAT, '"messages": [{"role": "user"}]', "messages[0].content"),
     (CHAT, '"messages": [{"role": "system", "content": null}]', "messages[0].content"),
     (CHAT, '"messages": [{"role": "user", "content": "a", "name": 5}]', "messages[0].name"),
@@ -199,9 +201,9 @@ def test_all_choices_are_cancelled_when_one_cannot_be_submitted(fake):
 # ---------------------------------------------------------------- fields and the engine
 
 
-ODD = {"best_of": 2, "min_tokens": 3, "reasoning_effort": "high", "add_generation_prompt": False}
+ODD = {"best_of": 2, "min_tokens": 3, "add_generation_prompt": False}
 HINTS = {
-    "cache_prompt": True, "metadata": {"a": "b"}, "parallel_tool_calls": False, "priority": 3,
+    "cache_prompt": True, "metadata": {"a": "b"}, "priority": 3,
     "prompt_cache_key": "k", "prompt_cache_options": {"mode": "explicit"}, "store": True,
     "prompt_cache_retention": "24h", "request_id": "r", "safety_identifier": "s",
     "service_tier": "flex", "user": "u",
@@ -219,7 +221,7 @@ def test_every_field_of_openais_own_client_is_known_and_in_one_table():
     assert sum(map(len, tables)) == len(set.union(*tables))
     assert hints == {*HINTS}
     fields = set[str]()
-    for role in ("System", "Developer", "User", "Assistant"):
+    for role in ("System", "Developer", "User", "Assistant", "Tool"):
         fields |= getattr(chat, f"ChatCompletion{role}MessageParam").__annotations__.keys()
     assert fields <= {*labs_openai.ChatMessage.__struct_fields__}
     part = chat.ChatCompletionContentPartTextParam.__annotations__
@@ -235,14 +237,9 @@ def test_a_hint_changes_nothing_whatever_its_value(site, path):
 
 
 def test_a_field_that_another_one_makes_neutral_is_accepted(site):
-    for path, name, value, rest in (
-        (COMPLETIONS, "best_of", 3, {"n": 3}),
-        (CHAT, "tools", [{"type": "function"}], {"tool_choice": "none"}),
-        (CHAT, "functions", [{"name": "f"}], {"function_call": "none"}),
-    ):
-        assert site.post(path, {**BODIES[path], name: value, **rest}).status_code == 200
-        answer = site.post(path, {**BODIES[path], name: value})
-        kit.refused(answer, 400, code="unsupported", param=name)
+    body = {**BODIES[COMPLETIONS], "best_of": 3}
+    assert site.post(COMPLETIONS, {**body, "n": 3}).status_code == 200
+    kit.refused(site.post(COMPLETIONS, body), 400, code="unsupported", param="best_of")
 
 
 @pytest.mark.parametrize("path", OPENAI)
@@ -271,7 +268,8 @@ GENERATION: dict[str, Any] = {
     "max_new_tokens": 7, "temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125,
     "do_sample": True, "repetition_penalty": 1.5, "frequency_penalty": -1.5, "seed": 9,
     "presence_penalty": 1.25, "logit_bias": {"5": -100.0}, "logprobs": 2, "stop": ["a", "b"],
-    "prompt_lookup_num_tokens": 4, "timeout_s": 1.5,
+    "prompt_lookup_num_tokens": 4, "timeout_s": 1.5, "skip_special_tokens": False,
+    "reasoning": "odd", "thinking_budget": 3,
 }  # fmt: skip
 
 
@@ -285,6 +283,10 @@ BOTH = {
 FORMAT = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
 PART, TURN = {"type": "text", "text": "hi"}, {"role": "assistant", "content": ""}
 NO_TEMPLATE = {"use_chat_template": False, "add_generation_prompt": False}
+WITH_TOOLS: dict[str, Any] = {"template_options": {"zip": 1}}
+WITH_TOOLS["tools"] = [{"type": "function", "function": {"name": "f"}}]
+CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+ODD_TURN = {"tool_calls": CALLS, "tool_call_id": "a", "reasoning_content": "a"}
 TYPED = {"messages": HELLO, "response_format": FORMAT}
 REFUSED = [{"type": "refusal", "refusal": "a"}]
 BODY_OF: dict[Any, Any] = {
@@ -300,17 +302,21 @@ BODY_OF: dict[Any, Any] = {
 FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = [
     (labs_request.GenerateRequest, "/generate", (),
      {**GENERATION, "model": "other", "prompt": "ho", "response_format": NO_SCHEMA,
-      "documents": True, "messages": HELLO, **NO_TEMPLATE}, {}),
+      "documents": True, "messages": HELLO, **NO_TEMPLATE, **WITH_TOOLS, "tool_choice": "f",
+      "parallel_tool_calls": "odd"}, {}),
     (labs_api.ChooseRequest, "/choose", (),
      {"model": "other", "prompt": "ho", "options": ["a", "c"], "messages": HELLO,
-      "timeout_s": 60.0, **NO_TEMPLATE}, {}),
+      "timeout_s": 60.0, **NO_TEMPLATE, "template_options": {"zip": 1}}, {}),
     (labs_openai.ChatRequest, CHAT, (),
      {**BOTH, "messages": [TURN], "documents": True, "max_completion_tokens": 3, "logprobs": True,
-      "top_logprobs": 1, "response_format": NO_SCHEMA}, {}),
+      "top_logprobs": 1, "response_format": NO_SCHEMA, "tools": WITH_TOOLS["tools"],
+      "tool_choice": "required", "parallel_tool_calls": "odd", "reasoning_effort": "high",
+      "chat_template_kwargs": {"zip": 1}, "reasoning": "odd", "thinking_budget": 3}, {}),
     (labs_openai.CompletionRequest, COMPLETIONS, (), {**BOTH, "prompt": "ho", "logprobs": 1}, {}),
     (labs_openai.ChatMessage, CHAT, ("messages", 0),
      {"role": "user", "content": "a", "name": "Ada", "refusal": "no",
-      **{each: ["odd"] for each in labs_openai.NEUTRAL_OF_MESSAGE}},
+      **{each: ["odd"] for each in labs_openai.NEUTRAL_OF_MESSAGE}, **ODD_TURN,
+      "reasoning_content": 5, "reasoning": 5},
      {"annotations": [{"type": "url_citation"}]}),
     (labs_openai.TextPart, CHAT, ("messages", 0, "content", 0), {"text": "ho"},
      {"prompt_cache_breakpoint": {"mode": "explicit"}, "cache_control": {"type": "ephemeral"}}),
@@ -322,7 +328,7 @@ FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
     (labs_request.JsonSchema, CHAT, ("response_format", "json_schema"),
      {"schema": {"type": "nothing"}}, {"name": "a", "description": "b", "strict": False}),
     (labs.Message, "/generate", ("messages", 0),
-     {"role": "system", "content": "ho", "name": "Ada"}, {}),
+     {"role": "system", "content": "ho", "name": "Ada", **ODD_TURN, "reasoning": "a"}, {}),
 ]  # fmt: skip
 
 
@@ -354,7 +360,8 @@ WORDS = {*labs_openai.OpenAIRequest.__struct_fields__} - {"logprobs"}  # some wi
 @pytest.mark.parametrize("path", kit.ANSWERED)
 def test_each_generation_setting_reaches_the_engine(site, path):
     assert GENERATION.keys() == {*labs.Generation.__struct_fields__}
-    for name in GENERATION.keys() & WORDS if path in OPENAI else GENERATION:
+    names = GENERATION.keys() & WORDS if path in OPENAI else GENERATION.keys()
+    for name in names - {"reasoning", "thinking_budget"}:  # those of tests/test_tools_http.py
         assert site.post(path, {**BODIES[path], name: GENERATION[name]}).status_code == 200
         changed = msgspec.convert({name: GENERATION[name]}, labs.Generation, strict=False)
         assert site.engine.generation == changed != labs.Generation()
@@ -642,8 +649,8 @@ def test_characters_that_some_take_for_line_ends_are_escaped(site, path):
 
 
 def test_a_silent_stream_sends_comments(site, monkeypatch):
-    monkeypatch.setattr(labs_api, "PING_S", 0.0)
-    monkeypatch.setattr(labs_api, "POLL_S", 0.01)
+    monkeypatch.setattr(labs_answers, "PING_S", 0.0)
+    monkeypatch.setattr(labs_answers, "POLL_S", 0.01)
     submit = site.engine.submit
 
     def later(*inputs, events, **options):
@@ -754,7 +761,7 @@ def test_openais_client_raises_its_own_errors(fake):
         site.sdk().models.list()
     sdk = site.sdk(key="s3cret")
     for kind, code, sent in (
-        (openai.BadRequestError, "unsupported", {"tools": [{"type": "function"}]}),
+        (openai.BadRequestError, "unsupported", {"functions": [{"name": "f"}]}),
         (openai.BadRequestError, "context_length_exceeded", {"messages": LONG_TURN}),
         (openai.NotFoundError, "model_not_found", {"model": "other"}),
     ):

@@ -21,7 +21,7 @@ from kit import ONE_THREAD, ROOT, gen, heed_sigint, invoke, labs_gen, read_until
 import labs
 import labs_chat
 import labs_cli
-import labs_request
+import labs_explain
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -132,9 +132,9 @@ TOGETHER = {  # each mode, and the flags that have an effect on it
     "--input": "--config --output --batch-rows --ordered --ray",
     "--replay": "--config --batch-rows",
     "--index": "--config",
-    "--explain": ASKED + " --messages-json --messages-file",
+    "--explain": ASKED + " --messages-json --messages-file --tools",
     "--choose": ASKED + " --messages-json --messages-file --json",
-    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema",
+    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema --tools",
     "--chat": "--system --config --messages-json --messages-file --stream --verbose --schema",
 }
 
@@ -176,12 +176,12 @@ def test_json_is_one_object_with_the_answer_every_setting_and_no_secret(fake_lab
 
 
 def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
-    value = labs_request.SettingValue
+    value = labs_explain.SettingValue
     used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
     rest = ("joins", "as it can", "labs: as it is", True, 8, 2 * 10**6, 10**5, used)
     for left, room in ((97, "room for 97 more"), (None, "no limit")):
-        found = labs_request.Explanation("templated", 3, left, *rest)
-        monkeypatch.setattr(labs_request, "explain", lambda *_, found=found: found)
+        found = labs_explain.Explanation("templated", 3, left, *rest)
+        monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
         text = invoke("--prompt", "Hi", "--explain").stdout
         assert text.startswith("templated\n---\nprompt tokens: 3;")
         assert (
@@ -237,7 +237,7 @@ def test_ctrl_c_is_exit_code_130_and_closes_the_generator(fake_labs):
         (["--prompt", "Hi", "--config", "absent.toml"], r"absent\.toml"),
         (["--messages-json", "{"], "--messages-json: .*expected a list"),
         (["--messages-json", HI.replace('"Hi"', "5")], "--messages-json: .*content"),
-        (["--messages-json", HI.replace("user", "tool")], "--messages-json: .*role"),
+        (["--messages-json", HI.replace("user", "wizard")], "--messages-json: .*role"),
         (["--messages-file", "."], "Is a directory"),
         ([], "byte 0xff at position 2 of standard input is not UTF-8"),
     ],

@@ -14,7 +14,7 @@ from kit import END, EOS, USER, by_transformers, fold, load, save_model
 
 import labs
 import labs_defaults
-import labs_request
+import labs_explain
 
 IDS = tuple(b"what a prompt holds, holds")
 INPUTS = labs.Inputs(IDS, "")
@@ -55,7 +55,7 @@ def row_of(model: labs.Model, **options: Any) -> Any:
 
 
 def explained(model: labs.Model) -> dict[str, str]:
-    return labs_request.explain(model, INPUTS, labs.Generation()).generation_config
+    return labs_explain.explain(model, INPUTS, labs.Generation()).generation_config
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

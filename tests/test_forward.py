@@ -18,9 +18,9 @@ import labs
 import labs_calls
 import labs_compare
 import labs_decode as decode
+import labs_explain
 import labs_forward
 import labs_packing
-import labs_request
 
 # {model_type: settings in which its tiny model differs from that of kit.ARCHITECTURES}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -211,7 +211,7 @@ def test_a_comparison_without_memory_or_numbers_is_not_kept(error, tmp_path, mon
 def test_explain_says_whose_forward_runs_and_why(tmp_path) -> None:
     for config, who in ((kit.llama(), "labs: its logits"), (GPT2, "transformers: labs has no")):
         model = kit.load(kit.save_model(tmp_path / who[:4], config))
-        plan = labs_request.explain(model, kit.SHORT, labs.Generation())
+        plan = labs_explain.explain(model, kit.SHORT, labs.Generation())
         assert plan.forward.startswith(who)
         assert json.dumps(plan.forward)
 

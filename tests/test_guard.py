@@ -28,6 +28,7 @@ from tokenizers import models as tokenizer_models
 import labs
 import labs_engine
 import labs_guard
+import labs_ready
 
 DONE = labs.Done("length", labs.Usage(7, 9), labs.Timings(0.0, 0.1, 0.2, 5.0), "stop", 3)
 CARD = "4111 1111 1111 1111"
@@ -202,8 +203,6 @@ def test_a_side_that_is_not_filtered_is_left_alone():
     take = labs_guard.Filter(found, labs.Inputs((1,), ""), labs.Generation(logprobs=0))
     events = [labs.Delta("so bad", (labs.TokenLogprob(1, -0.5),)), DONE]
     assert [each for event in events for each in take(event)] == events
-    whole = labs.fold(events[:1], DONE)
-    assert found.shown(whole) == whole
 
 
 # ---------------------------------------------------------------- answers, in any pieces
@@ -324,8 +323,10 @@ def test_only_an_unchanged_answer_keeps_its_fingerprint():
 
 
 def test_a_whole_answer_is_filtered_with_its_usage_and_without_its_log_probabilities():
-    whole = labs.fold([labs.Delta("it is bad", (labs.TokenLogprob(1, -0.5),))], DONE)
-    found = rules(deny=("bad",)).shown(whole)
+    events = [labs.Delta("it is bad", (labs.TokenLogprob(1, -0.5),)), DONE]
+    nothing: Any = None
+    ready = labs_ready.Ready(nothing, labs.Inputs((1,), ""), labs.Generation())
+    found = ready.whole(rules(deny=("bad",)), events)
     assert (found.text, found.finish_reason, found.logprobs) == ("it is ", "content_filter", ())
     assert found.usage == DONE.usage
     with pytest.raises(labs.InputError, match=r"^logprobs: "):

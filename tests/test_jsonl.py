@@ -27,6 +27,7 @@ from kit import CHAT, COMPLETIONS, answers, invoke, line, openai_line, replayed,
 import labs
 import labs_jsonl
 import labs_openai
+import labs_replay
 import labs_request
 
 CONFIG = kit.SHORT_LINES
@@ -188,7 +189,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "hi", "logit_bias": {"999": 1}}, "token 999"),
     ({"prompt": "x" * 5000}, "5004 tokens"),
     ({"prompt": "hi", "model": "gpt-9"}, "'gpt-9'"),
-    (openai_line("", tools=[{"type": "function"}]), "tools"),
+    (openai_line("", functions=[{"name": "f"}]), "functions"),
     (openai_line("", stream=True), "stream"),
     (openai_line("", stream_options={"include_usage": True}), "stream"),
     (openai_line("", "/v1/embeddings", input="x"), "/v1/embeddings"),
@@ -591,12 +592,12 @@ def test_lines_that_leave_no_row_when_a_chunk_is_full_hold_nothing_up(tiny, monk
 # ---------------------------------------------------------------- replay
 
 
-def verdict(model: labs.Model, row: Any) -> labs_jsonl.Verdict:
+def verdict(model: labs.Model, row: Any) -> labs_replay.Verdict:
     (found,) = replayed(model, [row])
     return found
 
 
-SAME = labs_jsonl.Verdict("a", "same")
+SAME = labs_replay.Verdict("a", "same")
 REPEATED = [
     {"id": "greedy", "prompt": "one"},
     {"id": "seeded", "prompt": "one", "seed": 2, **SAMPLED},
@@ -621,7 +622,7 @@ def test_an_answer_is_replayed_the_same_whatever_the_settings_of_the_run(tiny, f
     assert isinstance(rows[2]["seed"], int)
     assert rows[2]["fingerprint"]["generation"]["seed"] == rows[2]["seed"]
     found = replayed(tiny, [b"\n", *rows, b" \r\n"], second, batch_rows=3)
-    assert found == [labs_jsonl.Verdict(name_of(row), "same") for row in rows]
+    assert found == [labs_replay.Verdict(name_of(row), "same") for row in rows]
 
 
 def test_json_of_the_command_can_be_replayed(loaded):
@@ -639,7 +640,7 @@ def test_json_of_the_command_can_be_replayed(loaded):
 def test_a_text_that_changed_differs_at_its_first_token_of_any_choice(tiny, text, token):
     row = answer(tiny, {"id": "a", "prompt": "one", **ONLY_A})
     assert row["text"] == "aaaaaa"
-    differs = labs_jsonl.Verdict("a", "differs", token)
+    differs = labs_replay.Verdict("a", "differs", token)
     assert verdict(tiny, {**row, "text": text}) == differs
     row = answer(tiny, openai_line("a", n=2, max_tokens=6, **ONLY_A))
     row["response"]["body"]["choices"][1]["message"]["content"] = text
@@ -731,7 +732,7 @@ def test_an_answer_that_time_cut_is_not_compared_and_a_replay_has_time(tiny, ask
     generation = labs.Generation(max_new_tokens=2000, timeout_s=0.05, logit_bias={258: -100})
     row = answer(tiny, asked, labs.Config(model_id="tiny", generation=generation))
     why = "the old answer was cut (timeout)"
-    assert verdict(tiny, row) == labs_jsonl.Verdict("a", "not comparable", why=why)
+    assert verdict(tiny, row) == labs_replay.Verdict("a", "not comparable", why=why)
     row = answer(tiny, asked)
     row["fingerprint"]["generation"]["timeout_s"] = 1e-6
     assert verdict(tiny, row) == SAME

@@ -26,6 +26,7 @@ from kit import SHORT, is_one_sentence, load, save_gguf, save_model, write
 import labs
 import labs_decode
 import labs_fast
+import labs_hub
 import labs_sources
 
 
@@ -363,7 +364,7 @@ def test_a_folder_and_local_files_only_never_contact_the_hub(tiny_folder, unreac
     assert unreachable.asked == []
 
 
-@pytest.mark.parametrize(("marker", "sentence"), labs.REASONS.items())
+@pytest.mark.parametrize(("marker", "sentence"), labs_hub.REASONS.items())
 def test_each_error_of_the_hub_becomes_a_sentence_of_labs(marker, sentence, fresh, monkeypatch):
     def fail(*args: Any, **options: Any) -> Any:
         raise OSError(f"something about {marker} in a line\nand more")
@@ -380,7 +381,7 @@ def test_each_exception_of_huggingface_hub_has_a_reason():
     answer = SimpleNamespace(headers={}, request=None)
     for name in ("GatedRepo", "RepositoryNotFound", "RevisionNotFound", "RemoteEntryNotFound"):
         error = getattr(errors, f"{name}Error")("long\nstory", response=answer)
-        assert labs.reason(error) == labs.REASONS[name.removeprefix("Remote")]
+        assert labs.reason(error) == labs_hub.REASONS[name.removeprefix("Remote")]
     assert labs.reason(OSError(errno.ENOSPC, "No space left on device")) == "the disk is full"
 
 

@@ -33,6 +33,7 @@ import labs_api
 import labs_cli
 import labs_decode
 import labs_engine
+import labs_explain
 import labs_gate
 import labs_models
 import labs_request
@@ -1091,7 +1092,7 @@ def test_rules_come_from_a_file_the_environment_or_a_flag(place, monkeypatch):
         config = labs.load_config(env={place: text} if place.isupper() else {})
     assert config.router.rules == tuple(labs.RouterRule(**rule) for rule in RULES)
     assert config.sources["router_rules"] == place
-    write("again.toml", labs_cli.dump_effective_config(config) + NAMES)
+    write("again.toml", labs_explain.dump_effective_config(config) + NAMES)
     assert labs.load_config("again.toml", env={}).router == config.router
 
 

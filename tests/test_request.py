@@ -14,6 +14,7 @@ import pytest
 import labs
 import labs_guard
 import labs_rag
+import labs_ready
 import labs_request
 from labs_request import GenerateRequest, Prompt, Request, ResponseFormat
 
@@ -188,24 +189,25 @@ def test_each_prompt_has_n_answers_whose_seeds_differ_and_stay_in_their_range(ti
     request = Request(prompts=prompts, n=2, options={"seed": 7, "temperature": 1.0})
     found = [*prepared(configured(), tiny, request).answers()]
     a, b = (labs.build_inputs(tiny, prompt=text) for text in "ab")
-    assert [inputs for inputs, _ in found] == [a, a, b, b]
-    assert [generation.seed for _, generation in found] == [7, 8, 7, 8]
-    assert {generation.max_new_tokens for _, generation in found} == {8}
+    assert [each.inputs for each in found] == [a, a, b, b]
+    assert [each.generation.seed for each in found] == [7, 8, 7, 8]
+    assert {each.generation.max_new_tokens for each in found} == {8}
     generation, last = labs.Generation(), labs.Generation(seed=2**63 - 1)
-    assert labs_request.seeded_choice(generation, 3) is generation
-    assert [labs_request.seeded_choice(last, n).seed for n in range(2)] == [2**63 - 1, 0]
+    assert labs_ready.seeded_choice(generation, 3) is generation
+    assert [labs_ready.seeded_choice(last, n).seed for n in range(2)] == [2**63 - 1, 0]
 
 
 def test_each_answer_gets_a_new_constraint(tiny):
     schema = labs_request.JsonSchema(schema={"enum": ["red", "green"]})
     wanted = ResponseFormat(type="json_schema", json_schema=schema)
     found = prepared(configured(), tiny, changed(response_format=wanted, n=2))
-    first, second = (found.constraints() for _ in found.answers())
+    first, second = (ready.processors() for ready in found.answers())
     assert first[0] is not second[0]
-    for only, (inputs, generation) in zip((first, second), found.answers(), strict=True):
-        answer = labs.generate(tiny, inputs, generation, processors=only)
+    for only, ready in zip((first, second), found.answers(), strict=True):
+        answer = labs.generate(tiny, ready.inputs, ready.generation, processors=only)
         assert json.loads(answer.text) in ("red", "green")
-    assert labs_request.constraints(tiny, ResponseFormat(type="text")) == ()
+    assert labs_request.schema_of(ResponseFormat(type="text")) is None
+    assert labs_ready.constraints(tiny, None) == ()
 
 
 def test_passages_are_put_into_each_prompt_but_ids_and_named_as_sources(tiny):

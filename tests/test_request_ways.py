@@ -68,6 +68,9 @@ def flags_of(asked: Asked) -> list[str]:
             schema = value.get("json_schema", {"schema": {"type": "object"}})["schema"]
             Path("schema.json").write_text(json.dumps(schema), encoding="utf-8")
             words += ["--schema", "schema.json"]
+        elif name == "tools":
+            Path("tools.json").write_text(json.dumps(value), encoding="utf-8")
+            words += ["--tools", "tools.json"]
         elif isinstance(value, bool):
             words += [f"--{flag}" if value else f"--no-{flag}"]
         elif isinstance(value, list):
@@ -95,6 +98,8 @@ def chat_of(asked: Asked) -> Asked:
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
     if "logprobs" in body:
         body["logprobs"], body["top_logprobs"] = True, body["logprobs"]
+    if "template_options" in body:
+        body["chat_template_kwargs"] = body.pop("template_options")
     del body["max_new_tokens"]
     return body
 
@@ -171,6 +176,8 @@ PLAIN, OPEN = {"use_chat_template": False}, {"add_generation_prompt": False}
 NOT_OPEN = "[generation]\nadd_generation_prompt = false"
 WILD, BAD, ADDRESS = {"temperature": 1.5}, {"prompt": "a bad one"}, {"const": "a@b.co"}
 SEEDED, CONFIGURED_SEED = {"seed": 3, **WILD}, "[generation]\nseed = 3"
+TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+OPTIONS, DROPPED = {"template_options": {"zip": 1}}, '[generation]\nreasoning = "drop"'
 SEINE = ("docs/a.md#Rivers > Seine",)
 FEATURES = {
     "a prompt": answered({}),
@@ -206,6 +213,12 @@ FEATURES = {
     "an option out of bounds": refused({"top_p": 2.0}, ".*top_p.*"),
     "a contradiction": refused({"do_sample": True, "temperature": 0}, ".*do_sample.*", ways=OWN),
     "a prompt too long": refused({"prompt": "x" * 5000}, ".*5004 tokens.*"),
+    "tools of a model that shows none": refused(TOOLS, "tools: .*renders none"),
+    "reasoning": answered({"reasoning": "drop"}, same_as={"prompt": "hi"}),
+    "configured reasoning": answered({}, toml=DROPPED, same_as={"prompt": "hi"}),
+    "a budget of a model that does not think": refused({"thinking_budget": 3}, ".*no reasoning.*"),
+    "options that the template does not read": refused(OPTIONS, ".*does not read 'zip'.*"),
+    "tools of a raw prompt": refused({**TOOLS, **PLAIN}, "tools: .*only a chat.*", ways=OWN),
     "an answer too long": refused({"max_new_tokens": 5000}, ".*max_new_tokens is 5000.*", ways=OWN),
 }
 # The reader of each way has its own sentence for these.

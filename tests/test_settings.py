@@ -17,8 +17,7 @@ from kit import ROOT, SHORT, counted, is_one_sentence, write
 from msgspec.structs import fields
 
 import labs
-import labs_cli
-import labs_request
+import labs_explain
 
 TOML, ENV = "labs.toml", "environment"
 LAYERS = (TOML, ".env", ENV, "overrides")
@@ -49,7 +48,7 @@ def value_of(config: labs.Config, key: str) -> Any:
 
 
 def line_of(key: str, config: labs.Config) -> str:
-    lines = labs_cli.dump_effective_config(config).splitlines()
+    lines = labs_explain.dump_effective_config(config).splitlines()
     return next(line for line in lines if line.removeprefix("# ").startswith(key))
 
 
@@ -84,7 +83,7 @@ def test_the_effective_configuration_has_every_setting_and_can_be_read_back():
     given = {"temperature": 0.5, "stop": ("a\nb", '"'), "load_in_4bit": True, "top_k": 3}
     given |= {"logit_bias": {5: -1.5, 7: 2}, "server_port": 80, "response_cache_ttl_s": 3}
     config = labs.load_config(env={}, overrides={**given, "server_allowed_hosts": ("a", "b")})
-    write("again.toml", labs_cli.dump_effective_config(config))
+    write("again.toml", labs_explain.dump_effective_config(config))
     again = labs.load_config("again.toml", env={})
     assert [getattr(again, part) == getattr(config, part) for part in HOLDERS] == [True] * 4
 
@@ -106,7 +105,7 @@ def test_secrets_come_from_environment_and_dotenv_and_are_never_shown(dotenv, en
     config = labs.load_config(env=env)
     assert config.api_keys == tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
     assert config.model.token == token
-    dumped = labs_cli.dump_effective_config(config)
+    dumped = labs_explain.dump_effective_config(config)
     assert (f"# API keys: {len(keys)}" in dumped) == bool(keys)
     assert ('# HF_TOKEN = "********"' in dumped.splitlines()) == bool(token)
     assert token is None or "hf_x" not in dumped + repr(config) + repr(config.model)
@@ -410,7 +409,7 @@ def test_evolve_refuses_what_a_file_may_not_say_either(key, value):
 def test_an_explanation_shows_each_setting_its_source_and_the_memory_without_computing(tiny):
     advice = {"do_sample": True, "top_k": 7, "temperature": 0.7}
     model = msgspec.structs.replace(tiny, generation_defaults=advice)
-    explain, value = labs_request.explain, labs_request.SettingValue
+    explain, value = labs_explain.explain, labs_explain.SettingValue
     here = {"max_new_tokens": "x.toml", "do_sample": "x.toml"}
     with counted(tiny) as calls:
         told = explain(model, SHORT, labs.Generation(max_new_tokens=5), here)
@@ -427,7 +426,7 @@ def test_an_explanation_shows_each_setting_its_source_and_the_memory_without_com
     assert greedy.settings["do_sample"] == value(False, "x.toml")
     assert greedy.settings["temperature"] == value(0.0, "do_sample")
     known = {key for key, s in SETTINGS.items() if s.section in ("generation", "quantization")}
-    assert known - {*told.settings} == {"use_chat_template", "add_generation_prompt"}
+    assert known - {*told.settings} == {*labs.Chat.__struct_fields__}
 
 
 # ---------------------------------------------------------------- labs.toml

@@ -36,7 +36,9 @@ def files(*rooms: str) -> list[str]:
 
 CORE, TYPED = files(), files("schema", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
-API = (*MODELS, "api", "gate", "meters", "openai", "pages", "request", "tokens")
+REQUEST, PARTS = ("request", "ready", "dialogue"), ("parts", "split")
+API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
+API += ("pages", "replies", "tokens")
 
 
 def names(place: Any = "copy") -> list[str]:
@@ -70,7 +72,7 @@ def lacking(room: str) -> str:
     return f"labs_{room}.py is not beside labs.py: {copy}"
 
 
-COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "request")}
+COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", *REQUEST)}
 COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "guard")}
 
 

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell what determines the answers of a loaded model, as fields of labs.Fingerprint.
+
+labs.load_model calls `read` if this file is present. Needs labs_cache.py and labs_settings.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import asdict, fields
+
+import labs_cache
+import labs_settings
+
+if TYPE_CHECKING:
+    import labs_decode
+
+
+def read(
+    decoder: labs_decode.Decoder, spec: labs_settings.ModelSpec, origin: Path | None
+) -> dict[str, Any]:
+    """Return the fields of a Fingerprint that depend on the model. origin: its file or folder."""
+    wanted, packages = spec.quantization, ["torch", "transformers"]
+    packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
+    commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
+    digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
+    used = asdict(wanted) | {"quant_method": decoder.quant_method.replace("none", "auto")}
+    return {
+        "model": spec.model_name,
+        "revision": digest or str(commit),
+        "hardware": hardware(decoder.device),
+        "quantization": {f.name: used[f.name] for f in fields(wanted) if used[f.name] != f.default},
+        "batch_invariant": decoder.invariant,
+        "versions": versions(packages),
+    }
+
+
+def hardware(device: Any) -> str:
+    """Return the hardware of a torch device, as far as it can change the bits of a result."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of packages by their names."""
+    return {name: str(importlib.import_module(name).__version__) for name in packages}

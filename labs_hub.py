@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transformers and the hub say: their errors in one sentence, their progress bars.
+
+    labs_hub.reason(error)  # "is gated: accept its terms on the hub and set HF_TOKEN"
+    with labs_hub.quiet(): ...  # no progress bars where standard error is not a terminal
+
+labs.py calls both if this file is present; it needs no other file of labs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# Words in the names or texts of other libraries' exceptions, and what the error means here.
+_NO_FOLDER = "is neither a folder here nor a"
+_TOO_LARGE = "does not fit in memory; use a smaller model or load_in_4bit"
+_MEMORY_WORDS = ("OutOfMemory", "MemoryError", "can't allocate memory", "not enough memory")
+REASONS = {
+    "trust_remote_code": "runs code from its folder: read it, then set trust_remote_code = true",
+    "no file named model.safetensors": "has no safetensors; use_safetensors = false reads pickles",
+    "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
+    "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (if it is private, set HF_TOKEN)",
+    "RevisionNotFound": "has no such revision on the hub",
+    "EntryNotFound": "the repository does not contain this file",
+    "HFValidation": f"{_NO_FOLDER} valid hub id",
+    "No space left": "the disk is full",
+    **dict.fromkeys(_MEMORY_WORDS, _TOO_LARGE),
+}
+
+
+def reason(error: BaseException) -> str:
+    """Return a sentence for the error or its cause: one of REASONS, or its own first line."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for marker, sentence in REASONS.items():
+        if any(marker in type(link).__name__ or marker in str(link) for link in chain):
+            return sentence
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0]}" if first.endswith(":") and more else first.strip()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Show progress bars of transformers and the hub only if standard error is a terminal."""
+    hub: Any = importlib.import_module("huggingface_hub.utils")
+    bars: Any = importlib.import_module("transformers.utils.logging")
+    hides = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
+    try:
+        if hides:
+            bars.disable_progress_bar()
+            hub.disable_progress_bars()
+        yield
+    finally:
+        if hides:
+            bars.enable_progress_bar()
+            hub.enable_progress_bars()

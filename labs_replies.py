@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's answers, whole and as the chunks of a stream.
+
+    reply = labs_replies.ChatReplies()
+    reply.answer(model, completions, n=1, id="1", model=config.model_id)   # a whole answer
+    reply.wrap((reply.choice(places, index, part),), id="1", model="m")    # a chunk
+
+A chat is rendered from the parts of labs_parts, a completion from labs' events. labs_openai.py
+joins these to its requests. Needs labs.py, labs_tokens.py and labs_parts.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+import labs
+import labs_parts
+import labs_tokens
+
+Found = labs.Completion | labs_parts.Answer
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class CompletionTokensDetails(Struct, frozen=True):
+    reasoning_tokens: int = 0
+
+
+class OpenAIUsage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
+    response_cached: bool = False
+
+
+class Called(Struct, frozen=True, omit_defaults=True):
+    """The function of a call, or a piece of its arguments."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class Call(Struct, frozen=True, omit_defaults=True):
+    """A call. Only a chunk has its index, and only the first chunk of a call its id and type."""
+
+    function: Called
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
+class MessagePart(Struct, frozen=True, omit_defaults=True):
+    """A message of a response, or what a chunk appends to it."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: tuple[Call, ...] | UnsetType = UNSET
+
+
+class Choice(Struct, frozen=True):
+    """One answer or a piece of it: a chat sets `message` or `delta`, a completion `text`."""
+
+    index: int
+    message: MessagePart | UnsetType = UNSET
+    delta: MessagePart | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    logprobs: dict[str, Any] | None = None
+    finish_reason: Literal["stop", "length", "content_filter", "tool_calls"] | None = None
+
+
+class OpenAIAnswer(Struct, frozen=True):
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: tuple[Choice, ...]
+    usage: OpenAIUsage | UnsetType | None = UNSET
+    system_fingerprint: str | None = None
+    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+
+
+class Replies:
+    """The code that both kinds of answers share."""
+
+    prefix: str
+    kinds: tuple[Any, Any]  # `object` of a whole answer, and of a chunk
+
+    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
+        """Return a whole answer or a part of one as a choice. places: of this choice's tokens."""
+        raise NotImplementedError
+
+    def first(self, index: int, part: Any) -> Choice | None:
+        """Return the choice of a stream's first chunk, or None if none is needed.
+
+        part: the one that the second chunk will have.
+        """
+        return None
+
+    def answer(
+        self, loaded: labs.Model, found: Sequence[Found], n: int, **names: Any
+    ) -> OpenAIAnswer:
+        """Return whole answers, `n` per prompt. names: as in `wrap`."""
+        choices = tuple(
+            self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
+        )
+        usage = usage_of([each.usage for each in found], n)
+        names = {"system_fingerprint": system_fingerprint(loaded), **names}
+        return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
+
+    def wrap(self, choices: tuple[Choice, ...], **names: Any) -> OpenAIAnswer:
+        """Return choices as a chunk, or as a whole answer if `names` sets `object`.
+
+        names: other fields of OpenAIAnswer, at least id and model, equal in all chunks.
+        """
+        names = {"object": self.kinds[1], "created": int(time.time()), **names}
+        return OpenAIAnswer(choices=choices, **{**names, "id": f"{self.prefix}-{names['id']}"})
+
+
+def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:
+    """Add up token counts: each prompt once, as OpenAI does, and every generated token."""
+    prompt = sum(usage.prompt_tokens for usage in usages) // n
+    completion = sum(usage.completion_tokens for usage in usages)
+    cached = sum(usage.cached_tokens for usage in usages) // n
+    return OpenAIUsage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached),
+        completion_tokens_details=CompletionTokensDetails(
+            sum(usage.reasoning_tokens for usage in usages)
+        ),
+        response_cached=all(usage.response_cached for usage in usages),
+    )
+
+
+def system_fingerprint(model: labs.Model) -> str | None:
+    """Return a digest of everything, other than the request, that an answer depends on."""
+    if model.fingerprint is None:
+        return None
+    return f"fp_{hashlib.sha256(msgspec.json.encode(model.fingerprint)).hexdigest()[:12]}"
+
+
+def _reason(part: Any) -> Any:
+    """Return OpenAI's finish reason, "length" for "timeout" and "cancelled", or None."""
+    reason = getattr(part, "finish_reason", None)
+    return "length" if reason in ("timeout", "cancelled") else reason
+
+
+# ---------------------------------------------------------------- chats
+
+
+class ChatReplies(Replies):
+    prefix = "chatcmpl"
+    kinds = ("chat.completion", "chat.completion.chunk")
+
+    def first(self, index: int, part: Any) -> Choice:
+        content = "" if isinstance(part, labs.Delta | labs.Done) else None
+        return Choice(index=index, delta=MessagePart(role="assistant", content=content))
+
+    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
+        whole = isinstance(part, Found)
+        message: dict[str, Any] = {"message": _message(part)} if whole else {"delta": _delta(part)}
+        logprobs = self._logprobs(places, getattr(part, "logprobs", ()))
+        return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
+
+    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any] | None:
+        def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
+            name = places.spelling.name_of(token)
+            return {"token": name, "logprob": logprob, "bytes": [*data]}
+
+        content = [
+            {
+                **entry(each.token, each.logprob, places.take(each.token)[1]),
+                "top_logprobs": [
+                    entry(i, logprob, places.spelling.bytes_of(i)) for i, logprob in each.top
+                ],
+            }
+            for each in found
+        ]
+        return {"content": content, "refusal": None} if content else None
+
+
+def _message(found: Found) -> MessagePart:
+    """Return a whole answer as a message; one of reasoning or calls only has the content null."""
+    reasoning, calls = getattr(found, "reasoning", ""), getattr(found, "tool_calls", ())
+    return MessagePart(
+        role="assistant",
+        content=found.text if found.text or not (reasoning or calls) else None,
+        reasoning_content=reasoning or UNSET,
+        tool_calls=tuple(
+            Call(id=each.id, type="function", function=Called(**_function(each))) for each in calls
+        )
+        or UNSET,
+    )
+
+
+def _function(call: labs.ToolCall) -> dict[str, str]:
+    return {"name": call.function.name, "arguments": call.function.arguments}
+
+
+def _delta(part: Any) -> MessagePart:
+    """Return a part as what a chunk appends to the message."""
+    if isinstance(part, labs_parts.Reasoning):
+        return MessagePart(reasoning_content=part.text)
+    if isinstance(part, labs_parts.CallStarted):
+        function = Called(name=part.name, arguments="")
+        call = Call(index=part.index, id=part.id, type="function", function=function)
+        return MessagePart(tool_calls=(call,))
+    if isinstance(part, labs_parts.Arguments):
+        call = Call(index=part.index, function=Called(arguments=part.text))
+        return MessagePart(tool_calls=(call,))
+    return MessagePart(content=part.text) if isinstance(part, labs.Delta) else MessagePart()
+
+
+# ---------------------------------------------------------------- completions
+
+
+class TextReplies(Replies):
+    prefix = "cmpl"
+    kinds = ("text_completion", "text_completion")
+
+    def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
+        logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
+        found = self._logprobs(places, logprobs) if logprobs else None
+        return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
+
+    def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any]:
+        tops: list[dict[str, float]] = []
+        for each in found:
+            tops.append({})
+            for token, logprob in each.top:
+                tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
+        return {
+            "tokens": [places.spelling.name_of(each.token) for each in found],
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": tops,
+            "text_offset": [places.take(each.token)[0] for each in found],
+        }
