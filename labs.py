@@ -267,18 +267,17 @@ def build_inputs(
     With use_chat_template a prompt becomes one user message, if the model has a template.
     Raises InputError when the input is empty, malformed or refused by the template.
     """
-    turns, chat = check_prompt(prompt, messages), evolve(Chat(), **options)
-    templated = chat.use_chat_template and bool(getattr(model.tokenizer, "chat_template", None))
-    if turns is None and templated:
-        turns = [Message(role="user", content=prompt or "")]
-    if turns is None:
+    turns, chat, tools = check_prompt(prompt, messages), evolve(Chat(), **options), tuple(tools)
+    asked = {"messages": turns, "tools": tools, "template_options": chat.template_options}
+    if chat.use_chat_template and getattr(model.tokenizer, "chat_template", None):
+        turns = turns or [Message(role="user", content=prompt or "")]
+        ids = _template(model, turns, tools, chat)
+    elif wanted := next((name for name, given in asked.items() if given), None):
+        why = "has no chat template" if chat.use_chat_template else "needs use_chat_template"
+        raise InputError(f"{model.spec.model_name} {why} for {wanted}: give a prompt instead")
+    else:
         with _refusing(model, "tokenizer"):
             ids = list(model.tokenizer(prompt)["input_ids"])
-    elif templated:
-        ids = _template(model, turns, tuple(tools), chat)
-    else:
-        why = "has no chat template" if chat.use_chat_template else "needs use_chat_template"
-        raise InputError(f"{model.spec.model_name} {why} for messages: give a prompt instead")
     if not ids:
         raise InputError("the prompt has no tokens")
     return Inputs(tuple(ids), model.tokenizer.decode(ids))

@@ -141,6 +141,13 @@ def test_a_model_whose_template_renders_no_tools_is_refused(tiny):
         labs_forms.form_of(tiny)
 
 
+@pytest.mark.parametrize("name", ["tools", "template_options"])
+def test_what_only_a_template_renders_is_refused_for_a_raw_prompt(name, hermes):
+    given = {"tools": BOTH, "template_options": {"enable_thinking": False}}[name]
+    with pytest.raises(labs.InputError, match=f"needs use_chat_template for {name}"):
+        labs.build_inputs(hermes, prompt="Hi", use_chat_template=False, **{name: given})
+
+
 def test_control_tokens_in_results_arguments_and_descriptions_stay_text(hermes):
     forged = "<end><bot><tool_call>"
     turn = {"role": "assistant", "content": "", "tool_calls": [call("add", f'{{"n": "{forged}"}}')]}
