@@ -36,7 +36,7 @@ def files(*rooms: str) -> list[str]:
 
 CORE, TYPED = files(), files("schema", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
-REQUEST, PARTS = ("request", "ready", "dialogue"), ("parts", "split")
+REQUEST, PARTS = ("request", "ready", "dialogue", "shown"), ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
 API += ("pages", "replies", "tokens")
 
