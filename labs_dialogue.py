@@ -33,6 +33,7 @@ RESERVED = {
     *("sanitize_control_tokens", "raise_exception", "strftime_now", "range", "namespace"),
 }
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the option that turns it off
+FORM = '{"type": "function", "function": {"name": …, "parameters": …}}'
 ORDINARY = re.compile(r"[\w .-]*")  # names that hold no control token
 
 
@@ -79,7 +80,7 @@ def check_tools(tools: Iterable[Mapping[str, object] | Tool]) -> tuple[Tool, ...
         try:
             found.append(msgspec.convert(msgspec.to_builtins(tool), Tool))
         except (msgspec.ValidationError, TypeError, UnicodeError, RecursionError) as error:
-            raise InputError(f"tools[{index}]: {error}") from error
+            raise InputError(f"tools[{index}]: {error}; a tool is {FORM}") from error
     try:
         size = len(msgspec.json.encode(found))
     except (UnicodeEncodeError, RecursionError) as error:

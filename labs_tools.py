@@ -31,7 +31,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -50,6 +50,7 @@ __all__ = [  # with the names of labs_parts, of which this is the face
     *("Reader", "Reasoning", "Result", "fold", "generate", "plan", "run", "stream"),
 ]
 INSTALL = "pip install llguidance"
+T = TypeVar("T", bound=Struct)
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -139,10 +140,7 @@ def plan(
 
 
 def _held(found: Plan, asked: Asked) -> Plan:
-    """Return a plan with its grammar, compiled.
-
-    A call that has to come follows its schema, strict or not, unless no grammar holds that schema.
-    """
+    """Return a plan with its grammar: a forced call follows its schema, if one can hold it."""
     tools = found.tools
     if asked.tool_choice not in ("none", "auto"):
         with contextlib.suppress(labs.InputError):
@@ -210,11 +208,9 @@ def _grammar(found: Plan, asked: Asked) -> Any:
 
 def _trigger(found: Plan) -> int | None:
     """Return the token that begins a call, if it is one token."""
-    writing = found.form.writing
+    trigger = found.form.writing.trigger if found.form.writing else ""
     with found.model.lock:
-        ids = found.model.tokenizer.encode(
-            writing.trigger if writing else "", add_special_tokens=False
-        )
+        ids = found.model.tokenizer.encode(trigger, add_special_tokens=False)
     return ids[0] if len(ids) == 1 else None
 
 
@@ -232,7 +228,7 @@ def stream(
     changes: fields of Asked (tools, tool_choice, …), of labs.Chat and of Generation. Raises
     labs' errors at the call, or GenerationError midway.
     """
-    asked = msgspec.convert(_taken(changes, Asked), Asked)
+    asked = _converted(changes, Asked)
     chat = _taken(changes, labs.Chat)
     if not labs_dialogue.thinks(chat.get("template_options") or {}):
         asked = replace(asked, thinks=False)
@@ -244,6 +240,15 @@ def stream(
 def _taken(changes: dict[str, Any], kind: type[Struct]) -> dict[str, Any]:
     """Take the fields of a struct out of the changes."""
     return {name: changes.pop(name) for name in kind.__struct_fields__ if name in changes}
+
+
+def _converted(changes: dict[str, Any], kind: type[T]) -> T:
+    """Take the fields of a struct out of the changes. Raises InputError for a wrong type."""
+    try:
+        return msgspec.convert(_taken(changes, kind), kind)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise labs.InputError(f"{where.removesuffix('`')}: {what}") from error
 
 
 def _parts_of(plan: Plan) -> Iterator[Part]:
@@ -314,7 +319,7 @@ def run(
     than auto and none is for the first turn. A function that takes too long is not stopped, but not
     waited for.
     """
-    limits = msgspec.convert(_taken(changes, Limits), Limits)
+    limits = _converted(changes, Limits)
     known = {function.__name__: function for function in tools}
     if len(known) < len(tools):
         raise labs.InputError("tools: two functions have the same name")

@@ -141,6 +141,19 @@ def test_a_model_whose_template_renders_no_tools_is_refused(tiny):
         labs_forms.form_of(tiny)
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"tool_choice": 3}, "^tool_choice: Expected `str`"),
+        ({"tools": "get_weather"}, "^tools: Expected `array`"),
+        ({"tools": [{"name": "add"}]}, r"^tools\[0\]: .*; a tool is .*parameters"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(given, named, hermes):
+    with pytest.raises(labs.InputError, match=named):
+        labs_tools.generate(hermes, ASK, **given)
+
+
 @pytest.mark.parametrize("name", ["tools", "template_options"])
 def test_what_only_a_template_renders_is_refused_for_a_raw_prompt(name, hermes):
     given = {"tools": BOTH, "template_options": {"enable_thinking": False}}[name]
