@@ -1067,7 +1067,7 @@ def test_functions_that_cannot_be_described_are_refused_by_name(hermes):
     for given, named in (([plain], "tools: plain: "), ([add, add], "same name")):
         with pytest.raises(labs.InputError, match=named):
             labs_tools.run(hermes, ASK, given)
-    with pytest.raises(labs.InputError, match="^max_turns: Expected `int` >= 1"):
+    with pytest.raises(labs.InputError, match="max_turns: Expected `int`"):
         labs_tools.run(hermes, ASK, [add], max_turns=0)
 
 
