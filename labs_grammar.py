@@ -5,8 +5,7 @@
 
 symbols: turns a text into symbols of the grammar, see labs_typed.symbols. A grammar covers the
 whole answer: reasoning is free, then text is free up to a call, and calls are held and end the
-answer. Needs labs.py, labs_dialogue.py, labs_schema.py, labs_split.py and
-labs_values.py.
+answer. Needs labs.py, labs_dialogue.py, labs_schema.py, labs_split.py and labs_values.py.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from labs_split import Form, Writing
 # As json.dumps and chat templates write JSON; a small model may write white space endlessly.
 GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Any object. Its numbers are bounded too: Python cannot read 1e999.
-NUMBER = {"type": "number", "minimum": -labs_schema.LARGEST_INTEGER}
-NUMBER |= {"maximum": labs_schema.LARGEST_INTEGER}
+NUMBER = labs_schema.bounded({"type": "number"})
 ITEM = {"$ref": "#/$defs/any"}
 PLAINS = [{"type": "string"}, {"type": "boolean"}, {"type": "null"}, NUMBER]
 ANY = [*PLAINS, {"type": "array", "items": ITEM}, {"type": "object", "additionalProperties": ITEM}]

@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import types
+import urllib.parse
 from typing import Any
 
 Place = tuple[Any, str] | None  # of a part of a schema: its parent's place and its name there
@@ -145,7 +146,9 @@ def _written_out(pattern: str) -> int:
 
 def _check_chains(schema: Any, references: set[str]) -> None:
     """Refuse a $ref that leads to itself, or through more than MAX_HOPS other references."""
-    following = {reference: _target(schema, reference) for reference in references}
+    places = {each: target(each, schema) for each in references}
+    found = {each: at.get("$ref") for each, at in places.items() if isinstance(at, dict)}
+    following = {each: r if isinstance(r := found.get(each), str) else None for each in references}
     for first in references:
         reference, hops = following[first], 0
         while reference in following:
@@ -156,10 +159,8 @@ def _check_chains(schema: Any, references: set[str]) -> None:
             reference = following[reference]
 
 
-def _target(schema: Any, reference: str) -> Any:
-    """Return the $ref of the schema that a reference points to, or None without one."""
-    import urllib.parse
-
+def target(reference: str, schema: Any) -> Any:
+    """Return the part of a schema that a reference points to, None for no such place."""
     found = schema if reference == "#" or reference.startswith("#/") else None
     for part in reference.split("/")[1:]:
         name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
@@ -167,8 +168,7 @@ def _target(schema: Any, reference: str) -> Any:
             found = dict(enumerate(found)).get(int(name))
         else:
             found = found.get(name) if isinstance(found, dict) else None
-    following = found.get("$ref") if isinstance(found, dict) else None
-    return following if isinstance(following, str) else None
+    return found
 
 
 def _bound(most: int, count: int, place: Place, what: str) -> None:

@@ -6,18 +6,19 @@
     rules = labs_values.gemma_arguments("call_0_arguments", schema, text, json)  # as Gemma does
 
 json: turns a schema into a symbol of the grammar for JSON. A `$ref` and the branches of `anyOf` are
-followed; a branch of free text is any text that would not be read as another branch. Needs labs.py.
+followed; a branch of free text is any text that would not be read as another branch. Needs labs.py
+and labs_schema.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import labs
+import labs_schema
 
 # In this order a text is read as one of the types that it may have; "1" is a number before a truth.
 TYPES = ("null", "integer", "number", "boolean", "object", "array", "string")
@@ -72,7 +73,7 @@ def leaves(schema: Any, root: dict[str, Any]) -> list[dict[str, Any]]:
         reference = each.get("$ref")
         if isinstance(reference, str) and reference not in seen:
             seen.add(reference)
-            there = target(reference, root)
+            there = labs_schema.target(reference, root)
             inner.append({"$ref to nowhere": reference} if there is None else there)
         waiting += reversed(inner)
         if isinstance(reference, str) or inner:
@@ -90,18 +91,6 @@ def leaves(schema: Any, root: dict[str, Any]) -> list[dict[str, Any]]:
 def _only(parts: Any) -> list[Any]:
     """Return the schema in an allOf that has one, which older generators put around a $ref."""
     return parts if isinstance(parts, list) and len(parts) == 1 else []
-
-
-def target(reference: str, root: dict[str, Any]) -> Any:
-    """Return the schema that a reference points to, None for no such place."""
-    found: Any = root if reference == "#" or reference.startswith("#/") else None
-    for part in reference.split("/")[1:]:
-        name = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and name.isdecimal() and len(name) < 6:
-            found = dict(enumerate(found)).get(int(name))
-        else:
-            found = found.get(name) if isinstance(found, dict) else None
-    return found
 
 
 def _types(leaf: dict[str, Any]) -> set[str]:
@@ -206,7 +195,8 @@ def _is_held(leaf: dict[str, Any], kind: str) -> bool:
 
 def _is_wide(leaf: dict[str, Any]) -> bool:
     """Return whether an integer's bounds are only those that labs_schema.bounded gives to all."""
-    return (leaf.get("minimum"), leaf.get("maximum")) == (1 - 2**53, 2**53 - 1)
+    most = labs_schema.LARGEST_INTEGER
+    return (leaf.get("minimum"), leaf.get("maximum")) == (-most, most)
 
 
 # ---------------------------------------------------------------- as Gemma writes them
@@ -231,7 +221,7 @@ class _Gemma:
         done = 0
         while done < len(self._known):
             reference, name = [*self._known.items()][done]
-            yield f"{name}: {self.value(target(reference, self._root))}\n"
+            yield f"{name}: {self.value(labs_schema.target(reference, self._root))}\n"
             done += 1
 
     def value(self, schema: Any) -> str:

@@ -702,7 +702,7 @@ ROOMS = {
     "labs_scan.py": (80, ""),
     "labs_split.py": (300, "scan"),
     "labs_forms.py": (360, "labs dialogue split"),
-    "labs_values.py": (340, "labs"),
+    "labs_values.py": (340, "labs schema"),
     "labs_grammar.py": (260, "labs dialogue schema split values"),
     "labs_limits.py": (120, "labs"),
     "labs_parts.py": (200, "labs split"),
