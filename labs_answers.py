@@ -24,6 +24,7 @@ import labs
 import labs_engine
 import labs_meters
 import labs_parts
+import labs_protocol
 import labs_ready
 import labs_request
 import labs_turns
@@ -49,6 +50,7 @@ class Answers:
         gone: Callable[[], bool | None],
     ) -> None:
         self.name, self._meters, self._began, self._gone = name, meters, began, gone
+        self._prompt_tokens = sum(len(each.input_ids) for each in prepared.inputs)
         self.model = msgspec.structs.replace(prepared.model, decoder=None)  # without the weights
         self.documents = UNSET if prepared.sources is None else prepared.sources
         self.shares = prepared.choice and prepared.choice.shares
@@ -90,6 +92,17 @@ class Answers:
                     self._meters.first.labels(self.name).observe(now - self._began)
                 last[ticket] = now
                 yield choices[ticket], event
+
+    def opened(self, identity: str, created: int) -> labs_protocol.Opened:
+        """Return what the stream of the request with this id begins with."""
+        return labs_protocol.Opened(
+            id=identity,
+            created=created,
+            model=self.name,
+            loaded=self.model,
+            prompt_tokens=self._prompt_tokens,
+            documents=self.documents,
+        )
 
     def whole(self) -> list[labs_ready.Found]:
         """Wait for all answers and return them whole, in the order of choices."""

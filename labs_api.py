@@ -45,10 +45,10 @@ import labs_openai
 import labs_pages
 import labs_parts
 import labs_patterns
+import labs_protocol
 import labs_ready
 import labs_replies
 import labs_request
-import labs_tokens
 import labs_turns
 from labs_answers import Answers, Frames
 
@@ -124,7 +124,7 @@ def as_problem(error: BaseException, request_id: str) -> labs_gate.Problem:
         return labs_gate.Problem(503, str(error), "model_not_loaded", retry_after_s=wait_s)
     if isinstance(error, labs.InputError | labs.ConfigError):  # a request can cause either
         status = getattr(error, "status", 400)
-        return labs_gate.Problem(status, str(error), *labs_openai.code_and_param(error))
+        return labs_gate.Problem(status, str(error), *labs_protocol.code_and_param(error))
     if isinstance(error, falcon.HTTPError):
         status, text = falcon.http_status_to_code(error.status), error.description or error.title
         return labs_gate.Problem(status, text, _code(error.title))
@@ -137,14 +137,24 @@ def _code(title: str) -> str:
     return title.partition(" ")[2].lower().replace(" ", "_") or "refused"
 
 
-def error_of(problem: labs_gate.Problem) -> labs_openai.Error:
-    """Return a problem in OpenAI's format, which all errors of this app have."""
-    return labs_openai.error_of(problem.status, str(problem), problem.code, problem.param)
+def protocol_of(path: str) -> labs_protocol.Endpoint:
+    """Return an endpoint of the protocol in whose format the errors of a path are."""
+    return labs_openai.CHAT
 
 
-def error_event(problem: labs_gate.Problem) -> bytes:
-    """Return the last event of a stream that failed."""
-    return b"event: error\ndata: " + labs_gate.dumps(error_of(problem)) + b"\n\n"
+def error_of(problem: labs_gate.Problem, path: str) -> bytes:
+    """Return a problem as the body of a response."""
+    return labs_protocol.dumps(protocol_of(path).error_of(*fields_of(problem)))
+
+
+def error_event(problem: labs_gate.Problem, path: str) -> bytes:
+    """Return a problem as the last event of a stream that something else than it had begun."""
+    return protocol_of(path).failure(*fields_of(problem))
+
+
+def fields_of(problem: labs_gate.Problem) -> tuple[int, str, str, str | None]:
+    """Return the status, message, code and param of a problem."""
+    return problem.status, str(problem), problem.code, problem.param
 
 
 # ---------------------------------------------------------------- from a request to its answers
@@ -187,7 +197,9 @@ class Service:
             raise labs_turns.ClientGone
         return gone
 
-    def read(self, req: falcon.Request, kind: type[S]) -> tuple[S, dict[str, Any]]:
+    def read(
+        self, req: falcon.Request, kind: type[S], fields: labs_protocol.Fields | None = None
+    ) -> tuple[S, dict[str, Any]]:
         """Return the body as `kind`, and the fields that the body sets with their values."""
         self.gone(req)
         if (req.content_type or "").partition(";")[0].strip().lower() != "application/json":
@@ -197,7 +209,7 @@ class Service:
             raise labs_gate.Problem(415, text, "unsupported_encoding", "Content-Encoding")
         if (req.content_length or 0) > (limit := self.config.server.max_body_bytes):
             raise labs_gate.Problem(413, f"the body has more than {limit} bytes", "body_too_large")
-        return labs_openai.read(req.bounded_stream.read(), kind)
+        return labs_protocol.read(req.bounded_stream.read(), kind, fields)
 
     def check(self, request: labs_request.Request) -> labs_request.Request:
         """Refuse every request that can be refused without a model."""
@@ -342,10 +354,10 @@ class Service:
         req: falcon.Request,
         resp: falcon.Response,
         request: labs_request.Request,
-        frames_of: Callable[[Answers], Iterator[bytes]],
+        events: labs_protocol.Stream,
     ) -> None:
         """Answer with server-sent events; an error after the first frame becomes an event."""
-        frames = self._frames(req, request, frames_of)
+        frames = self._frames(req, request, events)
         first = next(frames)  # a refusal up to here still gets its own HTTP status
 
         def close() -> None:
@@ -357,14 +369,14 @@ class Service:
         resp.content_type = "text/event-stream; charset=utf-8"
         resp.set_header("Cache-Control", "no-cache")
         resp.set_header("X-Accel-Buffering", "no")
-        rest = _ending_in_error(frames, req.context.id)
+        rest = _ending_in_error(frames, events, req.context.id)
         resp.stream = Frames(itertools.chain([first], rest), close)
 
     def _frames(
         self,
         req: falcon.Request,
         request: labs_request.Request,
-        frames_of: Callable[[Answers], Iterator[bytes]],
+        events: labs_protocol.Stream,
     ) -> Generator[bytes, None, None]:
         """Yield comments while the model is being loaded, then the frames of the answers.
 
@@ -382,19 +394,28 @@ class Service:
         try:
             if commented < 0:
                 yield OK
-            yield from frames_of(answers)
+            yield from _events(answers, events, req)
         finally:
             answers.close()
             req.context.record = answers.record()
 
 
-def _ending_in_error(frames: Iterator[bytes], request_id: str) -> Iterator[bytes]:
+def _events(answers: Answers, events: labs_protocol.Stream, req: falcon.Request) -> Iterator[bytes]:
+    yield from events.begin(answers.opened(req.context.id, req.context.created))
+    for item in answers:
+        yield from [events.ping] if item is None else events.take(*item)
+    yield from events.end(answers.dones)
+
+
+def _ending_in_error(
+    frames: Iterator[bytes], events: labs_protocol.Stream, request_id: str
+) -> Iterator[bytes]:
     try:
         yield from frames
     except labs_turns.ClientGone:
         return
     except Exception as error:
-        yield error_event(as_problem(error, request_id))
+        yield events.failed(*fields_of(as_problem(error, request_id)))
 
 
 # ---------------------------------------------------------------- resources
@@ -414,7 +435,7 @@ class Alive(Resource):
     public = quiet = True
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = labs_gate.dumps(Health("ok"))
+        resp.data = labs_protocol.dumps(Health("ok"))
 
 
 class Ready(Resource):
@@ -426,7 +447,7 @@ class Ready(Resource):
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         health = Health(self._state())
         resp.status = falcon.HTTP_200 if health.status == "ok" else falcon.HTTP_503
-        resp.data = labs_gate.dumps(health)
+        resp.data = labs_protocol.dumps(health)
 
     def _state(self) -> Any:
         found = [engine.status() for engine in self.service.models.loaded().values()]
@@ -454,7 +475,7 @@ class Generate(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         answers, (completion,) = self.service.collect(req, self._read(req))
         names = {"id": req.context.id, "model": answers.name, "documents": answers.documents}
-        resp.data = labs_gate.dumps(GenerateAnswer(**names, **labs_ready.fields_of(completion)))
+        resp.data = labs_protocol.dumps(GenerateAnswer(**names, **labs_ready.fields_of(completion)))
 
     def on_post_explain(self, req: falcon.Request, resp: falcon.Response) -> None:
         service, request = self.service, self._read(req)
@@ -466,38 +487,38 @@ class Generate(Resource):
             sources |= dict.fromkeys(request.options, "request")
             found = labs_explain.explain(prepared.model, ready.inputs, prepared.generation, sources)
         shown = {name: each for name, each in found.settings.items() if name not in PATHS}
-        resp.data = labs_gate.dumps(msgspec.structs.replace(found, settings=shown))
+        resp.data = labs_protocol.dumps(msgspec.structs.replace(found, settings=shown))
 
     def on_post_stream(self, req: falcon.Request, resp: falcon.Response) -> None:
-        frames = functools.partial(self._frames, req)
-        self.service.stream(req, resp, self._read(req), frames)
+        self.service.stream(req, resp, self._read(req), GenerateStream())
 
-    def _frames(self, req: falcon.Request, answers: Answers) -> Iterator[bytes]:
-        """Yield text as `data:` lines, with line ends as "\\n"; at last `event: done` with JSON.
 
-        Reasoning comes as `event: reasoning`, a call whole as `event: call` with JSON.
-        """
-        rest = {labs.Delta: "", labs_parts.Reasoning: ""}  # a "\\r" whose "\\n" may come
-        for item in answers:
-            part = None if item is None else item[1]
-            if part is None:
-                yield b": ping\n\n"
-            elif isinstance(part, labs.Delta | labs_parts.Reasoning):
-                text = rest[type(part)] + part.text
-                rest[type(part)] = "\r" if text.endswith("\r") else ""
-                yield _data_lines(type(part), text.removesuffix("\r"))
-            elif isinstance(part, labs_parts.CallStarted):
-                begun = part
-            elif isinstance(part, labs_parts.Arguments):
-                function = labs.FunctionCall(name=begun.name, arguments=part.text)
-                call = labs_gate.dumps(labs.ToolCall(id=begun.id, function=function))
-                yield b"event: call\ndata: " + call + b"\n\n"
-            else:
-                yield from (_data_lines(*each) for each in rest.items())
-                answer = {"id": req.context.id, "model": answers.name}
-                answer |= {} if answers.documents is UNSET else {"documents": answers.documents}
-                data = labs_gate.dumps({**answer, **msgspec.structs.asdict(part)})
-                yield b"event: done\ndata: " + data + b"\n\n"
+class GenerateStream(labs_protocol.Stream):
+    """Text as `data:` lines, with line ends as "\n"; at last `event: done` with JSON.
+
+    Reasoning comes as `event: reasoning`, a call whole as `event: call` with JSON.
+    """
+
+    def begin(self, opened: labs_protocol.Opened) -> Iterator[bytes]:
+        self._names: dict[str, Any] = {"id": opened.id, "model": opened.model}
+        if opened.documents is not UNSET:
+            self._names["documents"] = opened.documents
+        self._rest = {labs.Delta: "", labs_parts.Reasoning: ""}  # a "\r" whose "\n" may come
+        yield from ()
+
+    def take(self, choice: int, part: Any) -> Iterator[bytes]:
+        if isinstance(part, labs.Delta | labs_parts.Reasoning):
+            text = self._rest[type(part)] + part.text
+            self._rest[type(part)] = "\r" if text.endswith("\r") else ""
+            yield _data_lines(type(part), text.removesuffix("\r"))
+        elif isinstance(part, labs_parts.CallStarted):
+            self._call = part
+        elif isinstance(part, labs_parts.Arguments):
+            function = labs.FunctionCall(name=self._call.name, arguments=part.text)
+            yield labs_protocol.event(labs.ToolCall(id=self._call.id, function=function), "call")
+        else:
+            yield from (_data_lines(*each) for each in self._rest.items())
+            yield labs_protocol.event({**self._names, **msgspec.structs.asdict(part)}, "done")
 
 
 def _data_lines(kind: type[Any], text: str) -> bytes:
@@ -526,20 +547,22 @@ class Choose(Resource):
             raise labs_engine.Busy(f"the options were not compared in time: {made.finish_reason}")
         options = dict(zip(body.options, answers.shares or (), strict=True))
         answer = ChooseAnswer(id=req.context.id, model=answers.name, options=options)
-        resp.data = labs_gate.dumps(answer)
+        resp.data = labs_protocol.dumps(answer)
 
 
 class ModelsListed(Resource):
     """GET /v1/models and /v1/models/{name}."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = labs_gate.dumps(ModelList(tuple(map(self._card, self.service.context.configs))))
+        resp.data = labs_protocol.dumps(
+            ModelList(tuple(map(self._card, self.service.context.configs)))
+        )
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
         if name not in self.service.context.configs:
             text = f"unknown model {name!r}; GET /v1/models lists the models of this server"
             raise labs_gate.Problem(404, text, "model_not_found", "model")
-        resp.data = labs_gate.dumps(self._card(name))
+        resp.data = labs_protocol.dumps(self._card(name))
 
     def _card(self, name: str) -> ModelCard:
         return ModelCard(
@@ -550,54 +573,24 @@ class ModelsListed(Resource):
         )
 
 
-class OpenAI(Resource):
-    """POST /v1/chat/completions and /v1/completions."""
+class Endpoint(Resource):
+    """POST of an endpoint of another protocol than labs' own, for example OpenAI's."""
 
-    def __init__(self, service: Service, endpoint: labs_openai.Endpoint) -> None:
+    def __init__(self, service: Service, endpoint: labs_protocol.Endpoint) -> None:
         super().__init__(service)
         self.endpoint = endpoint
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
-        body, given = self.service.read(req, self.endpoint.body)
-        if body.stream_options is not None and not body.stream:
-            text = "stream_options needs stream = true"
-            raise labs_gate.Problem(400, text, "invalid_value", "stream_options")
-        request = self.service.check(self.endpoint.request_of(body, given))
+        endpoint = self.endpoint
+        body, given = self.service.read(req, endpoint.body, endpoint.fields)
+        request = self.service.check(endpoint.request_of(body, given))
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            frames = functools.partial(self._frames, req, request.n if usage else 0)
-            self.service.stream(req, resp, request, frames)
+            self.service.stream(req, resp, request, endpoint.stream(body))
             return
         answers, found = self.service.collect(req, request)
-        names = {**self._names(req, answers), "documents": answers.documents}
-        resp.data = labs_gate.dumps(self.endpoint.answer(answers.model, found, request.n, **names))
-
-    def _names(self, req: falcon.Request, answers: Answers) -> dict[str, Any]:
-        return {"id": req.context.id, "created": req.context.created, "model": answers.name}
-
-    def _frames(self, req: falcon.Request, usage_of: int, answers: Answers) -> Iterator[bytes]:
-        """Yield one chunk per event. usage_of: the choices per prompt, or 0 for no usage chunk."""
-        names = {"usage": None if usage_of else UNSET, **self._names(req, answers)}
-        names["system_fingerprint"] = labs_replies.system_fingerprint(answers.model)
-
-        def frame(*choices: labs_replies.Choice, **more: Any) -> bytes:
-            chunk = self.endpoint.wrap(choices, **{**names, **more})
-            return b"data: " + labs_gate.dumps(chunk) + b"\n\n"
-
-        places: dict[int, labs_tokens.Places] = {}  # by choice
-        for item in answers:
-            if item is None:
-                yield b": ping\n\n"
-                continue
-            index, event = item
-            if index not in places and (first := self.endpoint.first(index, event)) is not None:
-                yield frame(first, documents=UNSET if places else answers.documents)
-            place = places.setdefault(index, labs_tokens.Places(answers.model))
-            yield frame(self.endpoint.choice(place, index, event))
-        if usage_of:
-            usages = [done.usage for done in answers.dones]
-            yield frame(usage=labs_replies.usage_of(usages, usage_of))
-        yield b"data: [DONE]\n\n"
+        names = {"id": req.context.id, "created": req.context.created, "model": answers.name}
+        names["documents"] = answers.documents
+        resp.data = labs_protocol.dumps(endpoint.answer(body, answers.model, found, **names))
 
 
 class Metrics(Resource):
@@ -623,7 +616,8 @@ class Metrics(Resource):
 def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     alive, generate, models = Alive(service), Generate(service), ModelsListed(service)
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
-    chat, completions = OpenAI(service, labs_openai.CHAT), OpenAI(service, labs_openai.COMPLETIONS)
+    chat = Endpoint(service, labs_openai.CHAT)
+    completions = Endpoint(service, labs_openai.COMPLETIONS)
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
     explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
@@ -664,7 +658,7 @@ def create_app(
     for route in table:
         suffix = {"suffix": route.suffix} if route.suffix else {}
         app.add_route(route.path, route.resource, **suffix)
-    secured, error = bool(config.api_keys), labs_openai.Error
+    secured, error = bool(config.api_keys), labs_protocol.Error
     document = labs_pages.openapi(table, error, labs.__version__, secured=secured)
     pages = labs_pages.pages(document)
     for path, page in pages.items():
@@ -688,13 +682,13 @@ def refusing_app(config: labs.Config) -> falcon.App[Any, Any]:
 
 
 def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, _: Any) -> None:
-    """Answer with the error as JSON; every path uses the same format."""
+    """Answer with the error as JSON, in the format of the path's protocol."""
     if isinstance(error, labs_turns.ClientGone):
         resp.status = "499 Client Closed Request"
         return
     problem = as_problem(error, req.context.id)
     resp.status = falcon.code_to_http_status(problem.status)
-    resp.data, resp.content_type = labs_gate.dumps(error_of(problem)), falcon.MEDIA_JSON
+    resp.data, resp.content_type = error_of(problem, req.path), falcon.MEDIA_JSON
     if isinstance(error, falcon.HTTPError):
         resp.set_headers(error.headers or {})
     if problem.retry_after_s is not None:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import falcon
-import msgspec
 
 import labs
 import labs_engine
@@ -32,18 +31,6 @@ import labs_request
 
 log = logging.getLogger("labs.api")
 LOG_LINES = 4096  # lines that may wait until standard error accepts them
-
-
-def dumps(value: Any) -> bytes:
-    """Encode as JSON in one line; U+2028, U+2029 and U+0085, which some read as line ends, too."""
-    data = msgspec.json.encode(value)
-    for raw, escaped in (
-        (b"\xe2\x80\xa8", b"\\u2028"),
-        (b"\xe2\x80\xa9", b"\\u2029"),
-        (b"\xc2\x85", b"\\u0085"),
-    ):
-        data = data.replace(raw, escaped)
-    return data
 
 
 class Problem(Exception):
@@ -171,19 +158,22 @@ class Gate:
         if getattr(resource, "public", False) or req.method == "OPTIONS":
             return
         if self._digests:
-            req.context.owner = self._owner(req.get_header("Authorization") or "")
+            req.context.owner = self._owner(req)
         if wait := self._requests.take(req.context.owner, 1):
             most = self._requests.per_minute
             raise over_quota(f"this API key may send {most} requests a minute", wait)
 
-    def _owner(self, authorization: str) -> str:
-        scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).hexdigest()
-        # Every known key is compared, so that the time does not depend on which one matches.
-        matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
-        if scheme.lower() != "bearer" or not matches:
-            raise Problem(401, "send a valid API key as Authorization: Bearer KEY", "no_key")
-        return digest[:12]
+    def _owner(self, req: falcon.Request) -> str:
+        scheme, _, key = (req.get_header("Authorization") or "").partition(" ")
+        given = [key] if scheme.lower() == "bearer" else []
+        given += filter(None, [req.get_header("x-api-key")])  # as Anthropic's clients send it
+        for key in given:
+            digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).hexdigest()
+            # Every known key is compared, so that the time does not depend on which one matches.
+            if [known for known in self._digests if hmac.compare_digest(known, digest)]:
+                return digest[:12]
+        text = "send a valid API key as Authorization: Bearer KEY, or as x-api-key: KEY"
+        raise Problem(401, text, "no_key")
 
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: Any, req_succeeded: bool

@@ -62,8 +62,9 @@ class Batching(Struct, frozen=True, kw_only=True):
 class Task(Struct, eq=False):
     """One line and the completions of its rows.
 
-    order: its position in the run. repeated: the request as its answer repeats it. endpoint: of
-    OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have not ended.
+    order: its position in the run. repeated: the request as its answer repeats it. endpoint
+    and body: of OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have
+    not ended.
     """
 
     id: str | int
@@ -72,6 +73,7 @@ class Task(Struct, eq=False):
     seeds: int = 1
     openai: bool = False
     endpoint: Any = None
+    body: Any = None
     order: int = 0
     prepared: labs_request.Prepared | None = None
     events: dict[int, list[labs.Event]] = field(default_factory=dict)
@@ -162,26 +164,35 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
 
 
 def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
-    labs.require("labs_openai")
-    import labs_openai
-
     task.openai = True
     line = msgspec.json.decode(data, type=OpenAILine)
-    task.endpoint = labs_openai.ENDPOINTS.get(line.url)
-    if task.endpoint is None or line.method != "POST":
-        known = " and ".join(labs_openai.ENDPOINTS)
-        raise labs.InputError(f"unknown request {line.method} {line.url}; use POST {known}")
-    body, given = labs_openai.read(bytes(line.body), task.endpoint.body)
-    _check_model(config, body.model)
-    if body.stream or body.stream_options is not None:
+    if line.method != "POST":
+        raise labs.InputError(f"unknown request {line.method} {line.url}; use POST")
+    read_body(task, line.url, bytes(line.body))
+    _check_model(config, task.body.model)
+    if task.body.stream:
         raise labs_request.Refusal("a file cannot hold a stream", "unsupported", "stream")
-    task.request = request = task.endpoint.request_of(body, given)
+    request = task.request
     documents = {"documents": True} if config.documents.apply(request.documents) else {}
     task.repeated = {"url": line.url, "body": line.body, **documents}
     task.seeds = count_seeds(request)
     if task.seeds > 1 and request.options.get("seed", config.generation.seed) is None:
         drawn = {"seed": secrets.randbits(32)}  # replay can repeat one seed, not one per choice
         task.request = replace(request, options=request.options | drawn)
+
+
+def read_body(task: Task, url: str, data: bytes) -> None:
+    """Set the request of a task from the body of an HTTP request. Raises InputError."""
+    labs.require("labs_openai", "labs_protocol")
+    import labs_openai
+    import labs_protocol
+
+    if (endpoint := labs_openai.ENDPOINTS.get(url)) is None:
+        known = ", ".join(labs_openai.ENDPOINTS)
+        raise labs.InputError(f"unknown url {url!r:.80}; use one of {known}")
+    task.endpoint = endpoint
+    task.body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)
+    task.request = endpoint.request_of(task.body, given)
 
 
 def count_seeds(request: labs_request.Request) -> int:
@@ -362,12 +373,12 @@ def _is_bad_request(error: labs.LabsError) -> bool:
 def _render_openai(
     model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
-    import labs_openai
+    import labs_protocol
 
     name, rest, status = secrets.token_hex(12), dict[str, Any](), 200
     if task.error is None:
         names = {"id": name, "model": config.model_id, **_documents(task)}
-        body = task.endpoint.answer(model, found, task.request.n, **names)
+        body = task.endpoint.answer(task.body, model, found, **names)
         known = all(each.fingerprint for each in found)  # a filtered answer has none
         rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}
         if cut := {each.finish_reason for each in found} & UNFINISHED:  # missing in OpenAI's format
@@ -375,8 +386,8 @@ def _render_openai(
     else:
         wrong = _is_bad_request(task.error)
         status = 400 if wrong else 500
-        code, param = labs_openai.code_and_param(task.error) if wrong else ("failed", None)
-        body = labs_openai.error_of(status, str(task.error), code, param)
+        code, param = labs_protocol.code_and_param(task.error) if wrong else ("failed", None)
+        body = labs_protocol.error_of(status, str(task.error), code, param)
     response = {"status_code": status, "request_id": name, "body": body}
     whole = {"id": f"batch_req_{name}", "custom_id": task.id, "response": response, "error": None}
     return {**whole, **rest}

@@ -1,33 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translate OpenAI's requests into labs'; labs_replies.py makes the answers.
 
-    body, given = labs_openai.read(data, CHAT.body)        # refuses unsupported fields by name
-    request = CHAT.request_of(body, given)                 # a labs_request.Request
-    CHAT.answer(model, completions, request.n, id="1", model=config.model_id)
+    body, given = labs_protocol.read(data, CHAT.body, CHAT.fields)  # refuses fields by name
+    request = CHAT.request_of(body, given)                          # a labs_request.Request
+    CHAT.answer(body, model, completions, id="1", model=config.model_id)
 
-`CHAT` and `COMPLETIONS` do no input or output: labs_api.py answers HTTP requests with them, and
-labs_jsonl.py lines of batch files. Needs labs.py, labs_replies.py and labs_request.py with their
-needs.
+Needs labs.py, labs_dialogue.py, labs_protocol.py, labs_replies.py and labs_request.py.
 """
 
 from __future__ import annotations
 
-import codecs
-import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 import labs
 import labs_dialogue
+import labs_protocol
 import labs_replies
 import labs_request
-import labs_tokens
 from labs_request import Refusal
 
-S = TypeVar("S", bound=Struct)
 TokenIds = tuple[labs.TokenId, ...]
 
 
@@ -134,9 +128,9 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
     logprobs: labs.TopLogprobs | None = None
 
 
-# Fields that are accepted but have no effect. Ignoring a hint cannot change the answer's text, so
-# every value of its type is accepted.
 class Hints(Struct, frozen=True):
+    """Fields that are accepted but have no effect, see labs_protocol.Fields."""
+
     cache_prompt: bool | None = None
     metadata: dict[str, Any] | None = None
     priority: int | None = None
@@ -150,7 +144,6 @@ class Hints(Struct, frozen=True):
     user: str | None = None
 
 
-# Ignoring one of these could change the text, so only null and the values that change nothing pass.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     **dict.fromkeys(("functions", "stop_token_ids"), ([],)),
@@ -172,85 +165,10 @@ NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 # Many clients send -1 for "no limit" or "not set"; these are the values that it stands for.
 MINUS_ONE = {
-    **dict.fromkeys(("max_completion_tokens", "max_tokens", "seed"), msgspec.Raw(b"null")),
-    "top_k": msgspec.Raw(b"0"),
+    **dict.fromkeys(("max_completion_tokens", "max_tokens", "seed"), b"null"),
+    "top_k": b"0",
 }
-
-
-# ---------------------------------------------------------------- errors
-
-
-class ErrorDetail(Struct, frozen=True):
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class Error(Struct, frozen=True):
-    error: ErrorDetail
-
-
-def error_of(status: int, message: str, code: str, param: str | None = None) -> Error:
-    """Return an error in OpenAI's format; its type follows from the HTTP status."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-    return Error(ErrorDetail(message, kind, param, code))
-
-
-def code_and_param(error: labs.LabsError) -> tuple[str, str | None]:
-    """Return OpenAI's `code` and `param` for an error that the request caused."""
-    if code := getattr(error, "code", None):  # a Refusal or labs_guard.Filtered
-        return code, getattr(error, "param", None)
-    if isinstance(error, labs.PromptTooLong):
-        return "context_length_exceeded", error.param
-    return "invalid_value", param_of(str(error))
-
-
-def param_of(message: str) -> str | None:
-    """Return the field that an error message of msgspec or labs names, or None."""
-    first = r"^(\w+(?:\[\d+\])?)(?: = |:| names)|^the (prompt) has"
-    found = re.search(rf"- at `\$\.(.+?)`|field `(.+?)`|{first}", message)
-    return next((part for part in found.groups() if part), None) if found else None
-
-
-def read(data: bytes, kind: type[S]) -> tuple[S, dict[str, Any]]:
-    """Return a body as `kind`, and its fields as a dict. Raises Refusal for an invalid body."""
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        if issubclass(kind, OpenAIRequest):
-            data = _without_neutral(data)
-        body = msgspec.json.decode(data, type=kind)
-        given: dict[str, Any] = msgspec.json.decode(data)
-    except msgspec.ValidationError as error:
-        raise Refusal(str(error), "invalid_value", param_of(str(error))) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = labs_tokens.json_fault(data, error)
-        raise Refusal(f"the body is not valid JSON: {reason}", "invalid_json") from error
-    return body, given
-
-
-def _without_neutral(data: bytes) -> bytes:
-    """Return a body without Hints and NEUTRAL fields. Raises Refusal for other values of these."""
-    raw = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    msgspec.json.decode(data, type=Hints)
-    names = raw.keys() & NEUTRAL.keys()
-    found = {name: msgspec.json.decode(raw[name]) for name in names}
-    n = msgspec.json.decode(raw.get("n", b"null"))
-    neutral = NEUTRAL | ({} if n is None else {"best_of": (1, n)})
-    for name, value in found.items():
-        _check_neutral(name, value, neutral[name])
-    minus = {k: v for k, v in MINUS_ONE.items() if bytes(raw.get(k, b"")) == b"-1"}
-    rest = {k: v for k, v in raw.items() if k not in {*names, *Hints.__struct_fields__}}
-    return msgspec.json.encode(rest | minus)
-
-
-def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
-    known = [(type(each), each) for each in (None, *neutral)]  # the types keep 0 and False apart
-    if (type(value), value) not in known:
-        instead = REPLACED.get(name)
-        rest = f"use {instead}" if instead else "leave it out"
-        raise Refusal(f"{name} is not implemented; {rest}", "unsupported", name)
+FIELDS = labs_protocol.Fields(hints=Hints, neutral=NEUTRAL, replaced=REPLACED, minus_one=MINUS_ONE)
 
 
 # ---------------------------------------------------------------- endpoints
@@ -259,10 +177,9 @@ def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
 class Endpoint(labs_replies.Replies):
     """The code that both endpoints share: requests here, and answers by labs_replies."""
 
-    body: type[Any]
+    fields = FIELDS
 
     def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
-        """Return a body as labs' request. given: the fields that the body sets, as of `read`."""
         return labs_request.Request(
             prompts=self.prompts(body),
             options=self.options(body, given),
@@ -275,6 +192,8 @@ class Endpoint(labs_replies.Replies):
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
         """Return the generation settings that the body sets; null sets none."""
+        if body.stream_options is not None and not body.stream:
+            raise Refusal("stream_options needs stream = true", "invalid_value", "stream_options")
         names = {*labs.Generation.__struct_fields__} - {"stop", "logprobs"}
         found = {k: v for k in names & given.keys() if (v := getattr(body, k)) is not None}
         if body.max_tokens is not None:
@@ -325,7 +244,7 @@ class Chat(labs_replies.ChatReplies, Endpoint):
 
     def _message(self, where: str, message: ChatMessage) -> labs.Message:
         for name, neutral in NEUTRAL_OF_MESSAGE.items():
-            _check_neutral(f"{where}.{name}", getattr(message, name), neutral)
+            labs_protocol.check_neutral(f"{where}.{name}", getattr(message, name), neutral)
         if message.content is None and message.role != "assistant":
             text = f"{where}.content is missing; only an assistant's message may be empty"
             raise Refusal(text, "invalid_value", f"{where}.content")

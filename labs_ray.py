@@ -223,16 +223,16 @@ class ClosesBrokenStreams:
 
         await self.app(scope, receive, watch)
         if not ended and (stream or not began):
-            await end_with_error(send, began)
+            await end_with_error(send, began, scope["path"])
 
 
-async def end_with_error(send: Any, began: bool) -> None:
+async def end_with_error(send: Any, began: bool, path: str) -> None:
     """Send an error response, or an error event if the stream has already begun."""
     text = "the replica that was answering has ended; send the request again"
     problem = labs_gate.Problem(503, text, "replica_lost")
-    data = labs_api.error_event(problem)
+    data = labs_api.error_event(problem, path)
     if not began:
-        data = labs_gate.dumps(labs_api.error_of(problem))
+        data = labs_api.error_of(problem, path)
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})

@@ -92,12 +92,7 @@ def _restore_request(
     if "url" not in repeated:
         task.request = labs_request.request_of(msgspec.convert(repeated, labs_jsonl.Line), {})
     else:
-        labs.require("labs_openai")
-        import labs_openai
-
-        task.endpoint = labs_openai.ENDPOINTS[repeated["url"]]
-        body = msgspec.json.encode(repeated["body"])
-        task.request = task.endpoint.request_of(*labs_openai.read(body, task.endpoint.body))
+        labs_jsonl.read_body(task, repeated["url"], msgspec.json.encode(repeated["body"]))
         task.seeds = labs_jsonl.count_seeds(task.request)
     options = {**asdict(generation), "timeout_s": None, "logprobs": None}
     documents = bool(repeated.get("documents"))

@@ -2,18 +2,19 @@
 """OpenAI's answers, whole and as the chunks of a stream.
 
     reply = labs_replies.ChatReplies()
-    reply.answer(model, completions, n=1, id="1", model=config.model_id)   # a whole answer
+    reply.answer(body, model, completions, id="1", model=config.model_id)  # a whole answer
     reply.wrap((reply.choice(places, index, part),), id="1", model="m")    # a chunk
+    reply.stream(body)                                                     # all of them, in order
 
 A chat is rendered from the parts of labs_parts, a completion from labs' events. labs_openai.py
-joins these to its requests. Needs labs.py, labs_tokens.py and labs_parts.py.
+joins these to its requests. Needs labs.py, labs_parts.py, labs_protocol.py and labs_tokens.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +22,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 import labs
 import labs_parts
+import labs_protocol
 import labs_tokens
 
 Found = labs.Completion | labs_parts.Answer
@@ -90,7 +92,7 @@ class OpenAIAnswer(Struct, frozen=True):
     documents: tuple[labs.Source, ...] | UnsetType = UNSET
 
 
-class Replies:
+class Replies(labs_protocol.Endpoint):
     """The code that both kinds of answers share."""
 
     prefix: str
@@ -108,13 +110,13 @@ class Replies:
         return None
 
     def answer(
-        self, loaded: labs.Model, found: Sequence[Found], n: int, **names: Any
+        self, body: Any, loaded: labs.Model, found: Sequence[Found], **names: Any
     ) -> OpenAIAnswer:
-        """Return whole answers, `n` per prompt. names: as in `wrap`."""
+        """Return whole answers, `body.n` per prompt. names: as in `wrap`."""
         choices = tuple(
             self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
         )
-        usage = usage_of([each.usage for each in found], n)
+        usage = usage_of([each.usage for each in found], body.n or 1)
         names = {"system_fingerprint": system_fingerprint(loaded), **names}
         return self.wrap(choices, object=self.kinds[0], usage=usage, **names)
 
@@ -125,6 +127,45 @@ class Replies:
         """
         names = {"object": self.kinds[1], "created": int(time.time()), **names}
         return OpenAIAnswer(choices=choices, **{**names, "id": f"{self.prefix}-{names['id']}"})
+
+    def stream(self, body: Any) -> Chunks:
+        options = body.stream_options
+        return Chunks(self, body.n or 1, bool(options is not None and options.include_usage))
+
+
+class Chunks(labs_protocol.Stream):
+    """The chunks of a stream, one per part. n: answers per prompt. usage: a last chunk counts."""
+
+    def __init__(self, replies: Replies, n: int, usage: bool) -> None:
+        self._replies, self._n, self._usage = replies, n, usage
+        self._places: dict[int, labs_tokens.Places] = {}  # by choice
+
+    def begin(self, opened: labs_protocol.Opened) -> Iterator[bytes]:
+        self._opened, self._names = (
+            opened,
+            {
+                "usage": None if self._usage else UNSET,
+                **{name: getattr(opened, name) for name in ("id", "created", "model")},
+                "system_fingerprint": system_fingerprint(opened.loaded),
+            },
+        )
+        yield from ()
+
+    def take(self, choice: int, part: Any) -> Iterator[bytes]:
+        first = None if choice in self._places else self._replies.first(choice, part)
+        if first is not None:
+            documents = UNSET if self._places else self._opened.documents
+            yield self._chunk(first, documents=documents)
+        place = self._places.setdefault(choice, labs_tokens.Places(self._opened.loaded))
+        yield self._chunk(self._replies.choice(place, choice, part))
+
+    def end(self, dones: Sequence[labs.Done]) -> Iterator[bytes]:
+        if self._usage:
+            yield self._chunk(usage=usage_of([done.usage for done in dones], self._n))
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, *choices: Choice, **more: Any) -> bytes:
+        return labs_protocol.event(self._replies.wrap(choices, **{**self._names, **more}))
 
 
 def usage_of(usages: Sequence[labs.Usage], n: int) -> OpenAIUsage:

@@ -34,6 +34,7 @@ import labs_api
 import labs_engine
 import labs_models
 import labs_openai
+import labs_protocol
 import labs_request
 import labs_turns
 
@@ -563,7 +564,7 @@ def test_log_probabilities_have_openais_format(site):
 
 def test_the_example_of_labs_openai_runs(tiny):
     lines = (line.strip() for line in labs_openai.__doc__.splitlines() if line.startswith("    "))
-    names = {"labs": labs, "labs_openai": labs_openai, "CHAT": labs_openai.CHAT, "model": tiny}
+    names = {"labs": labs, "labs_protocol": labs_protocol, "CHAT": labs_openai.CHAT, "model": tiny}
     names |= {"config": kit.configured(), "data": json.dumps(BODIES[CHAT]).encode()}
     names["completions"] = [labs.generate(tiny, kit.SHORT, max_new_tokens=2)]
     exec("\n".join(lines), names)

@@ -26,7 +26,7 @@ from kit import CHAT, COMPLETIONS, answers, invoke, line, openai_line, replayed,
 
 import labs
 import labs_jsonl
-import labs_openai
+import labs_protocol
 import labs_replay
 import labs_request
 
@@ -248,7 +248,7 @@ def test_a_bad_line_gets_an_error_row_in_its_format_and_stops_nothing(tiny, orde
 def test_bytes_that_are_not_text_are_named_with_their_place(tiny, data, text):
     assert text in message_of(answer(tiny, b'{"prompt":"%s"}\n' % data))
     with pytest.raises(labs_request.Refusal, match=re.escape(text)):
-        labs_openai.read(b'{"prompt":"%s"}' % data, labs_request.GenerateRequest)
+        labs_protocol.read(b'{"prompt":"%s"}' % data, labs_request.GenerateRequest)
 
 
 def small(**server: int) -> labs.Config:
@@ -711,7 +711,7 @@ def test_a_line_that_cannot_be_run_again_says_why_and_stops_nothing(tiny):
         (without(one, "fingerprint"), "does not hold its request"),
         ({**one, "fingerprint": {"model": "x"}}, "not an answer of labs-gen"),
         ({**one, "request": {"prompt": 5}}, "damaged"),
-        ({**two, "request": {**two["request"], "url": "/v1/embeddings"}}, "damaged"),
+        ({**two, "request": {**two["request"], "url": "/v1/embeddings"}}, "unknown url"),
         (damaged(body["choices"][:1]), "damaged"),
         (damaged(silent), "damaged"),
         ({**two, "response": {**two["response"], "body": "text"}}, "damaged"),

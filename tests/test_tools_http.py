@@ -746,9 +746,11 @@ def test_requests_of_all_ways_become_the_same_plan(hermes, engine):
     given = msgspec.convert(body, labs_request.GenerateRequest)
     own = labs_request.request_of(given, body)
     import labs_openai
+    import labs_protocol
 
-    read = labs_openai.read(json.dumps(body).encode(), labs_openai.CHAT.body)
-    theirs = labs_openai.CHAT.request_of(*read)
+    chat = labs_openai.CHAT
+    read = labs_protocol.read(json.dumps(body).encode(), chat.body, chat.fields)
+    theirs = chat.request_of(*read)
     task = labs_jsonl.read_task(config, json.dumps(body).encode(), 1)
     found = [
         labs_request.prepare(context, config, hermes, labs_request.check(context, each))
