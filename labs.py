@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import itertools
 import logging
@@ -249,8 +248,13 @@ def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
     reference frees it. Raises ModelError when the model cannot be loaded.
     """
     spec = config.model if isinstance(config, Config) else config
+    load = _load if cached else _load.__wrapped__
     with loading():
-        return _load(spec) if cached else _load.__wrapped__(spec)
+        if not _is_there("labs_apart"):
+            return load(spec)
+        import labs_apart
+
+        return labs_apart.run(load, spec)
 
 
 def build_inputs(
@@ -962,17 +966,14 @@ def _finish(model: Model, request: InFlight, why: FinishReason, stop: str | None
     first = request.first or now
     rate = (request.tokens - 1) / (now - first) if request.tokens > 1 else 0.0
     usage = Usage(len(request.inputs.input_ids), request.tokens, request.row.cached)
-    queue_s = entered - request.began
-    timings = Timings(model.load_s, first - entered, now - first, rate, queue_s)
-    seed = resolved(request).seed
-    return Done(why, usage, timings, stop, seed, _fingerprint(model, request))
+    timings = Timings(model.load_s, first - entered, now - first, rate, entered - request.began)
+    return Done(why, usage, timings, stop, resolved(request).seed, _fingerprint(model, request))
 
 
 def _fingerprint(model: Model, request: InFlight) -> Fingerprint | None:
     if model.fingerprint is None:
         return None
-    ids = msgspec.json.encode(request.inputs.input_ids)
-    digest = hashlib.sha256(ids).hexdigest()
+    digest = hashlib.sha256(msgspec.json.encode(request.inputs.input_ids)).hexdigest()
     return replace(model.fingerprint, generation=resolved(request), prompt_sha256=digest)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import labs
+import labs_apart
 
 
 class Encoder:
@@ -46,6 +47,9 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> Any:
         """Return vectors [texts, width] of length 1: the mean of each text's last hidden states."""
+        return labs_apart.run(self._encode, texts)
+
+    def _encode(self, texts: list[str]) -> Any:
         import torch
 
         with self._lock:
@@ -75,5 +79,5 @@ class Encoder:
                 matrix = torch.frombuffer(data, dtype=torch.float16).view(-1, len(vector))
                 self._searched = state, [row[0] for row in rows], matrix
             _, keys, matrix = self._searched
-        best = (matrix @ vector).topk(min(k, len(keys))).indices
+        best = labs_apart.run(lambda: (matrix @ vector).topk(min(k, len(keys))).indices)
         return [keys[place] for place in best.tolist()]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import labs_loop
 
 log = logging.getLogger("labs.engine")
+REST_S = 1.0  # an idle engine on a CPU lets its thread end, for the sake of other engines' threads
 CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were closed
 
 
@@ -136,6 +137,11 @@ class Engine:
         self._most = server.prefix_cache_bytes
         self._loop = self._make_loop()
         self._failures, self._closing, self._stopped = 0, False, False
+        self._resting, self._rest_s = False, REST_S if model.device == "cpu" else None
+        self._start()
+        labs_turns.close_at_exit(self)
+
+    def _start(self) -> None:
         self._thread = threading.Thread(target=self._serve, name="labs-engine", daemon=True)
         self._thread.start()
 
@@ -166,6 +172,9 @@ class Engine:
             self._jobs[stream.row.id] = job = Job(stream, put, work)
             self._waiting.add(job)
             self._lock.notify_all()
+            if self._resting:
+                self._resting = False
+                self._start()
 
     @property
     def busy(self) -> bool:
@@ -186,7 +195,7 @@ class Engine:
                 halvings=self._loop.oom_splits,
                 failures=self._failures,
                 response_cache_hits=0,
-                alive=self._thread.is_alive(),
+                alive=self._resting or self._thread.is_alive(),
                 closing=self._closing,
             )
 
@@ -234,8 +243,9 @@ class Engine:
         return labs_loop.Loop(before_step=self._poll, prefixes=labs.new_prefixes(self._most))
 
     def _serve(self) -> None:
+        goes_on: bool | None = False
         try:
-            while self._wait():
+            while goes_on := self._wait():
                 failed = False
                 try:
                     streams, rows = self._take(), self.max_rows
@@ -249,17 +259,26 @@ class Engine:
                 if failed:  # outside the handler, which holds the error
                     self._reset()
         finally:
-            with self._lock:  # no request is accepted from here on
-                self._stopped = True
-                self._waiting = labs_turns.Waiting(0)
-            self._fail(list(self._jobs), labs.GenerationError("the engine stopped after an error"))
+            if goes_on is not None:
+                self._stop()
 
-    def _wait(self) -> bool:
-        """Wait for requests; return False once the engine closes and none are left."""
+    def _stop(self) -> None:
+        with self._lock:  # no request is accepted from here on
+            self._stopped = True
+            self._waiting = labs_turns.Waiting(0)
+        self._fail(list(self._jobs), labs.GenerationError("the engine stopped after an error"))
+
+    def _wait(self) -> bool | None:
+        """Wait for requests; return False once the engine closes and none are left.
+
+        None: there were none for so long that the thread ends until the next one. See labs_apart.
+        """
         with self._lock:
-            self._lock.wait_for(lambda: self._jobs or self._closing)
+            self._resting = not self._lock.wait_for(
+                lambda: self._jobs or self._closing, self._rest_s
+            )
             self._loop.last_step_at = time.perf_counter()
-            return bool(self._jobs)
+            return None if self._resting else bool(self._jobs)
 
     def _take(self) -> Iterator[labs.InFlight | None]:
         """Yield the next waiting request, or None; labs.run resumes this when a row is free."""

@@ -24,6 +24,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 import labs
+import labs_apart
 import labs_patterns
 
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s|[\n。！？]")  # noqa: RUF001
@@ -182,7 +183,7 @@ def _classifier(guard: labs.Guard, spec: labs.ModelSpec) -> tuple[Any, int]:
         half, first = width // 2, max(0, start - width // 2)
         with lock:
             for at in range(first, max(first + 1, len(text) - half), half):
-                for each in pipe(text[at : at + width], **limits):
+                for each in labs_apart.run(pipe, text[at : at + width], **limits):
                     if each["label"] in labels and each["score"] >= guard.classifier_threshold:
                         return Verdict(f"classifier[{each['label']}]", start, len(text))
         return None

@@ -12,9 +12,11 @@ last start is longest ago. Nothing here is thread-safe: the engine holds a lock.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -169,6 +171,20 @@ def done(stream: labs.InFlight, why: Any, load_s: float) -> labs.Done:
 
 
 # ---------------------------------------------------------------- threads of a server
+
+
+_LEFT_OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def close_at_exit(engine: Any) -> None:
+    """Close an engine before the interpreter ends, which would abort within its thread's step."""
+    _LEFT_OPEN.add(engine)
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in [*_LEFT_OPEN]:
+        engine.close()
 
 
 def most_open(config: labs.Config) -> int:

@@ -117,12 +117,13 @@ class Constraint:
             raise labs.InputError(f"{self._what}: the grammar failed during the answer: {reason}")
         if not allowed.any():
             raise labs.InputError(f"{self._what}: no token of this model can continue the answer")
-        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+        import torch
+
+        refused = torch.from_numpy(~allowed).to(logits.device)
+        return logits.masked_fill(refused, float("-inf"))
 
     def _allowed(self, answer: list[int], size: int) -> Any:
         """Return a mask [size] of the tokens that may follow; the matcher holds any error."""
-        import torch
-
         pairs = zip(self._read, answer, strict=False)
         common = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
         common = min(len(self._read), len(answer)) if common is None else common
@@ -130,7 +131,7 @@ class Constraint:
             self._matcher.rollback(len(self._read) - common)
         self._matcher.consume_tokens(answer[common:])
         self._read = answer
-        return self._grammars.allowed(self._matcher, torch.zeros(size, dtype=torch.bool))
+        return self._grammars.allowed(self._matcher, size)
 
 
 def _grammars_of(model: labs.Model) -> _Grammars:
@@ -194,16 +195,17 @@ class _Grammars:
             self._made.pop(hashlib.sha256(schema.encode()).digest(), None)
         return self.matcher(schema, what)
 
-    def allowed(self, matcher: Any, tokens: Any) -> Any:
-        """Set in tokens [V], all false before, those that may follow, and return it."""
+    def allowed(self, matcher: Any, size: int) -> Any:
+        """Return an array [size] of which tokens may follow.
+
+        It is numpy's, which computes in one thread: torch's threads are the engine's.
+        """
         import numpy
-        import torch
 
         packed = numpy.frombuffer(matcher.compute_bitmask(), dtype=numpy.uint8)
-        found = numpy.unpackbits(packed, bitorder="little").view(bool)
-        size = min(len(tokens), len(found))
-        tokens[:size] = torch.from_numpy(found[:size])
-        tokens[[end for end in self._ends if end < len(tokens)]] = matcher.is_accepting()
+        found = numpy.unpackbits(packed, bitorder="little").view(bool)[:size]
+        tokens = numpy.concatenate([found, numpy.zeros(size - len(found), dtype=bool)])
+        tokens[[end for end in self._ends if end < size]] = matcher.is_accepting()
         return tokens
 
     def _make(self, key: bytes, schema: str, made: Future[Any]) -> None:
@@ -219,8 +221,6 @@ class _Grammars:
                     self._made[key] = made  # now that it is done, the cache reads its real size
 
     def _compiled(self, key: bytes, schema: str) -> Any:
-        import torch
-
         if key not in self._tried:
             try:
                 wrong = labs_schema.trial(schema)
@@ -231,7 +231,7 @@ class _Grammars:
         found = labs_schema.compiled(self._library, self._tokenizer, schema)
         if isinstance(found, str):
             return found
-        first = self.allowed(found, torch.zeros(self._vocabulary, dtype=torch.bool))
+        first = self.allowed(found, self._vocabulary)
         if found.is_error() or not first.any():
             return labs_schema.error_of(found) or "this model's tokens can write no JSON for it"
         with self._lock:

@@ -681,7 +681,7 @@ ROOMS = {
     "labs.py": (
         1000,
         "settings loop decode sources cache calls fast forward prefixes probe template defaults "
-        "hub fingerprint keys dialogue",
+        "hub fingerprint keys dialogue apart",
     ),
     "labs_loop.py": (620, "decode"),
     "labs_decode.py": (940, ""),
@@ -695,6 +695,7 @@ ROOMS = {
     "labs_compare.py": (200, "decode"),
     "labs_template.py": (100, ""),
     "labs_hub.py": (100, ""),
+    "labs_apart.py": (60, ""),
     "labs_fingerprint.py": (100, "settings decode cache"),
     "labs_keys.py": (60, "settings"),
     "labs_dialogue.py": (260, "settings shown"),
@@ -714,9 +715,9 @@ ROOMS = {
     "labs_typed.py": (420, "labs schema choose"),
     "labs_choose.py": (260, "labs decode calls"),
     "labs_patterns.py": (120, "labs"),
-    "labs_guard.py": (260, "labs patterns"),
+    "labs_guard.py": (260, "labs apart patterns"),
     "labs_screen.py": (220, "labs dialogue guard parts"),
-    "labs_embed.py": (160, "labs"),
+    "labs_embed.py": (160, "labs apart"),
     "labs_rag.py": (420, "labs embed"),
     "labs_request.py": (380, "labs ready dialogue guard screen rag typed forms embed"),
     "labs_ready.py": (180, "labs parts tools guard screen typed"),

@@ -10,6 +10,8 @@ import itertools
 import math
 import queue
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -820,3 +822,33 @@ def test_many_threads_get_their_own_texts_and_leave_nothing_behind(cache, start)
     assert quiet(engine)
     status = engine.status()
     assert (status.alive, status.failures, status.halvings) == (True, 0, 0)
+
+
+def test_an_idle_engine_ends_its_thread_and_the_next_request_starts_another(start, monkeypatch):
+    monkeypatch.setattr(labs_engine, "REST_S", 0.05)
+    engine, gate = start()
+    gate.let(math.inf)
+    first, texts = inner(engine)._thread, set()
+    for _ in range(3):
+        texts.add(read(engine.submit(prompt(1), options()))[0])
+        kit.until(lambda: not inner(engine)._thread.is_alive())
+        assert engine.status().alive
+    assert texts == {alone("llama", 1)}
+    assert inner(engine)._thread is not first
+
+
+LEFT_OPEN = """
+import sys, threading, labs, labs_engine
+model = labs.load_model(labs.ModelSpec(model_name=sys.argv[1]))
+engine = labs_engine.Engine(model)
+inputs = labs.Inputs(tuple(range(5, 25)), "")
+answers = [engine.submit(inputs, labs.Generation(max_new_tokens=400)) for _ in range(4)]
+next(answers[0])
+print("left open")
+"""
+
+
+def test_a_script_that_leaves_its_engine_open_ends_in_peace(tiny_folder):
+    command = [sys.executable, "-c", LEFT_OPEN, str(tiny_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, cwd=kit.ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left open\n", "")

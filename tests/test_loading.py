@@ -24,6 +24,7 @@ import transformers
 from kit import SHORT, is_one_sentence, load, save_gguf, save_model, write
 
 import labs
+import labs_apart
 import labs_decode
 import labs_fast
 import labs_hub
@@ -410,3 +411,34 @@ def test_a_missing_package_is_named_with_how_to_install_it(
             labs.load_config(env={})
     else:
         refused(f"pip install {package}", name.get(package, tiny_folder), **options)
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_work_apart_returns_its_result_or_raises_its_error_and_its_thread_ends():
+    threads = []
+
+    def work(wrong: bool) -> int:
+        threads.append(threading.current_thread())
+        if wrong:
+            raise SystemExit("no")
+        return 5
+
+    assert labs_apart.run(work, wrong=False) == 5
+    with pytest.raises(SystemExit, match="no"):
+        labs_apart.run(work, True)
+    assert [thread.is_alive() for thread in threads] == [False, False]
+    assert threading.current_thread() not in threads
+
+
+def test_a_model_is_loaded_in_a_thread_that_ends(tiny_folder, monkeypatch):
+    seen, load = [], labs._load.__wrapped__
+
+    def watched(spec: labs.ModelSpec) -> labs.Model:
+        seen.append(threading.current_thread())
+        return load(spec)
+
+    monkeypatch.setattr(labs._load, "__wrapped__", watched)
+    labs.load_model(labs.ModelSpec(model_name=str(tiny_folder)), cached=False)
+    assert [thread.is_alive() for thread in seen] == [False]
