@@ -75,7 +75,7 @@ def site(engine: Any) -> Site:
 
 @pytest.fixture(scope="module")
 def live(engine: Any) -> Iterator[Live]:
-    found = Live(engine, kit.configured(generation=GREEDY))
+    found = Live(engine, kit.configured(generation=GREEDY, port=0))
     yield found
     found.close()
 
@@ -921,8 +921,11 @@ def mutated(value: Any, chance: random.Random) -> Any:
 SEED: dict[str, Any] = {
     **AGENT, **HINTS, "max_tokens": 4, "temperature": 1, "top_p": 0.5, "top_k": 3,
     "tools": [ADD, WEATHER, LATE], "tool_choice": {"type": "auto"}, "stop_sequences": ["x"],
-    "messages": [USER, turn("system", text("now"), ADDED), turn("assistant", thinking("hm"), text("x"),
-                 USE), turn("user", {**RESULT, "content": [text("a"), REFERENCE]}, text("go"))],
+    "messages": [
+        USER, turn("system", text("now"), ADDED),
+        turn("assistant", thinking("hm"), text("x"), USE),
+        turn("user", {**RESULT, "content": [text("a"), REFERENCE]}, text("go")),
+    ],
 }  # fmt: skip
 
 
