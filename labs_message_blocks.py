@@ -120,7 +120,8 @@ BLOCKS: dict[str, dict[str, type[Any]]] = {
     "result": {"text": TextBlockParam, "tool_reference": ToolReferenceBlockParam},
 }
 WHY = {  # what to say of blocks that are known but cannot be read
-    **dict.fromkeys(("image", "document"), "the model reads only text; leave it out"),
+    "image": "Could not process image, as the model reads only text",  # words that clients know
+    "document": "the model reads only text; leave it out",
     "search_result": "the model reads only text; give the result as text",
     "redacted_thinking": "labs did not write it and cannot read it; leave it out",
 }
@@ -252,7 +253,10 @@ def _is_shown(block: Any) -> bool:
 
 
 def tools_of(body: Any, turns: Sequence[Turn]) -> tuple[labs_dialogue.Tool, ...]:
-    """Return the tools that may be called. Deferred ones have to be loaded by a block."""
+    """Return the tools that may be called. Deferred ones have to be loaded by a block.
+
+    They are the last, so that the beginning of the prompt stays the same.
+    """
     found = dict[str, labs_dialogue.Tool]()
     loaded = _loaded(turns)
     for index, tool in enumerate(body.tools or ()):
@@ -273,7 +277,8 @@ def tools_of(body: Any, turns: Sequence[Turn]) -> tuple[labs_dialogue.Tool, ...]
         )
         if loaded.get(given.name, not given.defer_loading):
             found[given.name] = labs_dialogue.Tool(function=function)
-    return tuple(found.values())
+    loaded_later = {tool["name"] for tool in body.tools or () if tool.get("defer_loading")}
+    return tuple(sorted(found.values(), key=lambda each: each.function.name in loaded_later))
 
 
 def _loaded(turns: Sequence[Turn]) -> dict[str, bool]:

@@ -47,11 +47,14 @@ class ToolChoice(labs.Strict, frozen=True):
 
 
 class Thinking(labs.Strict, frozen=True):
-    """Whether the model thinks; adaptive leaves it to the model. display: omitted hides it."""
+    """Whether the model thinks; adaptive leaves it to the model.
+
+    display: omitted hides thinking; otherwise it is shown whole, as nothing summarizes it.
+    """
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: labs.Count | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
     block_binding: dict[str, Any] | None = None
 
 
