@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
 
 import labs
 import labs_message_blocks
@@ -84,9 +85,17 @@ class InputTokens(Struct, frozen=True):
 # ---------------------------------------------------------------- errors
 
 
+class ErrorDetails(Struct, frozen=True):
+    """Why a request for a thread is refused; clients then send it again without one."""
+
+    error_code: Literal["thread_unsupported_request"] = "thread_unsupported_request"
+    unsupported: tuple[str, ...] = ()
+
+
 class MessagesErrorDetail(Struct, frozen=True):
     type: str
     message: str
+    details: ErrorDetails | UnsetType = UNSET
 
 
 class MessagesError(Struct, frozen=True, tag_field="type", tag="error"):
@@ -113,14 +122,17 @@ NAMES = {
 }
 
 
-def error_of(status: int, message: str, code: str, request_id: str | None = None) -> MessagesError:
-    """Return an error in Anthropic's format; its type follows from the HTTP status."""
+def error_of(status: int, message: str, code: str, param: str | None = None) -> MessagesError:
+    """Return an error in Anthropic's format and, where clients know its words, in Anthropic's."""
     kind = KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
     if code == "context_length_exceeded" and len(found := re.findall(r"\d+", message)) > 1:
         message = f"prompt is too long: {found[1]} tokens > {found[0]} maximum"
+    if code == "prompt_too_large":
+        message = f"prompt is too long: {message}"
     ours = next((each for each in NAMES if message.startswith(each)), "")
     message = NAMES.get(ours, "") + message.removeprefix(ours)
-    return MessagesError(MessagesErrorDetail(kind, message), request_id)
+    details = ErrorDetails() if param == "thread" else UNSET
+    return MessagesError(MessagesErrorDetail(kind, message, details))
 
 
 # ---------------------------------------------------------------- whole answers
@@ -146,7 +158,7 @@ class Replies(labs_protocol.Endpoint):
         return Events(body.shows_thinking)
 
     def error_of(self, status: int, message: str, code: str, param: str | None = None) -> Any:
-        return error_of(status, message, code)
+        return error_of(status, message, code, param)
 
 
 def _blocks(found: Found, shown: bool) -> Iterator[Block]:
@@ -250,7 +262,8 @@ class Events(labs_protocol.Stream):
         yield _event("message_stop")
 
     def failed(self, status: int, message: str, code: str, param: str | None) -> bytes:
-        return labs_protocol.event(error_of(status, message, code, self._id), "error")
+        found = error_of(status, message, code, param)
+        return labs_protocol.event(replace(found, request_id=self._id), "error")
 
     def _within(self, block: Block) -> Iterator[bytes]:
         """Begin a block unless one of its type is open."""

@@ -265,6 +265,13 @@ def test_a_hint_changes_nothing(site):
         assert error_of(site.post(MESSAGES, {**BODY, "metadata": 5}), 400)
 
 
+def test_a_thread_is_refused_so_that_clients_go_on_without_it(site):
+    answer = site.post(MESSAGES, {**BODY, "thread": {"type": "create"}})
+    assert error_of(answer, 400) == "thread is not implemented; leave it out"
+    details = answer.json["error"]["details"]
+    assert details == {"error_code": "thread_unsupported_request", "unsupported": []}
+
+
 def test_a_field_that_is_not_implemented_takes_neutral_values_only(site):
     for name, neutral in labs_messages.NEUTRAL.items():
         assert name in error_of(site.post(MESSAGES, {**BODY, name: ["odd"]}), 400)
@@ -724,6 +731,15 @@ def test_a_quota_is_a_rate_limit_error(fake):
     answer = site.post(MESSAGES, BODY)
     error_of(answer, 429, "rate_limit_error")
     assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_prompt_that_is_too_long_is_refused_in_words_by_which_clients_know_it(fake):
+    long = {**BODY, "messages": [turn("user", "x" * 5000)]}
+    message = error_of(Site(fake, kit.configured()).post(MESSAGES, long), 400)
+    assert message == "prompt is too long: 5004 tokens > 4096 maximum"
+    small = Site(fake, kit.configured(max_prompt_bytes=1000))
+    message = error_of(small.post(MESSAGES, long), 400)
+    assert message.startswith("prompt is too long: the prompt has 5")
 
 
 def test_an_error_in_a_stream_is_an_event_of_its_form(fake):
