@@ -249,7 +249,9 @@ def turns_of(body: Any) -> list[Turn]:
 
 
 def _is_shown(block: Any) -> bool:
-    return not (isinstance(block, TextBlockParam) and block.text.startswith(BILLING))
+    """Return whether a block of `system` is for the model; an empty text is no instruction."""
+    text = block.text if isinstance(block, TextBlockParam) else None
+    return text is None or not (text == "" or text.startswith(BILLING))
 
 
 def tools_of(body: Any, turns: Sequence[Turn]) -> tuple[labs_dialogue.Tool, ...]:
