@@ -151,11 +151,13 @@ def protocol_of(path: str, version: str | None = None) -> labs_protocol.Endpoint
     return labs_messages.MESSAGES if ours else labs_openai.CHAT
 
 
-def error_of(problem: labs_gate.Problem, path: str, **names: Any) -> bytes:
-    """Return a problem as the body of a response. names: version, and request_id if it is shown."""
-    found = protocol_of(path, names.get("version")).error_of(*fields_of(problem))
+def error_of(
+    problem: labs_gate.Problem, path: str, version: str | None = None, request_id: str | None = None
+) -> bytes:
+    """Return a problem as the body of a response. version: as for protocol_of."""
+    found = protocol_of(path, version).error_of(*fields_of(problem))
     if "request_id" in found.__struct_fields__:
-        found = msgspec.structs.replace(found, request_id=names.get("request_id"))
+        found = msgspec.structs.replace(found, request_id=request_id)
     return labs_protocol.dumps(found)
 
 
@@ -730,9 +732,10 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, _
         return
     problem = as_problem(error, req.context.id)
     resp.status = falcon.code_to_http_status(problem.status)
-    names = {"version": req.get_header("anthropic-version"), "request_id": req.context.id}
-    resp.data, resp.content_type = error_of(problem, req.path, **names), falcon.MEDIA_JSON
-    resp.set_header(protocol_of(req.path, names["version"]).id_header, req.context.id)
+    version, request_id = req.get_header("anthropic-version"), req.context.id
+    resp.data = error_of(problem, req.path, version, request_id)
+    resp.content_type = falcon.MEDIA_JSON
+    resp.set_header(protocol_of(req.path, version).id_header, request_id)
     if isinstance(error, falcon.HTTPError):
         resp.set_headers(error.headers or {})
     if problem.retry_after_s is not None:

@@ -120,8 +120,9 @@ BLOCKS: dict[str, dict[str, type[Any]]] = {
     "result": {"text": TextBlockParam, "tool_reference": ToolReferenceBlockParam},
 }
 WHY = {  # what to say of blocks that are known but cannot be read
-    "image": "Could not process image, as the model reads only text",  # words that clients know
-    "document": "the model reads only text; leave it out",
+    # words that clients know, and go on without the picture or document
+    "image": "Could not process image, as the model reads only text",
+    "document": "the model does not support PDFs and other documents, only text",
     "search_result": "the model reads only text; give the result as text",
     "redacted_thinking": "labs did not write it and cannot read it; leave it out",
 }
