@@ -48,7 +48,6 @@ WEATHER: dict[str, Any] = {
 }
 BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 300, "messages": ASK}
 THOUGHT = "<think>\nhm\n</think>\n\n"
-SAYS_HM = "hm"
 
 
 def called(arguments: str = '{"n": 1}', name: str = "add") -> str:
@@ -475,6 +474,7 @@ AFTER: list[tuple[list[Any], str]] = [
 ]  # fmt: skip
 FIELD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "$.max_tokens"),
+    ({"max_tokens": None}, "$.max_tokens"),
     ({"messages": []}, "$.messages"),
     ({"prompt": "a"}, "prompt"),
     ({"n": 1}, "`n`"),
@@ -851,8 +851,9 @@ def test_models_are_listed_in_anthropics_form_where_its_header_is_sent(fake):
     ):
         found = page(query).json
         assert ([each["id"] for each in found["data"]], found["has_more"]) == (wanted, more)
-    for query in ("?limit=0", "?limit=x", "?limit=1001", "?after_id=zz", "?limit=1&limit=2"):
-        assert page(query).status_code == 400
+    wrong = ["limit=0", "limit=x", "limit=1001", "after_id=zz", "limit=1&limit=2", "odd=1"]
+    for query in (*wrong, f"limit={'9' * 9999}", "after_id=tiny&after_id=tiny"):
+        assert page(f"?{query}").status_code == 400
     one = site.get("/v1/models/tiny", anthropic_version="x").json
     assert (one["id"], one["type"]) == ("tiny", "model")
     error_of(site.get("/v1/models/zz", anthropic_version="x"), 404, "not_found_error")
@@ -861,6 +862,8 @@ def test_models_are_listed_in_anthropics_form_where_its_header_is_sent(fake):
 
 def test_anthropics_client_lists_the_models(client):
     (model,) = client.models.list(limit=1)
+    assert [each.id for each in client.beta.models.list(lifecycle=["active"])] == ["tiny"]
+    assert not [*client.models.list(lifecycle=["retired", "deprecated"])]
     assert (model.id, client.models.retrieve("tiny").display_name) == ("tiny", "tiny")
 
 
