@@ -8,14 +8,16 @@
     POST /choose                     the probability of each of several given answers
     GET  /v1/models                  OpenAI's endpoints
     POST /v1/chat/completions /v1/completions
+    POST /v1/messages /v1/messages/count_tokens          Anthropic's
     GET  /metrics /openapi.json /docs /
 
 `create_app(config, models)` returns a WSGI callable that any server can mount; labs_serve.py serves
 it. A parameter takes effect or is refused by name. A request is read and checked, `lease` waits for
 its model, `submit` hands it to the engine, and the engine's events become the response.
 
-Needs labs_engine.py, labs_gate.py, labs_meters.py, labs_models.py, labs_openai.py, labs_pages.py,
-labs_request.py and labs_tokens.py with what those need; falcon, prometheus-client.
+Needs labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
+labs_openai.py, labs_pages.py, labs_request.py and labs_tokens.py with what those need; falcon,
+prometheus-client.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ import labs
 import labs_engine
 import labs_explain
 import labs_gate
+import labs_message_events
+import labs_messages
 import labs_meters
 import labs_models
 import labs_openai
@@ -137,14 +141,24 @@ def _code(title: str) -> str:
     return title.partition(" ")[2].lower().replace(" ", "_") or "refused"
 
 
-def protocol_of(path: str) -> labs_protocol.Endpoint:
-    """Return an endpoint of the protocol in whose format the errors of a path are."""
-    return labs_openai.CHAT
+def protocol_of(path: str, version: str | None = None) -> labs_protocol.Endpoint:
+    """Return an endpoint of the protocol in whose format the errors of a path are.
+
+    version: the header anthropic-version, by which Anthropic's clients are known.
+    """
+    models = path.startswith("/v1/models") and version is not None
+    ours = path.startswith(labs_messages.PATH) or models
+    return labs_messages.MESSAGES if ours else labs_openai.CHAT
 
 
-def error_of(problem: labs_gate.Problem, path: str) -> bytes:
-    """Return a problem as the body of a response."""
-    return labs_protocol.dumps(protocol_of(path).error_of(*fields_of(problem)))
+def error_of(
+    problem: labs_gate.Problem, path: str, version: str | None = None, request_id: str | None = None
+) -> bytes:
+    """Return a problem as the body of a response. version: as for protocol_of."""
+    found = protocol_of(path, version).error_of(*fields_of(problem))
+    if "request_id" in found.__struct_fields__:
+        found = msgspec.structs.replace(found, request_id=request_id)
+    return labs_protocol.dumps(found)
 
 
 def error_event(problem: labs_gate.Problem, path: str) -> bytes:
@@ -554,15 +568,23 @@ class ModelsListed(Resource):
     """GET /v1/models and /v1/models/{name}."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        resp.data = labs_protocol.dumps(
-            ModelList(tuple(map(self._card, self.service.context.configs)))
-        )
+        names = self.service.context.configs
+        if req.get_header("anthropic-version") is None:
+            resp.data = labs_protocol.dumps(ModelList(tuple(map(self._card, names))))
+            return
+        page = labs_messages.page_of([self._info(name) for name in names], req.params)
+        resp.data = labs_protocol.dumps(page)
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
         if name not in self.service.context.configs:
             text = f"unknown model {name!r}; GET /v1/models lists the models of this server"
             raise labs_gate.Problem(404, text, "model_not_found", "model")
-        resp.data = labs_protocol.dumps(self._card(name))
+        card = self._card if req.get_header("anthropic-version") is None else self._info
+        resp.data = labs_protocol.dumps(card(name))
+
+    def _info(self, name: str) -> labs_messages.ModelInfo:
+        length = self.service.models.context_length(name)
+        return labs_messages.model_of(name, self.service.created, length)
 
     def _card(self, name: str) -> ModelCard:
         return ModelCard(
@@ -580,10 +602,14 @@ class Endpoint(Resource):
         super().__init__(service)
         self.endpoint = endpoint
 
-    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+    def _read(self, req: falcon.Request, resp: falcon.Response) -> tuple[Any, labs_request.Request]:
         endpoint = self.endpoint
+        resp.set_header(endpoint.id_header, req.context.id)
         body, given = self.service.read(req, endpoint.body, endpoint.fields)
-        request = self.service.check(endpoint.request_of(body, given))
+        return body, self.service.check(endpoint.request_of(body, given))
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        endpoint, (body, request) = self.endpoint, self._read(req, resp)
         if body.stream:
             self.service.stream(req, resp, request, endpoint.stream(body))
             return
@@ -591,6 +617,17 @@ class Endpoint(Resource):
         names = {"id": req.context.id, "created": req.context.created, "model": answers.name}
         names["documents"] = answers.documents
         resp.data = labs_protocol.dumps(endpoint.answer(body, answers.model, found, **names))
+
+
+class CountTokens(Endpoint):
+    """POST /v1/messages/count_tokens: the tokens of a prompt, without running it."""
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        _, request = self._read(req, resp)
+        lease = self.service.leased(req, request)
+        with self.service.prepared(request, lease) as prepared:
+            count = sum(len(inputs.input_ids) for inputs in prepared.inputs)
+        resp.data = labs_protocol.dumps(labs_message_events.InputTokens(count))
 
 
 class Metrics(Resource):
@@ -618,9 +655,14 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat = Endpoint(service, labs_openai.CHAT)
     completions = Endpoint(service, labs_openai.COMPLETIONS)
+    messages = Endpoint(service, labs_messages.MESSAGES)
+    count, counted = CountTokens(service, labs_messages.COUNT), labs_message_events.InputTokens
+    message, refused = labs_message_events.MessagesAnswer, labs_message_events.MessagesError
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
     explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
+    message_body, count_body = labs_messages.MESSAGES.body, labs_messages.COUNT.body
+    theirs: dict[str, Any] = {"error": refused}
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")
     return (
@@ -635,6 +677,8 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
         get("/v1/models/{name:path}", models, "Describe one model", ModelCard, None, "one"),
         post("/v1/chat/completions", chat, "Answer a chat", answer, chat_body, streams=True),
         post("/v1/completions", completions, "Continue text", answer, text_body, streams=True),
+        post("/v1/messages", messages, "Answer", message, message_body, streams=True, **theirs),
+        post("/v1/messages/count_tokens", count, "Count tokens", counted, count_body, **theirs),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 
@@ -688,7 +732,10 @@ def answer_error(req: falcon.Request, resp: falcon.Response, error: Exception, _
         return
     problem = as_problem(error, req.context.id)
     resp.status = falcon.code_to_http_status(problem.status)
-    resp.data, resp.content_type = error_of(problem, req.path), falcon.MEDIA_JSON
+    version, request_id = req.get_header("anthropic-version"), req.context.id
+    resp.data = error_of(problem, req.path, version, request_id)
+    resp.content_type = falcon.MEDIA_JSON
+    resp.set_header(protocol_of(req.path, version).id_header, request_id)
     if isinstance(error, falcon.HTTPError):
         resp.set_headers(error.headers or {})
     if problem.retry_after_s is not None:

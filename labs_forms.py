@@ -335,10 +335,13 @@ def _special_tokens(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *(str(each) for each in added if each.special)} - {""}
 
 
-def effort_options(model: labs.Model, effort: str, *, calls: bool = False) -> dict[str, Any]:
+def effort_options(
+    model: labs.Model, effort: str, *, calls: bool = False, usual: str = "medium"
+) -> dict[str, Any]:
     """Return the template options that a reasoning_effort stands for.
 
-    Raises InputError for one that the chat template cannot show. "medium" is OpenAI's default.
+    Raises InputError for one that the chat template cannot show. usual: one that it need not show,
+    the protocol's default.
     """
     template = _template_of(model, calls)
     with model.lock:
@@ -349,6 +352,6 @@ def effort_options(model: labs.Model, effort: str, *, calls: bool = False) -> di
     switch = next((name for name in labs_dialogue.SWITCHES if name in names), None)
     if effort == "none" and switch:
         return {switch: False}
-    if effort == "medium" or (effort == "none" and form_of(model, calls=False).reasoning is None):
+    if effort == usual or (effort == "none" and form_of(model, calls=False).reasoning is None):
         return {}
     raise labs.InputError(f"reasoning_effort = {effort:.80}: the chat template does not read it")

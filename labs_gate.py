@@ -189,7 +189,7 @@ class Cors(falcon.CORSMiddleware[Any, Any]):
 
     def __init__(self, server: labs.Server) -> None:
         origins = "*" if "*" in server.allow_origins else server.allow_origins
-        super().__init__(origins, expose_headers=("X-Request-Id", "Retry-After"))
+        super().__init__(origins, expose_headers=("X-Request-Id", "request-id", "Retry-After"))
 
     def process_response(
         self, req: falcon.Request, resp: falcon.Response, resource: object, req_succeeded: bool

@@ -60,7 +60,7 @@ class Route(Struct, frozen=True):
     """A row of the route table, from which Falcon's routes and /openapi.json are made.
 
     answer: a struct or a content type. streams: the response may also be server-sent events.
-    unready: the same response may have the status 503.
+    unready: the same response may have the status 503. error: a struct, if it is not the usual one.
     """
 
     method: Literal["get", "post"]
@@ -72,6 +72,7 @@ class Route(Struct, frozen=True):
     suffix: str | None = None
     streams: bool = False
     unready: bool = False
+    error: Any = None
 
 
 def openapi(
@@ -79,16 +80,17 @@ def openapi(
 ) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of the routes, made from the structs.
 
-    error: the struct of every error response. secured: routes need an API key unless public.
+    error: the usual struct of an error response. secured: routes need an API key unless public.
     """
     kinds = [route.body for route in table if route.body] + [error]
     kinds += [route.answer for route in table if isinstance(route.answer, type)]
+    kinds += [route.error for route in table if route.error]
     reference = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(dict.fromkeys(kinds), ref_template=reference)
     paths: dict[str, Any] = {}
     for route in table:
         path = route.path.replace(":path", "")
-        paths.setdefault(path, {})[route.method] = _operation(route, error)
+        paths.setdefault(path, {})[route.method] = _operation(route, route.error or error)
     scheme = {"bearer": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",

@@ -195,6 +195,7 @@ class Endpoint:
 
     body: type[Any]
     fields: Fields
+    id_header = "X-Request-Id"  # in which clients look for the id of their request
 
     def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
         """Return a body as labs' request. given: the fields that the body sets, as of `read`."""

@@ -76,7 +76,7 @@ class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt: exactly one of prompt, messages and ids (token ids).
 
     The fields of labs.Chat take the configured values where they are None. effort: OpenAI's
-    reasoning_effort, which becomes template_options.
+    reasoning_effort, which becomes template_options; a template need not read the usual one.
     """
 
     prompt: str | None = None
@@ -87,6 +87,7 @@ class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     template_options: dict[str, Any] | None = None
     tools: tuple[labs_dialogue.Tool, ...] = ()
     effort: str | None = None
+    usual_effort: str = "medium"  # at OpenAI; at Anthropic it is high
 
     @property
     def text(self) -> str:
@@ -319,11 +320,13 @@ def build(config: labs.Chat, model: labs.Model, prompt: Prompt) -> labs.Inputs:
     if named and not _is_chat(model, prompt):
         raise labs.InputError(f"{named}: {ONLY_CHATS}")
     given = {name: value for name, value in asdict(prompt).items() if value is not None}
+    usual = given.pop("usual_effort")
     if (effort := given.pop("effort", None)) is not None:
         labs.require("labs_forms")
         import labs_forms
 
-        meant = labs_forms.effort_options(model, effort, calls=bool(prompt.tools))
+        calls = bool(prompt.tools)
+        meant = labs_forms.effort_options(model, effort, calls=calls, usual=usual)
         given["template_options"] = {**(prompt.template_options or {}), **meant}
     return labs.build_inputs(model, **given)
 

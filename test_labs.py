@@ -728,6 +728,9 @@ ROOMS = {
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),
     "labs_replies.py": (320, "labs tokens parts protocol"),
+    "labs_messages.py": (400, "labs dialogue protocol request message_blocks message_events"),
+    "labs_message_blocks.py": (360, "labs dialogue protocol request"),
+    "labs_message_events.py": (300, "labs parts protocol message_blocks"),
     "labs_tokens.py": (120, "labs"),
     "labs_gate.py": (320, "labs engine request"),
     "labs_meters.py": (140, "labs engine"),
@@ -736,7 +739,7 @@ ROOMS = {
     "labs_api.py": (
         800,
         "labs gate meters pages models engine request ready answers parts explain openai replies "
-        "patterns protocol turns",
+        "patterns protocol turns messages message_events",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),

@@ -917,7 +917,9 @@ CHECKS = [
     openapi_checks.response_schema_conformance,
 ]
 GETS = ("/health", "/readyz", "/v1/models", "/v1/models/{name}", "/metrics")
-OPERATIONS = [*(("GET", path) for path in GETS), *(("POST", path) for path in BODIES)]
+MESSAGES = ("/v1/messages", "/v1/messages/count_tokens")
+POSTS = (*BODIES, *MESSAGES)
+OPERATIONS = [*(("GET", path) for path in GETS), *(("POST", path) for path in POSTS)]
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)

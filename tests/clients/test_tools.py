@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import agents
+import anthropic
 import instructor
 import litellm
 import openai
@@ -67,6 +68,10 @@ class Site(BaseModel):
     @property
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key=KEY, timeout=120)
+
+    @property
+    def anthropic(self) -> anthropic.Anthropic:
+        return anthropic.Anthropic(base_url=self.url.removesuffix("/v1"), api_key=KEY, timeout=120)
 
     @property
     def langchain(self) -> ChatOpenAI:
@@ -329,3 +334,89 @@ def test_openais_client_sees_reasoning_and_calls_the_same_streamed_or_not(
     assert choice.message.reasoning_content == "A script."  # type: ignore[attr-defined]
     (call,) = choice.message.tool_calls or ()
     assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 2, "b": 3})
+
+
+# ---------------------------------------------------------------- Anthropic's protocol
+
+ADDS: Any = {
+    "name": "add",
+    "description": "Add two numbers.",
+    "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
+
+
+def asked_by_anthropic(site: Site, messages: list[Any], stream: bool) -> anthropic.types.Message:
+    body: Any = {"model": site.model, "max_tokens": 500, "messages": messages, "tools": [ADDS]}
+    if not stream:
+        return site.anthropic.messages.create(**body)
+    with site.anthropic.messages.stream(**body) as events:
+        return events.get_final_message()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropics_client_calls_a_function_and_goes_on_with_its_result(
+    stream: bool, site: Site
+) -> None:
+    messages: list[Any] = [{"role": "user", "content": f"{ADD} {ADD} > It is 5."}]
+    first = asked_by_anthropic(site, messages, stream)
+    assert [block.type for block in first.content] == ["thinking", "tool_use", "tool_use"]
+    assert first.stop_reason == "tool_use"
+    results = [
+        {"type": "tool_result", "tool_use_id": block.id, "content": "5"}
+        for block in first.content
+        if block.type == "tool_use" and block.input == {"a": 2, "b": 3}
+    ]
+    assert len(results) == 2
+    messages += [{"role": "assistant", "content": first.content}]
+    messages += [{"role": "user", "content": results}]
+    count = site.anthropic.messages.count_tokens(model=site.model, messages=messages, tools=[ADDS])
+    second = asked_by_anthropic(site, messages, stream)
+    *_, text = second.content
+    assert (text.type, getattr(text, "text", ""), second.stop_reason) == (
+        *("text", "It is 5."),
+        "end_turn",
+    )
+    cached = second.usage.cache_read_input_tokens or 0
+    assert second.usage.input_tokens + cached == count.input_tokens
+
+
+def test_anthropics_client_runs_functions_by_itself(site: Site) -> None:
+    SUMS.clear()
+    runner = site.anthropic.beta.messages.tool_runner(
+        model=site.model,
+        max_tokens=500,
+        messages=[{"role": "user", "content": f"{ADD} > It is 5."}],
+        tools=[anthropic.beta_tool(add)],
+    )
+    *_, text = runner.until_done().content
+    assert (getattr(text, "text", ""), SUMS) == ("It is 5.", [(2, 3)])
+
+
+def test_anthropics_client_lists_the_models_and_knows_errors(site: Site) -> None:
+    assert [model.id for model in site.anthropic.models.list()] == [site.model]
+    with pytest.raises(anthropic.NotFoundError, match="unknown model"):
+        site.anthropic.messages.create(
+            model="claude-haiku", max_tokens=5, messages=[{"role": "user", "content": "a"}]
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_litellm_speaks_anthropics_protocol(stream: bool, site: Site) -> None:
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    messages: list[Any] = [{"role": "user", "content": f"{ADD} > It is 5."}]
+    for reason in ("tool_calls", "stop"):
+        answer = litellm.completion(
+            model=f"anthropic/{site.model}",
+            api_base=site.url.removesuffix("/v1"),
+            api_key=KEY,
+            messages=messages,
+            tools=[{"type": "function", "function": tool}],
+            stream=stream,
+        )
+        answer = litellm.stream_chunk_builder([*answer]) if stream else answer
+        (choice,) = answer.choices
+        assert choice.finish_reason == reason
+        messages.append(choice.message.model_dump())
+        for call in choice.message.tool_calls or ():
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": "5"})
+    assert choice.message.content == "It is 5."
