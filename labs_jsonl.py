@@ -378,6 +378,8 @@ def _render_openai(
     name, rest, status = secrets.token_hex(12), dict[str, Any](), 200
     if task.error is None:
         names = {"id": name, "model": config.model_id, **_documents(task)}
+        if task.prepared is not None:
+            names["generation"] = task.prepared.generation
         body = task.endpoint.answer(task.body, model, found, **names)
         known = all(each.fingerprint for each in found)  # a filtered answer has none
         rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}
