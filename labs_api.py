@@ -7,7 +7,7 @@
     POST /explain                    what a request would run with, without running it
     POST /choose                     the probability of each of several given answers
     GET  /v1/models                  OpenAI's endpoints
-    POST /v1/chat/completions /v1/completions
+    POST /v1/chat/completions /v1/completions /v1/responses
     GET  /metrics /openapi.json /docs /
 
 `create_app(config, models)` returns a WSGI callable that any server can mount; labs_serve.py serves
@@ -15,7 +15,8 @@ it. A parameter takes effect or is refused by name. A request is read and checke
 its model, `submit` hands it to the engine, and the engine's events become the response.
 
 Needs labs_engine.py, labs_gate.py, labs_meters.py, labs_models.py, labs_openai.py, labs_pages.py,
-labs_request.py and labs_tokens.py with what those need; falcon, prometheus-client.
+labs_request.py, labs_responses.py and labs_tokens.py with what those need; falcon,
+prometheus-client.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ import labs_protocol
 import labs_ready
 import labs_replies
 import labs_request
+import labs_response_items
+import labs_responses
 import labs_turns
 from labs_answers import Answers, Frames
 
@@ -139,7 +142,7 @@ def _code(title: str) -> str:
 
 def protocol_of(path: str) -> labs_protocol.Endpoint:
     """Return an endpoint of the protocol in whose format the errors of a path are."""
-    return labs_openai.CHAT
+    return labs_responses.ENDPOINTS.get(path, labs_openai.CHAT)
 
 
 def error_of(problem: labs_gate.Problem, path: str) -> bytes:
@@ -593,6 +596,17 @@ class Endpoint(Resource):
         resp.data = labs_protocol.dumps(endpoint.answer(body, answers.model, found, **names))
 
 
+class NotStored(Resource):
+    """/v1/responses/{id} and what is below it: refused by name, as no response is stored."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
+        text = f"/v1/responses/{name:.80}: this server stores no responses, so none can be read, "
+        text += "deleted, cancelled or compacted; send all earlier items as input"
+        raise labs_gate.Problem(404, text, "not_stored", "response_id")
+
+    on_delete = on_post = on_get
+
+
 class Metrics(Resource):
     """GET /metrics: the server's metrics in Prometheus' text format."""
 
@@ -618,6 +632,8 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat = Endpoint(service, labs_openai.CHAT)
     completions = Endpoint(service, labs_openai.COMPLETIONS)
+    responses = Endpoint(service, labs_responses.RESPONSES)
+    response, items = labs_response_items.ResponseObject, labs_responses.RESPONSES.body
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
     explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
@@ -635,6 +651,7 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
         get("/v1/models/{name:path}", models, "Describe one model", ModelCard, None, "one"),
         post("/v1/chat/completions", chat, "Answer a chat", answer, chat_body, streams=True),
         post("/v1/completions", completions, "Continue text", answer, text_body, streams=True),
+        post("/v1/responses", responses, "Answer items", response, items, streams=True),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 
@@ -658,6 +675,7 @@ def create_app(
     for route in table:
         suffix = {"suffix": route.suffix} if route.suffix else {}
         app.add_route(route.path, route.resource, **suffix)
+    app.add_route("/v1/responses/{name:path}", NotStored(service))
     secured, error = bool(config.api_keys), labs_protocol.Error
     document = labs_pages.openapi(table, error, labs.__version__, secured=secured)
     pages = labs_pages.pages(document)

@@ -183,12 +183,14 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
 
 def read_body(task: Task, url: str, data: bytes) -> None:
     """Set the request of a task from the body of an HTTP request. Raises InputError."""
-    labs.require("labs_openai", "labs_protocol")
+    labs.require("labs_openai", "labs_protocol", "labs_responses")
     import labs_openai
     import labs_protocol
+    import labs_responses
 
-    if (endpoint := labs_openai.ENDPOINTS.get(url)) is None:
-        known = ", ".join(labs_openai.ENDPOINTS)
+    endpoints = {**labs_openai.ENDPOINTS, **labs_responses.ENDPOINTS}
+    if (endpoint := endpoints.get(url)) is None:
+        known = ", ".join(endpoints)
         raise labs.InputError(f"unknown url {url!r:.80}; use one of {known}")
     task.endpoint = endpoint
     task.body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)
@@ -377,7 +379,7 @@ def _render_openai(
 
     name, rest, status = secrets.token_hex(12), dict[str, Any](), 200
     if task.error is None:
-        names = {"id": name, "model": config.model_id, **_documents(task)}
+        names: dict[str, Any] = {"id": name, "model": config.model_id, **_documents(task)}
         if task.prepared is not None:
             names["generation"] = task.prepared.generation
         body = task.endpoint.answer(task.body, model, found, **names)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The answers of OpenAI's Responses API: items, the response that holds them, and their events.
 
-    events = labs_response_items.Events(shown)     # a labs_protocol.Stream
+    events = labs_response_items.Events(shown)     # a labs_protocol.Stream; fields of the request
     for data in events.begin(opened): ...          # then events.take(choice, part), events.end()
     events.whole(opened, found)                    # the same response, of a whole answer
 
@@ -51,7 +51,7 @@ class OutputMessage(Struct, frozen=True, kw_only=True, tag_field="type", tag="me
 
 
 class ReasoningItem(Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
-    """What the model thought. encrypted_content: the same, see labs_responses.seal, if asked for."""
+    """What the model thought. encrypted_content: the same, see labs_response_input.seal."""
 
     id: str
     status: Status = "in_progress"
@@ -101,25 +101,7 @@ class ResponseError(Struct, frozen=True):
     message: str
 
 
-class Shown(Struct, frozen=True, kw_only=True):
-    """The fields of a request that its response repeats."""
-
-    instructions: str | None = None
-    max_output_tokens: int | None = None
-    max_tool_calls: int | None = None
-    metadata: dict[str, Any] = {}
-    parallel_tool_calls: bool = True
-    prompt_cache_key: str | None = None
-    reasoning: dict[str, Any] = {"effort": None, "summary": None}
-    safety_identifier: str | None = None
-    text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
-    tool_choice: Any = "auto"
-    tools: tuple[Any, ...] = ()
-    top_logprobs: int = 0
-    user: str | None = None
-
-
-class ResponseObject(Shown, frozen=True, kw_only=True):
+class ResponseObject(Struct, frozen=True, kw_only=True):
     """A response. temperature, top_p and penalties: as used. It is never stored."""
 
     id: str
@@ -141,10 +123,23 @@ class ResponseObject(Shown, frozen=True, kw_only=True):
     background: Literal[False] = False
     store: Literal[False] = False
     service_tier: Literal["default"] = "default"
+    instructions: str | None  # from here on as in the request
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    metadata: dict[str, Any]
+    parallel_tool_calls: bool
+    prompt_cache_key: str | None
+    reasoning: dict[str, Any]
+    safety_identifier: str | None
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: tuple[Any, ...]
+    top_logprobs: int
+    user: str | None
     documents: tuple[labs.Source, ...] | UnsetType = UNSET
 
 
-def _begun(shown: Shown, opened: labs_protocol.Opened) -> ResponseObject:
+def _begun(shown: dict[str, Any], opened: labs_protocol.Opened) -> ResponseObject:
     """Return the response before its first item."""
     defaults = opened.loaded.generation_defaults
     used = labs_loop.sampling_of(opened.generation, defaults, 0, ())
@@ -155,7 +150,7 @@ def _begun(shown: Shown, opened: labs_protocol.Opened) -> ResponseObject:
         model=opened.model,
         documents=opened.documents,
         **{name: getattr(used, name) for name in names},
-        **{name: getattr(shown, name) for name in Shown.__struct_fields__},
+        **shown,
     )
 
 
@@ -223,7 +218,7 @@ class Events(labs_protocol.Stream):
     An item is open from its first piece until another item begins or the answer ends.
     """
 
-    def __init__(self, shown: Shown, seal: Callable[[str], str] | None = None) -> None:
+    def __init__(self, shown: dict[str, Any], seal: Callable[[str], str] | None = None) -> None:
         self._shown, self._seal = shown, seal
         self._numbers = itertools.count()
         self._response: ResponseObject | None = None

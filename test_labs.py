@@ -727,6 +727,9 @@ ROOMS = {
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),
     "labs_replies.py": (320, "labs tokens parts protocol"),
+    "labs_responses.py": (400, "labs dialogue protocol request response_input response_items"),
+    "labs_response_input.py": (340, "labs protocol request"),
+    "labs_response_items.py": (360, "labs loop parts protocol replies tokens"),
     "labs_tokens.py": (120, "labs"),
     "labs_gate.py": (320, "labs engine request"),
     "labs_meters.py": (140, "labs engine"),
@@ -735,11 +738,11 @@ ROOMS = {
     "labs_api.py": (
         800,
         "labs gate meters pages models engine request ready answers parts explain openai replies "
-        "patterns protocol turns",
+        "patterns protocol response_items responses turns",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),
-    "labs_jsonl.py": (650, "labs openai protocol request ready tokens"),
+    "labs_jsonl.py": (650, "labs openai protocol request ready responses tokens"),
     "labs_replay.py": (220, "labs jsonl ready request"),
     "labs_cli.py": (800, "*"),
     "labs_chat.py": (300, "labs"),
