@@ -55,7 +55,7 @@ NEUTRAL_OF_TOOL: dict[str, tuple[Any, ...]] = {
 IN_CODEX = "in Codex's config.toml, set"
 HOSTED = {  # tools that are not functions, and how clients leave them out
     "web_search": f'{IN_CODEX} web_search = "disabled"',
-    "namespace": f"{IN_CODEX} multi_agent = false below [features]",
+    "namespace": f"{IN_CODEX} enabled = false below [agents]",
     "image_generation": f"{IN_CODEX} image_generation = false below [features]",
     "custom": "describe it as a function",
     "mcp": "let the client run the MCP server, and describe its tools as functions",

@@ -57,7 +57,7 @@ def test_only_public_paths_need_no_key(fake):
     paths = site.get("/openapi.json").json["paths"]
     assert [site.get(path).status_code for path in PUBLIC] == [200] * len(PUBLIC)
     closed = [(way, path) for path, ways in paths.items() if path not in PUBLIC for way in ways]
-    assert len(closed) == 9
+    assert len(closed) == 10
     for method, path in closed:
         error_of(site.ask(method.upper(), path.replace("{name}", "tiny")), 401)
     for path in ("/generate", "/metrics", CHAT):
