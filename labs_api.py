@@ -592,7 +592,7 @@ class Endpoint(Resource):
             return
         answers, found = self.service.collect(req, request)
         names = {"id": req.context.id, "created": req.context.created, "model": answers.name}
-        names["documents"] = answers.documents
+        names |= {"documents": answers.documents, "generation": answers.generation}
         resp.data = labs_protocol.dumps(endpoint.answer(body, answers.model, found, **names))
 
 

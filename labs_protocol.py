@@ -188,7 +188,7 @@ class Stream:
         yield from ()
 
     def failed(self, status: int, message: str, code: str, param: str | None) -> bytes:
-        """Return the last event of a stream that failed, perhaps before it began."""
+        """Return the last events of a stream that failed, perhaps before it began."""
         return Endpoint().failure(status, message, code, param)
 
 

@@ -266,11 +266,11 @@ class Events(labs_protocol.Stream):
         if self._response is None:
             event = ErrorEvent("error", code, message, param, next(self._numbers))
             return labs_protocol.event(event, "error")
-        [*self._close("incomplete")]
+        closing = [*self._close("incomplete")]
         error = ResponseError("server_error" if status >= 500 else code, message)
         changes: dict[str, Any] = {"status": "failed", "error": error}
         found = replace(self._response, output=tuple(self._output), **changes)
-        return self._told(found, "response.failed")
+        return b"".join([*closing, self._told(found, "response.failed")])
 
     # ------------------------------------------------------------ items
 
