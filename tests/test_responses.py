@@ -976,8 +976,11 @@ def long_engine(tmp_path_factory: Any) -> Iterator[Any]:
     found.engine.close(5)
 
 
-@pytest.mark.parametrize("keeps", ["content", "encrypted_content"])
-def test_ten_turns_of_codex_reuse_what_they_have_in_common(long_engine, keeps):
+@pytest.mark.parametrize(
+    ("keeps", "size"),
+    [("encrypted_content", 3000), pytest.param("content", 50_000, marks=pytest.mark.long)],
+)
+def test_ten_turns_of_codex_reuse_what_they_have_in_common(long_engine, keeps, size):
     generation = labs.Generation(max_new_tokens=400, temperature=0)
     site, chunk = Site(long_engine, kit.configured(generation=generation)), 0
     chunk = long_engine.engine.model.decoder.chunk
@@ -1011,9 +1014,9 @@ def test_ten_turns_of_codex_reuse_what_they_have_in_common(long_engine, keeps):
             assert common >= 0.95 * len(before), turn
             before = asked[-1]
             turns += [of_client(item, keeps) for item in response["output"]]
-            size = 50_000 if turn == 4 else 300
+            output = "x" * (size if turn == 4 else 300)
             turns += [
-                {"type": "function_call_output", "call_id": item["call_id"], "output": "x" * size}
+                {"type": "function_call_output", "call_id": item["call_id"], "output": output}
                 for item in response["output"]
                 if item["type"] == "function_call"
             ]
