@@ -52,9 +52,7 @@ def summed_by_openai_in_a_stream(site: Site, question: str) -> str:
         with site.openai.responses.stream(input=turns, **asked) as stream:
             texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
             response = stream.get_final_response()
-        turns += [item.model_dump(exclude_unset=True) for item in response.output]
-        for turn in turns:
-            turn.pop("parsed_arguments", None)
+        turns += response.output
         calls = [item for item in response.output if item.type == "function_call"]
         if not calls:
             assert "".join(texts) == response.output_text
@@ -91,7 +89,6 @@ def summed_by_litellm(site: Site, question: str) -> str:
     while True:
         response: Any = litellm.responses(input=turns, tools=[TOOL], **asked)
         turns += [item if isinstance(item, dict) else item.model_dump() for item in response.output]
-        turns = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
         calls = [item for item in response.output if item.type == "function_call"]
         if not calls:
             return str(response.output_text)
