@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import re
+import time
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,7 @@ from test_tools_http import CALLED, GREEDY, THOUGHT, Scripted
 from wire_forms import FORMS
 
 import labs
+import labs_api
 import labs_dialogue
 import labs_engine
 import labs_forms
@@ -768,6 +770,51 @@ def test_a_format_holds_the_text_of_an_answer(tools_site):
     assert found["text"]["format"] == {**form, "description": None}
     site = said(tools_site, None, text={"format": {"type": "text"}}, max_output_tokens=3)
     assert site["text"]["format"] == {"type": "text"}
+
+
+# ---------------------------------------------------------------- filters
+
+FILTERED = [  # what the model says, the items that are shown, and the status
+    ("<think>it is bad</think>Hi", [("reasoning", "it is")], "incomplete"),
+    (f"{THOUGHT}so bad, yes", [("reasoning", "hm"), ("message", "so")], "incomplete"),
+    (CALLED.replace("1", '"bad"'), [("message", "")], "incomplete"),
+    (CALLED.replace("1", '"x@y.co"'), [("function_call", '{"n": "[email]"}')], "completed"),
+]
+
+
+@pytest.mark.parametrize(("text", "items", "status"), FILTERED)
+def test_what_a_rule_refuses_does_not_get_out_in_items_or_events(text, items, status, engine):
+    config = kit.configured(generation=GREEDY)
+    guard = labs.Guard(deny=("bad",), mask=("email",))
+    site = Site(engine, msgspec.structs.replace(config, guard=guard))
+    tool = {"type": "function", "name": "add"}
+    found = said(site, text, tools=[tool], include=ENCRYPTED)
+    assert [shown(item) for item in found["output"]] == items
+    assert found["status"] == status
+    if status == "incomplete":
+        assert found["incomplete_details"] == {"reason": "content_filter"}
+    answer = site.post(PATH, {"input": "hi", "tools": [tool], "stream": True})
+    for event in events_of(answer):
+        assert not any(word in json.dumps(event) for word in ("bad", "x@y.co"))
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_an_event_costs_little_more_than_one_of_generate_stream(tiny):
+    opened = labs_protocol.Opened(id="0" * 32, created=1, model="m", loaded=tiny)
+    body = msgspec.convert({"input": "a"}, BODY)
+
+    def cost(stream: labs_protocol.Stream) -> float:
+        [*stream.begin(opened)]
+        began = time.process_time()
+        for _ in range(5000):
+            [*stream.take(0, labs.Delta(" word"))]
+        return (time.process_time() - began) / 5000
+
+    plain = min(cost(labs_api.GenerateStream()) for _ in range(3))
+    ours = min(cost(labs_responses.RESPONSES.stream(body)) for _ in range(3))
+    assert ours - plain <= 30e-6
 
 
 # ---------------------------------------------------------------- files and replay

@@ -38,7 +38,7 @@ CORE, TYPED = files(), files("schema", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
 REQUEST, PARTS = ("request", "ready", "dialogue", "shown"), ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
-API += ("pages", "replies", "response_input", "response_items", "responses", "tokens")
+API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
 
 
 def names(place: Any = "copy") -> list[str]:
