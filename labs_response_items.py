@@ -79,15 +79,11 @@ class InputTokensDetails(Struct, frozen=True):
     cache_write_tokens: int = 0
 
 
-class OutputTokensDetails(Struct, frozen=True):
-    reasoning_tokens: int = 0
-
-
 class ResponseUsage(Struct, frozen=True):
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: labs_replies.CompletionTokensDetails
     total_tokens: int
     response_cached: bool = False
 
@@ -159,7 +155,7 @@ def _ended(begun: ResponseObject, output: Sequence[Item], done: labs.Done) -> Re
         input_tokens=done.usage.prompt_tokens,
         input_tokens_details=InputTokensDetails(done.usage.cached_tokens),
         output_tokens=done.usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(done.usage.reasoning_tokens),
+        output_tokens_details=labs_replies.CompletionTokensDetails(done.usage.reasoning_tokens),
         total_tokens=done.usage.prompt_tokens + done.usage.completion_tokens,
         response_cached=done.usage.response_cached,
     )
@@ -196,14 +192,7 @@ class OutputEvent(Struct, frozen=True, kw_only=True):
     logprobs: Sequence[dict[str, Any]] | UnsetType = UNSET
 
 
-class ErrorEvent(Struct, frozen=True):
-    type: Literal["error"]
-    code: str
-    message: str
-    param: str | None
-    sequence_number: int = 0
-
-
+PARAMS: dict[str | None, str] = {"messages": "input"}  # what fields of labs are called here
 # The beginnings of an item's id, and of the names of the events of its pieces.
 NAMES: dict[Any, tuple[str, str]] = {
     OutputMessage: ("msg", "response.output_text"),
@@ -236,15 +225,11 @@ class Events(labs_protocol.Stream):
         if isinstance(part, labs_parts.CallStarted):
             yield from self._open(FunctionCallItem, call_id=part.id, name=part.name)
         elif isinstance(part, labs_parts.Arguments):
-            yield self._piece(part.text)
+            yield from self._piece(FunctionCallItem, part.text)
         elif isinstance(part, labs_parts.Reasoning) and part.text:
-            if not isinstance(self._item, ReasoningItem):
-                yield from self._open(ReasoningItem)
-            yield self._piece(part.text)
+            yield from self._piece(ReasoningItem, part.text)
         elif isinstance(part, labs.Delta) and (part.text or part.logprobs):
-            if not isinstance(self._item, OutputMessage):
-                yield from self._open(OutputMessage)
-            yield self._piece(part.text, part.logprobs)
+            yield from self._piece(OutputMessage, part.text, part.logprobs)
 
     def end(self, dones: Sequence[labs.Done]) -> Iterator[bytes]:
         if self._item is None and not self._output:  # an empty answer is an empty message
@@ -264,12 +249,12 @@ class Events(labs_protocol.Stream):
 
     def failed(self, status: int, message: str, code: str, param: str | None) -> bytes:
         if self._response is None:
-            event = ErrorEvent("error", code, message, param, next(self._numbers))
-            return labs_protocol.event(event, "error")
+            error = {"code": code, "message": message, "param": PARAMS.get(param, param)}
+            return labs_protocol.event({"type": "error", "sequence_number": 0, **error}, "error")
         closing = [*self._close("incomplete")]
-        error = ResponseError("server_error" if status >= 500 else code, message)
-        changes: dict[str, Any] = {"status": "failed", "error": error}
-        found = replace(self._response, output=tuple(self._output), **changes)
+        reason = ResponseError("server_error" if status >= 500 else code, message)
+        output: tuple[Item, ...] = tuple(self._output)
+        found = replace(self._response, status="failed", error=reason, output=output)
         return b"".join([*closing, self._told(found, "response.failed")])
 
     # ------------------------------------------------------------ items
@@ -283,11 +268,13 @@ class Events(labs_protocol.Stream):
             part = self._content("")
             yield self._event("response.content_part.added", **self._place(), part=part)
 
-    def _piece(self, text: str, logprobs: Sequence[labs.TokenLogprob] = ()) -> bytes:
+    def _piece(self, kind: type[Item], text: str, logprobs: Any = ()) -> Iterator[bytes]:
+        if not isinstance(self._item, kind):
+            yield from self._open(kind)
         self._pieces.append(text)
         shown = labs_replies.logprobs_of(self._places, logprobs) if logprobs else []
         self._logprobs += shown
-        return self._event(self._named("delta"), **self._place(shown), delta=text)
+        yield self._event(self._named("delta"), **self._place(shown), delta=text)
 
     def _close(self, status: Status = "completed") -> Iterator[bytes]:
         """Yield the end of the open item, if there is one. A call is always whole."""

@@ -247,15 +247,11 @@ class Responses(labs_protocol.Endpoint):
         )
 
     def error_of(self, status: int, message: str, code: str, param: str | None = None) -> Any:
-        return labs_protocol.error_of(status, message, code, _param(param))
+        param = labs_response_items.PARAMS.get(param, param)
+        return labs_protocol.error_of(status, message, code, param)
 
     def failure(self, status: int, message: str, code: str, param: str | None) -> bytes:
-        return labs_response_items.Events({}).failed(status, message, code, _param(param))
-
-
-def _param(name: str | None) -> str | None:
-    """Return the name of a field as it is here."""
-    return {"messages": "input", "max_new_tokens": "max_output_tokens"}.get(name or "", name)
+        return labs_response_items.Events({}).failed(status, message, code, param)
 
 
 def tools_of(body: ResponsesRequest) -> tuple[FunctionTool, ...]:
