@@ -5,9 +5,9 @@
     for data in events.begin(opened): ...          # then events.take(choice, part), events.end()
     events.whole(opened, found)                    # the same response, of a whole answer
 
-An answer is a list of items: reasoning, messages and calls, in the order in which the model wrote
-them. labs_responses.py joins these to its requests. Needs labs.py, labs_loop.py, labs_parts.py,
-labs_protocol.py, labs_replies.py and labs_tokens.py.
+Items are reasoning, messages and calls, as the model wrote them. labs_responses.py joins these to
+its requests. Needs labs.py, labs_loop.py, labs_parts.py, labs_protocol.py, labs_replies.py and
+labs_tokens.py.
 """
 
 from __future__ import annotations
@@ -170,18 +170,13 @@ def _ended(begun: ResponseObject, output: Sequence[Item], done: labs.Done) -> Re
 # ---------------------------------------------------------------- events
 
 
-class ResponseEvent(Struct, frozen=True):
-    type: str
-    sequence_number: int
-    response: ResponseObject
-
-
-class OutputEvent(Struct, frozen=True, kw_only=True):
-    """An item, a part or a piece of one. Where the name ends in done, it is whole."""
+class ResponseEvent(Struct, frozen=True, kw_only=True):
+    """A response, an item, a part or a piece of one; a piece is whole in an event named done."""
 
     type: str
     sequence_number: int
-    output_index: int
+    response: ResponseObject | UnsetType = UNSET
+    output_index: int | UnsetType = UNSET
     item: Item | UnsetType = UNSET
     item_id: str | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
@@ -304,11 +299,12 @@ class Events(labs_protocol.Stream):
     # ------------------------------------------------------------ single events
 
     def _told(self, response: ResponseObject, name: str) -> bytes:
-        return labs_protocol.event(ResponseEvent(name, next(self._numbers), response), name)
+        found = ResponseEvent(type=name, sequence_number=next(self._numbers), response=response)
+        return labs_protocol.event(found, name)
 
     def _event(self, name: str, **fields: Any) -> bytes:
         at, number = len(self._output), next(self._numbers)
-        event = OutputEvent(type=name, sequence_number=number, output_index=at, **fields)
+        event = ResponseEvent(type=name, sequence_number=number, output_index=at, **fields)
         return labs_protocol.event(event, name)
 
     def _named(self, end: str) -> str:

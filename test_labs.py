@@ -729,7 +729,7 @@ ROOMS = {
     "labs_replies.py": (320, "labs tokens parts protocol"),
     "labs_responses.py": (380, "labs dialogue protocol request response_input response_items"),
     "labs_response_input.py": (340, "labs protocol request"),
-    "labs_response_items.py": (330, "labs loop parts protocol replies tokens"),
+    "labs_response_items.py": (320, "labs loop parts protocol replies tokens"),
     "labs_tokens.py": (120, "labs"),
     "labs_gate.py": (320, "labs engine request"),
     "labs_meters.py": (140, "labs engine"),
