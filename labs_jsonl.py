@@ -33,6 +33,7 @@ import labs_request
 
 open_context = labs_request.open_context  # called once per run
 UNFINISHED = {"timeout", "cancelled"}  # the same request may end differently in another run
+RESPONSES = "/v1/responses"  # the url of labs_responses.py
 WINDOW = 1024  # lines that are sorted by length: rows of similar length share a batch well
 
 Lines = Iterable[tuple[int | str, bytes]]  # (number, line); a line without an id has its number
@@ -183,14 +184,18 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
 
 def read_body(task: Task, url: str, data: bytes) -> None:
     """Set the request of a task from the body of an HTTP request. Raises InputError."""
-    labs.require("labs_openai", "labs_protocol", "labs_responses")
+    labs.require("labs_openai", "labs_protocol")
     import labs_openai
     import labs_protocol
-    import labs_responses
 
-    endpoints = {**labs_openai.ENDPOINTS, **labs_responses.ENDPOINTS}
-    if (endpoint := endpoints.get(url)) is None:
-        known = ", ".join(endpoints)
+    endpoint: labs_protocol.Endpoint | None = labs_openai.ENDPOINTS.get(url)
+    if url == RESPONSES:
+        labs.require("labs_responses")
+        import labs_responses
+
+        endpoint = labs_responses.RESPONSES
+    if endpoint is None:
+        known = ", ".join((*labs_openai.ENDPOINTS, RESPONSES))
         raise labs.InputError(f"unknown url {url!r:.80}; use one of {known}")
     task.endpoint = endpoint
     task.body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)
