@@ -54,6 +54,7 @@ class Answers:
         self.model = msgspec.structs.replace(prepared.model, decoder=None)  # without the weights
         self.documents = UNSET if prepared.sources is None else prepared.sources
         self.shares = prepared.choice and prepared.choice.shares
+        self.generation = prepared.generation
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: list[labs_engine.Answer] = []
         self._ready: list[labs_ready.Ready] = []
@@ -102,6 +103,7 @@ class Answers:
             loaded=self.model,
             prompt_tokens=self._prompt_tokens,
             documents=self.documents,
+            generation=self.generation,
         )
 
     def whole(self) -> list[labs_ready.Found]:

@@ -7,7 +7,7 @@
     POST /explain                    what a request would run with, without running it
     POST /choose                     the probability of each of several given answers
     GET  /v1/models                  OpenAI's endpoints
-    POST /v1/chat/completions /v1/completions
+    POST /v1/chat/completions /v1/completions /v1/responses
     POST /v1/messages /v1/messages/count_tokens          Anthropic's
     GET  /metrics /openapi.json /docs /
 
@@ -16,8 +16,8 @@ it. A parameter takes effect or is refused by name. A request is read and checke
 its model, `submit` hands it to the engine, and the engine's events become the response.
 
 Needs labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
-labs_openai.py, labs_pages.py, labs_request.py and labs_tokens.py with what those need; falcon,
-prometheus-client.
+labs_openai.py, labs_pages.py, labs_request.py, labs_responses.py and labs_tokens.py with what
+those need; falcon, prometheus-client.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ import labs_protocol
 import labs_ready
 import labs_replies
 import labs_request
+import labs_response_items
+import labs_responses
 import labs_turns
 from labs_answers import Answers, Frames
 
@@ -148,7 +150,8 @@ def protocol_of(path: str, version: str | None = None) -> labs_protocol.Endpoint
     """
     models = path.startswith("/v1/models") and version is not None
     ours = path.startswith(labs_messages.PATH) or models
-    return labs_messages.MESSAGES if ours else labs_openai.CHAT
+    others = labs_responses.ENDPOINTS.get(path, labs_openai.CHAT)
+    return labs_messages.MESSAGES if ours else others
 
 
 def error_of(
@@ -615,7 +618,7 @@ class Endpoint(Resource):
             return
         answers, found = self.service.collect(req, request)
         names = {"id": req.context.id, "created": req.context.created, "model": answers.name}
-        names["documents"] = answers.documents
+        names |= {"documents": answers.documents, "generation": answers.generation}
         resp.data = labs_protocol.dumps(endpoint.answer(body, answers.model, found, **names))
 
 
@@ -628,6 +631,17 @@ class CountTokens(Endpoint):
         with self.service.prepared(request, lease) as prepared:
             count = sum(len(inputs.input_ids) for inputs in prepared.inputs)
         resp.data = labs_protocol.dumps(labs_message_events.InputTokens(count))
+
+
+class NotStored(Resource):
+    """/v1/responses/{id} and what is below it: refused by name, as no response is stored."""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
+        text = f"/v1/responses/{name:.80}: this server stores no responses, so none can be read, "
+        text += "deleted, cancelled or compacted; send all earlier items as input"
+        raise labs_gate.Problem(404, text, "not_stored", "response_id")
+
+    on_delete = on_post = on_get
 
 
 class Metrics(Resource):
@@ -658,6 +672,8 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     messages = Endpoint(service, labs_messages.MESSAGES)
     count, counted = CountTokens(service, labs_messages.COUNT), labs_message_events.InputTokens
     message, refused = labs_message_events.MessagesAnswer, labs_message_events.MessagesError
+    responses = Endpoint(service, labs_responses.RESPONSES)
+    response, items = labs_response_items.ResponseObject, labs_responses.RESPONSES.body
     events, plain, body = "text/event-stream", "text/plain", labs_request.GenerateRequest
     explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
@@ -679,6 +695,7 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
         post("/v1/completions", completions, "Continue text", answer, text_body, streams=True),
         post("/v1/messages", messages, "Answer", message, message_body, streams=True, **theirs),
         post("/v1/messages/count_tokens", count, "Count tokens", counted, count_body, **theirs),
+        post("/v1/responses", responses, "Answer items", response, items, streams=True),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 
@@ -702,6 +719,7 @@ def create_app(
     for route in table:
         suffix = {"suffix": route.suffix} if route.suffix else {}
         app.add_route(route.path, route.resource, **suffix)
+    app.add_route("/v1/responses/{name:path}", NotStored(service))
     secured, error = bool(config.api_keys), labs_protocol.Error
     document = labs_pages.openapi(table, error, labs.__version__, secured=secured)
     pages = labs_pages.pages(document)

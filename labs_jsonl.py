@@ -33,6 +33,7 @@ import labs_request
 
 open_context = labs_request.open_context  # called once per run
 UNFINISHED = {"timeout", "cancelled"}  # the same request may end differently in another run
+RESPONSES = "/v1/responses"  # the url of labs_responses.py
 WINDOW = 1024  # lines that are sorted by length: rows of similar length share a batch well
 
 Lines = Iterable[tuple[int | str, bytes]]  # (number, line); a line without an id has its number
@@ -187,8 +188,14 @@ def read_body(task: Task, url: str, data: bytes) -> None:
     import labs_openai
     import labs_protocol
 
-    if (endpoint := labs_openai.ENDPOINTS.get(url)) is None:
-        known = ", ".join(labs_openai.ENDPOINTS)
+    endpoint: labs_protocol.Endpoint | None = labs_openai.ENDPOINTS.get(url)
+    if url == RESPONSES:
+        labs.require("labs_responses")
+        import labs_responses
+
+        endpoint = labs_responses.RESPONSES
+    if endpoint is None:
+        known = ", ".join((*labs_openai.ENDPOINTS, RESPONSES))
         raise labs.InputError(f"unknown url {url!r:.80}; use one of {known}")
     task.endpoint = endpoint
     task.body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)
@@ -377,7 +384,9 @@ def _render_openai(
 
     name, rest, status = secrets.token_hex(12), dict[str, Any](), 200
     if task.error is None:
-        names = {"id": name, "model": config.model_id, **_documents(task)}
+        names: dict[str, Any] = {"id": name, "model": config.model_id, **_documents(task)}
+        if task.prepared is not None:
+            names["generation"] = task.prepared.generation
         body = task.endpoint.answer(task.body, model, found, **names)
         known = all(each.fingerprint for each in found)  # a filtered answer has none
         rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}

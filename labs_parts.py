@@ -11,8 +11,9 @@ labs_tools.py has these names too. Needs labs.py and labs_split.py.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, Literal, cast
 
 import msgspec
 from msgspec import Struct
@@ -46,8 +47,15 @@ class Arguments(Struct, frozen=True, tag="arguments"):
 Part = Reasoning | labs.Delta | CallStarted | Arguments | labs.Done | labs.Failed
 
 
+class Run(Struct, frozen=True):
+    """A part of an answer, to its end. length: of its text, in characters."""
+
+    kind: Literal["reasoning", "text", "call"]
+    length: int = 0
+
+
 class Answer(Struct, frozen=True, kw_only=True):
-    """A whole answer: the fold of its parts."""
+    """A whole answer: the fold of its parts. runs: in which order it has them."""
 
     text: str
     finish_reason: labs.FinishReason
@@ -59,6 +67,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     fingerprint: labs.Fingerprint | None = None
     logprobs: tuple[labs.TokenLogprob, ...] = ()
+    runs: tuple[Run, ...] = ()
 
     @property
     def message(self) -> labs.Message:
@@ -156,4 +165,32 @@ def fold(parts: Iterable[Part]) -> Answer:
     deltas = [part for part in pieces if isinstance(part, labs.Delta)]
     whole = msgspec.structs.asdict(labs.fold(deltas, cast("labs.Done", done)))
     thoughts = "".join(part.text for part in pieces if isinstance(part, Reasoning))
-    return Answer(reasoning=thoughts, tool_calls=calls, **whole)
+    return Answer(reasoning=thoughts, tool_calls=calls, runs=tuple(_runs(pieces)), **whole)
+
+
+def _runs(pieces: Iterable[Part]) -> Iterator[Run]:
+    kinds: dict[Any, Any] = {Reasoning: "reasoning", labs.Delta: "text", CallStarted: "call"}
+    known: list[Any] = [(kinds[type(each)], each) for each in pieces if type(each) in kinds]
+    for kind, run in itertools.groupby(known, key=lambda pair: pair[0]):
+        if kind == "call":
+            yield from (Run("call") for _ in run)
+        elif length := sum(len(each.text) for _, each in run):
+            yield Run(kind, length)
+
+
+def unfold(found: labs.Completion | Answer) -> Iterator[Part]:
+    """Yield a whole answer's parts, each to its end, in the order in which it had them."""
+    calls = enumerate(getattr(found, "tool_calls", ()))
+    texts = {"text": found.text, "reasoning": getattr(found, "reasoning", "")}
+    logprobs = found.logprobs
+    for run in getattr(found, "runs", (Run("text", len(found.text)),)):
+        if run.kind == "call":
+            index, call = next(calls)
+            yield CallStarted(index, call.id, call.function.name)
+            yield Arguments(index, call.function.arguments)
+            continue
+        piece, texts[run.kind] = texts[run.kind][: run.length], texts[run.kind][run.length :]
+        yield Reasoning(piece) if run.kind == "reasoning" else labs.Delta(piece, logprobs)
+        logprobs = () if run.kind == "text" else logprobs
+    names = ("finish_reason", "usage", "timings", "matched_stop", "seed", "fingerprint")
+    yield labs.Done(**{name: getattr(found, name) for name in names})

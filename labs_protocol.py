@@ -157,7 +157,8 @@ class Opened(Struct, frozen=True, kw_only=True):
     """A request whose answers are being computed. loaded: the model, without its weights.
 
     id, created (seconds since 1970), model: the names that the answers show. prompt_tokens: of all
-    prompts. documents: the passages in the prompts, or UNSET without documents.
+    prompts. documents: the passages in the prompts, or UNSET without documents. generation: the
+    settings, without the model's recommendations.
     """
 
     id: str
@@ -166,6 +167,7 @@ class Opened(Struct, frozen=True, kw_only=True):
     loaded: labs.Model
     prompt_tokens: int = 0
     documents: tuple[labs.Source, ...] | UnsetType = UNSET
+    generation: labs.Generation = labs.Generation()
 
 
 class Stream:
@@ -186,7 +188,7 @@ class Stream:
         yield from ()
 
     def failed(self, status: int, message: str, code: str, param: str | None) -> bytes:
-        """Return the last event of a stream that failed, perhaps before it began."""
+        """Return the last events of a stream that failed, perhaps before it began."""
         return Endpoint().failure(status, message, code, param)
 
 
@@ -202,7 +204,10 @@ class Endpoint:
         raise NotImplementedError
 
     def answer(self, body: Any, loaded: labs.Model, found: Sequence[Any], **names: Any) -> Any:
-        """Return whole answers as a struct. names: id and model, and created and documents."""
+        """Return whole answers as a struct.
+
+        names: id, model and generation, and created and documents, as in Opened.
+        """
         raise NotImplementedError
 
     def stream(self, body: Any) -> Stream:

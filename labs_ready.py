@@ -139,5 +139,6 @@ def seeded_choice(generation: labs.Generation, choice: int) -> labs.Generation:
 
 def fields_of(found: Found) -> dict[str, Any]:
     """Return the fields of a whole answer; reasoning and calls only if there are any."""
-    rest = ("reasoning", "tool_calls")
-    return {name: value for name, value in asdict(found).items() if value or name not in rest}
+    fields, rest = asdict(found), ("reasoning", "tool_calls")
+    fields.pop("runs", None)  # only labs_parts.unfold reads it
+    return {name: value for name, value in fields.items() if value or name not in rest}

@@ -112,8 +112,10 @@ def _said(old: labs_jsonl.OldAnswer) -> list[Said]:
     if old.response is UNSET:
         text = old.text
         return [_said_in(text, old.reasoning, old.tool_calls)] if isinstance(text, str) else []
-    choices, found = (old.response or {}).get("body", {}).get("choices", ()), list[Said]()
-    for choice in choices:
+    body, found = (old.response or {}).get("body", {}), list[Said]()
+    if "output" in body:
+        found.append(_said_by_items(body["output"]))
+    for choice in body.get("choices", ()):
         message = choice if "text" in choice else choice["message"]
         content = message["text"] if "text" in message else message["content"]
         calls = msgspec.convert(message.get("tool_calls", ()), tuple[labs.ToolCall, ...])
@@ -121,6 +123,17 @@ def _said(old: labs_jsonl.OldAnswer) -> list[Said]:
         none = "" if calls or thoughts else None  # a content that is missing is damage
         found.append(_said_in(none if content is None else content, thoughts, calls))
     return msgspec.convert(msgspec.to_builtins(found), list[Said])
+
+
+def _said_by_items(output: list[dict[str, Any]]) -> Said:
+    """Return what the items of a response of /v1/responses say."""
+    texts, calls = {"message": "", "reasoning": ""}, []
+    for item in output:
+        if item["type"] == "function_call":
+            calls.append((item["name"], msgspec.json.decode(item["arguments"])))
+        else:
+            texts[item["type"]] += "".join(part["text"] for part in item["content"])
+    return Said(texts["message"], texts["reasoning"], tuple(calls))
 
 
 def _said_now(new: labs_ready.Found) -> Said:

@@ -113,6 +113,7 @@ class Replies(labs_protocol.Endpoint):
         self, body: Any, loaded: labs.Model, found: Sequence[Found], **names: Any
     ) -> OpenAIAnswer:
         """Return whole answers, `body.n` per prompt. names: as in `wrap`."""
+        names.pop("generation", None)
         choices = tuple(
             self.choice(labs_tokens.Places(loaded), index, each) for index, each in enumerate(found)
         )
@@ -192,6 +193,26 @@ def system_fingerprint(model: labs.Model) -> str | None:
     return f"fp_{hashlib.sha256(msgspec.json.encode(model.fingerprint)).hexdigest()[:12]}"
 
 
+def logprobs_of(
+    places: labs_tokens.Places, found: Sequence[labs.TokenLogprob]
+) -> list[dict[str, Any]]:
+    """Return log-probabilities as OpenAI writes them. places: of the answer's tokens so far."""
+
+    def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
+        name = places.spelling.name_of(token)
+        return {"token": name, "logprob": logprob, "bytes": [*data]}
+
+    return [
+        {
+            **entry(each.token, each.logprob, places.take(each.token)[1]),
+            "top_logprobs": [
+                entry(i, logprob, places.spelling.bytes_of(i)) for i, logprob in each.top
+            ],
+        }
+        for each in found
+    ]
+
+
 def _reason(part: Any) -> Any:
     """Return OpenAI's finish reason, "length" for "timeout" and "cancelled", or None."""
     reason = getattr(part, "finish_reason", None)
@@ -216,19 +237,7 @@ class ChatReplies(Replies):
         return Choice(index=index, **message, logprobs=logprobs, finish_reason=_reason(part))
 
     def _logprobs(self, places: labs_tokens.Places, found: Any) -> dict[str, Any] | None:
-        def entry(token: int, logprob: float, data: bytes) -> dict[str, Any]:
-            name = places.spelling.name_of(token)
-            return {"token": name, "logprob": logprob, "bytes": [*data]}
-
-        content = [
-            {
-                **entry(each.token, each.logprob, places.take(each.token)[1]),
-                "top_logprobs": [
-                    entry(i, logprob, places.spelling.bytes_of(i)) for i, logprob in each.top
-                ],
-            }
-            for each in found
-        ]
+        content = logprobs_of(places, found)
         return {"content": content, "refusal": None} if content else None
 
 

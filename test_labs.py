@@ -731,6 +731,9 @@ ROOMS = {
     "labs_messages.py": (400, "labs dialogue protocol request message_blocks message_events"),
     "labs_message_blocks.py": (360, "labs dialogue protocol request"),
     "labs_message_events.py": (300, "labs parts protocol message_blocks"),
+    "labs_responses.py": (380, "labs dialogue protocol request response_input response_items"),
+    "labs_response_input.py": (340, "labs protocol request"),
+    "labs_response_items.py": (320, "labs loop parts protocol replies tokens"),
     "labs_tokens.py": (120, "labs"),
     "labs_gate.py": (320, "labs engine request"),
     "labs_meters.py": (140, "labs engine"),
@@ -739,11 +742,11 @@ ROOMS = {
     "labs_api.py": (
         800,
         "labs gate meters pages models engine request ready answers parts explain openai replies "
-        "patterns protocol turns messages message_events",
+        "patterns protocol turns messages message_events response_items responses",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),
-    "labs_jsonl.py": (650, "labs openai protocol request ready tokens"),
+    "labs_jsonl.py": (650, "labs openai protocol request ready responses tokens"),
     "labs_replay.py": (220, "labs jsonl ready request"),
     "labs_cli.py": (800, "*"),
     "labs_chat.py": (300, "labs"),

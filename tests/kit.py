@@ -537,6 +537,7 @@ def quiet(engine: labs_engine.AnyEngine) -> bool:
 
 A = {"logit_bias": {"97": 100}, "temperature": 0}  # lets any model say "aaa..."
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES = "/v1/responses"
 HELLO = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "hi"},
@@ -545,6 +546,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/choose": {"prompt": "hi", "options": ["a", "b"]},
     CHAT: {"messages": HELLO},
     COMPLETIONS: {"prompt": "hi"},
+    RESPONSES: {"input": "hi"},
 }
 ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose")]
 KEYS = ("s3cret", "clé")

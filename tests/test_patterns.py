@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import kit
 import pytest
-from kit import BODIES, CHAT, Site, error_of
+from kit import BODIES, CHAT, RESPONSES, Site, error_of
 from msgspec.structs import replace
 
 import labs
@@ -111,8 +111,9 @@ def test_a_prompt_that_takes_the_router_too_long_is_400(fake, path):
     site = routed(fake, *(labs.RouterRule(model="tiny", pattern=p) for p in ("never", EVIL[0])))
     body = {**BODIES[path], "model": "auto"}
     assert site.post(path, body).status_code == 200
-    long = {"messages": [{"role": "user", "content": LONG[:3000]}]}
-    body |= long if path == CHAT else {"prompt": LONG[:3000]}
+    text = LONG[:3000]
+    long = {CHAT: {"messages": [{"role": "user", "content": text}]}, RESPONSES: {"input": text}}
+    body |= long.get(path, {"prompt": text})
     error = error_of(site.post(path, body), 400)
     assert error["code"] == "pattern_too_slow"
     assert error["message"].startswith("router_rules[1]: searching this text")

@@ -70,6 +70,7 @@ UNTAGGED = {
     **dict.fromkeys(('eval "$(_LABS_GEN', "[Service]", "location / {"), "changes the system"),
     **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),
     "pip install 'labs-gen[ray]'": "needs a cluster",
+    **dict.fromkeys(('model = "NAME"', '{"provider"'), "needs Codex or opencode"),
     **dict.fromkeys(("docker build", "docker run", "docker compose"), "needs Docker"),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import CHAT, COMPLETIONS, Site, invoke
+from kit import CHAT, COMPLETIONS, RESPONSES, Site, invoke
 from kit import A as ONLY_A
 from msgspec import Struct
 
@@ -104,6 +104,22 @@ def chat_of(asked: Asked) -> Asked:
     return body
 
 
+def items_of(asked: Asked) -> Asked:
+    """Return the same in the words of OpenAI's Responses API."""
+    body = {**asked, "max_output_tokens": asked["max_new_tokens"]}
+    body["input"] = body.pop("messages", None) or body.pop("prompt")
+    if "logprobs" in body:
+        body |= {"include": ["message.output_text.logprobs"], "top_logprobs": body.pop("logprobs")}
+    if "template_options" in body:
+        body["chat_template_kwargs"] = body.pop("template_options")
+    if form := body.pop("response_format", None):
+        body["text"] = {"format": {"type": form["type"], **form.get("json_schema", {})}}
+    if "tools" in body:
+        body["tools"] = [{"type": "function", **each["function"]} for each in body["tools"]]
+    del body["max_new_tokens"]
+    return body
+
+
 def raw_of(asked: Asked) -> Asked:
     """Return the same in OpenAI's format, in which a prompt is never put into a template."""
     assert asked["use_chat_template"] is False
@@ -113,11 +129,13 @@ def raw_of(asked: Asked) -> Asked:
 
 
 def outcome_of(answer: dict[str, Any]) -> Outcome:
-    if "error" in answer:
+    if answer.get("error") is not None:
         return Outcome(error=answer["error"]["message"])
-    texts = [answer["text"]] if "text" in answer else []
+    texts = [text] if isinstance(text := answer.get("text"), str) else []
     for choice in answer.get("choices", ()):
         texts.append(choice["text"] if "text" in choice else choice["message"]["content"])
+    for item in answer.get("output", ()):
+        texts += [part["text"] for part in item["content"]]
     sources = [f"{each['path']}#{each['heading']}" for each in answer.get("documents", ())]
     return Outcome(tuple(texts), tuple(sources))
 
@@ -129,11 +147,13 @@ WAYS: dict[str, Way] = {
     "HTTP": lambda world, asked: outcome_of(world.post("/generate", asked)),
     "chat line": lambda world, asked: outcome_of(world.openai_line(CHAT, chat_of(asked))),
     "chat": lambda world, asked: outcome_of(world.post(CHAT, chat_of(asked))),
+    "items line": lambda world, asked: outcome_of(world.openai_line(RESPONSES, items_of(asked))),
+    "items": lambda world, asked: outcome_of(world.post(RESPONSES, items_of(asked))),
     "raw line": lambda world, asked: outcome_of(world.openai_line(COMPLETIONS, raw_of(asked))),
     "raw": lambda world, asked: outcome_of(world.post(COMPLETIONS, raw_of(asked))),
 }
 OWN = ("shell", "shell as JSON", "line", "HTTP")
-CHATS, RAW = ("chat line", "chat"), ("raw line", "raw")
+CHATS, ITEMS, RAW = ("chat line", "chat"), ("items line", "items"), ("raw line", "raw")
 
 
 class Feature(Struct, frozen=True):
@@ -146,7 +166,7 @@ class Feature(Struct, frozen=True):
     texts: tuple[str, ...] = ()
     error: str | None = None
     toml: str = ""
-    ways: tuple[str, ...] = (*OWN, *CHATS)
+    ways: tuple[str, ...] = (*OWN, *CHATS, *ITEMS)
     same_as: Asked | None = None
     sources: tuple[str, ...] = ()
 
@@ -214,7 +234,7 @@ FEATURES = {
     "a contradiction": refused({"do_sample": True, "temperature": 0}, ".*do_sample.*", ways=OWN),
     "a prompt too long": refused({"prompt": "x" * 5000}, ".*5004 tokens.*"),
     "tools of a model that shows none": refused(TOOLS, "tools: .*renders none"),
-    "reasoning": answered({"reasoning": "drop"}, same_as={"prompt": "hi"}),
+    "reasoning": answered({"reasoning": "drop"}, same_as={"prompt": "hi"}, ways=(*OWN, *CHATS)),
     "configured reasoning": answered({}, toml=DROPPED, same_as={"prompt": "hi"}),
     "a budget of a model that does not think": refused({"thinking_budget": 3}, ".*no reasoning.*"),
     "options that the template does not read": refused(OPTIONS, ".*does not read 'zip'.*"),

@@ -38,7 +38,8 @@ CORE, TYPED = files(), files("schema", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
 REQUEST, PARTS = ("request", "ready", "dialogue", "shown"), ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
-API += ("pages", "protocol", "replies", "tokens", "messages", "message_blocks", "message_events")
+API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
+API += ("messages", "message_blocks", "message_events")
 
 
 def names(place: Any = "copy") -> list[str]:
