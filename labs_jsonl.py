@@ -165,6 +165,7 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
 
 
 def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
+    labs.require("labs_openai", "labs_protocol")
     task.openai = True
     line = msgspec.json.decode(data, type=OpenAILine)
     if line.method != "POST":

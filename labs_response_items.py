@@ -21,7 +21,6 @@ from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import replace
 
 import labs
-import labs_loop
 import labs_parts
 import labs_protocol
 import labs_replies
@@ -137,8 +136,9 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
 
 def _begun(shown: dict[str, Any], opened: labs_protocol.Opened) -> ResponseObject:
     """Return the response before its first item."""
-    defaults = opened.loaded.generation_defaults
-    used = labs_loop.sampling_of(opened.generation, defaults, 0, ())
+    import labs_loop  # it needs torch, which takes a second to import
+
+    used = labs_loop.sampling_of(opened.generation, opened.loaded.generation_defaults, 0, ())
     names = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
     return ResponseObject(
         id=f"resp_{opened.id}",

@@ -71,6 +71,8 @@ UNTAGGED = {
     **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),
     "pip install 'labs-gen[ray]'": "needs a cluster",
     **dict.fromkeys(('model = "NAME"', '{"provider"'), "needs Codex or opencode"),
+    "export ANTHROPIC_BASE_URL": "needs Claude Code",
+    "# ~/.continue/config.yaml": "needs Continue",
     **dict.fromkeys(("docker build", "docker run", "docker compose"), "needs Docker"),
 }
 

@@ -74,7 +74,7 @@ def lacking(room: str) -> str:
 
 
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", *REQUEST)}
-COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "guard")}
+COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "guard", "apart")}
 
 
 @pytest.mark.parametrize(("rooms", "copied"), COPIED.items())
@@ -193,7 +193,7 @@ def test_copying_again_writes_nothing_and_reads_no_configuration():
     assert (done.stdout, done.exit_code) == ("".join(f"{name}: missing\n" for name in CORE), 1)
     assert not Path("copy").exists()
     done = invoke("--vendor", "copy", "--rooms", "typed, guard")
-    assert (done.stderr, done.exit_code) == ("[8 files written]\n", 0)
+    assert (done.stderr, done.exit_code) == ("[9 files written]\n", 0)
     before = contents()
     done = invoke("--vendor", "copy", "--rooms", "typed")
     assert (done.stderr, done.exit_code) == ("[0 files written]\n", 0)
