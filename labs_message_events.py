@@ -112,14 +112,6 @@ KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# How errors begin whose field has another name in Anthropic's requests.
-NAMES = {
-    "thinking_budget": "thinking.budget_tokens",
-    "reasoning_effort = none": "thinking = disabled",
-    "reasoning_effort": "output_config.effort",
-    "response_format": "output_config.format",
-    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
-}
 
 
 def error_of(status: int, message: str, code: str, param: str | None = None) -> MessagesError:
@@ -129,8 +121,6 @@ def error_of(status: int, message: str, code: str, param: str | None = None) -> 
         message = f"prompt is too long: {found[1]} tokens > {found[0]} maximum"
     if code == "prompt_too_large":
         message = f"prompt is too long: {message}"
-    ours = next((each for each in NAMES if message.startswith(each)), "")
-    message = NAMES.get(ours, "") + message.removeprefix(ours)
     details = ErrorDetails() if param == "thread" else UNSET
     return MessagesError(MessagesErrorDetail(kind, message, details))
 

@@ -124,6 +124,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("fallbacks", "mcp_servers"), ([],)),
 }
 FIELDS = labs_protocol.Fields(hints=Hints, neutral=NEUTRAL)
+WORDS = {  # see labs_request.Request
+    "thinking_budget": "thinking.budget_tokens",
+    "reasoning_effort = none": "thinking = disabled",
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+}
 
 
 # ---------------------------------------------------------------- endpoints
@@ -159,6 +166,7 @@ class Count(labs_message_events.Replies):
             within_context=True,
             tool_choice=_choice(chosen, tools),
             parallel_tool_calls=not chosen.disable_parallel_tool_use,
+            words=WORDS,
         )
 
     def options(self, body: Any) -> dict[str, Any]:

@@ -188,6 +188,7 @@ class Endpoint(labs_replies.Replies):
             response_format=getattr(body, "response_format", None),
             documents=getattr(body, "documents", False),
             within_context=True,
+            words={"template_options": "chat_template_kwargs"},
         )
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:

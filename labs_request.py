@@ -113,7 +113,8 @@ class Request(Struct, frozen=True, kw_only=True):
     options: the generation settings that it names. n: answers per prompt. documents: whether to add
     passages. None in model and documents: as configured. choices: answers to rate, see Options.
     within_context: lower max_new_tokens to the tokens that the prompt leaves in the context.
-    tool_choice: none, auto, required or the name of a tool.
+    tool_choice: none, auto, required or the name of a tool. words: how errors begin that name a
+    field otherwise than the client does, and its own words.
     """
 
     prompts: tuple[Prompt, ...]
@@ -126,6 +127,7 @@ class Request(Struct, frozen=True, kw_only=True):
     choices: tuple[str, ...] | None = None
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
+    words: dict[str, str] = {}
 
 
 class Refusal(labs.InputError):
@@ -266,6 +268,17 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 
     Raises InputError when the template, the context, a filter or the grammar refuses the request.
     """
+    try:
+        return _made(context, config, model, request)
+    except labs.InputError as error:
+        text = str(error)
+        if (ours := next((each for each in request.words if text.startswith(each)), None)) is None:
+            raise
+        theirs = request.words[ours]
+        raise Refusal(theirs + text.removeprefix(ours), "invalid_value", theirs.split()[0]) from error
+
+
+def _made(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
     generation = labs.evolve(config.generation, **request.options)
     grounds = config.documents.apply(request.documents)
     built = [_build(context, config, model, each, grounds) for each in request.prompts]

@@ -187,6 +187,11 @@ class ResponseHints(Struct, frozen=True):
     store: bool | None = None
 
 
+WORDS = {  # see labs_request.Request
+    "template_options": "chat_template_kwargs",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
 STORED = "input with all earlier items, as this server stores nothing"
 FIELDS = labs_protocol.Fields(
     hints=ResponseHints,
@@ -231,6 +236,7 @@ class Responses(labs_protocol.Endpoint):
             within_context=True,
             tool_choice=_choice_of(choice),
             parallel_tool_calls=body.parallel_tool_calls is not False,
+            words=WORDS,
         )
 
     def answer(

@@ -328,8 +328,8 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{**ASK[0], "tool_calls": [call("add", "{}")]}]}, None),
     ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"reasoning_effort": "none"}, "reasoning_effort"),
-    ({"chat_template_kwargs": {"zip": 1}}, "template_options"),
-    ({"chat_template_kwargs": {"messages": []}}, "template_options"),
+    ({"chat_template_kwargs": {"zip": 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"reasoning": "odd"}, "reasoning"),
     ({"thinking_budget": -1}, "thinking_budget"),
     # hostile ones
