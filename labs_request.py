@@ -274,8 +274,8 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
         text = str(error)
         if (ours := next((each for each in request.words if text.startswith(each)), None)) is None:
             raise
-        theirs = request.words[ours]
-        raise Refusal(theirs + text.removeprefix(ours), "invalid_value", theirs.split()[0]) from error
+        word = request.words[ours]
+        raise Refusal(word + text.removeprefix(ours), "invalid_value", word.split()[0]) from error
 
 
 def _made(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
