@@ -454,6 +454,7 @@ def _is_there(name: str) -> bool:
 @functools.lru_cache(maxsize=2)
 def _load(spec: ModelSpec) -> Model:
     import labs_decode
+    import labs_loop
 
     began, (device_map, device, dtype) = time.perf_counter(), device_of(spec)  # after imports
     source, options, origin = locate(spec, dtype)
@@ -473,10 +474,9 @@ def _load(spec: ModelSpec) -> Model:
         weights["quantization_config"] = labs_fast.bitsandbytes(asdict(spec.quantization), dtype)
     model, info = pretrained("AutoModelForCausalLM", source, weights)
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{model.name_or_path}: the weights lack {missing[0]}{more}")
+        raise ModelError(f"{model.name_or_path}: the weights lack {', '.join(missing[:3])}")
     decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
-    decoder, eos = _speed_up(decoder, spec), labs_decode.eos_token_ids_of(model, tokenizer)
+    decoder, eos = _speed_up(decoder, spec), labs_loop.eos_token_ids_of(model, tokenizer)
     settings, defaults = _recommended(model, tokenizer, eos, spec.use_generation_config)
     return Model(
         decoder=decoder,

@@ -42,7 +42,7 @@ LONE_ROW_COPIES = 4  # a lone row runs as 4 equal rows: 1 rounds differently, 2 
 CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows wait for it
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
-SUMMED = 256  # columns that one product sums, see `weighted`
+SUMMED = 256  # columns that one product sums: libraries cut longer sums by their length
 KEPT_SHARE = 0.125  # the share of free memory for stored prefixes and for unused slots
 MEMORY_SHARE = 0.5  # the share of free memory for slots
 OOM_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
@@ -375,10 +375,10 @@ def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
 
 
 def _blocks(columns: int) -> int:
-    """Round up to 64, 128, 256, 512, then to blocks: with few lengths, sums round alike."""
-    if columns <= 8 * COLUMNS:
+    """Round up to 64, 128, or a multiple of SUMMED: with few lengths, sums round alike."""
+    if columns <= SUMMED:
         return max(COLUMNS, 1 << (columns - 1).bit_length())
-    return math.ceil(columns / COLUMNS) * COLUMNS
+    return math.ceil(columns / SUMMED) * SUMMED
 
 
 # ---------------------------------------------------------------- attention
@@ -417,10 +417,11 @@ def attention_invariant(
 ) -> tuple[Tensor, None]:
     """Compute attention that gives a row the same bits in any batch, in steps on a CPU.
 
-    In float32, plain products do this and sdpa does not. In 16 bits sdpa does, for a multiple of
-    eight queries, which aligns its buffers, so queries are padded.
+    In float32, plain products do this and sdpa does not. In 16 bits sdpa does, for SUMMED columns
+    and a multiple of eight queries, which aligns its buffers, so queries are padded.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
+    special = special or attention_mask is None or key.shape[-1] != value.shape[-1]
     if query.shape[2] > 1 or options.get("position_bias") is not None:
         return attention(module, query, key, value, attention_mask, **options)
     # The copies of a lone row have no keys of their own: they get the row's output.
@@ -428,21 +429,26 @@ def attention_invariant(
     if special or query.dtype == torch.float32:
         output = _eager_attention(live, key, value, attention_mask, options)
     else:
-        output = _padded_sdpa(live, key, value, attention_mask, options.get("scaling"))
+        output = _flash(live, key, value, cast("Tensor", attention_mask), options.get("scaling"))
     return output.expand(len(query), -1, -1, -1), None
 
 
-def _padded_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
-) -> Tensor:
-    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head."""
-    (batch, heads, _, dim), groups = q.shape, k.shape[1]
-    queries = q.reshape(batch, groups, -1, dim)
-    real = queries.shape[2]
-    queries = torch.nn.functional.pad(queries, (0, 0, 0, -real % 8))
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    output = sdpa(queries, k, v, attn_mask=mask, scale=scale)[:, :, :real]
-    return output.reshape(batch, 1, heads, -1)
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head.
+
+    Each SUMMED columns are attended apart and weighted by what they hold of the whole sum.
+    """
+    (batch, heads, _, dim), (groups, total) = q.shape, k.shape[1:3]
+    parts, q = max(1, total // SUMMED), q.reshape(batch * groups, 1, -1, dim)
+    padded = torch.nn.functional.pad(q, (0, 0, 0, -q.shape[2] % 8)).expand(-1, parts, -1, -1)
+    k, v = (each.reshape(batch * groups, parts, -1, dim) for each in (k, v))
+    mask = mask.expand(batch, groups, 1, total).reshape(-1, parts, 1, total // parts)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, sums = kernel(padded, k, v, attn_mask=mask, scale=scale)
+    if parts > 1:  # the kernel gives a hidden part the sum 0, and not -inf
+        sums = sums.masked_fill(mask.amax(3) == -torch.inf, -torch.inf)
+        output = (output * sums.softmax(1).unsqueeze(3)).sum(1, keepdim=True).to(q.dtype)
+    return cast("Tensor", output[:, 0, : q.shape[2]].reshape(batch, 1, heads, dim))
 
 
 def _eager_attention(
@@ -723,13 +729,6 @@ def context_length_of(config: PretrainedConfig, tokenizer: Tokenizer = None) -> 
     if not limits and isinstance(stated, int) and stated < 10**9:  # tokenizers say 1e30 for "none"
         limits = [stated]
     return limits[0] if limits else None
-
-
-def eos_token_ids_of(model: PretrainedModel, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the ids of the tokens that end an answer."""
-    stated = getattr(model.generation_config, "eos_token_id", None)
-    ids = stated if isinstance(stated, list) else [stated]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def has_bf16(device: str) -> bool:

@@ -353,6 +353,15 @@ def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
 # ---------------------------------------------------------------- choose
 
 
+def eos_token_ids_of(
+    model: labs_decode.PretrainedModel, tokenizer: labs_decode.Tokenizer
+) -> frozenset[int]:
+    """Return the ids of the tokens that end an answer."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
 def sampling_of(
     options: Any, recommended: Mapping[str, object], seed: int, processors: tuple[Processor, ...]
 ) -> Sampling:

@@ -160,8 +160,56 @@ def test_attention_takes_the_mask_by_position_and_by_name(function: Any, queries
 
 
 def test_slots_have_few_lengths() -> None:
-    lengths = {1: 64, 64: 64, 65: 128, 130: 256, 512: 512, 513: 576, 576: 576, 577: 640}
+    lengths = {1: 64, 64: 64, 65: 128, 130: 256, 512: 512, 513: 768, 768: 768, 769: 1024}
     assert {n: decode.Slots(None, n).cursor.columns for n in lengths} == lengths
+
+
+HEADS = [(72, 24, 64), (32, 32, 16), (64, 16, 80), (32, 8, 128)]  # of queries, keys; their width
+
+
+def attended(
+    row: list[torch.Tensor], columns: int, rows: int, place: int, window: int | None = None
+) -> torch.Tensor:
+    """Return what a row [1, heads, 1, D], keys and values [1, groups, N, D] gives among others."""
+    query, key, value = row
+    (groups, own, width), dtype = key.shape[1:], key.dtype
+    keys, values = (torch.randn(rows, groups, columns, width).to(dtype) for _ in range(2))
+    queries = torch.randn(rows, query.shape[1], 1, width).to(dtype)
+    mask = torch.zeros(rows, 1, 1, columns, dtype=dtype)
+    queries[place], keys[place, :, :own], values[place, :, :own] = query[0], key[0], value[0]
+    mask[place, ..., own:] = -torch.inf
+    if window is not None:
+        mask[place, ..., : own - window] = -torch.inf
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, query.shape[1] // groups
+    scaled = {"scaling": width**-0.5}
+    return decode.attention_invariant(module, queries, keys, values, mask, **scaled)[0][place]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_step_attends_with_the_same_bits_whatever_the_columns(heads, dtype) -> None:
+    torch.manual_seed(3)
+    count, groups, width = heads
+    for own in (3, 100, 200, 256, 257, 300, 450, 700, 800):
+        key, value = (torch.randn(1, groups, own, width).to(dtype) for _ in range(2))
+        row = [torch.randn(1, count, 1, width).to(dtype), key, value]
+        least = decode.Slots(None, own).cursor.columns
+        alone = attended(row, least, 2, 0)
+        plain = [each.float() for each in row]
+        exact = torch.nn.functional.scaled_dot_product_attention(*plain, enable_gqa=True)[0]
+        torch.testing.assert_close(alone.float(), exact.transpose(0, 1), atol=0.02, rtol=0.02)
+        for columns in sorted({least, 512, 768, 1024, 2048}):
+            if columns >= least:
+                assert torch.equal(attended(row, columns, 5, 3), alone), (own, columns)
+
+
+def test_a_part_of_the_columns_that_a_window_hides_has_no_weight() -> None:
+    torch.manual_seed(4)
+    row = [torch.randn(1, 4, n, 64).to(torch.bfloat16) for n in (1, 700, 700)]
+    seen = [row[0], *(each[:, :, 600:] for each in row[1:])]
+    hidden, short = attended(row, 768, 2, 1, window=100), attended(seen, 128, 2, 1)
+    torch.testing.assert_close(hidden, short, atol=0.01, rtol=0.01)
 
 
 def test_a_forward_that_failed_halfway_can_be_repeated_with_the_same_logits(monkeypatch) -> None:
