@@ -164,7 +164,7 @@ def test_slots_have_few_lengths() -> None:
     assert {n: decode.Slots(None, n).cursor.columns for n in lengths} == lengths
 
 
-HEADS = [(72, 24, 64), (32, 32, 16), (64, 16, 80), (32, 8, 128)]  # of queries, keys; their width
+WIDTHS = [(72, 24, 64), (32, 32, 16), (64, 16, 80), (32, 8, 128)]  # of queries, keys; their width
 
 
 def attended(
@@ -187,7 +187,7 @@ def attended(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("heads", WIDTHS)
 def test_a_step_attends_with_the_same_bits_whatever_the_columns(heads, dtype) -> None:
     torch.manual_seed(3)
     count, groups, width = heads
