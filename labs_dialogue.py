@@ -113,16 +113,22 @@ def check(messages: Sequence[Message]) -> None:
             for number, call in enumerate(message.tool_calls):
                 _arguments(call.function.arguments, f"{where}.tool_calls[{number}]")
         if role == "tool" and message.tool_call_id not in known:
-            text = f"{where}.tool_call_id = {message.tool_call_id!r:.80}: no earlier call has it"
-            raise InputError(text)
+            text = f"{where}.tool_call_id = {message.tool_call_id!r:.80}"
+            raise InputError(f"{text}: no call of the last answer with calls has it")
+
+
+def arguments(text: str) -> dict[str, Any] | None:
+    """Return the arguments of a call, {} without any; None if they are not a JSON object."""
+    try:
+        found = json.loads(text or "{}")
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # Python reads NaN, too
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _arguments(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    if (found := arguments(text)) is None:
         raise InputError(f"{where}.function.arguments: is not a JSON object")
     return found
 

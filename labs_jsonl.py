@@ -397,7 +397,8 @@ def _render_openai(
         wrong = _is_bad_request(task.error)
         status = 400 if wrong else 500
         code, param = labs_protocol.code_and_param(task.error) if wrong else ("failed", None)
-        body = labs_protocol.error_of(status, str(task.error), code, param)
+        form = labs_protocol.Endpoint() if task.endpoint is None else task.endpoint
+        body = form.error_of(status, str(task.error), code, param)
     response = {"status_code": status, "request_id": name, "body": body}
     whole = {"id": f"batch_req_{name}", "custom_id": task.id, "response": response, "error": None}
     return {**whole, **rest}

@@ -339,11 +339,13 @@ def _function(where: str, block: ToolUseBlockParam) -> labs.FunctionCall:
 
 def _results(blocks: list[tuple[str, Any]], calls: list[str]) -> Iterator[labs.Message]:
     """Yield results in the order of their calls."""
+    places = {call: place for place, call in enumerate(calls)}
     for where, block in blocks:
-        if block.tool_use_id not in calls:
-            text = f"{where}.tool_use_id = {block.tool_use_id!r:.80}: no earlier tool_use has it"
+        if block.tool_use_id not in places:
+            text = f"{where}.tool_use_id = {block.tool_use_id!r:.80}: no tool_use of the last "
+            text += "assistant's message has it"
             raise Refusal(text, "invalid_value", f"{where}.tool_use_id")
-    for _, block in sorted(blocks, key=lambda each: calls.index(each[1].tool_use_id)):
+    for _, block in sorted(blocks, key=lambda each: places[each[1].tool_use_id]):
         texts = (
             each.text if isinstance(each, TextBlockParam) else LOADED.format(each.tool_name)
             for _, each in block.content

@@ -40,6 +40,10 @@ class MessageParam(labs.Strict, frozen=True):
     clear_at: Literal["next_user_message", "never"] | None = None
     output_config: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.clear_at is not None and self.role != "system":
+            raise ValueError("clear_at belongs to system messages")
+
 
 class ToolChoice(labs.Strict, frozen=True):
     type: Literal["auto", "any", "tool", "none"]
@@ -129,6 +133,7 @@ WORDS = {  # see labs_request.Request
     "reasoning_effort = none": "thinking = disabled",
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
+    "schema": "output_config.format.schema",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
 }
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
-from msgspec.structs import replace
 
 import labs
+import labs_dialogue
 import labs_protocol
 from labs_request import Refusal
 
@@ -212,21 +211,25 @@ class Talk:
     """A conversation that grows by items. An answer is open until an item of another side."""
 
     def __init__(self) -> None:
+        self._system: list[str] = []  # of the messages at the beginning
         self._messages: list[labs.Message] = []
-        self._answer: labs.Message | None = None
+        self._texts: dict[str, list[str]] = {}  # of the open answer, by field
+        self._calls: list[labs.ToolCall] = []
         self._called: set[str] = set()
 
     def ended(self) -> tuple[labs.Message, ...]:
         self._close()
-        return tuple(self._messages)
+        system = "\n\n".join(self._system)
+        first = [labs.Message(role="system", content=system)] if self._system else []
+        return (*first, *self._messages)
 
     def say(self, role: str, text: str) -> None:
         """Add a message that is not the model's."""
         self._close()
-        if role == "system" and len(self._messages) == 1 and self._messages[0].role == "system":
-            before = self._messages.pop().content
-            text = f"{before}\n\n{text}"
-        self._messages.append(labs.Message(role=role, content=text))  # type: ignore[arg-type]
+        if role == "system" and not self._messages:
+            self._system.append(text)
+        else:
+            self._messages.append(labs.Message(role=role, content=text))  # type: ignore[arg-type]
 
     def add(self, where: str, data: Raw) -> None:
         """Add an item. Raises Refusal, which names its place."""
@@ -235,7 +238,7 @@ class Talk:
         if isinstance(item, MessageGiven):
             text, role = text_of(item.content, f"{where}.content"), item.role
             if role == "assistant":
-                self._extend(content=text)
+                self._extend("content", text)
             else:
                 self.say("user" if role == "user" else "system", text)
         elif isinstance(item, FunctionCallGiven):
@@ -243,33 +246,29 @@ class Talk:
         elif isinstance(item, FunctionCallOutput):
             self._result(where, item)
         elif isinstance(item, ReasoningGiven) and (thought := _thought(item, where)):
-            self._extend(reasoning_content=thought)
+            self._extend("reasoning_content", thought)
 
     def _close(self) -> None:
-        if self._answer is not None:
-            self._messages.append(self._answer)
-        self._answer = None
+        if self._texts or self._calls:
+            texts = {name: "".join(parts) for name, parts in self._texts.items()}
+            calls = tuple(self._calls) or None
+            message = {"role": "assistant", "content": "", **texts, "tool_calls": calls}
+            self._messages.append(labs.Message(**message))  # type: ignore[arg-type]
+        self._texts, self._calls = {}, []
 
-    def _extend(self, **texts: str) -> None:
+    def _extend(self, name: str, text: str) -> None:
         """Append text or reasoning to the open answer; to a text, only calls are appended."""
-        if self._answer is not None and self._answer.content and not self._answer.tool_calls:
+        if "content" in self._texts and not self._calls:
             self._close()
-        answer = self._answer or labs.Message(role="assistant", content="")
-        joined = {name: (getattr(answer, name) or "") + text for name, text in texts.items()}
-        self._answer = replace(answer, **joined)
+        if text or name not in self._texts:
+            self._texts.setdefault(name, []).append(text)
 
     def _call(self, where: str, item: FunctionCallGiven) -> None:
-        try:
-            found = json.loads(item.arguments or "{}")
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+        if labs_dialogue.arguments(item.arguments) is None:
             text = f"{where}.arguments is not a JSON object"
             raise Refusal(text, "invalid_value", f"{where}.arguments")
         function = labs.FunctionCall(name=item.name, arguments=item.arguments)
-        answer = self._answer or labs.Message(role="assistant", content="")
-        calls = (*(answer.tool_calls or ()), labs.ToolCall(id=item.call_id, function=function))
-        self._answer = replace(answer, tool_calls=calls)
+        self._calls.append(labs.ToolCall(id=item.call_id, function=function))
         self._called.add(item.call_id)
 
     def _result(self, where: str, item: FunctionCallOutput) -> None:
@@ -293,6 +292,11 @@ def _kind_of(where: str, data: Raw) -> type[Any]:
         text = f"items of the type {kind!r:.80} are not supported, because this server runs no"
         raise refuse(f"{text} hosted tools; leave it out", where)
     return known
+
+
+def param_of(message: str, param: str | None) -> str | None:
+    """Return the field at fault: labs' messages are the input here, unless the client has some."""
+    return "input" if param == "messages" and "unknown field" not in message else param
 
 
 def text_of(content: Content, where: str) -> str:

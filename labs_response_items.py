@@ -187,7 +187,6 @@ class ResponseEvent(Struct, frozen=True, kw_only=True):
     logprobs: Sequence[dict[str, Any]] | UnsetType = UNSET
 
 
-PARAMS: dict[str | None, str] = {"messages": "input"}  # what fields of labs are called here
 # The beginnings of an item's id, and of the names of the events of its pieces.
 NAMES: dict[Any, tuple[str, str]] = {
     OutputMessage: ("msg", "response.output_text"),
@@ -244,7 +243,8 @@ class Events(labs_protocol.Stream):
 
     def failed(self, status: int, message: str, code: str, param: str | None) -> bytes:
         if self._response is None:
-            error = {"code": code, "message": message, "param": PARAMS.get(param, param)}
+            param = "input" if param == "messages" else param
+            error = {"code": code, "message": message, "param": param}
             return labs_protocol.event({"type": "error", "sequence_number": 0, **error}, "error")
         closing = [*self._close("incomplete")]
         reason = ResponseError("server_error" if status >= 500 else code, message)

@@ -191,6 +191,8 @@ WORDS = {  # see labs_request.Request
     "template_options": "chat_template_kwargs",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
+    "schema": "text.format.schema",
+    "logprobs": "include",
 }
 STORED = "input with all earlier items, as this server stores nothing"
 FIELDS = labs_protocol.Fields(
@@ -253,7 +255,7 @@ class Responses(labs_protocol.Endpoint):
         )
 
     def error_of(self, status: int, message: str, code: str, param: str | None = None) -> Any:
-        param = labs_response_items.PARAMS.get(param, param)
+        param = labs_response_input.param_of(message, param)
         return labs_protocol.error_of(status, message, code, param)
 
     def failure(self, status: int, message: str, code: str, param: str | None) -> bytes:

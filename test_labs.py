@@ -732,7 +732,7 @@ ROOMS = {
     "labs_message_blocks.py": (360, "labs dialogue protocol request"),
     "labs_message_events.py": (300, "labs parts protocol message_blocks"),
     "labs_responses.py": (380, "labs dialogue protocol request response_input response_items"),
-    "labs_response_input.py": (340, "labs protocol request"),
+    "labs_response_input.py": (340, "labs dialogue protocol request"),
     "labs_response_items.py": (320, "labs loop parts protocol replies tokens"),
     "labs_tokens.py": (120, "labs"),
     "labs_gate.py": (320, "labs engine request"),

@@ -723,6 +723,8 @@ class Live(Site):
     """An app behind waitress on a free port, in a thread."""
 
     def __init__(self, engine: Any, config: labs.Config, models: Any = None) -> None:
+        free = msgspec.structs.replace(config.server, port=0)
+        config = msgspec.structs.replace(config, server=free)
         super().__init__(engine, config, models)
         self.server = labs_serve.make_server(self.app, config)
         self.port = self.server.effective_port

@@ -74,7 +74,7 @@ def site(engine: Any) -> Site:
 
 @pytest.fixture(scope="module")
 def live(engine: Any) -> Iterator[Live]:
-    found = Live(engine, kit.configured(generation=GREEDY, port=0))
+    found = Live(engine, kit.configured(generation=GREEDY))
     yield found
     found.close()
 
@@ -452,10 +452,12 @@ CONTENT: list[tuple[Any, str]] = [
     ([{"type": "text", "text": 5}], "messages[0].content[0].text: Expected `str`"),
     ([{"type": "text", "text": "a", "odd": 1}], "messages[0].content[0]: Object contains unknown"),
     ([5], "$.messages[0].content[0]"),
-    ([RESULT], "messages[0].content[0].tool_use_id = 'a': no earlier tool_use has it"),
+    ([RESULT], "messages[0].content[0].tool_use_id = 'a': no tool_use of the last assistant's"),
 ]
 AFTER: list[tuple[list[Any], str]] = [
     ([turn("assistant", "I")], "messages[1]: the last message is the assistant's"),
+    ([turn("user", "x", clear_at="next_user_message")], "clear_at belongs to system messages"),
+    ([turn("user", "x", clear_at="never"), USER], "clear_at belongs to system messages"),
     ([turn("assistant", {"type": "redacted_thinking", "data": "x"}), USER],
      "messages[1].content[0]: a block of the type 'redacted_thinking'"),
     ([turn("assistant", {**thinking("hm"), "thinking": "ha"}), USER],

@@ -243,7 +243,7 @@ FEATURES = {
 }
 # The reader of each way has its own sentence for these.
 OWN_WORDS = ("an unknown option", "an option out of bounds", "a contradiction")
-OWN_WORDS += ("options that the template does not read",)
+OWN_WORDS += ("options that the template does not read", "a schema that is not supported")
 
 
 @pytest.fixture

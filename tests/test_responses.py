@@ -382,6 +382,10 @@ WRONG: list[tuple[Any, str | None]] = [
     ({"input": [RESULT]}, "input[0].call_id"),
     ({"input": [{**CALL, "arguments": "[1]"}]}, "input[0].arguments"),
     ({"input": [{**CALL, "arguments": "{"}]}, "input[0].arguments"),
+    ({"input": [{**CALL, "arguments": '{"a": NaN}'}]}, "input[0].arguments"),
+    ({"input": [{**CALL, "arguments": '{"a": 1e999}'}]}, "input[0].arguments"),
+    ({"input": [{**CALL, "arguments": '{"a": "\\ud800"}'}]}, "input[0].arguments"),
+    ({"messages": []}, "messages"),
     ({"input": [{**REASONED, "encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
     ({"input": "a", "include": ["odd"]}, "include[0]"),
     ({"input": "a", "top_logprobs": 2}, "top_logprobs"),
@@ -665,7 +669,7 @@ def test_logprobs_are_in_the_text_if_they_are_asked_for(site):
 
 def test_logprobs_beside_reasoning_are_refused_by_name(tools_site):
     answer = tools_site.post(PATH, {"input": "hi", "include": LOGPROBS})
-    assert kit.error_of(answer, 400)["param"] == "logprobs"
+    assert kit.error_of(answer, 400)["param"] == "include"
 
 
 def test_a_response_repeats_its_request_and_shows_the_settings_used(fake):
