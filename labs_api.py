@@ -133,6 +133,8 @@ def as_problem(error: BaseException, request_id: str) -> labs_gate.Problem:
         return labs_gate.Problem(status, str(error), *labs_protocol.code_and_param(error))
     if isinstance(error, falcon.HTTPError):
         status, text = falcon.http_status_to_code(error.status), error.description or error.title
+        if status == 405:
+            text += f"; use {dict(error.headers or {}).get('Allow')}"
         return labs_gate.Problem(status, text, _code(error.title))
     log.error("request %s failed", request_id, exc_info=error)
     text = f"Internal server error; look for {request_id} in the server's log."

@@ -123,6 +123,9 @@ def _calls(
     yield f"call: ({names}) {' '.join(symbols(writing.end))}\n"
     write_arguments = {"json": _json_arguments, "xml": _xml_arguments, "gemma": _gemma_arguments}
     for index, tool in enumerate(wanted.tools):
+        if (kind := tool.schema.get("type", "object")) != "object":
+            name = tool.function.name
+            raise labs.InputError(f"tools: the parameters of {name} are of the type {kind!r:.40}")
         head = " ".join(symbols(tool.function.name + writing.between))
         yield f"call_{index}: {head} call_{index}_arguments\n"
         yield from write_arguments[writing.arguments](f"call_{index}_arguments", tool, symbols)
@@ -134,10 +137,6 @@ def _calls(
 def _schema_of(tool: labs_dialogue.Tool) -> dict[str, Any]:
     """Return the schema that holds the arguments of a tool."""
     _check(tool.schema, f"tools: {tool.function.name}")  # before anything recurses
-    kind = tool.schema.get("type", "object")
-    if kind != "object":
-        name = tool.function.name
-        raise labs.InputError(f"tools: the parameters of {name} are of the type {kind!r:.40}")
     return {"type": "object", **labs_schema.bounded(tool.schema)}
 
 
@@ -155,8 +154,7 @@ def _json(schema: dict[str, Any], what: str) -> str:
 
 
 def _json_arguments(rule: str, tool: labs_dialogue.Tool, symbols: Symbols) -> Iterator[str]:
-    schema = _schema_of(tool)
-    held = schema if tool.function.strict else FREE
+    held = _schema_of(tool) if tool.function.strict else FREE
     yield f"{rule}: {_json(held, f'tools: {tool.function.name}')}\n"
 
 

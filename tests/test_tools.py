@@ -704,6 +704,18 @@ def test_a_call_that_has_to_come_follows_its_schema_even_if_it_is_not_strict(her
         labs_tools.stream(hermes, ASK, tools=strict, tool_choice="add")
 
 
+TOO_LARGE = [{"type": "array", "minItems": 501}, {"type": "string", "pattern": "^[a-z]{20000}$"}]
+
+
+@pytest.mark.parametrize("value", TOO_LARGE)
+def test_a_schema_that_no_grammar_can_hold_matters_only_where_it_is_strict(value, hermes):
+    loose = {"name": "add", "parameters": {"type": "object", "properties": {"a": value}}}
+    for choice in ("auto", "required"):
+        assert labs_tools.stream(hermes, ASK, tools=tools(loose), tool_choice=choice)
+    with pytest.raises(labs.InputError, match="at most"):
+        labs_tools.stream(hermes, ASK, tools=tools({**loose, "strict": True}))
+
+
 def test_text_is_free_until_a_call_begins_and_then_held(hermes):
     text = "Let me see.\n<tool_call>\n{nonsense"
     parts = said(hermes, text, {"max_new_tokens": 80, "temperature": 1.0}, tools=BOTH)
