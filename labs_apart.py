@@ -9,7 +9,7 @@ of spinning for the next one (libgomp, GOMP_SPINCOUNT), and each product waits f
 On two cores, a step of the default model then takes 19 ms instead of 13.
 
 GOMP_SPINCOUNT also bounds the spinning, which is 3 ms by default: too long where other programs
-want the same CPUs, as two helpers may then wait for each other's turns. With 5000, as the commands
+want the same CPUs, as two of them may then wait for each other's turns. With 5000, as the commands
 set it, a step beside two busy programs takes 28 ms instead of 70, and alone as long as by default.
 No other file of labs is needed.
 """

@@ -42,6 +42,7 @@ import labs_engine
 import labs_explain
 import labs_gate
 import labs_message_events
+import labs_message_models
 import labs_messages
 import labs_meters
 import labs_models
@@ -577,7 +578,7 @@ class ModelsListed(Resource):
         if req.get_header("anthropic-version") is None:
             resp.data = labs_protocol.dumps(ModelList(tuple(map(self._card, names))))
             return
-        page = labs_messages.page_of([self._info(name) for name in names], req.params)
+        page = labs_message_models.page_of([self._info(name) for name in names], req.params)
         resp.data = labs_protocol.dumps(page)
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
@@ -587,9 +588,9 @@ class ModelsListed(Resource):
         card = self._card if req.get_header("anthropic-version") is None else self._info
         resp.data = labs_protocol.dumps(card(name))
 
-    def _info(self, name: str) -> labs_messages.ModelInfo:
+    def _info(self, name: str) -> labs_message_models.ModelInfo:
         length = self.service.models.context_length(name)
-        return labs_messages.model_of(name, self.service.created, length)
+        return labs_message_models.model_of(name, self.service.created, length)
 
     def _card(self, name: str) -> ModelCard:
         return ModelCard(

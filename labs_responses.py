@@ -6,79 +6,28 @@
     RESPONSES.answer(body, model, completions, id="1", model=config.model_id)
 
 Nothing is stored: each request holds its whole conversation. Needs labs.py, labs_dialogue.py,
-labs_protocol.py, labs_request.py, labs_response_input.py (the conversation) and
-labs_response_items.py (the answers).
+labs_protocol.py, labs_request.py, labs_response_input.py (the conversation),
+labs_response_tools.py and labs_response_items.py (the answers).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Raw, Struct
 
 import labs
-import labs_dialogue
 import labs_protocol
 import labs_request
 import labs_response_input
 import labs_response_items
+import labs_response_tools
 from labs_request import Refusal
 from labs_response_input import Read
 
-# ---------------------------------------------------------------- tools and formats
-
-
-class FunctionTool(Read, frozen=True, kw_only=True):
-    """A function. The last four fields take only values that change nothing."""
-
-    type: Literal["function"]
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    defer_loading: Any = None
-    allowed_callers: Any = None
-    output_schema: Any = None
-    is_async: Any = msgspec.field(default=None, name="async")
-
-
-TOOL = ("type", "name", "description", "parameters", "strict")  # what a response repeats
-NEUTRAL_OF_TOOL: dict[str, tuple[Any, ...]] = {
-    "defer_loading": (False,),
-    "allowed_callers": (["direct"],),
-    "output_schema": (),
-    "is_async": (False,),
-}
-IN_CODEX = "in Codex's config.toml, set"
-HOSTED = {  # tools that are not functions, and how clients leave them out
-    "web_search": f'{IN_CODEX} web_search = "disabled"',
-    "namespace": f"{IN_CODEX} enabled = false below [agents]",
-    "image_generation": f"{IN_CODEX} image_generation = false below [features]",
-    "custom": "describe it as a function",
-    "mcp": "let the client run the MCP server, and describe its tools as functions",
-    "local_shell": "describe the shell as a function",
-}
-
-
-class NamedChoice(Read, frozen=True, kw_only=True):
-    """The function that has to be called, or one of those that may be."""
-
-    type: Literal["function"]
-    name: str
-
-
-class AllowedTools(Read, frozen=True, kw_only=True, tag_field="type", tag="allowed_tools"):
-    """The functions that may be called. The others are not shown to the model."""
-
-    mode: Literal["auto", "required"]
-    tools: tuple[NamedChoice, ...]
-
-
-class FunctionChoice(Read, frozen=True, kw_only=True, tag_field="type", tag="function"):
-    name: str
+# ---------------------------------------------------------------- formats
 
 
 class PlainFormat(Read, frozen=True, tag_field="type", tag="text"):
@@ -144,7 +93,7 @@ class ResponsesRequest(Read, frozen=True, kw_only=True):
     model: str | None = None
     instructions: str | None = None
     tools: tuple[Raw, ...] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedTools | None = None
+    tool_choice: labs_response_tools.Choice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
@@ -221,11 +170,11 @@ class Responses(labs_protocol.Endpoint):
     fields = FIELDS
 
     def request_of(self, body: ResponsesRequest, given: dict[str, Any]) -> labs_request.Request:
-        choice, tools = body.tool_choice or "auto", tools_of(body)
+        choice, tools = body.tool_choice or "auto", labs_response_tools.tools_of(body)
         messages = labs_response_input.messages_of(body.instructions, body.input)
         prompt = labs_request.Prompt(
             messages=messages,
-            tools=tuple(_shown_to_model(tools, choice)),
+            tools=tuple(labs_response_tools.shown_to_model(tools, choice)),
             template_options=body.chat_template_kwargs or None,
             effort=body.reasoning.effort if body.reasoning else None,
         )
@@ -236,7 +185,7 @@ class Responses(labs_protocol.Endpoint):
             response_format=format_of(body),
             documents=body.documents,
             within_context=True,
-            tool_choice=_choice_of(choice),
+            tool_choice=labs_response_tools.choice_of(choice),
             parallel_tool_calls=body.parallel_tool_calls is not False,
             words=WORDS,
         )
@@ -260,55 +209,6 @@ class Responses(labs_protocol.Endpoint):
 
     def failure(self, status: int, message: str, code: str, param: str | None) -> bytes:
         return labs_response_items.Events({}).failed(status, message, code, param)
-
-
-def tools_of(body: ResponsesRequest) -> tuple[FunctionTool, ...]:
-    """Return the tools. Raises Refusal for one that is not a function."""
-    return tuple(_tool(f"tools[{place}]", data) for place, data in enumerate(body.tools or ()))
-
-
-def _tool(where: str, data: Raw) -> FunctionTool:
-    found = labs_response_input.read_as(data, dict[str, Raw], where)
-    kind = msgspec.json.decode(found.get("type", b"null"))
-    if isinstance(kind, str) and kind != "function":
-        known = next((each for each in HOSTED if kind.startswith(each)), "")
-        text = f"tools of the type {kind!r:.80} are not supported, only functions"
-        text += f"; {HOSTED[known]}" if known else "; leave it out"
-        raise labs_response_input.refuse(text, where)
-    tool = labs_response_input.read_as(data, FunctionTool, where)
-    labs_response_input.check_neutral(tool, NEUTRAL_OF_TOOL, where)
-    return tool
-
-
-def _shown_to_model(tools: Sequence[FunctionTool], choice: Any) -> Iterator[labs_dialogue.Tool]:
-    """Yield the tools that a model may see: with allowed_tools, only these."""
-    allowed = {tool.name for tool in tools}
-    if isinstance(choice, AllowedTools):
-        wanted = {tool.name for tool in choice.tools}
-        if unknown := sorted(wanted - allowed):
-            raise Refusal(
-                f"tool_choice: no tool is named {unknown[0]:.80}", "invalid_value", "tool_choice"
-            )
-        allowed = wanted
-    for tool in (tool for tool in tools if tool.name in allowed):
-        function = labs_dialogue.Function(
-            name=tool.name,
-            description=tool.description or "",
-            parameters=tool.parameters,
-            strict=tool.strict,
-        )
-        yield labs_dialogue.Tool(function=function)
-
-
-def _choice_of(choice: Any) -> str:
-    if isinstance(choice, AllowedTools):
-        return choice.mode if choice.tools else "none"
-    if not isinstance(choice, FunctionChoice):
-        return str(choice)
-    if choice.name in ("none", "auto", "required"):
-        text = f"tool_choice: no tool that is named {choice.name} can be chosen"
-        raise Refusal(text, "unsupported", "tool_choice")
-    return choice.name
 
 
 def format_of(body: ResponsesRequest) -> labs_request.ResponseFormat | None:
@@ -355,7 +255,10 @@ def _shown(body: ResponsesRequest) -> dict[str, Any]:
         "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
         "text": {"format": plain, "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
-        "tools": tuple({n: getattr(tool, n) for n in TOOL} for tool in tools_of(body)),
+        "tools": tuple(
+            {n: getattr(tool, n) for n in labs_response_tools.TOOL}
+            for tool in labs_response_tools.tools_of(body)
+        ),
         "top_logprobs": body.top_logprobs or 0,
     }
 

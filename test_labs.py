@@ -728,10 +728,15 @@ ROOMS = {
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),
     "labs_replies.py": (320, "labs tokens parts protocol"),
-    "labs_messages.py": (400, "labs dialogue protocol request message_blocks message_events"),
+    "labs_messages.py": (280, "labs dialogue protocol request message_blocks message_events"),
+    "labs_message_models.py": (100, "request"),
     "labs_message_blocks.py": (360, "labs dialogue protocol request"),
     "labs_message_events.py": (300, "labs parts protocol message_blocks"),
-    "labs_responses.py": (380, "labs dialogue protocol request response_input response_items"),
+    "labs_responses.py": (
+        320,
+        "labs protocol request response_input response_items response_tools",
+    ),
+    "labs_response_tools.py": (160, "dialogue request response_input"),
     "labs_response_input.py": (340, "labs dialogue protocol request"),
     "labs_response_items.py": (320, "labs loop parts protocol replies tokens"),
     "labs_tokens.py": (120, "labs"),
@@ -742,7 +747,7 @@ ROOMS = {
     "labs_api.py": (
         800,
         "labs gate meters pages models engine request ready answers parts explain openai replies "
-        "patterns protocol turns messages message_events response_items responses",
+        "patterns protocol turns messages message_events message_models response_items responses",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),

@@ -29,6 +29,7 @@ import labs_engine
 import labs_forms
 import labs_message_blocks
 import labs_message_events
+import labs_message_models
 import labs_messages
 import labs_parts
 import labs_protocol
@@ -252,7 +253,7 @@ def test_the_events_are_those_of_anthropics_client():
         (labs_message_events.ThinkingBlock, types.ThinkingBlock),
         (labs_message_events.ToolUseBlock, types.ToolUseBlock),
         (labs_message_events.TextBlock, types.TextBlock),
-        (labs_messages.ModelInfo, types.ModelInfo),
+        (labs_message_models.ModelInfo, types.ModelInfo),
     ):
         assert fields(kind) <= {*theirs.model_fields}
 

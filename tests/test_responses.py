@@ -42,6 +42,7 @@ import labs_forms
 import labs_parts
 import labs_protocol
 import labs_response_input
+import labs_response_tools
 import labs_responses
 import labs_split
 
@@ -159,8 +160,8 @@ def test_every_field_of_openais_own_client_is_known_and_in_one_table():
         (labs_responses.TextConfig, types.ResponseTextConfigParam),
         (labs_responses.ReasoningConfig, Reasoning),
         (labs_responses.ResponseStreamOptions, response_create_params.StreamOptions),
-        (labs_responses.AllowedTools, types.ToolChoiceAllowedParam),
-        (labs_responses.FunctionChoice, types.ToolChoiceFunctionParam),
+        (labs_response_tools.AllowedTools, types.ToolChoiceAllowedParam),
+        (labs_response_tools.FunctionChoice, types.ToolChoiceFunctionParam),
         (labs_responses.JsonSchemaFormat, types.ResponseFormatTextJSONSchemaConfigParam),
         (labs_response_input.InputText, types.ResponseInputTextParam),
         (labs_response_input.OutputTextGiven, types.ResponseOutputTextParam),
@@ -198,7 +199,7 @@ def test_every_item_and_tool_of_openais_own_client_is_read_or_refused_by_its_typ
         assert kind in error["message"]
     tools = kinds_of(tool_param.ToolParam)
     assert tools.keys() - {"function"} == UNKNOWN_TOOLS
-    assert tools["function"] <= names_of(labs_responses.FunctionTool)
+    assert tools["function"] <= names_of(labs_response_tools.FunctionTool)
     for kind in UNKNOWN_TOOLS:
         body = {"input": "a", "tools": [TOOL, {"type": kind, "name": "x", "odd": 1}]}
         error = kit.refused(site.post(PATH, body), 400, code="unsupported", param="tools[1]")
@@ -289,20 +290,20 @@ FIELDS: list[tuple[Any, dict[str, Any], tuple[Any, ...], dict[str, Any], dict[st
     (labs_response_input.ReasoningTextGiven,
      {"input": [{**REASONED, "content": [{"type": "reasoning_text", "text": "a"}]}, CALL]},
      ("input", 0, "content", 0), {"text": "b", "type": "odd"}, {}),
-    (labs_responses.FunctionTool, {**PLAIN, "tools": [{"type": "function", "name": "f"}]},
+    (labs_response_tools.FunctionTool, {**PLAIN, "tools": [{"type": "function", "name": "f"}]},
      ("tools", 0),
      {"type": "odd", "name": "g", "description": "d", "parameters": {"type": "object"},
       "strict": True, "defer_loading": True, "allowed_callers": ["programmatic"],
       "output_schema": {}, "async": True}, {}),
-    (labs_responses.NamedChoice,
+    (labs_response_tools.NamedChoice,
      {**PLAIN, "tools": [TOOL], "tool_choice": {
          "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "add"}]}},
      ("tool_choice", "tools", 0), {"type": "odd", "name": "odd"}, {}),
-    (labs_responses.AllowedTools,
+    (labs_response_tools.AllowedTools,
      {**PLAIN, "tools": [TOOL], "tool_choice": {
          "type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "add"}]}},
      ("tool_choice",), {"mode": "required", "tools": []}, {}),
-    (labs_responses.FunctionChoice,
+    (labs_response_tools.FunctionChoice,
      {**PLAIN, "tools": [TOOL], "tool_choice": {"type": "function", "name": "add"}},
      ("tool_choice",), {"name": "odd"}, {}),
 ]  # fmt: skip

@@ -39,7 +39,7 @@ MODELS = ("engine", "models", "patterns", "turns")
 REQUEST, PARTS = ("request", "ready", "dialogue", "shown"), ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
 API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
-API += ("messages", "message_blocks", "message_events")
+API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
 
 
 def names(place: Any = "copy") -> list[str]:
