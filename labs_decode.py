@@ -436,10 +436,10 @@ def attention_invariant(
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head.
 
-    Each SUMMED columns are attended apart and weighted by what they hold of the whole sum.
+    Slots of whole blocks of SUMMED are attended block by block, weighted by each one's sum.
     """
     (batch, heads, _, dim), (groups, total) = q.shape, k.shape[1:3]
-    parts, q = max(1, total // SUMMED), q.reshape(batch * groups, 1, -1, dim)
+    parts, q = 1 if total % SUMMED else total // SUMMED, q.reshape(batch * groups, 1, -1, dim)
     padded = torch.nn.functional.pad(q, (0, 0, 0, -q.shape[2] % 8)).expand(-1, parts, -1, -1)
     k, v = (each.reshape(batch * groups, parts, -1, dim) for each in (k, v))
     mask = mask.expand(batch, groups, 1, total).reshape(-1, parts, 1, total // parts)

@@ -204,6 +204,16 @@ def test_a_step_attends_with_the_same_bits_whatever_the_columns(heads, dtype) ->
                 assert torch.equal(attended(row, columns, 5, 3), alone), (own, columns)
 
 
+@pytest.mark.parametrize("columns", [65, 257, 513, 700])
+def test_a_chunk_of_one_token_attends_to_any_number_of_columns(columns) -> None:
+    torch.manual_seed(5)
+    row = [torch.randn(1, 4, n, 64).to(torch.bfloat16) for n in (1, columns, columns)]
+    plain = [each.float() for each in row]
+    exact = torch.nn.functional.scaled_dot_product_attention(*plain)[0].transpose(0, 1)
+    found = attended(row, columns, 1, 0).float()
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
+
+
 def test_a_part_of_the_columns_that_a_window_hides_has_no_weight() -> None:
     torch.manual_seed(4)
     row = [torch.randn(1, 4, n, 64).to(torch.bfloat16) for n in (1, 700, 700)]
