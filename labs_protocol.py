@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the protocols of the server have in common: bodies, errors and streams of events.
 
-    endpoint = labs_openai.CHAT                      # an Endpoint
-    body, given = labs_protocol.read(data, endpoint)  # refuses unsupported fields by name
-    request = endpoint.request_of(body, given)       # a labs_request.Request
+    endpoint = labs_openai.CHAT                 # an Endpoint
+    body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)  # or raises Refusal
+    request = endpoint.request_of(body, given)  # a labs_request.Request
     endpoint.answer(body, model, completions, id="1", model=config.model_id)
 
-    stream = endpoint.stream(body)                   # the same as server-sent events
-    for data in stream.begin(opened): ...            # then stream.take(choice, part), stream.end()
+    stream = endpoint.stream(body)              # the same as server-sent events
+    for data in stream.begin(opened): ...       # then stream.take(choice, part), stream.end(dones)
 
 Each protocol is a rendering of labs_request's requests and of labs_parts' parts. Nothing here does
 input or output: labs_api.py answers HTTP requests so, and labs_jsonl.py lines of batch files. Needs

@@ -142,14 +142,12 @@ class Chunks(labs_protocol.Stream):
         self._places: dict[int, labs_tokens.Places] = {}  # by choice
 
     def begin(self, opened: labs_protocol.Opened) -> Iterator[bytes]:
-        self._opened, self._names = (
-            opened,
-            {
-                "usage": None if self._usage else UNSET,
-                **{name: getattr(opened, name) for name in ("id", "created", "model")},
-                "system_fingerprint": system_fingerprint(opened.loaded),
-            },
-        )
+        self._opened = opened
+        self._names = {
+            "usage": None if self._usage else UNSET,
+            **{name: getattr(opened, name) for name in ("id", "created", "model")},
+            "system_fingerprint": system_fingerprint(opened.loaded),
+        }
         yield from ()
 
     def take(self, choice: int, part: Any) -> Iterator[bytes]:

@@ -5,7 +5,7 @@
     sealed = labs_response_input.seal(reasoning)                     # an encrypted_content
 
 Items are JSON that is not yet read, so that each is refused by its place and kind. Needs labs.py,
-labs_protocol.py and labs_request.py.
+labs_dialogue.py, labs_protocol.py and labs_request.py.
 """
 
 from __future__ import annotations
