@@ -140,14 +140,6 @@ class Timings(Struct, frozen=True):
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "content_filter", "tool_calls"]
 
 
-class Source(Struct, frozen=True):
-    """A passage that an answer may cite as [n]. path: relative to the database's folder."""
-
-    n: int
-    path: str
-    heading: str
-
-
 class Delta(Struct, frozen=True, tag="delta", repr_omit_defaults=True):
     """A piece of text. `logprobs` belong to the tokens since the last piece."""
 
@@ -248,6 +240,8 @@ def load_model(config: Config | ModelSpec, *, cached: bool = True) -> Model:
     reference frees it. Raises ModelError when the model cannot be loaded.
     """
     spec = config.model if isinstance(config, Config) else config
+    if spec.kind != "text":
+        raise ModelError(f"{spec.model_name} is of the kind {spec.kind}: it generates no text")
     load = _load if cached else _load.__wrapped__
     with loading():
         if not _is_there("labs_apart"):
@@ -267,12 +261,12 @@ def build_inputs(
 ) -> Inputs:
     """Turn a prompt or messages into token ids. tools: functions as OpenAI describes them.
 
-    options: use_chat_template, add_generation_prompt (both true by default) and template_options.
-    With use_chat_template a prompt becomes one user message, if the model has a template.
-    Raises InputError when the input is empty, malformed or refused by the template.
+    options: the fields of Chat. With use_chat_template a prompt becomes one user message, if the
+    model has a template. Raises InputError for input that is empty, malformed or refused by it.
     """
     turns, chat, tools = check_prompt(prompt, messages), evolve(Chat(), **options), tuple(tools)
-    asked = {"messages": turns, "tools": tools, "template_options": chat.template_options}
+    names = ("template_options", "continue_final_message")
+    asked = {"messages": turns, "tools": tools, **{name: getattr(chat, name) for name in names}}
     if chat.use_chat_template and getattr(model.tokenizer, "chat_template", None):
         turns = turns or [Message(role="user", content=prompt or "")]
         ids = _template(model, turns, tools, chat)
@@ -459,25 +453,17 @@ def _load(spec: ModelSpec) -> Model:
     began, (device_map, device, dtype) = time.perf_counter(), device_of(spec)  # after imports
     source, options, origin = locate(spec, dtype)
     config = pretrained("AutoConfig", source, options)
-    if _is_there("labs_sources"):
-        import labs_sources
+    weights = {**options, "config": config, "dtype": TORCH_DTYPES[dtype], "device_map": device_map}
+    bits = spec.quantization.load_in_4bit or spec.quantization.load_in_8bit
+    if bits or _is_there("labs_checkpoints"):
+        require("labs_checkpoints", *(["bitsandbytes", "labs_fast"] if bits else []))
+        import labs_checkpoints
 
-        if other := labs_sources.other_task(config):
-            raise ModelError(f"{spec.model_name}: {other}; labs runs causal language models")
-    tokenizer = pretrained("AutoTokenizer", source, options)
-    weights = {**options, "use_safetensors": spec.use_safetensors or None, "config": config}
-    weights |= {"dtype": TORCH_DTYPES[dtype], "device_map": device_map, "output_loading_info": True}
-    if spec.quantization.load_in_4bit or spec.quantization.load_in_8bit:
-        require("bitsandbytes", "labs_fast")
-        import labs_fast
-
-        weights["quantization_config"] = labs_fast.bitsandbytes(asdict(spec.quantization), dtype)
-    model, info = pretrained("AutoModelForCausalLM", source, weights)
-    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        raise ModelError(f"{model.name_or_path}: the weights lack {', '.join(missing[:3])}")
-    decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
-    decoder, eos = _speed_up(decoder, spec), labs_loop.eos_token_ids_of(model, tokenizer)
-    settings, defaults = _recommended(model, tokenizer, eos, spec.use_generation_config)
+        weights |= labs_checkpoints.options(spec, config, dtype)
+    tokenizer = tokenizer_of(spec, source, options)
+    decoder = _decoder_of(spec, _model_of(spec, source, weights))
+    eos = labs_loop.eos_token_ids_of(decoder.model, tokenizer)
+    settings, defaults = _recommended(decoder.model, tokenizer, eos, spec.use_generation_config)
     return Model(
         decoder=decoder,
         tokenizer=tokenizer,
@@ -494,32 +480,43 @@ def _load(spec: ModelSpec) -> Model:
     )
 
 
-def _speed_up(decoder: labs_decode.Decoder, spec: ModelSpec) -> labs_decode.Decoder:
-    """Make a decoder faster with the optional files that are there."""
-    flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
-    wanted, given = spec.quantization.quant_method, spec.torch_dtype != "auto"
-    require(*(["labs_fast"] if wanted in ("fp16", "int8", "int4") else []))
-    method = "none" if wanted == "auto" and given else wanted
-    try:
-        if _is_there("labs_calls"):
-            import labs_calls
+def tokenizer_of(spec: ModelSpec, source: str, options: Mapping[str, object]) -> Tokenizer:
+    """Return the tokenizer, with the chat template of `spec` if it names one."""
+    tokenizer = pretrained("AutoTokenizer", source, options)
+    if spec.chat_template is not None:
+        require("labs_template")
+        import labs_template
 
-            decoder = labs_calls.speed_up(decoder)
-        if _is_there("labs_probe"):
-            import labs_probe
+        labs_template.use(tokenizer, spec.chat_template)
+    return tokenizer
 
-            decoder = labs_probe.tried(decoder, spec.cache_dir)
-        if _is_there("labs_fast"):
-            import labs_fast
 
-            decoder = labs_fast.speed_up(decoder, method, **flags)
-        if _is_there("labs_forward"):
-            import labs_forward
+def _model_of(
+    spec: ModelSpec, source: str, options: dict[str, object]
+) -> labs_decode.PretrainedModel:
+    """Return transformers' model with all its weights; those of an adapter are merged into them."""
+    options |= {"use_safetensors": spec.use_safetensors or None, "output_loading_info": True}
+    model, info = pretrained("AutoModelForCausalLM", source, options)
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
+        raise ModelError(f"{model.name_or_path}: the weights lack {', '.join(missing[:3])}")
+    if spec.adapter is None:
+        return model
+    require("peft", "labs_adapter")
+    import labs_adapter
 
-            decoder = labs_forward.speed_up(decoder, spec.cache_dir)
-    except ValueError as error:
-        raise ModelError(f"{spec.model_name}: {error}") from error
-    return labs_calls.steadied(decoder) if _is_there("labs_calls") else decoder
+    return labs_adapter.merged(model, spec)
+
+
+def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_decode.Decoder:
+    import labs_decode
+
+    decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
+    if spec.quantization.quant_method in ("auto", "none", "gguf") and not _is_there("labs_faster"):
+        return decoder
+    require("labs_faster")
+    import labs_faster
+
+    return labs_faster.speed_up(decoder, spec)
 
 
 def locate(
@@ -685,7 +682,8 @@ def _template(
     model: Model, messages: list[Message], tools: tuple[Mapping[str, object], ...], chat: Chat
 ) -> list[int]:
     """Let the template make tokens: BOS comes once, and control tokens in messages stay text."""
-    options = {"add_generation_prompt": chat.add_generation_prompt}
+    options: dict[str, Any] = {"continue_final_message": chat.continue_final_message}
+    options["add_generation_prompt"] = not any(options.values()) and chat.add_generation_prompt
     options |= {"sanitize_control_tokens": True, "tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
     if tools or chat.template_options:
@@ -696,10 +694,6 @@ def _template(
 
             plain, more = labs_dialogue.as_read(model.tokenizer, plain, tools, chat)
             options |= more
-        if _is_there("labs_template"):
-            import labs_template
-
-            plain = labs_template.as_read(model.tokenizer, plain)
         return list(render(plain, **options)["input_ids"])
 
 
@@ -779,6 +773,7 @@ class InFlight(Struct, eq=False):
     sampling: labs_decode.Sampling  # without the model's own rules, unlike row.sampling
     stops: dict[str, str]  # {text to search for: its stop string}
     marks: dict[int, str]  # {special token id: the character that stands for it}
+    ends: frozenset[int]  # tokens that end the answer
     text: PartialText = msgspec.field(default_factory=PartialText)
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     tokens: int = 0
@@ -816,21 +811,21 @@ def open_request(
     began, sampling = time.perf_counter(), _sampling(model, generation, processors)
     own = cast("tuple[str, ...]", model.generation_defaults.get("stop", ()))
     stops, marks = {stop: stop for stop in (*generation.stop, *own)}, dict[int, str]()
-    with_rules = sampling
+    least, with_rules = generation.min_new_tokens, sampling
+    own_rules = {} if least is None else {"min_new_tokens": least}
+    ends = frozenset() if generation.ignore_eos else model.eos_token_ids
+    ends |= {*generation.stop_token_ids}
+    require(*(["labs_defaults"] if own_rules else []))
     if model.defaults is not None:
-        with_rules = model.defaults.apply(sampling, ids, generation.max_new_tokens)
+        rules = model.defaults.changed(ends, **own_rules)
+        with_rules = rules.apply(sampling, ids, generation.max_new_tokens)
         if generation.skip_special_tokens:
             stops, marks = model.defaults.mark(tuple(stops))
-    row = labs_decode.Row(
-        id=index,
-        ids=ids,
-        max_new_tokens=generation.max_new_tokens,
-        sampling=with_rules,
-        lookahead=generation.prompt_lookup_num_tokens or 0,
-        deadline=began + (generation.timeout_s or float("inf")),
-        exact_prefix=model.decoder.invariant or generation.seed is not None,
-    )
-    return InFlight(row, inputs, generation, began, sampling, stops, marks)
+    row = labs_decode.Row(index, ids, generation.max_new_tokens, with_rules)
+    row.lookahead = generation.prompt_lookup_num_tokens or 0
+    row.deadline = began + (generation.timeout_s or float("inf"))
+    row.exact_prefix = model.decoder.invariant or generation.seed is not None
+    return InFlight(row, inputs, generation, began, sampling, stops, marks, ends)
 
 
 def _sampling(
@@ -844,8 +839,9 @@ def _sampling(
         if (value := getattr(options, name)) is not None:
             raise InputError(f"{name} = {value}: only labs_tools splits an answer; leave it out")
     vocabulary = model.decoder.config.vocab_size
-    if beyond := [token for token in options.logit_bias if token >= vocabulary]:
-        raise InputError(f"logit_bias names token {beyond[0]}: there are {vocabulary} tokens")
+    for name in ("logit_bias", "stop_token_ids"):
+        if beyond := [token for token in getattr(options, name) if token >= vocabulary]:
+            raise InputError(f"{name} names token {beyond[0]}: there are {vocabulary} tokens")
     seed = secrets.randbits(32) if options.seed is None else options.seed
     return labs_loop.sampling_of(options, model.generation_defaults, seed, processors)
 
@@ -943,12 +939,13 @@ def _advance(model: Model, request: InFlight, choice: labs_loop.Choice) -> Itera
         request.logprobs.append(TokenLogprob(choice.token, choice.logprob, choice.top))
     why: FinishReason | None = "timeout" if request.row.late else None
     why = "length" if request.tokens >= request.generation.max_new_tokens else why
-    why = "stop" if choice.token in model.eos_token_ids else why
-    token = None if choice.token in model.eos_token_ids else choice.token
+    why = "stop" if choice.token in request.ends else why
+    token = None if choice.token in request.ends else choice.token
     mark = request.marks.get(choice.token, "")
     ends = why is not None or mark in request.stops
     piece = decode_next(model.tokenizer, request.text, token, last=ends) + mark
-    shown, stop = match_stop(request.text, piece, tuple(request.stops))
+    stops = request.stops if request.tokens > (request.generation.min_new_tokens or 0) else ()
+    shown, stop = match_stop(request.text, piece, tuple(stops))
     why = "stop" if stop else why
     if why:
         shown += request.text.held

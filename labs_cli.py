@@ -1,7 +1,7 @@
 """The commands labs-gen, which generates text, and labs-api, which serves a model over HTTP.
 
-labs-gen writes the answer to standard output and everything else to standard error. The flags of
-settings are made from labs.settings(), so their defaults do not stand in this file.
+labs-gen writes the answer to standard output and everything else to standard error. labs_flags.py
+says which flags there are.
 
 SPDX-License-Identifier: Apache-2.0. To copy it: labs-gen --vendor FOLDER --rooms cli
 """
@@ -13,15 +13,13 @@ import functools
 import gc
 import io
 import itertools
-import json
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Generator, Iterator
-from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 import click
 import msgspec
@@ -29,6 +27,7 @@ import msgspec
 import labs
 import labs_dialogue
 import labs_explain
+import labs_flags
 import labs_ready
 import labs_request
 
@@ -58,112 +57,6 @@ Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows the traceback), 2 wrong usage
 or no prompt, 130 Ctrl-C.
 """
 
-Options = tuple[tuple[str, str, Any, str], ...]
-# Flags that are not settings of labs.py: group, flag, type and help. A string instead of a type is
-# the value of the flag when it is given without a value.
-RAY: Options = (
-    ("Ray", "--ray", "local", "Run on this Ray cluster; auto finds one, no ADDRESS starts one."),
-    (
-        "Ray",
-        "--replicas",
-        click.IntRange(1),
-        "Number of processes, each with its own model [default: 1].",
-    ),
-    (
-        "Ray",
-        "--max-replicas",
-        click.IntRange(1),
-        "Let Ray start up to this many replicas while requests wait.",
-    ),
-    ("Ray", "--num-cpus", click.FloatRange(0), "CPU cores for each replica [default: 1]."),
-    (
-        "Ray",
-        "--num-gpus",
-        click.FloatRange(0),
-        "GPUs for each replica [default: 1 if there are any].",
-    ),
-)
-STICKY: Options = (
-    ("Ray", "--sticky", bool, "Send all requests of one X-Session-Id to the same replica."),
-)
-RAY_KEYS = [flag[2:].replace("-", "_") for _, flag, *_ in (*RAY, *STICKY)]
-RAY_NEEDS = tuple(f"{key} ray" for key in RAY_KEYS if key != "ray")  # as NEEDS
-OPTIONS: Options = (
-    ("Input", "--prompt", str, "The prompt; - reads it from standard input, as a pipe does."),
-    ("Input", "--messages-json", str, "A conversation: a JSON list of {role, content}."),
-    ("Input", "--messages-file", str, "A file with the conversation; - is standard input."),
-    ("Input", "--system", str, "A system message that comes before the prompt."),
-    ("Input", "--tools", str, "A file with a JSON list of tools that the model may call."),
-    ("Input", "--tool-choice", str, "none, auto, required or the name of a tool [default: auto]."),
-    ("Input", "--chat", bool, "Talk with the model; /help lists the commands."),
-    (
-        "Output",
-        "--stream/--no-stream",
-        bool,
-        "Write text while it is generated [default: on a terminal].",
-    ),
-    ("Output", "--schema", str, "A file with a JSON schema that the answer has to match."),
-    (
-        "Output",
-        "--choose",
-        tuple[str, ...],
-        "Show the probability of this answer among all --choose answers.",
-    ),
-    ("Output", "--json", bool, "Write one JSON object: text, usage, timings, settings."),
-    ("Output", "--explain", bool, "Show how the prompt would be answered, without answering it."),
-    ("Output", "--verbose", bool, "Report tokens/s and how long each part took."),
-    ("Output", "--show-config", bool, "Show each setting and where its value comes from."),
-    ("Batch", "--input", str, "A file of prompts, one JSON object per line; - is standard input."),
-    ("Batch", "--output", str, "Append answers to this file; prompts answered there are skipped."),
-    (
-        "Batch",
-        "--batch-rows",
-        click.IntRange(1),
-        "Prompts computed at once [default: as many as fit in memory].",
-    ),
-    ("Batch", "--ordered", bool, "Write answers in the order of the prompts, not as they finish."),
-    ("Batch", "--replay", str, "Generate a file of answers again and report which differ."),
-    (
-        "Documents",
-        "--index",
-        tuple[str, ...],
-        "Update the database of --docs with this folder or file.",
-    ),
-    ("Vendoring", "--vendor", str, "Copy labs into this folder, or update the copy there."),
-    ("Vendoring", "--rooms", str, "Other files to copy, separated by commas: api,cli,typed."),
-    ("Vendoring", "--check", bool, "Report which files of the copy differ; write nothing."),
-    ("Output", "--config", str, "The file of settings [default: ./labs.toml]."),
-    *RAY,
-)
-SECTIONS = ("generation", "quantization", "documents")
-SETTINGS = [setting for setting in labs.settings() if setting.section in SECTIONS]
-ALIASES = {"model_name": ["--model"], "local_files_only": ["--offline"]}
-ALIASES["documents_database"] = ["--docs"]
-KEYS = [setting.key for setting in SETTINGS]
-TALK = ["prompt", "messages_json", "messages_file", "system", "config", *KEYS]
-TOOLS = ["tools", "tool_choice"]
-# Each mode and the flags that it reads; other flags would have no effect and are refused. The first
-# mode that is given counts. Without a mode, labs-gen answers one prompt as text.
-READS = {
-    "vendor": ["rooms", "check"],
-    "show_config": ["config", *KEYS],
-    "input": ["output", "ordered", "batch_rows", *RAY_KEYS, "config", *KEYS],
-    "replay": ["batch_rows", "config", *KEYS],
-    "index": ["config", *KEYS],
-    "explain": [*TALK, *TOOLS],
-    "choose": [*TALK, "json"],
-    "chat": [*TALK[1:], "stream", "verbose", "schema"],
-    "json": [*TALK, *TOOLS, "verbose", "schema"],
-}
-# Flags that exclude each other: at most one of each row may be given.
-RIVALS = ("prompt messages_json messages_file", "rooms check", "ray ordered")
-# The first flag of each row needs one of the flags after it.
-NEEDS = (
-    *("output input", "ordered input", "batch_rows input replay", "ray input", *RAY_NEEDS),
-    *("rooms vendor", "check vendor", "tool_choice tools"),
-)
-
-Values = dict[str, Any]  # flags by name
 Messages = list[labs.Message]
 tell = functools.partial(click.echo, err=True)  # messages that do not belong to the answer
 
@@ -216,7 +109,7 @@ def json_fault(text: str, error: Exception) -> str:
     return str(error)
 
 
-def read_messages(flags: Values) -> Messages:
+def read_messages(flags: labs_flags.Values) -> Messages:
     """Return the messages that the flags give, --system first. --prompt is not one of them."""
     text, where = flags["messages_json"], "--messages-json"
     if flags["messages_file"] is not None:
@@ -233,7 +126,7 @@ def read_messages(flags: Values) -> Messages:
     return [labs.Message(role="system", content=flags["system"]), *messages]
 
 
-def read_prompt(flags: Values) -> labs_request.Prompt:
+def read_prompt(flags: labs_flags.Values) -> labs_request.Prompt:
     """Return the prompt or the messages of the flags. A chat may begin without messages."""
     messages, prompt = read_messages(flags), flags["prompt"]
     if flags["chat"] or flags["messages_json"] is not None or flags["messages_file"] is not None:
@@ -249,34 +142,6 @@ def read_prompt(flags: Values) -> labs_request.Prompt:
     if not messages:
         return labs_request.Prompt(prompt=prompt)
     return labs_request.Prompt(messages=(*messages, labs.Message(role="user", content=prompt)))
-
-
-def check_flags(flags: Values) -> None:
-    """Refuse a flag that would have no effect, because of another flag or without another one."""
-    given = [n for n, value in flags.items() if is_given(value) or (value is False and n in KEYS)]
-    done = next((name for name in READS if name in given), None)
-    unread = [name for name in given if done and name not in (done, *READS[done])]
-    rivals = [[name for name in row.split() if name in given] for row in RIVALS]
-    check_needs(flags, () if done else NEEDS)
-    for names in [[done or "", *unread[:1]], *rivals]:
-        if len(names) > 1:
-            flags_given = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise click.UsageError(f"{flags_given} exclude each other; give one of them")
-    check_needs(flags, NEEDS)
-
-
-def is_given(value: Any) -> bool:
-    """Return whether a flag with this value was given."""
-    return value not in (None, ()) and value is not False  # 0 counts as given, but 0 == False
-
-
-def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
-    """Refuse the first flag of a row if it is given without one of the others in the row."""
-    for row in rows:
-        name, *modes = row.split()
-        if is_given(flags.get(name)) and not any(flags[mode] for mode in modes):
-            flag, needed = name.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
-            raise click.UsageError(f"--{flag} needs {needed}")
 
 
 def prepare(session: Session, request: labs_request.Request) -> labs_request.Prepared:
@@ -377,14 +242,14 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     completion = ready.whole(session.context.filters, [*events])
     found = labs_ready.fields_of(completion)
     (prompt,) = session.asked.prompts
-    repeated: Values = {"prompt": prompt.prompt, "messages": prompt.messages}
+    repeated: labs_flags.Values = {"prompt": prompt.prompt, "messages": prompt.messages}
     if prompt.tools:
         repeated |= {"tools": prompt.tools, "tool_choice": request.tool_choice}
     repeated = {name: value for name, value in repeated.items() if value is not None}
     chat = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
     repeated |= {name: value for name, value in chat.items() if value != {}}
     repeated["response_format"] = request.response_format
-    settings = {setting.key: labs_explain.value_of(config, setting) for setting in SETTINGS}
+    settings = {s.key: labs_explain.value_of(config, s) for s in labs_flags.SETTINGS}
     result = {**found, "request": repeated, "settings": settings}
     if prepared.sources is not None:
         repeated["documents"], result["documents"] = True, prepared.sources
@@ -437,7 +302,7 @@ def explain(session: Session, request: labs_request.Request) -> None:
     write(labs_explain.described(plan))
 
 
-def answer_file(config: labs.Config, flags: Values) -> None:
+def answer_file(config: labs.Config, flags: labs_flags.Values) -> None:
     """Answer the lines of --input. Exit with code 1 if a line failed, now or in an earlier run."""
     labs.require("labs_jsonl")
     import labs_jsonl
@@ -471,7 +336,7 @@ def answer_file(config: labs.Config, flags: Values) -> None:
         raise click.exceptions.Exit(1)
 
 
-def replay(config: labs.Config, flags: Values) -> None:
+def replay(config: labs.Config, flags: labs_flags.Values) -> None:
     """Report how each line of --replay compares. Exit with code 1 if a comparable one differs."""
     labs.require("labs_jsonl", "labs_replay")
     import labs_jsonl
@@ -491,7 +356,7 @@ def replay(config: labs.Config, flags: Values) -> None:
         raise click.exceptions.Exit(1)
 
 
-def index(config: labs.Config, flags: Values) -> None:
+def index(config: labs.Config, flags: labs_flags.Values) -> None:
     """Update the database of documents and report what was done."""
     labs.require("labs_rag")
     import labs_rag
@@ -506,9 +371,9 @@ def index(config: labs.Config, flags: Values) -> None:
     tell(f"[{counts}; {done.chunks} new chunks]")
 
 
-def take_ray(flags: Values) -> tuple[str | None, Values]:
+def take_ray(flags: labs_flags.Values) -> tuple[str | None, labs_flags.Values]:
     """Remove Ray's flags from `flags`. Return the cluster's address, if any, and the others."""
-    taken = {name: flags.pop(name) for name in RAY_KEYS if name in flags}
+    taken = {name: flags.pop(name) for name in labs_flags.RAY_KEYS if name in flags}
     return taken.pop("ray", None), taken
 
 
@@ -539,99 +404,13 @@ def report(session: Session, done: Any) -> None:
         tell(f"[{', '.join(f'{name} {value:.4g}' for name, value in figures.items())}]")
 
 
-class Command(click.Command):
-    """A command that groups its options and turns errors into exit codes."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options of each group under its title; `ctx.obj` maps titles to options."""
-        grouped = [option for group in ctx.obj.values() for option in group]
-        other = [option for option in self.get_params(ctx) if option not in grouped]
-        for title, group in {**ctx.obj, "Other": other}.items():
-            with formatter.section(title):
-                formatter.write_dl([row for o in group if (row := o.get_help_record(ctx))])
-
-    def invoke(self, ctx: click.Context) -> None:
-        """Run the command. EPILOG lists the exit codes that errors become."""
-        try:
-            super().invoke(ctx)
-        except KeyboardInterrupt:
-            tell("")
-            ctx.exit(130)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except Exception as exc:
-            if os.environ.get("LABS_DEBUG") == "1":
-                raise
-            raise click.ClickException(sentence(exc)) from exc
-        finally:
-            settle_output()
-
-
-def sentence(exc: Exception) -> str:
-    """Describe an error in one sentence. An unexpected error keeps the name of its type."""
-    if isinstance(exc, labs.LabsError):
-        return str(exc)
-    if isinstance(exc, OSError) and exc.filename:
-        return f"{exc.filename}: {exc.strerror}"
-    return f"{type(exc).__name__}: {exc} (LABS_DEBUG=1 shows the traceback)"
-
-
-def settle_output() -> None:
-    """Flush standard output. If that fails, discard the rest: Python would report it at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def make_option(names: list[str], kind: Any, help: str) -> click.Option:
-    """Make the option for a value of this type. Its value is None or () if it is not given."""
-    inner = [part for part in get_args(kind) if part is not NoneType]
-    origin = get_origin(kind)
-    if origin is Literal:
-        return click.Option(names, type=click.Choice(inner), help=help)
-    if origin is tuple and inner[0] is not labs.RouterRule:
-        return click.Option(names, multiple=True, help=help + " Can be repeated.")
-    if origin in (dict, tuple):
-        return click.Option(names, type=json.loads, metavar="JSON", help=help)
-    if inner:  # Annotated[T, ...] or T | None
-        return make_option(names, inner[0], help)
-    if isinstance(kind, str):
-        return click.Option(names, is_flag=False, flag_value=kind, metavar="[ADDRESS]", help=help)
-    if kind is bool and len(names) > 1:
-        names[-1] += "/--no-" + names[-1][2:]
-    return click.Option(names, type=kind, is_flag=kind is bool, default=None, help=help)
-
-
-def make_command(name: str, callback: Any, options: Options, epilog: str) -> click.Command:
-    """Assemble a command from `options` and the settings of labs.py, which also checks bounds.
-
-    labs-gen has no flags for settings of the server.
-    """
-    groups: dict[str, list[click.Parameter]] = {}
-    for title, flag, kind, help in options:
-        groups.setdefault(title, []).append(make_option([flag], kind, help))
-    for setting in SETTINGS if name == "labs-gen" else labs.settings():
-        in_spec = setting.key in labs.ModelSpec.__struct_fields__
-        title = "Model" if in_spec else setting.section.replace("_", " ").capitalize()
-        flag = "--" + setting.key.removeprefix("server_").replace("_", "-")
-        names = [setting.key, *ALIASES.get(setting.key, []), flag]
-        text = setting.description + (f" [default: {setting.default}]" if setting.default else "")
-        groups.setdefault(title, []).append(make_option(names, setting.type, text))
-    context = {"obj": groups, "max_content_width": 80}
-    command = Command(name, context_settings=context, callback=callback, epilog=epilog)
-    command.help = callback.__doc__
-    command.params = [option for row in groups.values() for option in row]
-    return click.version_option(labs.__version__, message="%(prog)s %(version)s")(command)
-
-
 def run(**flags: Any) -> None:
     """Generate text with a Hugging Face instruct model."""
-    check_flags(flags)
+    labs_flags.check_flags(flags)
     if flags["vendor"]:
         vendor(flags["vendor"], flags["rooms"] or "", flags["check"])
         return
-    overrides = {key: flags[key] for key in KEYS if flags[key] not in (None, ())}
+    overrides = {key: flags[key] for key in labs_flags.KEYS if flags[key] not in (None, ())}
     config = labs.load_config(flags["config"], overrides=overrides)
     if flags["show_config"]:
         write(labs_explain.dump_effective_config(config).rstrip("\n") + "\n")
@@ -643,7 +422,7 @@ def run(**flags: Any) -> None:
     answer_prompt(config, flags)
 
 
-def answer_prompt(config: labs.Config, flags: Values) -> None:
+def answer_prompt(config: labs.Config, flags: labs_flags.Values) -> None:
     """Answer one prompt or a chat. A request that cannot work is refused before the model loads."""
     prompt, schema = read_prompt(flags), read_schema(flags["schema"])
     if flags["tools"] is not None:
@@ -709,7 +488,7 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start(name: str, callback: Any, options: Options, epilog: str) -> None:
+def start(name: str, callback: Any, options: labs_flags.Options, epilog: str) -> None:
     """Run a command as a program. Input and output are UTF-8 whatever the locale says."""
     # A socket would take the number of a standard descriptor that is closed.
     opened = [_open_if_closed(descriptor) for descriptor in range(3)]
@@ -723,7 +502,7 @@ def start(name: str, callback: Any, options: Options, epilog: str) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     arguments = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
-    make_command(name, callback, options, epilog)(arguments, prog_name=name)
+    labs_flags.make_command(name, callback, options, epilog)(arguments, prog_name=name)
 
 
 def _open_if_closed(descriptor: int) -> bool:
@@ -737,10 +516,10 @@ def _open_if_closed(descriptor: int) -> bool:
 
 def main() -> None:
     """Run labs-gen."""
-    ending_at_once("labs-gen", run, OPTIONS, EPILOG)
+    ending_at_once("labs-gen", run, labs_flags.OPTIONS, EPILOG)
 
 
-def ending_at_once(name: str, callback: Any, options: Options, epilog: str) -> None:
+def ending_at_once(name: str, callback: Any, options: labs_flags.Options, epilog: str) -> None:
     """Run a program and exit without freeing memory, which takes a fifth of the time."""
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see labs_apart.py; before torch is imported
     try:
@@ -772,7 +551,7 @@ server finishes running answers and exits.
 
 def serve_command(**flags: Any) -> None:
     """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
-    check_needs(flags, RAY_NEEDS)
+    labs_flags.check_needs(flags, labs_flags.RAY_NEEDS)
     address, cluster = take_ray(flags)
     overrides = {key: value for key, value in flags.items() if value not in (None, ())}
     path = overrides.pop("config", None)
@@ -792,8 +571,11 @@ def serve_command(**flags: Any) -> None:
 
 def main_api() -> None:
     """Run labs-api as a program."""
-    options = (("Server", "--config", str, "The file of settings [default: ./labs.toml]."),)
-    ending_at_once("labs-api", serve_command, (*options, *RAY, *STICKY), API_EPILOG)
+    options: labs_flags.Options = (
+        ("Server", "--config", str, "The file of settings [default: ./labs.toml]."),
+    )
+    options += (*labs_flags.RAY, *labs_flags.STICKY)
+    ending_at_once("labs-api", serve_command, options, API_EPILOG)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ RULES = EARLY | {
     "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty",
 }
 WARPERS = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config"}
-# Fields that do not change a text: speed, memory, outputs, fields that are read elsewhere, and
-# details of methods in NOT_DONE.
+# Fields that change no text: speed, outputs, what is read elsewhere, details of NOT_DONE's methods.
 NEUTRAL = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
     "compile_config", "disable_compile", "continuous_batching_config", "low_memory", "use_mtp",
@@ -62,8 +61,7 @@ NOT_DONE = {
     "num_beams": "labs has no beam search",
     "guidance_scale": "labs does not compute a second, unconditional answer",
     "token_healing": "labs does not change the end of a prompt",
-    "penalty_alpha": "labs has no contrastive search",
-    "dola_layers": "labs does not contrast layers",
+    **dict.fromkeys(("penalty_alpha", "dola_layers"), "labs does not contrast answers"),
     **dict.fromkeys(("constraints", "force_words_ids"), "labs has no constrained beams"),
 }
 
@@ -82,6 +80,10 @@ class Defaults:
     ignored: Mapping[str, str]
     special_tokens: Mapping[int, str]
 
+    def changed(self, ends: frozenset[int], **rules: Any) -> Defaults:
+        """Return the same for a row with these ends and rules of its own."""
+        return replace(self, eos_token_ids=ends, rules={**self.rules, **rules})
+
     def apply(self, sampling: Sampling, prompt: list[int], max_new_tokens: int) -> Sampling:
         """Return the sampling of one row: its own options together with the model's rules."""
         if not self.rules:
@@ -96,9 +98,8 @@ class Defaults:
             options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
             last |= {**options, "min_p": sampling.min_p or None, "do_sample": True}
             taken |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        made = [self._processors(values, prompt, max_new_tokens) for values in (first, last)]
-        row = _RowRules(made[0], sampling.processors, made[1])
-        return replace(sampling, processors=(row,), **taken)
+        early, late = (self._processors(each, prompt, max_new_tokens) for each in (first, last))
+        return replace(sampling, processors=(_RowRules(early, sampling.processors, late),), **taken)
 
     def _processors(self, values: Mapping[str, Any], prompt: list[int], new: int) -> Any:
         device, config = self.model.device, transformers.GenerationConfig()  # type: ignore[no-untyped-call]

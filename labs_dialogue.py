@@ -6,7 +6,7 @@
 
 labs.build_inputs calls both. Texts of clients stay text: transformers' sanitize_control_tokens sees
 to strings, and names in JSON objects, which it does not read, are checked here. Needs
-labs_settings.py and labs_shown.py.
+labs_settings.py, labs_shown.py and labs_template.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 import labs_shown
+import labs_template
 from labs_settings import Chat, InputError, Message, Strict
 
 MAX_TOOLS = 128  # as at OpenAI
@@ -148,7 +149,7 @@ def as_read(
     """
     checked, more = check_tools(tools), chat.template_options
     if not (checked or more or any(_is_special(each) for each in messages)):
-        return messages, {}
+        return labs_template.as_read(tokenizer, messages), {}
     shown = [_shown(tool) for tool in checked]
     template = tokenizer.get_chat_template(tools=shown or None)
     reads = _reads(tokenizer, template)
@@ -163,6 +164,7 @@ def as_read(
             raise InputError(f"{text}; it reads {', '.join(known) or 'none'}")
     plain = labs_shown.written([_plain(each) for each in messages], reads.shows)
     _check_names(tokenizer, [shown, dict(more), [each.get("tool_calls") for each in plain]])
+    plain = labs_template.as_read(tokenizer, plain)
     return plain, {**more, **({"tools": shown} if shown else {})}
 
 

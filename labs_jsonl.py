@@ -367,7 +367,7 @@ def _render(
     return {**answer, "request": task.repeated}
 
 
-def _documents(task: Task) -> dict[str, tuple[labs.Source, ...]]:
+def _documents(task: Task) -> dict[str, tuple[labs_request.Source, ...]]:
     """Return the field of the passages in the prompts; no field if documents are not used."""
     sources = task.prepared.sources if task.prepared else None
     return {} if sources is None else {"documents": sources}

@@ -73,7 +73,7 @@ class MessagesAnswer(Struct, frozen=True, kw_only=True, tag_field="type", tag="m
     stop_reason: str | None = None
     stop_sequence: str | None = None
     usage: MessagesUsage
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+    documents: tuple[labs_protocol.Source, ...] | UnsetType = UNSET
 
 
 class InputTokens(Struct, frozen=True):

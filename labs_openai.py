@@ -97,7 +97,10 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     logit_bias: dict[labs.TokenId, labs.Bias] | None = None
     stop: labs.Stop | Annotated[tuple[labs.Stop, ...], Meta(max_length=16)] | None = None
     seed: labs.Seed | None = None
-    skip_special_tokens: bool | None = None  # as in vLLM
+    skip_special_tokens: bool | None = None  # these four as in vLLM
+    min_tokens: labs.Count | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[tuple[labs.TokenId, ...], Meta(max_length=64)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -117,6 +120,8 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # as in vLLM; labs' template_options
+    add_generation_prompt: bool | None = None  # these two as in vLLM
+    continue_final_message: bool | None = None
     reasoning: labs.Thinking | None = None  # these two are labs' own, as in labs.Generation
     thinking_budget: labs.Count | None = None
 
@@ -146,14 +151,12 @@ class Hints(Struct, frozen=True):
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
-    **dict.fromkeys(("functions", "stop_token_ids"), ([],)),
+    "functions": ([],),
     "function_call": ("none", "auto"),
-    "add_generation_prompt": (True,),
-    **dict.fromkeys(("continue_final_message", "echo", "ignore_eos", "use_beam_search"), (False,)),
+    **dict.fromkeys(("echo", "use_beam_search"), (False,)),
     **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
     "best_of": (1,),  # or n, because all n answers are returned
     "include_stop_str_in_output": (False,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "suffix": ("",),
     "verbosity": ("medium",),
@@ -169,6 +172,7 @@ MINUS_ONE = {
     "top_k": b"0",
 }
 FIELDS = labs_protocol.Fields(hints=Hints, neutral=NEUTRAL, replaced=REPLACED, minus_one=MINUS_ONE)
+ONLY_CHATS = {"add_generation_prompt": (True,), "continue_final_message": (False,)}
 
 
 # ---------------------------------------------------------------- endpoints
@@ -188,7 +192,7 @@ class Endpoint(labs_replies.Replies):
             response_format=getattr(body, "response_format", None),
             documents=getattr(body, "documents", False),
             within_context=True,
-            words={"template_options": "chat_template_kwargs"},
+            words={"template_options": "chat_template_kwargs", "min_new_tokens": "min_tokens"},
         )
 
     def options(self, body: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +203,8 @@ class Endpoint(labs_replies.Replies):
         found = {k: v for k in names & given.keys() if (v := getattr(body, k)) is not None}
         if body.max_tokens is not None:
             found["max_new_tokens"] = body.max_tokens
+        if body.min_tokens is not None:
+            found["min_new_tokens"] = body.min_tokens
         if body.stop is not None:
             found["stop"] = (body.stop,) if isinstance(body.stop, str) else body.stop
         return found
@@ -235,10 +241,15 @@ class Chat(labs_replies.ChatReplies, Endpoint):
 
     def prompts(self, body: ChatRequest) -> tuple[labs_request.Prompt, ...]:
         messages = (self._message(f"messages[{i}]", each) for i, each in enumerate(body.messages))
+        if body.continue_final_message and body.add_generation_prompt:
+            text = "continue_final_message and add_generation_prompt exclude each other"
+            raise Refusal(text, "invalid_value", "continue_final_message")
         prompt = labs_request.Prompt(
             messages=tuple(messages),
             tools=body.tools or (),
             template_options=body.chat_template_kwargs or None,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
             effort=body.reasoning_effort,
         )
         return (prompt,)
@@ -262,6 +273,7 @@ class Chat(labs_replies.ChatReplies, Endpoint):
 
 class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
+    fields = replace(FIELDS, neutral=NEUTRAL | ONLY_CHATS)
 
     def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)

@@ -28,6 +28,7 @@ import labs
 import labs_request
 import labs_tokens
 from labs_request import Refusal
+from labs_request import Source as Source
 
 S = TypeVar("S", bound=Struct)
 LINE_ENDS = (  # raw in UTF-8, and as JSON escapes them
@@ -166,7 +167,7 @@ class Opened(Struct, frozen=True, kw_only=True):
     model: str
     loaded: labs.Model
     prompt_tokens: int = 0
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+    documents: tuple[labs_request.Source, ...] | UnsetType = UNSET
     generation: labs.Generation = labs.Generation()
 
 

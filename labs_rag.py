@@ -25,6 +25,7 @@ import msgspec
 from msgspec import Struct
 
 import labs
+import labs_asked
 from labs_embed import Encoder as Encoder  # callers of search need no second import
 
 PLAIN = (".txt", ".text", ".rst")
@@ -356,15 +357,15 @@ def ground(
     passages: Iterable[Passage],
     count_tokens: Callable[[str], int],
     budget: int,
-) -> tuple[tuple[labs.Message, ...], tuple[labs.Source, ...]]:
+) -> tuple[tuple[labs.Message, ...], tuple[labs_asked.Source, ...]]:
     """Put passages, numbered and quoted, before the text of the user's last message.
 
     Each line of a document begins with "> ", so it cannot end its passage or imitate another.
     budget: tokens of all passages together; a passage that does not fit is left out whole.
     """
-    parts, sources = list[str](), list[labs.Source]()
+    parts, sources = list[str](), list[labs_asked.Source]()
     for passage in passages:
-        source = labs.Source(len(sources) + 1, _plain(passage.path), _plain(passage.heading))
+        source = labs_asked.Source(len(sources) + 1, _plain(passage.path), _plain(passage.heading))
         where = " > ".join(filter(None, (source.path, source.heading)))
         lines = (f"> {line}" for line in (where, *passage.text.splitlines()))
         part = "\n".join((f"[{source.n}]", *lines))
@@ -400,7 +401,7 @@ def check(config: labs.Config, encoder: Encoder | None) -> None:
 
 def with_passages(
     documents: labs.Documents, encoder: Encoder | None, model: labs.Model, prompt: Any
-) -> tuple[tuple[labs.Message, ...], tuple[labs.Source, ...]]:
+) -> tuple[tuple[labs.Message, ...], tuple[labs_asked.Source, ...]]:
     """Return a prompt's messages with passages for the last user message, and their sources.
 
     prompt: a labs_request.Prompt with its chat toggles filled in. Raises InputError without a chat

@@ -43,6 +43,7 @@ import labs_gate
 import labs_jsonl
 import labs_models
 import labs_serve
+import labs_service
 import labs_turns
 
 log = logging.getLogger("labs.ray")
@@ -230,9 +231,8 @@ async def end_with_error(send: Any, began: bool, path: str) -> None:
     """Send an error response, or an error event if the stream has already begun."""
     text = "the replica that was answering has ended; send the request again"
     problem = labs_gate.Problem(503, text, "replica_lost")
-    data = labs_api.error_event(problem, path)
+    data = (labs_service.error_event if began else labs_service.error_of)(problem, path)
     if not began:
-        data = labs_api.error_of(problem, path)
         headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})

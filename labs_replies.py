@@ -89,7 +89,7 @@ class OpenAIAnswer(Struct, frozen=True):
     choices: tuple[Choice, ...]
     usage: OpenAIUsage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+    documents: tuple[labs_protocol.Source, ...] | UnsetType = UNSET
 
 
 class Replies(labs_protocol.Endpoint):

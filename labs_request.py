@@ -12,14 +12,15 @@
 
 `check` needs no model, so a request that it refuses loads none. `prepare` needs the tokenizer: it
 renders the chat template, adds passages of documents, counts tokens and compiles the grammar.
-Needs labs.py, labs_dialogue.py, labs_ready.py, and the files of the features of a request.
+Needs labs.py, labs_asked.py, labs_dialogue.py, labs_ready.py, and the files of what is asked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import asdict, replace
@@ -27,6 +28,16 @@ from msgspec.structs import asdict, replace
 import labs
 import labs_dialogue
 import labs_ready
+from labs_asked import GenerateRequest as GenerateRequest
+from labs_asked import JsonSchema as JsonSchema
+from labs_asked import Prompt as Prompt
+from labs_asked import Refusal as Refusal
+from labs_asked import Request as Request
+from labs_asked import ResponseFormat as ResponseFormat
+from labs_asked import Source as Source
+from labs_asked import prompt_of as prompt_of
+from labs_asked import request_of as request_of
+from labs_asked import schema_of as schema_of
 
 if TYPE_CHECKING:
     import labs_guard
@@ -34,125 +45,6 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str, str], Any]
 ONLY_CHATS = "only a chat has it, by the model's chat template"
-
-
-class JsonSchema(labs.Strict, frozen=True, kw_only=True):
-    """A JSON schema in OpenAI's wrapper. Only `schema` has an effect; it is always enforced."""
-
-    schema: dict[str, Any]
-    name: str | None = None
-    description: str | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(labs.Strict, frozen=True, kw_only=True):
-    """The format of an answer: any text, a JSON object, or JSON that matches a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def __post_init__(self) -> None:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to the type json_schema and is required with it")
-
-
-class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
-    """A prompt or messages, and generation settings. Unset fields take the configured values."""
-
-    model: str | None = None
-    prompt: str | None = None
-    response_format: ResponseFormat | None = None
-    documents: bool | None = None
-    messages: tuple[labs.Message, ...] | None = None
-    use_chat_template: bool | None = None
-    add_generation_prompt: bool | None = None
-    template_options: dict[str, Any] | None = None
-    tools: tuple[labs_dialogue.Tool, ...] | None = None
-    tool_choice: str | None = None
-    parallel_tool_calls: bool | None = None
-
-
-class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One prompt: exactly one of prompt, messages and ids (token ids).
-
-    The fields of labs.Chat take the configured values where they are None. effort: OpenAI's
-    reasoning_effort, which becomes template_options; a template need not read the usual one.
-    """
-
-    prompt: str | None = None
-    messages: tuple[labs.Message, ...] | None = None
-    ids: tuple[int, ...] | None = None
-    use_chat_template: bool | None = None
-    add_generation_prompt: bool | None = None
-    template_options: dict[str, Any] | None = None
-    tools: tuple[labs_dialogue.Tool, ...] = ()
-    effort: str | None = None
-    usual_effort: str = "medium"  # at OpenAI; at Anthropic it is high
-
-    @property
-    def text(self) -> str:
-        """Return the prompt, or the contents of the messages joined by line ends."""
-        contents = [message.content or "" for message in self.messages or ()]
-        return "\n".join([*([self.prompt] if self.prompt else []), *contents])
-
-    @property
-    def size(self) -> int:
-        """Return the number of bytes of the text, and about those of calls, reasoning and tools."""
-        turns = self.messages or ()
-        rest: list[Any] = [self.tools, self.template_options]
-        rest += [each for m in turns for each in (m.tool_calls, m.reasoning_content)]
-        return sum(
-            len(each.encode(errors="replace"))
-            for each in (self.text, *map(str, filter(None, rest)))
-        )
-
-
-class Request(Struct, frozen=True, kw_only=True):
-    """A request in labs' own format, whether it came from the shell, a file or over HTTP.
-
-    options: the generation settings that it names. n: answers per prompt. documents: whether to add
-    passages. None in model and documents: as configured. choices: answers to rate, see Options.
-    within_context: lower max_new_tokens to the tokens that the prompt leaves in the context.
-    tool_choice: none, auto, required or the name of a tool. words: how errors begin that name a
-    field otherwise than the client does, and its own words.
-    """
-
-    prompts: tuple[Prompt, ...]
-    options: dict[str, Any] = {}
-    n: int = 1
-    model: str | None = None
-    response_format: ResponseFormat | None = None
-    documents: bool | None = None
-    within_context: bool = False
-    choices: tuple[str, ...] | None = None
-    tool_choice: str = "auto"
-    parallel_tool_calls: bool = True
-    words: dict[str, str] = {}
-
-
-class Refusal(labs.InputError):
-    """A request that is malformed, too large, unknown or unsupported. status: for HTTP."""
-
-    def __init__(self, text: str, code: str, param: str | None = None, status: int = 400) -> None:
-        super().__init__(text)
-        self.code, self.param, self.status = code, param, status
-
-
-def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
-    """Convert labs' own request format. `given`: the fields of the JSON that it was read from."""
-    names = labs.Generation.__struct_fields__
-    options = {name: getattr(body, name) for name in names if name in given}
-    rest = {name: getattr(body, name) for name in ("model", "response_format", "documents")}
-    named = {name: getattr(body, name) for name in ("tool_choice", "parallel_tool_calls")}
-    rest |= {name: value for name, value in named.items() if value is not None}
-    return Request(prompts=(prompt_of(body),), options=options, **rest)
-
-
-def prompt_of(body: Any) -> Prompt:
-    """Return the prompt, messages and Chat fields of a struct as a Prompt."""
-    names = ("prompt", "messages", *labs.Chat.__struct_fields__)
-    tools = getattr(body, "tools", None) or ()
-    return Prompt(tools=tools, **{name: getattr(body, name) for name in names})
 
 
 class Context(Struct, frozen=True, eq=False):
@@ -208,7 +100,8 @@ def check(context: Context, request: Request) -> Request:
             text = f"unknown model {request.model!r}; known models: {', '.join(context.configs)}"
             raise Refusal(text, "model_not_found", "model", 404)
         config = context.configs[request.model]
-    generation = labs.evolve(config.generation, **request.options)
+    with _in_words_of(request):
+        generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)
     if context.filters is not None:
         context.filters.filters(generation)  # raises for log-probabilities
@@ -240,7 +133,7 @@ class Prepared(Struct, frozen=True, eq=False):
     generation: labs.Generation
     inputs: tuple[labs.Inputs, ...]
     plans: tuple[Any, ...]  # of labs_tools or None, one for each of the inputs
-    sources: tuple[labs.Source, ...] | None = None
+    sources: tuple[Source, ...] | None = None
     choice: Any = None  # labs_choose.Options, if the request has choices
 
     def answers(self) -> Iterator[labs_ready.Ready]:
@@ -258,6 +151,9 @@ class Prepared(Struct, frozen=True, eq=False):
         if plan is not None:
             changes["skip_special_tokens"] = plan.generation.skip_special_tokens
         if self.request.within_context and left < generation.max_new_tokens:
+            if left < (least := generation.min_new_tokens or 0):
+                text = f"min_new_tokens = {least}: the prompt leaves {left} tokens of the context"
+                raise labs.InputError(text)
             changes["max_new_tokens"] = max(1, left)
         generation, schema = replace(generation, **changes), schema_of(self.request.response_format)
         return labs_ready.Ready(self.model, inputs, generation, schema, plan)
@@ -268,9 +164,16 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 
     Raises InputError when the template, the context, a filter or the grammar refuses the request.
     """
-    try:
+    with _in_words_of(request):
         return _made(context, config, model, request)
-    except labs.InputError as error:
+
+
+@contextlib.contextmanager
+def _in_words_of(request: Request) -> Iterator[None]:
+    """Let errors name fields as the request does."""
+    try:
+        yield
+    except (labs.InputError, labs.ConfigError) as error:
         text = str(error)
         if (ours := next((each for each in request.words if text.startswith(each)), None)) is None:
             raise
@@ -352,8 +255,8 @@ def filled(prompt: Prompt, chat: labs.Chat) -> Prompt:
 
 def _build(
     context: Context, config: labs.Config, model: labs.Model, prompt: Prompt, grounds: bool
-) -> tuple[labs.Inputs, tuple[labs.Source, ...]]:
-    sources: tuple[labs.Source, ...] = ()
+) -> tuple[labs.Inputs, tuple[Source, ...]]:
+    sources: tuple[Source, ...] = ()
     if grounds and prompt.ids is None:
         labs.require("labs_rag")
         import labs_rag
@@ -371,10 +274,3 @@ def _build(
     if context.filters is not None:
         context.filters.check_inputs(inputs, ids=prompt.ids is not None)
     return inputs, sources
-
-
-def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    """Return the schema of a response_format, or None if it is text."""
-    if wanted is None or wanted.type == "text":
-        return None
-    return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema

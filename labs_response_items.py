@@ -131,7 +131,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     tools: tuple[Any, ...]
     top_logprobs: int
     user: str | None
-    documents: tuple[labs.Source, ...] | UnsetType = UNSET
+    documents: tuple[labs_protocol.Source, ...] | UnsetType = UNSET
 
 
 def _begun(shown: dict[str, Any], opened: labs_protocol.Opened) -> ResponseObject:

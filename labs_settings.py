@@ -87,6 +87,7 @@ def doc(text: str, **bounds: Any) -> Meta:
     return Meta(description=text, **bounds)
 
 
+Kind = Literal["text", "embedding", "rerank"]
 Packing = Literal["auto", "none", "fp16", "int8", "int4", "gguf"]
 Dtype = Literal["auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
@@ -102,6 +103,10 @@ Pii = Literal["email", "phone", "card"]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Guesses = Annotated[int, Meta(ge=1, le=32)]
+Rows = Annotated[int, Meta(ge=1, le=4096)]
+Bytes = Annotated[int, Meta(ge=0, le=2**50)]
+Quota = Annotated[int, Meta(ge=1, le=10**12)]
 
 
 class Strict(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,6 +182,9 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     ] = True
     cuda_graphs: Annotated[bool, doc("Use CUDA graphs on one GPU where they work.")] = True
     use_generation_config: Annotated[bool, doc("Apply the model's generation_config.json.")] = True
+    kind: Annotated[Kind, doc("What the model is for; others than text only serve.")] = "text"
+    chat_template: Annotated[str | None, doc("Use the chat template in this file.")] = None
+    adapter: Annotated[str | None, doc("Merge this LoRA adapter: a folder or hub id.")] = None
     quantization: Quantization = Quantization()
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
@@ -190,17 +198,11 @@ class Generation(Strict, frozen=True, kw_only=True):
 
     max_new_tokens: Annotated[int, doc("Generate at most this many tokens.", ge=1, le=2**20)] = 256
     temperature: Annotated[Temperature | None, doc("Sample at this temperature; 0: greedy.")] = None
-    top_p: Annotated[
-        Probability | None, doc("Sample from the likeliest tokens of this total probability.")
-    ] = None
+    top_p: Annotated[Probability | None, doc("Sample from the likeliest up to this sum.")] = None
     top_k: Annotated[Count | None, doc("Sample from this many likeliest tokens; 0: all.")] = None
-    min_p: Annotated[
-        Probability | None, doc("Drop tokens less likely than this fraction of the likeliest.")
-    ] = None
+    min_p: Annotated[Probability | None, doc("Drop tokens below this share of the best.")] = None
     do_sample: Annotated[bool | None, doc("Sample; false takes the likeliest token.")] = None
-    repetition_penalty: Annotated[
-        RepetitionPenalty | None, doc("Above 1, repeat tokens of prompt and answer less.")
-    ] = None
+    repetition_penalty: Annotated[RepetitionPenalty | None, doc("Above 1, repeat less.")] = None
     frequency_penalty: Annotated[Penalty, doc("Lower a logit by this per use in the answer.")] = 0.0
     presence_penalty: Annotated[Penalty, doc("Lower a logit by this after any earlier use.")] = 0.0
     logit_bias: Annotated[dict[TokenId, Bias], doc("Add this to the logits of token ids.")] = {}
@@ -209,21 +211,24 @@ class Generation(Strict, frozen=True, kw_only=True):
     ] = None
     stop: Annotated[tuple[Stop, ...], doc("Stop before any of these texts.", max_length=16)] = ()
     prompt_lookup_num_tokens: Annotated[
-        Annotated[int, Meta(ge=1, le=32)] | None,
-        doc(
-            "Guess up to this many tokens per step from earlier text while one request runs; "
-            "the answer stays the same."
-        ),
+        Guesses | None, doc("Guess this many tokens from earlier text; the answer stays the same.")
     ] = None
     seed: Annotated[Seed | None, doc("The same seed gives the same text; unset draws one.")] = None
     timeout_s: Annotated[Seconds | None, doc("End the answer after this many seconds.")] = None
     skip_special_tokens: Annotated[bool, doc("Leave special tokens out of the text.")] = True
     reasoning: Annotated[Thinking | None, doc("Split thinking from text, keep or drop it.")] = None
     thinking_budget: Annotated[Count | None, doc("End thinking after this many tokens.")] = None
+    min_new_tokens: Annotated[Count | None, doc("Do not stop before this many tokens.")] = None
+    stop_token_ids: Annotated[
+        tuple[TokenId, ...], doc("Also stop at any of these tokens.", max_length=64)
+    ] = ()
+    ignore_eos: Annotated[bool, doc("Do not stop at the model's end-of-sequence tokens.")] = False
 
     def __post_init__(self) -> None:
         if self.do_sample and self.temperature == 0:
             raise ValueError("do_sample = true contradicts temperature = 0: change one of them")
+        if (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise ValueError("min_new_tokens is greater than max_new_tokens: change one of them")
 
 
 class Chat(Strict, frozen=True, kw_only=True):
@@ -232,6 +237,7 @@ class Chat(Strict, frozen=True, kw_only=True):
     use_chat_template: Annotated[bool, doc("Apply the model's chat template, if any.")] = True
     add_generation_prompt: Annotated[bool, doc("End the prompt where the answer begins.")] = True
     template_options: Annotated[dict[str, Any], doc("Give this to the model's chat template.")] = {}
+    continue_final_message: Annotated[bool, doc("Continue the last message.")] = False
 
 
 class Server(Strict, frozen=True, kw_only=True):
@@ -245,24 +251,18 @@ class Server(Strict, frozen=True, kw_only=True):
     api_keys_file: Annotated[str | None, doc("Read API keys from this file, one a line.")] = None
     public_metrics: Annotated[bool, doc("Serve /metrics without an API key.")] = False
     max_batch_rows: Annotated[
-        Annotated[int, Meta(ge=1, le=4096)] | None,
-        doc("Decode at most this many rows at once [default: what memory holds, up to 64]."),
+        Rows | None, doc("Decode at most this many rows at once [default: by memory, up to 64].")
     ] = None
     prefix_cache_bytes: Annotated[
-        Annotated[int, Meta(ge=0, le=2**50)] | None,
-        doc("Cache prompt prefixes in this memory; 0: none [default: an eighth of what is free]."),
+        Bytes | None, doc("Cache prompt prefixes in this memory; 0: none [default: 1/8 of it].")
     ] = None
     max_waiting: Annotated[int, doc("Queue at most this many requests.", ge=0, le=100_000)] = 64
     max_body_bytes: Annotated[int, doc("Limit the bytes of a body.", ge=1024, le=2**30)] = 4 * 2**20
     max_prompt_bytes: Annotated[int, doc("Limit the bytes of a prompt.", ge=1, le=2**30)] = 2**20
     max_choices: Annotated[int, doc("Limit the choices (n) per prompt.", ge=1, le=128)] = 8
     max_connections: Annotated[int, doc("Limit the open connections.", ge=16, le=100_000)] = 1000
-    requests_per_minute: Annotated[
-        Annotated[int, Meta(ge=1, le=10**9)] | None, doc("Limit the requests of each API key.")
-    ] = None
-    tokens_per_minute: Annotated[
-        Annotated[int, Meta(ge=1, le=10**12)] | None, doc("Limit the tokens (prompts too) per key.")
-    ] = None
+    requests_per_minute: Annotated[Quota | None, doc("Limit the requests of an API key.")] = None
+    tokens_per_minute: Annotated[Quota | None, doc("Limit the tokens of an API key.")] = None
     drain_s: Annotated[Seconds, doc("After SIGTERM, wait this many seconds for answers.")] = 30.0
     max_loaded_models: Annotated[int, doc("Load at most this many models.", ge=1, le=100)] = 4
     model_memory_bytes: Annotated[

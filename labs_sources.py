@@ -195,15 +195,3 @@ def _hub_answers(name: str, repository: str, file: str, hub: Hub) -> bool:
         log.debug("the hub cannot be reached: %s", error)
         return False
     return True
-
-
-def other_task(config: Any) -> str | None:
-    """Return a description of a model that is not a causal language model, else None."""
-    import transformers
-
-    known = hasattr(config, "auto_map") or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if config.is_encoder_decoder:
-        return f"{config.model_type} is an encoder-decoder"
-    media = [each for each in ("vision", "audio") if hasattr(config, f"{each}_config")]
-    kind = f"also a model of {' and '.join(media)}" if media else "not a causal language model"
-    return None if known else f"{config.model_type} is {kind}"

@@ -2,8 +2,9 @@
 """Give messages to a chat template in the form that it reads: content as text, or as parts.
 
     messages = labs_template.as_read(tokenizer, messages)
+    labs_template.use(tokenizer, "mine.jinja")  # a chat template of one's own
 
-This file needs no other file of labs.
+Needs labs_settings.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import contextlib
 import itertools
 import re
 import weakref
+from pathlib import Path
 from typing import Any, Literal
+
+from labs_settings import ConfigError
 
 Form = Literal["text", "parts"]
 # {tokenizer: {(template, role): form}}; weak, so that a tokenizer is freed with its model.
@@ -24,6 +28,15 @@ TALKS = {
     "system": (("system", "user"), ("system", "user", "assistant", "user")),
     "assistant": (("user", "assistant", "user"), ("user", "assistant")),
 }
+
+
+def use(tokenizer: Any, file: str) -> None:
+    """Give a tokenizer the chat template in a file. Raises ConfigError if it cannot be used."""
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template = {file}: cannot be read: {error}") from error
+    tokenizer.chat_template = text
 
 
 def as_read(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 """Copies of labs in another project, which record the version they were copied from.
 
     labs-gen --vendor DEST --rooms api,typed        labs.py, these rooms and what they need
-    labs-gen --vendor DEST --rooms fast,sources     the core with speed, package: and .gguf models
+    labs-gen --vendor DEST --rooms faster,sources     the core with speed, package: and .gguf models
     labs-gen --vendor DEST                          update the copies from a newer labs
     labs-gen --vendor DEST --check                  show how each copy differs; write nothing
 

@@ -270,7 +270,8 @@ GENERATION: dict[str, Any] = {
     "do_sample": True, "repetition_penalty": 1.5, "frequency_penalty": -1.5, "seed": 9,
     "presence_penalty": 1.25, "logit_bias": {"5": -100.0}, "logprobs": 2, "stop": ["a", "b"],
     "prompt_lookup_num_tokens": 4, "timeout_s": 1.5, "skip_special_tokens": False,
-    "reasoning": "odd", "thinking_budget": 3,
+    "reasoning": "odd", "thinking_budget": 3, "min_new_tokens": 2, "stop_token_ids": [7],
+    "ignore_eos": True,
 }  # fmt: skip
 
 
@@ -280,10 +281,12 @@ READING += "{{ add_generation_prompt }}"
 BOTH = {
     **{k: v for k, v in GENERATION.items() if k in labs_openai.OpenAIRequest.__struct_fields__},
     **{"model": "other", "max_tokens": 3, "n": 2, "stream": True, "stream_options": {}},
+    "min_tokens": 2,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
 PART, TURN = {"type": "text", "text": "hi"}, {"role": "assistant", "content": ""}
 NO_TEMPLATE = {"use_chat_template": False, "add_generation_prompt": False}
+NO_TEMPLATE["continue_final_message"] = True
 WITH_TOOLS: dict[str, Any] = {"template_options": {"zip": 1}}
 WITH_TOOLS["tools"] = [{"type": "function", "function": {"name": "f"}}]
 CALLS = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
@@ -312,7 +315,8 @@ FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
      {**BOTH, "messages": [TURN], "documents": True, "max_completion_tokens": 3, "logprobs": True,
       "top_logprobs": 1, "response_format": NO_SCHEMA, "tools": WITH_TOOLS["tools"],
       "tool_choice": "required", "parallel_tool_calls": "odd", "reasoning_effort": "high",
-      "chat_template_kwargs": {"zip": 1}, "reasoning": "odd", "thinking_budget": 3}, {}),
+      "chat_template_kwargs": {"zip": 1}, "add_generation_prompt": False,
+      "continue_final_message": True, "reasoning": "odd", "thinking_budget": 3}, {}),
     (labs_openai.CompletionRequest, COMPLETIONS, (), {**BOTH, "prompt": "ho", "logprobs": 1}, {}),
     (labs_openai.ChatMessage, CHAT, ("messages", 0),
      {"role": "user", "content": "a", "name": "Ada", "refusal": "no",
@@ -362,7 +366,8 @@ WORDS = {*labs_openai.OpenAIRequest.__struct_fields__} - {"logprobs"}  # some wi
 def test_each_generation_setting_reaches_the_engine(site, path):
     assert GENERATION.keys() == {*labs.Generation.__struct_fields__}
     names = GENERATION.keys() & WORDS if path.startswith("/v1") else GENERATION.keys()
-    for name in names - {"reasoning", "thinking_budget"}:  # those of tests/test_tools_http.py
+    only = {"stop_token_ids", "ignore_eos"} if path == "/v1/responses" else {}  # refused there
+    for name in names - {"reasoning", "thinking_budget", *only}:  # see tests/test_tools_http.py
         assert site.post(path, {**BODIES[path], name: GENERATION[name]}).status_code == 200
         changed = msgspec.convert({name: GENERATION[name]}, labs.Generation, strict=False)
         assert site.engine.generation == changed != labs.Generation()
@@ -370,6 +375,7 @@ def test_each_generation_setting_reaches_the_engine(site, path):
 
 EFFECTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *((path, {"max_tokens": 5}, {"max_new_tokens": 5}) for path in OPENAI),
+    *((path, {"min_tokens": 4}, {"min_new_tokens": 4}) for path in OPENAI),
     *((path, {"stop": "x"}, {"stop": ["x"]}) for path in OPENAI),
     (COMPLETIONS, {"logprobs": 0}, {"logprobs": 0}),
     (CHAT, {"max_completion_tokens": 6}, {"max_new_tokens": 6}),

@@ -22,6 +22,7 @@ import labs
 import labs_chat
 import labs_cli
 import labs_explain
+import labs_flags
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -124,7 +125,7 @@ def test_wrong_usage_is_exit_code_2(fake_labs, arguments, reason):
     assert reason in result.stderr.partition("Error: ")[2]
 
 
-FLAGS = {flag.partition("/")[0]: kind for _, flag, kind, _ in labs_cli.OPTIONS}
+FLAGS = {flag.partition("/")[0]: kind for _, flag, kind, _ in labs_flags.OPTIONS}
 ASKED = "--prompt --system --config"
 TOGETHER = {  # each mode, and the flags that have an effect on it
     "--vendor": "--rooms --check",
@@ -148,10 +149,10 @@ def test_of_two_flags_both_have_an_effect_or_they_are_refused(mode):
             words += [flag] if FLAGS[flag] is bool else [f"{flag}=1"]
         params = command.make_context("labs-gen", words).params
         if other in TOGETHER[mode].split():
-            labs_cli.check_flags(params)
+            labs_flags.check_flags(params)
         else:
             with pytest.raises(click.UsageError, match=r"exclude|needs"):
-                labs_cli.check_flags(params)
+                labs_flags.check_flags(params)
 
 
 # ---------------------------------------------------------------- answers
@@ -171,7 +172,7 @@ def test_json_is_one_object_with_the_answer_every_setting_and_no_secret(fake_lab
     assert result["usage"]["completion_tokens"] == 4
     assert result["timings"]["decode_s"] == 0.5
     assert result["settings"]["temperature"] == 0.5
-    assert set(result["settings"]) == {setting.key for setting in labs_cli.SETTINGS}
+    assert set(result["settings"]) == {setting.key for setting in labs_flags.SETTINGS}
     assert "hf_secret" not in text
 
 

@@ -29,15 +29,16 @@ from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 import labs
-import labs_api
 import labs_cli
 import labs_decode
 import labs_engine
 import labs_explain
+import labs_flags
 import labs_gate
 import labs_models
 import labs_request
 import labs_serve
+import labs_service
 import labs_turns
 
 KINDS = ("llama", "qwen2", "gpt2")
@@ -645,11 +646,11 @@ def test_the_text_is_that_of_the_requested_model(many):
 
 
 def test_streams_report_that_their_model_is_loading_and_then_answer(live, loader, monkeypatch):
-    monkeypatch.setattr(labs_api, "LOADING_S", 0.05)
+    monkeypatch.setattr(labs_service, "LOADING_S", 0.05)
     found = streamed(live(), loader, ASKED["/generate/stream"], "/generate/stream", 2)
     assert found[:3] == [("message", "a")] * 3
     site = live()
-    monkeypatch.setattr(labs_api, "LOADING_S", WAIT_S)
+    monkeypatch.setattr(labs_service, "LOADING_S", WAIT_S)
     *chunks, (_, last) = streamed(site, loader, {**ASKED[CHAT], "stream": True}, CHAT, 0)
     assert last == "[DONE]"
     assert {json.loads(data)["model"] for _, data in chunks} == {"qwen2"}
@@ -757,7 +758,7 @@ def test_a_server_full_of_waiting_requests_answers_for_loaded_models(live, gate,
 
 def test_a_slow_reader_holds_no_model(tiny_folder, other_folder, run):
     models = run(config := config_at(tiny_folder, other_folder, max_loaded_models=1))
-    service = labs_api.Service(config, models, labs_gate.Quota(None), CollectorRegistry())
+    service = labs_service.Service(config, models, labs_gate.Quota(None), CollectorRegistry())
     req = falcon.testing.create_req()
     req.context.owner, req.context.began = "", time.perf_counter()
     prompts = (labs_request.Prompt(prompt="hi"),)
@@ -1081,7 +1082,7 @@ def program_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> labs.Con
     found: list[labs.Config] = []
     monkeypatch.setattr(labs_serve, "serve", found.append)
     options = (("Server", "--config", str, ""),)
-    command = labs_cli.make_command("labs-api", labs_cli.serve_command, options, "")
+    command = labs_flags.make_command("labs-api", labs_cli.serve_command, options, "")
     command.main(list(arguments), prog_name="labs-api", standalone_mode=False)
     return found[0]
 

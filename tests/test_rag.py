@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from kit import error_of, invoke
 
 import labs
+import labs_asked
 import labs_rag
 
 CHAT = "/v1/chat/completions"
@@ -415,7 +416,7 @@ def test_passages_stand_numbered_and_quoted_before_the_users_last_message():
     quoted = "[1]\n> a.md > A\n> one\n> \n> two\n\n[2]\n> b.md\n> three"
     assert messages[3] == user(f"{labs_rag.INTRODUCTION}\n\n{quoted}\n\nWhy?")
     assert [*messages[:3], *messages[4:]] == [*chat[:3], *chat[4:]]
-    assert sources == (labs.Source(1, "a.md", "A"), labs.Source(2, "b.md", ""))
+    assert sources == (labs_asked.Source(1, "a.md", "A"), labs_asked.Source(2, "b.md", ""))
     for message, passages in ((chat[0], found), (user("Why?"), [passage("one " * 200)])):
         assert labs_rag.ground([message], passages, count_words, 100) == ((message,), ())
 
@@ -462,7 +463,7 @@ def test_a_document_cannot_forge_a_turn(text, tiny):
 def test_sources_hold_no_control_characters_for_terminals():
     found = [passage("x", "a\x1b[31m\n.md", "b\x07\u202e")]
     _, sources = labs_rag.ground([user("Why?")], found, len, 1000)
-    assert sources == (labs.Source(1, "a[31m .md", "b"),)
+    assert sources == (labs_asked.Source(1, "a[31m .md", "b"),)
 
 
 # ---------------------------------------------------------------- requests

@@ -35,7 +35,7 @@ import yaml
 from kit import WAIT_S, invoke, program
 
 import labs
-import labs_cli
+import labs_flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -281,7 +281,7 @@ def number(value: float) -> str:
 
 def settings_tables() -> str:
     """Return all settings in Markdown: a table for each section, a row for each setting."""
-    command = labs_cli.make_command("labs-api", None, (), "")
+    command = labs_flags.make_command("labs-api", None, (), "")
     flags = {option.name: option.opts for option in command.params}
     lines: list[str] = []
     section = ""

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 import labs
+import labs_asked
 import labs_guard
 import labs_rag
 import labs_ready
@@ -215,7 +216,7 @@ def test_passages_are_put_into_each_prompt_but_ids_and_named_as_sources(tiny):
     prompts = (Prompt(prompt=texts[0]), Prompt(messages=(user(texts[1]),)))
     request = changed(prompts=(*prompts, Prompt(ids=tuple(b"Paris"))))
     found = prepared(documented(), tiny, request)
-    assert found.sources == (labs.Source(1, "docs/a.md", "Seine"),) * 2
+    assert found.sources == (labs_asked.Source(1, "docs/a.md", "Seine"),) * 2
     for inputs, text in zip(found.inputs, texts, strict=False):
         assert "> The Seine runs through Paris." in inputs.prompt
         assert text in inputs.prompt

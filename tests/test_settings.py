@@ -351,7 +351,7 @@ BOUNDS = [  # key, the least and the most that are accepted, a step beyond
     ("server_max_batch_rows", 1, 4096, 1), ("server_prefix_cache_bytes", 0, 2**50, 1),
     ("server_max_waiting", 0, 100_000, 1), ("server_max_body_bytes", 1024, 2**30, 1),
     ("server_max_prompt_bytes", 1, 2**30, 1), ("server_max_choices", 1, 128, 1),
-    ("server_max_connections", 16, 100_000, 1), ("server_requests_per_minute", 1, 10**9, 1),
+    ("server_max_connections", 16, 100_000, 1), ("server_requests_per_minute", 1, 10**12, 1),
     ("server_tokens_per_minute", 1, 10**12, 1), ("server_max_loaded_models", 1, 100, 1),
     ("server_model_memory_bytes", 1, 2**50, 1), ("response_cache_max_entries", 0, 10**6, 1),
     ("documents_passages", 1, 50, 1), ("documents_max_tokens", 1, 2**20, 1),

@@ -36,8 +36,10 @@ def files(*rooms: str) -> list[str]:
 
 CORE, TYPED = files(), files("schema", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
-REQUEST, PARTS = ("request", "ready", "dialogue", "shown"), ("parts", "split", "scan")
+REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
+PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
+API += ("service",)
 API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
 
@@ -74,7 +76,7 @@ def lacking(room: str) -> str:
 
 
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", *REQUEST)}
-COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "guard", "apart")}
+COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "flags", "guard", "apart")}
 
 
 @pytest.mark.parametrize(("rooms", "copied"), COPIED.items())
