@@ -686,7 +686,7 @@ def _template(
     options["add_generation_prompt"] = not any(options.values()) and chat.add_generation_prompt
     options |= {"sanitize_control_tokens": True, "tokenize": True, "return_dict": True}
     plain, render = msgspec.to_builtins(messages), model.tokenizer.apply_chat_template
-    if tools or chat.template_options:
+    if tools or chat.template_options or chat.continue_final_message:
         require("labs_dialogue")
     with _refusing(model, "chat template"):
         if _is_there("labs_dialogue"):

@@ -147,7 +147,9 @@ def as_read(
 
     messages: checked, as plain dicts. Raises InputError for what it does not read.
     """
-    checked, more = check_tools(tools), chat.template_options
+    checked, more, last = check_tools(tools), chat.template_options, messages[-1]
+    if chat.continue_final_message and (last.get("tool_calls") or not last["content"].strip()):
+        raise InputError("continue_final_message: the last message has no text to continue")
     if not (checked or more or any(_is_special(each) for each in messages)):
         return labs_template.as_read(tokenizer, messages), {}
     shown = [_shown(tool) for tool in checked]

@@ -208,7 +208,8 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     if origin is Literal:
         return click.Option(names, type=click.Choice(inner), help=help)
     if origin is tuple and inner[0] is not labs.RouterRule:
-        return click.Option(names, multiple=True, help=help + " Can be repeated.")
+        each = int if int in get_args(inner[0]) else None
+        return click.Option(names, multiple=True, type=each, help=help + " Can be repeated.")
     if origin in (dict, tuple):
         return click.Option(names, type=json.loads, metavar="JSON", help=help)
     if inner:  # Annotated[T, ...] or T | None

@@ -132,6 +132,7 @@ WORDS = {  # see labs_request.Request
     "reasoning_effort": "output_config.effort",
     "response_format": "output_config.format",
     "schema": "output_config.format.schema",
+    "continue_final_message": "messages",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
 }
 
@@ -148,16 +149,13 @@ class Count(labs_message_events.Replies):
 
     def request_of(self, body: Any, given: dict[str, Any]) -> labs_request.Request:
         turns = labs_message_blocks.turns_of(body)
-        if turns[-1].role == "assistant":
-            where = f"messages[{len(body.messages) - 1}]"
-            text = f"{where}: the last message is the assistant's; continuing it is not implemented"
-            raise Refusal(f"{text}, end with a user's message", "unsupported", where)
         tools = labs_message_blocks.tools_of(body, turns)
         prompt = labs_request.Prompt(
             messages=tuple(labs_message_blocks.messages_of(turns)),
             tools=tools,
             effort=_effort(body),
             usual_effort="high",
+            continue_final_message=turns[-1].role == "assistant",
         )
         chosen = body.tool_choice or ToolChoice("auto")
         return labs_request.Request(

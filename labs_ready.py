@@ -51,6 +51,11 @@ class Ready(Struct, frozen=True, eq=False):
     schema: dict[str, Any] | None = None
     plan: Any = None
 
+    @property
+    def held(self) -> bool:
+        """Whether a schema or a grammar decides where the answer ends."""
+        return (self.schema if self.plan is None else self.plan.grammar) is not None
+
     def processors(self) -> tuple[Any, ...]:
         """Return the logits processors of what is asked. Each answer needs new ones."""
         if self.plan is None:

@@ -195,8 +195,15 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
         generation = choice.generation(generation.timeout_s)
         return Prepared(model, request, generation, inputs, (None,), sources, choice)
     found = Prepared(model, request, generation, inputs, (), sources)
-    prompts = enumerate(filled(each, config) for each in request.prompts)
-    return replace(found, plans=tuple(_plan(found, *each) for each in prompts))
+    prompts = [filled(each, config) for each in request.prompts]
+    schema = schema_of(request.response_format)
+    if schema is not None and any(each.continue_final_message for each in prompts):
+        text = "continue_final_message: a schema holds a whole answer, not the rest of one"
+        raise labs.InputError(text)
+    found = replace(found, plans=tuple(_plan(found, *each) for each in enumerate(prompts)))
+    if generation.ignore_eos and any(found.ready(i, 0).held for i in range(len(inputs))):
+        raise labs.InputError("ignore_eos: a schema, grammar or tools decide where the answer ends")
+    return found
 
 
 def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:

@@ -106,6 +106,8 @@ class Constraint:
         """
         self._start = len(ids) if self._start is None else self._start
         answer = ids[self._start :]
+        if answer and self._grammars.ends(answer[-1]):
+            raise labs.InputError(f"{self._what}: the answer has ended; ignore_eos has no effect")
         allowed = self._allowed(answer, len(logits))
         if self._matcher.is_error() and len(answer) >= self._made_at + SPACING:
             # Answers share the states of a grammar's lexer, which are limited: start with none.
@@ -167,6 +169,9 @@ class _Grammars:
         self._lock = threading.Lock()
         self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
         self._tried: Any = cachetools.LRUCache(MAX_TRIED)
+
+    def ends(self, token: int) -> bool:
+        return token in self._ends
 
     def matcher(self, schema: str, what: str) -> Any:
         """Return a matcher at the start of an answer. Raises InputError for a refused schema."""

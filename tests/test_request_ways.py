@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import CHAT, COMPLETIONS, RESPONSES, Site, invoke
+from kit import CHAT, COMPLETIONS, END, EOS, RESPONSES, Site, invoke
 from kit import A as ONLY_A
 from msgspec import Struct
 
@@ -74,7 +74,7 @@ def flags_of(asked: Asked) -> list[str]:
         elif isinstance(value, bool):
             words += [f"--{flag}" if value else f"--no-{flag}"]
         elif isinstance(value, list):
-            words += [word for each in value for word in (f"--{flag}", each)]
+            words += [word for each in value for word in (f"--{flag}", str(each))]
         else:
             words += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
@@ -100,6 +100,8 @@ def chat_of(asked: Asked) -> Asked:
         body["logprobs"], body["top_logprobs"] = True, body["logprobs"]
     if "template_options" in body:
         body["chat_template_kwargs"] = body.pop("template_options")
+    if "min_new_tokens" in body:
+        body["min_tokens"] = body.pop("min_new_tokens")
     del body["max_new_tokens"]
     return body
 
@@ -124,6 +126,8 @@ def raw_of(asked: Asked) -> Asked:
     """Return the same in OpenAI's format, in which a prompt is never put into a template."""
     assert asked["use_chat_template"] is False
     body = {**asked, "max_tokens": asked["max_new_tokens"]}
+    if "min_new_tokens" in body:
+        body["min_tokens"] = body.pop("min_new_tokens")
     del body["max_new_tokens"], body["use_chat_template"]
     return body
 
@@ -198,6 +202,11 @@ WILD, BAD, ADDRESS = {"temperature": 1.5}, {"prompt": "a bad one"}, {"const": "a
 SEEDED, CONFIGURED_SEED = {"seed": 3, **WILD}, "[generation]\nseed = 3"
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 OPTIONS, DROPPED = {"template_options": {"zip": 1}}, '[generation]\nreasoning = "drop"'
+A_ID = int(next(iter(ONLY_A["logit_bias"])))
+ENDS = {"logit_bias": {str(END): 100}}  # lets any model end at once
+THREE = {"logit_bias": {str(END): -100, str(EOS): -100}, "max_new_tokens": 3}
+GOES_ON = {"messages": [*talk("hi")["messages"], {"role": "assistant", "content": "I"}]}
+GOES_ON["continue_final_message"] = True
 SEINE = ("docs/a.md#Rivers > Seine",)
 FEATURES = {
     "a prompt": answered({}),
@@ -229,6 +238,37 @@ FEATURES = {
     "raw choices": answered({**SEEDED, **PLAIN, "n": 2}, "(?s).+", "(?s).+", ways=RAW),
     "a stop text": answered({**ONLY_A, "stop": ["aaa"]}, ""),
     "a later stop text": answered({**ONLY_A, "stop": ["b", "aaa"], "max_new_tokens": 2}, "aa"),
+    "a token that ends": answered({**ONLY_A, "stop_token_ids": [A_ID]}, "", ways=(*OWN, *CHATS)),
+    "a token that ends a raw answer": answered(
+        {**ONLY_A, **PLAIN, "stop_token_ids": [3, A_ID]}, "", ways=(*OWN, *RAW)
+    ),
+    "an end that is ignored": answered({**ENDS, "ignore_eos": True}, "", ways=(*OWN, *CHATS)),
+    "too early an end": answered(
+        {**ENDS, "min_new_tokens": 3}, ways=(*OWN, *CHATS), same_as={"prompt": "hi", **THREE}
+    ),
+    "too early an end of a raw answer": answered(
+        {**ENDS, **PLAIN, "min_new_tokens": 3},
+        ways=(*OWN, *RAW),
+        same_as={"prompt": "hi", **PLAIN, **THREE},
+    ),
+    "too early a stop text": answered(
+        {**ONLY_A, "stop": ["aa"], "min_new_tokens": 3}, "aaa", ways=(*OWN, *CHATS)
+    ),
+    "an end that a schema decides": refused(
+        {**typed({"enum": ["red"]}), "ignore_eos": True}, "ignore_eos: .*", ways=(*OWN, *CHATS)
+    ),
+    "a last message that goes on": answered({**GOES_ON, **ONLY_A}, "a{8}", ways=(*OWN, *CHATS)),
+    "a schema of a rest": Feature(
+        {**typed({}), **GOES_ON}, error="continue_final_message: .*", ways=(*OWN, *CHATS)
+    ),
+    "an empty message that goes on": Feature(
+        {**talk(" "), "continue_final_message": True},
+        error="continue_final_message: the last message has no text to continue",
+        ways=(*OWN, *CHATS),
+    ),
+    "a longest that is too short": refused(
+        {"min_new_tokens": 9}, ".*min_(new_)?tokens is greater.*", ways=(*OWN, *CHATS)
+    ),
     "an unknown option": refused({"max_tokenz": 3}, ".*max[_-]tokenz.*"),
     "an option out of bounds": refused({"top_p": 2.0}, ".*top_p.*"),
     "a contradiction": refused({"do_sample": True, "temperature": 0}, ".*do_sample.*", ways=OWN),
@@ -243,7 +283,11 @@ FEATURES = {
 }
 # The reader of each way has its own sentence for these.
 OWN_WORDS = ("an unknown option", "an option out of bounds", "a contradiction")
-OWN_WORDS += ("options that the template does not read", "a schema that is not supported")
+OWN_WORDS += (
+    "a longest that is too short",
+    "options that the template does not read",
+    "a schema that is not supported",
+)
 
 
 @pytest.fixture
