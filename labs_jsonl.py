@@ -104,10 +104,12 @@ class Task(Struct, eq=False):
         if isinstance(event, labs.Delta):
             return
         events, self.missing = self.events.pop(place), self.missing - 1
-        if isinstance(event, labs.Failed):
-            self.fail(event.error)
-        else:
+        try:
+            if isinstance(event, labs.Failed):
+                raise event.error
             self.found[place] = self.ready(place).whole(context.filters, events)
+        except labs.LabsError as error:  # of the row, or of the prompt's log-probabilities
+            self.fail(error)
 
 
 # ---------------------------------------------------------------- lines in

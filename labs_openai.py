@@ -130,6 +130,8 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/completions/create, without chat template"""
 
     prompt: str | Annotated[tuple[str | labs.TokenId | TokenIds, ...], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**20)] | None = None
+    echo: bool | None = None  # with max_tokens = 0, only the prompt is returned
     logprobs: labs.TopLogprobs | None = None
 
 
@@ -273,10 +275,20 @@ class Chat(labs_replies.ChatReplies, Endpoint):
 
 class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
-    fields = replace(FIELDS, neutral=NEUTRAL | ONLY_CHATS)
+    neutral = {name: each for name, each in NEUTRAL.items() if name != "echo"}
+    fields = replace(FIELDS, neutral=neutral | ONLY_CHATS)
+
+    def request_of(self, body: CompletionRequest, given: dict[str, Any]) -> labs_request.Request:
+        request = super().request_of(body, given)
+        return replace(request, echo=bool(body.echo), only_echo=body.max_tokens == 0)
 
     def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
+        if body.max_tokens == 0:
+            if not body.echo or body.min_tokens:
+                why = "needs echo = true" if not body.echo else "contradicts min_tokens"
+                raise Refusal(f"max_tokens = 0 {why}", "invalid_value", "max_tokens")
+            found["max_new_tokens"] = 1
         return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
 
     def prompts(self, body: CompletionRequest) -> tuple[labs_request.Prompt, ...]:

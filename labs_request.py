@@ -100,11 +100,11 @@ def check(context: Context, request: Request) -> Request:
             text = f"unknown model {request.model!r}; known models: {', '.join(context.configs)}"
             raise Refusal(text, "model_not_found", "model", 404)
         config = context.configs[request.model]
-    with _in_words_of(request):
+    with in_words_of(request):
         generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)
-    if context.filters is not None:
-        context.filters.filters(generation)  # raises for log-probabilities
+    if context.filters is not None and context.filters.filters(generation) and request.echo:
+        raise labs.InputError("echo: not available while [guard] filters answers")
     return replace(request, prompts=prompts)
 
 
@@ -135,6 +135,7 @@ class Prepared(Struct, frozen=True, eq=False):
     plans: tuple[Any, ...]  # of labs_tools or None, one for each of the inputs
     sources: tuple[Source, ...] | None = None
     choice: Any = None  # labs_choose.Options, if the request has choices
+    echoes: tuple[Any, ...] = ()  # of labs_score, one for each of the inputs if it asks for them
 
     def answers(self) -> Iterator[labs_ready.Ready]:
         """Yield each answer, `n` of them for each prompt."""
@@ -156,7 +157,8 @@ class Prepared(Struct, frozen=True, eq=False):
                 raise labs.InputError(text)
             changes["max_new_tokens"] = max(1, left)
         generation, schema = replace(generation, **changes), schema_of(self.request.response_format)
-        return labs_ready.Ready(self.model, inputs, generation, schema, plan)
+        echo = self.echoes[place] if self.echoes else None
+        return labs_ready.Ready(self.model, inputs, generation, schema, plan, echo)
 
 
 def prepare(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
@@ -164,12 +166,12 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 
     Raises InputError when the template, the context, a filter or the grammar refuses the request.
     """
-    with _in_words_of(request):
+    with in_words_of(request):
         return _made(context, config, model, request)
 
 
 @contextlib.contextmanager
-def _in_words_of(request: Request) -> Iterator[None]:
+def in_words_of(request: Request) -> Iterator[None]:
     """Let errors name fields as the request does."""
     try:
         yield
@@ -195,6 +197,7 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
         generation = choice.generation(generation.timeout_s)
         return Prepared(model, request, generation, inputs, (None,), sources, choice)
     found = Prepared(model, request, generation, inputs, (), sources)
+    found = replace(found, echoes=_echoes(found)) if request.echo else found
     prompts = [filled(each, config) for each in request.prompts]
     schema = schema_of(request.response_format)
     if schema is not None and any(each.continue_final_message for each in prompts):
@@ -204,6 +207,25 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
     if generation.ignore_eos and any(found.ready(i, 0).held for i in range(len(inputs))):
         raise labs.InputError("ignore_eos: a schema, grammar or tools decide where the answer ends")
     return found
+
+
+def _echoes(prepared: Prepared) -> tuple[Any, ...]:
+    """Return what begins the answers to each prompt. Raises InputError for an unknown token."""
+    labs.require("labs_score")
+    import labs_score
+
+    model, request, generation = prepared.model, prepared.request, prepared.generation
+    shown = {"skip_special_tokens": generation.skip_special_tokens}
+    found = []
+    for prompt, inputs in zip(request.prompts, prepared.inputs, strict=True):
+        text, scores = prompt.prompt, None
+        if text is None:
+            with model.lock:
+                text = str(model.tokenizer.decode([*inputs.input_ids], **shown))
+        if generation.logprobs is not None:
+            scores = labs_score.Scores(model, inputs, generation.logprobs)
+        found.append(labs_score.Echo(text, scores, only=request.only_echo))
+    return tuple(found)
 
 
 def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:

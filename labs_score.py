@@ -17,7 +17,7 @@ Needs labs.py, labs_decode.py, labs_calls.py and labs_turns.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -170,6 +170,20 @@ class Echo:
             yield from self.scores.parts(row)
         yield self.delta
         return "length" if self.only else labs_turns.DECODE
+
+    def expected(self, take: Callable[[labs.Event], Any]) -> Callable[[labs.Event], Any]:
+        """Return `take`, for an answer's events; raise Busy if these end before the prompt came."""
+        came = False
+
+        def check(event: labs.Event) -> Any:
+            nonlocal came
+            if isinstance(event, labs.Done) and not came:
+                text = f"the log-probabilities were not computed in time: {event.finish_reason}"
+                raise labs_turns.Busy(text)
+            came = True
+            return take(event)
+
+        return check
 
     def before(self, events: Sequence[labs.Event]) -> list[labs.Event]:
         """Return the prompt and the events of its answer, computed without an engine.

@@ -201,7 +201,7 @@ class Service:
         try:
             while True:
                 try:
-                    name = name or self._name(request)
+                    name = name or self.name_of(request)
                     found = Lease(name, self.models(name))
                     break
                 except labs_models.Loading as loading:
@@ -227,7 +227,7 @@ class Service:
         limit_s = request.options.get("timeout_s", configured)
         return limit_s is not None and time.perf_counter() > req.context.began + limit_s
 
-    def _name(self, request: labs_request.Request) -> str:
+    def name_of(self, request: labs_request.Request) -> str:
         """Return the model that the request names or, for "auto", that the router's rules choose.
 
         If a rule needs the prompt's length, the default model's tokenizer counts the tokens.
@@ -239,7 +239,8 @@ class Service:
         @functools.cache
         def count() -> int:
             model = self.models.reader(default)
-            return max(len(each.ids or self._read_by(model, each)) for each in request.prompts)
+            lengths = (len(each.ids or self._read_by(model, each)) for each in request.prompts)
+            return max(lengths, default=0)
 
         text = "\n".join(prompt.text for prompt in request.prompts)
         return labs_models.route(self.config.router, text, count) or default
@@ -270,7 +271,10 @@ class Service:
     def charged(self, owner: str, n: int, prepared: labs_request.Prepared) -> Iterator[None]:
         """Charge the owner for n answers per prompt, or raise Problem; an error inside refunds."""
         rows = [prepared.ready(place, 0) for place in range(len(prepared.inputs))]
-        cost = n * sum(len(r.inputs.input_ids) + r.generation.max_new_tokens for r in rows)
+        answers = not prepared.request.only_echo
+        cost = n * sum(
+            len(r.inputs.input_ids) + answers * r.generation.max_new_tokens for r in rows
+        )
         cost = cost if prepared.choice is None else prepared.choice.tokens
         if cost > (most := self._tokens.per_minute or cost):
             text = f"this request may use {cost} tokens; the quota is {most} a minute"
@@ -292,19 +296,11 @@ class Service:
             generation = labs_turns.in_time_left(prepared.generation, began)
             prepared = msgspec.structs.replace(prepared, generation=generation)
             answers = Answers(lease.name, prepared, self.meters, began, self.gone(req))
-            rest = {"owner": owner, "events": answers.events}
+            rest, filters = {"owner": owner, "events": answers.events}, self.context.filters
             try:
                 with self.charged(owner, request.n, prepared):
                     for ready in prepared.answers():
-                        given, filters = (ready.inputs, ready.generation), self.context.filters
-                        rest["processors"] = ready.processors()
-                        if prepared.choice is None:
-                            answers.add(lease.engine.submit(*given, **rest), ready, filters)
-                            continue
-                        stream = lease.engine.open(*given, owner, ())
-                        work = prepared.choice.parts
-                        taken = lease.engine.take_in(stream, answers.events, work)
-                        answers.add(taken, ready, filters)
+                        answers.add(_begin(lease.engine, prepared, ready, rest), ready, filters)
             except BaseException:
                 answers.close()
                 raise
@@ -372,6 +368,22 @@ class Service:
         finally:
             answers.close()
             req.context.record = answers.record()
+
+
+def _begin(
+    engine: labs_engine.AnyEngine,
+    prepared: labs_request.Prepared,
+    ready: labs_ready.Ready,
+    rest: dict[str, Any],
+) -> labs_engine.Answer:
+    """Submit one answer, or what has to be computed for it first. rest: owner and events."""
+    given, processors = (ready.inputs, ready.generation), ready.processors()
+    work = ready.echo and ready.echo.work
+    work = work if prepared.choice is None else prepared.choice.parts
+    if work is None:
+        return engine.submit(*given, processors=processors, **rest)
+    stream = engine.open(*given, rest["owner"], processors)
+    return engine.take_in(stream, rest["events"], work)
 
 
 def _events(answers: Answers, events: labs_protocol.Stream, req: falcon.Request) -> Iterator[bytes]:

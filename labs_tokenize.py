@@ -224,9 +224,7 @@ class Tokens(labs_service.Resource):
         _, inputs = self._built(req, body)
         resp.data = labs_protocol.dumps(TemplateAnswer(prompt=inputs.prompt))
 
-    def _built(
-        self, req: falcon.Request, body: TemplateRequest
-    ) -> tuple[labs.Model, labs.Inputs]:
+    def _built(self, req: falcon.Request, body: TemplateRequest) -> tuple[labs.Model, labs.Inputs]:
         """Return the reader and inputs of a conversation, as a request would have them."""
         request = self.service.check(chat_of(body))
         name, model = self._reader(req, request)
@@ -246,9 +244,7 @@ class Tokens(labs_service.Resource):
         read = "".join(each.prompt or "" for each in request.prompts)  # a filter may have masked it
         return model, encode(model, read, special=special, parse=body.parse_special is not False)
 
-    def _reader(
-        self, req: falcon.Request, request: labs_request.Request
-    ) -> tuple[str, labs.Model]:
+    def _reader(self, req: falcon.Request, request: labs_request.Request) -> tuple[str, labs.Model]:
         """Return the name of the model, and the model without weights.
 
         It waits for the model only if its tokenizer was never read.
