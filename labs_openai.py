@@ -175,6 +175,8 @@ MINUS_ONE = {
 }
 FIELDS = labs_protocol.Fields(hints=Hints, neutral=NEUTRAL, replaced=REPLACED, minus_one=MINUS_ONE)
 ONLY_CHATS = {"add_generation_prompt": (True,), "continue_final_message": (False,)}
+NOT_CHATS = {name: each for name, each in NEUTRAL.items() if name != "echo"}
+TEXT_FIELDS = replace(FIELDS, neutral=NOT_CHATS | ONLY_CHATS)
 
 
 # ---------------------------------------------------------------- endpoints
@@ -275,8 +277,7 @@ class Chat(labs_replies.ChatReplies, Endpoint):
 
 class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
-    neutral = {name: each for name, each in NEUTRAL.items() if name != "echo"}
-    fields = replace(FIELDS, neutral=neutral | ONLY_CHATS)
+    fields = TEXT_FIELDS
 
     def request_of(self, body: CompletionRequest, given: dict[str, Any]) -> labs_request.Request:
         request = super().request_of(body, given)
