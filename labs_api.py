@@ -6,6 +6,7 @@
     POST /generate/stream            the same as server-sent events
     POST /explain                    what a request would run with, without running it
     POST /choose                     the probability of each of several given answers
+    POST /tokenize /detokenize /apply-template           vLLM's and llama.cpp's
     GET  /v1/models                  OpenAI's endpoints
     POST /v1/chat/completions /v1/completions /v1/responses
     POST /v1/messages /v1/messages/count_tokens          Anthropic's
@@ -46,6 +47,7 @@ import labs_replies
 import labs_request
 import labs_response_items
 import labs_responses
+import labs_tokenize
 import labs_turns
 from labs_service import Resource, Service, answer_error
 
@@ -338,6 +340,10 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     message_body, count_body = labs_messages.MESSAGES.body, labs_messages.COUNT.body
+    tokens = labs_tokenize.Tokens(service)
+    tokenized = labs_tokenize.TokenizeAnswer, labs_tokenize.TokenizeRequest
+    joined = labs_tokenize.DetokenizeAnswer, labs_tokenize.DetokenizeRequest
+    rendered = labs_tokenize.TemplateAnswer, labs_tokenize.TemplateRequest
     theirs: dict[str, Any] = {"error": refused}
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")
@@ -356,6 +362,9 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
         post("/v1/messages", messages, "Answer", message, message_body, streams=True, **theirs),
         post("/v1/messages/count_tokens", count, "Count tokens", counted, count_body, **theirs),
         post("/v1/responses", responses, "Answer items", response, items, streams=True),
+        post("/tokenize", tokens, "Tokenize a text or chat", *tokenized),
+        post("/detokenize", tokens, "Join tokens", *joined, "back"),
+        post("/apply-template", tokens, "Render a chat", *rendered, "template"),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 

@@ -22,6 +22,7 @@ import labs_replies
 import labs_request
 from labs_request import Refusal
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 TokenIds = tuple[labs.TokenId, ...]
 
 
@@ -118,7 +119,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     tools: tuple[labs_dialogue.Tool, ...] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # as in vLLM; labs' template_options
     add_generation_prompt: bool | None = None  # these two as in vLLM
     continue_final_message: bool | None = None

@@ -29,16 +29,12 @@ import labs_service
 import labs_tokens
 from labs_request import Refusal
 
-ONLY_MESSAGES = (
-    *("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
-    "reasoning_effort",
-)
+Messages = Annotated[tuple[labs_openai.ChatMessage, ...], Meta(min_length=1)]
 
 
-class TemplateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A conversation, with the fields of /v1/chat/completions that concern its prompt."""
+class ChatFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of /v1/chat/completions that concern the prompt, beside its messages."""
 
-    messages: Annotated[tuple[labs_openai.ChatMessage, ...], Meta(min_length=1)]
     model: str | None = None
     tools: tuple[labs_dialogue.Tool, ...] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -47,7 +43,13 @@ class TemplateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     continue_final_message: bool | None = None
 
 
-class TokenizeRequest(TemplateRequest, frozen=True, kw_only=True):
+class TemplateRequest(ChatFields, frozen=True, kw_only=True):
+    """A conversation to render."""
+
+    messages: Messages
+
+
+class TokenizeRequest(ChatFields, frozen=True, kw_only=True):
     """Exactly one of prompt (as at vLLM), content (as at llama.cpp) and messages.
 
     add_special_tokens, add_special: whether to add those that begin a text, by default true for a
@@ -56,9 +58,7 @@ class TokenizeRequest(TemplateRequest, frozen=True, kw_only=True):
     of each token, or its bytes if they are not text.
     """
 
-    messages: (  # type: ignore[assignment]
-        Annotated[tuple[labs_openai.ChatMessage, ...], Meta(min_length=1)] | None
-    ) = None
+    messages: Messages | None = None
     prompt: str | None = None
     content: str | None = None
     add_special_tokens: bool | None = None
@@ -98,6 +98,9 @@ class DetokenizeAnswer(Struct, frozen=True, kw_only=True):
 
 class TemplateAnswer(Struct, frozen=True, kw_only=True):
     prompt: str
+
+
+ONLY_MESSAGES = tuple(name for name in ChatFields.__struct_fields__ if name != "model")
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -154,7 +157,7 @@ def pieces_of(model: labs.Model, tokens: Sequence[int]) -> tuple[Piece, ...]:
 # ---------------------------------------------------------------- requests
 
 
-def chat_of(body: TemplateRequest) -> labs_request.Request:
+def chat_of(body: TemplateRequest | TokenizeRequest) -> labs_request.Request:
     """Return a conversation as the request that /v1/chat/completions makes of it."""
     names = ("messages", "model", *ONLY_MESSAGES)
     given = {name: each for name in names if (each := getattr(body, name)) is not None}
@@ -228,7 +231,7 @@ class Tokens(labs_service.Resource):
         """Return the reader and inputs of a conversation, as a request would have them."""
         request = self.service.check(chat_of(body))
         name, model = self._reader(req, request)
-        with labs_request.worded(request):
+        with labs_request.in_words_of(request):
             config = self.service.context.configs[name]
             return model, labs_request.build(config, model, request.prompts[0])
 
