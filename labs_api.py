@@ -340,10 +340,6 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     explanation, answer = labs_explain.Explanation, labs_replies.OpenAIAnswer
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     message_body, count_body = labs_messages.MESSAGES.body, labs_messages.COUNT.body
-    tokens = labs_tokenize.Tokens(service)
-    tokenized = labs_tokenize.TokenizeAnswer, labs_tokenize.TokenizeRequest
-    joined = labs_tokenize.DetokenizeAnswer, labs_tokenize.DetokenizeRequest
-    rendered = labs_tokenize.TemplateAnswer, labs_tokenize.TemplateRequest
     theirs: dict[str, Any] = {"error": refused}
     get = functools.partial(labs_pages.Route, "get")
     post = functools.partial(labs_pages.Route, "post")
@@ -362,9 +358,7 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
         post("/v1/messages", messages, "Answer", message, message_body, streams=True, **theirs),
         post("/v1/messages/count_tokens", count, "Count tokens", counted, count_body, **theirs),
         post("/v1/responses", responses, "Answer items", response, items, streams=True),
-        post("/tokenize", tokens, "Tokenize a text or chat", *tokenized),
-        post("/detokenize", tokens, "Join tokens", *joined, "back"),
-        post("/apply-template", tokens, "Render a chat", *rendered, "template"),
+        *labs_tokenize.routes(service),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 

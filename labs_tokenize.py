@@ -12,6 +12,7 @@ labs_request.py, labs_service.py and labs_tokens.py with what those need; falcon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ import labs
 import labs_dialogue
 import labs_models
 import labs_openai
+import labs_pages
 import labs_protocol
 import labs_request
 import labs_service
@@ -227,7 +229,9 @@ class Tokens(labs_service.Resource):
         _, inputs = self._built(req, body)
         resp.data = labs_protocol.dumps(TemplateAnswer(prompt=inputs.prompt))
 
-    def _built(self, req: falcon.Request, body: TemplateRequest) -> tuple[labs.Model, labs.Inputs]:
+    def _built(
+        self, req: falcon.Request, body: TemplateRequest | TokenizeRequest
+    ) -> tuple[labs.Model, labs.Inputs]:
         """Return the reader and inputs of a conversation, as a request would have them."""
         request = self.service.check(chat_of(body))
         name, model = self._reader(req, request)
@@ -262,3 +266,14 @@ class Tokens(labs_service.Resource):
                 return lease.name, replace(lease.engine.model, decoder=None)
             finally:
                 service.models.release(lease.name)
+
+
+def routes(service: labs_service.Service) -> tuple[labs_pages.Route, ...]:
+    """Return the rows of the route table."""
+    tokens, post = Tokens(service), functools.partial(labs_pages.Route, "post")
+    joined, rendered = (DetokenizeAnswer, DetokenizeRequest), (TemplateAnswer, TemplateRequest)
+    return (
+        post("/tokenize", tokens, "Tokenize a text or chat", TokenizeAnswer, TokenizeRequest),
+        post("/detokenize", tokens, "Join tokens", *joined, "back"),
+        post("/apply-template", tokens, "Render a chat", *rendered, "template"),
+    )

@@ -758,7 +758,7 @@ ROOMS = {
         "labs gate meters models engine request ready answers openai patterns protocol turns "
         "messages responses",
     ),
-    "labs_tokenize.py": (300, "labs dialogue models openai protocol request service tokens"),
+    "labs_tokenize.py": (300, "labs dialogue models openai pages protocol request service tokens"),
     "labs_api.py": (
         600,
         "labs gate meters pages models engine request ready parts explain openai replies service "

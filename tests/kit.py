@@ -594,8 +594,9 @@ class FakeEngine:
     def take_in(self, stream: Any, events: Any, work: Any) -> labs_engine.Answer:
         if self.refusal is not None:
             raise self.refusal
-        for _ in work(stream.row, None):
-            pass
+        deltas = [event for event in work(stream.row, None) if event is not None]
+        for delta in deltas:
+            events.put((stream.row.id, delta))
         self.asked.append((stream.inputs, stream.generation, stream.row.owner))
         done = labs.Done("stop", labs.Usage(1, 0), labs.Timings(0.0, 0.0, 0.0, 0.0))
         events.put((stream.row.id, done))
