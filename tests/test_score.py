@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import queue
 from typing import Any
@@ -15,6 +17,9 @@ from kit import Gate, model_of, options, prompt, quiet, read
 import labs
 import labs_decode
 import labs_engine
+import labs_jsonl
+import labs_replay
+import labs_request
 import labs_score
 
 TEXT = "Which of them is it? " * 4
@@ -232,3 +237,220 @@ def test_an_engine_that_is_full_of_prompts_refuses_another(monkeypatch):
         for handle in gate.handles:
             handle.remove()
         engine.close()
+
+
+# ---------------------------------------------------------------- over HTTP and in files
+
+
+@pytest.fixture
+def site(engine):
+    return kit.Site(engine, kit.configured())
+
+
+def complete(site: Any, **body: Any) -> Any:
+    answer = site.post(kit.COMPLETIONS, {"prompt": "hey", "temperature": 0, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json
+
+
+def encoded(text: str) -> labs.Inputs:
+    return labs.build_inputs(model_of("llama"), prompt=text, use_chat_template=False)
+
+
+def listed(text: str) -> list[float | None]:
+    """Return log-probabilities of a text as they are in JSON."""
+    found = labs_score.prompt_logprobs(model_of("llama"), encoded(text))
+    return [None, *(each.logprob for each in found[1:])]
+
+
+def test_an_echo_begins_with_the_log_probabilities_of_its_prompt_and_goes_on_as_without(site):
+    plain = complete(site, max_tokens=3, logprobs=2)
+    (choice,) = complete(site, max_tokens=3, logprobs=2, echo=True)["choices"]
+    (answer,) = plain["choices"]
+    assert choice["text"] == "hey" + answer["text"]
+    found, rest = choice["logprobs"], answer["logprobs"]
+    assert {len(each) for each in found.values()} == {4 + 3}
+    assert found["tokens"] == ["<bos>", *"hey", *rest["tokens"]]
+    assert found["token_logprobs"] == listed("hey") + rest["token_logprobs"]
+    assert found["top_logprobs"][0] is None
+    assert {len(top) for top in found["top_logprobs"][1:]} == {2}
+    assert found["top_logprobs"][4:] == rest["top_logprobs"]
+    assert found["text_offset"] == [0, 0, 1, 2, *(3 + at for at in rest["text_offset"])]
+
+
+def test_an_echo_without_log_probabilities_computes_nothing_more(site):
+    with kit.counted(model_of("llama")) as calls:
+        plain = complete(site, max_tokens=3)
+        before = len(calls)
+        echoed = complete(site, max_tokens=3, echo=True)
+        assert len(calls) == 2 * before
+        alone = complete(site, max_tokens=0, echo=True)
+        assert len(calls) == 2 * before
+    assert echoed["choices"][0]["text"] == "hey" + plain["choices"][0]["text"]
+    assert alone["choices"][0] == {
+        "index": 0,
+        "text": "hey",
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    assert (alone["usage"]["prompt_tokens"], alone["usage"]["completion_tokens"]) == (4, 0)
+
+
+def test_each_of_several_prompts_and_choices_has_its_own_echo(site):
+    body = {"prompt": ["ab", "c"], "n": 2, "max_tokens": 0, "echo": True, "logprobs": 0}
+    choices = complete(site, **body)["choices"]
+    assert [(each["index"], each["text"]) for each in choices] == [
+        *enumerate(["ab", "ab", "c", "c"])
+    ]
+    for each in choices:
+        assert each["logprobs"]["token_logprobs"] == listed(each["text"])
+    ids = [encoded("ab").input_ids, encoded("c").input_ids]
+    again = complete(site, **{**body, "prompt": ids})["choices"]
+    assert again == choices
+
+
+def test_the_echo_of_tokens_shows_special_ones_only_if_these_are_asked_for(site):
+    body = {"prompt": [kit.BOS, 97, kit.END], "echo": True, "max_tokens": 0}
+    assert complete(site, **body)["choices"][0]["text"] == "a"
+    shown = complete(site, **body, skip_special_tokens=False)["choices"][0]["text"]
+    assert shown == "<bos>a<end>"
+
+
+def test_a_stream_begins_with_the_prompt_and_has_the_parts_of_the_whole_answer(site):
+    body = {"prompt": ["hey", "you"], "max_tokens": 3, "logprobs": 1, "echo": True}
+    whole = complete(site, **body)["choices"]
+    sent = {**body, "temperature": 0, "stream": True}
+    chunks = kit.chunks_of(site.post(kit.COMPLETIONS, sent))
+    for index, choice in enumerate(whole):
+        parts = [each for chunk in chunks for each in chunk["choices"] if each["index"] == index]
+        assert parts[0]["text"] == body["prompt"][index]
+        assert "".join(each["text"] for each in parts) == choice["text"]
+        for name in choice["logprobs"]:
+            pieces = [each["logprobs"][name] for each in parts if each["logprobs"]]
+            assert [*itertools.chain(*pieces)] == choice["logprobs"][name]
+        assert parts[-1]["finish_reason"] == choice["finish_reason"] == "length"
+
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"max_tokens": 0}, "max_tokens = 0 needs echo = true", "max_tokens"),
+    ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "contradicts min_tokens", "max_tokens"),
+    ({"max_tokens": -2, "echo": True}, "Expected `int` >= 0", "max_tokens"),
+    ({"echo": 1}, "Expected `bool | null`", "echo"),
+    ({"echo": True, "logprobs": 21}, "<= 20", "logprobs"),
+    ({"echo": True, "prompt": "x" * 600}, "maximum context length is 512", "prompt"),
+    ({"echo": True, "prompt": [300]}, "token id 300", "prompt"),
+    ({"prompt_logprobs": 1}, "unknown field `prompt_logprobs`", "prompt_logprobs"),
+]
+
+
+@pytest.mark.parametrize(("body", "told", "param"), WRONG)
+def test_an_echo_that_cannot_be_given_is_refused_by_the_name_of_its_field(body, told, param, site):
+    error = kit.error_of(site.post(kit.COMPLETIONS, {"prompt": "hey", **body}), 400)
+    assert told in error["message"]
+    assert error["param"] == param
+
+
+def test_a_chat_has_no_echo(site):
+    body = {"messages": kit.HELLO, "max_tokens": 1}
+    assert site.post(kit.CHAT, {**body, "echo": False}).status_code == 200
+    assert kit.error_of(site.post(kit.CHAT, {**body, "echo": True}), 400)["param"] == "echo"
+    assert (
+        kit.error_of(site.post(kit.CHAT, {**body, "max_tokens": 0}), 400)["param"] == "max_tokens"
+    )
+
+
+def test_the_tokens_of_an_echo_count_once_for_the_quota(engine):
+    site = kit.Site(engine, kit.configured(tokens_per_minute=4))
+    body = {"prompt": "hey", "echo": True, "logprobs": 0}
+    told = kit.error_of(site.post(kit.COMPLETIONS, {**body, "max_tokens": 1}), 400)
+    assert "may use 5 tokens" in told["message"]
+    assert site.post(kit.COMPLETIONS, {**body, "max_tokens": 0}).status_code == 200
+    assert site.post(kit.COMPLETIONS, {**body, "max_tokens": 0}).status_code == 429
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_that_is_not_computed_in_time_is_an_error_and_no_half_answer(
+    stream, engine, monkeypatch
+):
+    def slow(self: Any, row: Any) -> Any:
+        while not row.late:
+            yield
+        yield
+
+    monkeypatch.setattr(labs_score.Scores, "parts", slow)
+    site = kit.Site(engine, kit.configured(generation=labs.Generation(timeout_s=0.05)))
+    body = {"prompt": "hey", "echo": True, "logprobs": 0, "max_tokens": 0, "stream": stream}
+    answer = site.post(kit.COMPLETIONS, body)
+    if stream:
+        (event, data), *_ = kit.events_of(answer.content)[-1:]
+        assert event == "error"
+        assert "not computed in time: timeout" in json.loads(data)["error"]["message"]
+    else:
+        assert "not computed in time" in kit.error_of(answer, 503)["message"]
+
+
+def test_stored_answers_are_not_used_for_an_echo_nor_an_echo_for_them():
+    inner = labs_engine.Engine(model_of("llama"))
+    engine = labs_engine.Cached(inner, labs.ResponseCache(max_entries=4))
+    try:
+        site = kit.Site(engine, kit.configured())
+        texts = [
+            complete(site, max_tokens=2, echo=echo)["choices"][0]["text"]
+            for echo in (False, True, False, True)
+        ]
+        assert texts == [texts[0], "hey" + texts[0]] * 2
+        assert engine.status().response_cache_hits == 1
+    finally:
+        engine.close()
+
+
+def lines_of(model: labs.Model, *bodies: dict[str, Any]) -> list[Any]:
+    """Answer OpenAI's lines; return the status and the choices, or the error, of each."""
+    rows = [
+        {"custom_id": str(n), "method": "POST", "url": kit.COMPLETIONS, "body": body}
+        for n, body in enumerate(bodies)
+    ]
+    context = labs_request.open_context(kit.configured())
+    how, tally = labs_jsonl.Batching(ordered=True), labs_jsonl.Tally()
+    found = labs_jsonl.answer_lines(model, context, kit.numbered(rows), tally, how)
+    return [json.loads(each) for each in found]
+
+
+def test_a_line_has_the_echo_of_the_same_request_over_http_and_can_be_run_again(site):
+    model = model_of("llama")
+    bodies = [
+        {"prompt": ["hey", "you"], "temperature": 0, "echo": True, "logprobs": 2, "max_tokens": n}
+        for n in (0, 3)
+    ]
+    lines = lines_of(model, *bodies, {"prompt": "a", "temperature": 0, "max_tokens": 1})
+    for line, body in zip(lines, bodies, strict=False):
+        over_http = complete(site, **body)
+        assert line["response"]["body"]["choices"] == over_http["choices"]
+        assert line["response"]["body"]["usage"] == over_http["usage"]
+
+
+def test_a_prompt_whose_log_probabilities_cannot_be_computed_fails_its_line_only(monkeypatch):
+    parts = labs_score.Scores.parts
+
+    def broken(self: Any, row: Any) -> Any:
+        if self.inputs.prompt.endswith("bad"):
+            raise labs.GenerationError("the model returned logits that are not finite")
+        return parts(self, row)
+
+    monkeypatch.setattr(labs_score.Scores, "parts", broken)
+    body = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    bad, good = lines_of(model_of("llama"), {**body, "prompt": "bad"}, {**body, "prompt": "good"})
+    assert bad["response"]["status_code"] == 500
+    assert "not finite" in bad["response"]["body"]["error"]["message"]
+    assert good["response"]["body"]["choices"][0]["text"] == "good"
+
+
+def test_an_answer_with_an_echo_is_the_same_when_it_is_run_again(tiny):
+    bodies = [
+        {"prompt": "hey", "echo": True, "logprobs": 1, "max_tokens": n, "temperature": 0}
+        for n in (0, 4)
+    ]
+    context = labs_request.open_context(kit.configured())
+    lines = kit.numbered(lines_of(tiny, *bodies))
+    verdicts = [*labs_replay.replay(tiny, context, lines)]
+    assert [(each.verdict, each.why) for each in verdicts] == [("same", None)] * 2

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import kit
 import pytest
@@ -254,9 +254,23 @@ def test_a_model_that_was_unloaded_answers_without_being_loaded_again(tiny_folde
         models.close()
 
 
-def test_the_router_chooses_the_model_of_a_text_and_the_default_one_for_tokens(fake):
-    rules = (labs.Rule(when="contains", match="x", model="tiny"),) if hasattr(labs, "Rule") else ()
-    site = Site(fake, replace(configured(), router=replace(labs.Router(), rules=rules)))
-    for path, body in (("/tokenize", {"content": "x"}), ("/detokenize", {"tokens": [65]})):
-        answer = site.post(path, {**body, "model": "auto"})
-        assert answer.status_code == (200 if rules else 404)
+def test_rules_choose_the_model_of_a_text_and_the_default_one_where_there_is_none(fake):
+    rules = (labs.RouterRule(model="large", over_prompt_tokens=3),)
+    config = replace(configured(), router=labs.Router(rules=rules))
+    large = replace(config, model_id="large")
+    site = Site(fake, replace(config, models={"large": large}), Named(fake))
+    for text, name in (("a", "tiny"), ("abcdef", "large")):
+        assert tokens(site, content=text, model="auto") == list(text.encode())
+        assert Named.asked[-1] == name
+    assert site.post("/detokenize", {"tokens": [65], "model": "auto"}).status_code == 200
+    assert Named.asked[-1] == "tiny"
+
+
+class Named(labs_models.One):
+    """Remembers the names of the readers that were asked for."""
+
+    asked: ClassVar[list[str]] = []
+
+    def reader(self, name: str) -> labs.Model:
+        self.asked.append(name)
+        return super().reader(name)
