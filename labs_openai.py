@@ -156,7 +156,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    **dict.fromkeys(("echo", "use_beam_search"), (False,)),
+    "use_beam_search": (False,),
     **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
     "best_of": (1,),  # or n, because all n answers are returned
     "include_stop_str_in_output": (False,),
@@ -176,8 +176,7 @@ MINUS_ONE = {
 }
 FIELDS = labs_protocol.Fields(hints=Hints, neutral=NEUTRAL, replaced=REPLACED, minus_one=MINUS_ONE)
 ONLY_CHATS = {"add_generation_prompt": (True,), "continue_final_message": (False,)}
-NOT_CHATS = {name: each for name, each in NEUTRAL.items() if name != "echo"}
-TEXT_FIELDS = replace(FIELDS, neutral=NOT_CHATS | ONLY_CHATS)
+ONLY_TEXTS = {"echo": (False,)}
 
 
 # ---------------------------------------------------------------- endpoints
@@ -220,6 +219,7 @@ class Endpoint(labs_replies.Replies):
 
 class Chat(labs_replies.ChatReplies, Endpoint):
     body = ChatRequest
+    fields = replace(FIELDS, neutral=NEUTRAL | ONLY_TEXTS)
 
     def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
@@ -278,7 +278,7 @@ class Chat(labs_replies.ChatReplies, Endpoint):
 
 class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
-    fields = TEXT_FIELDS
+    fields = replace(FIELDS, neutral=NEUTRAL | ONLY_CHATS)
 
     def request_of(self, body: CompletionRequest, given: dict[str, Any]) -> labs_request.Request:
         request = super().request_of(body, given)
