@@ -548,8 +548,12 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": HELLO},
     COMPLETIONS: {"prompt": "hi"},
     RESPONSES: {"input": "hi"},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [104, 105]},
+    "/apply-template": {"messages": HELLO},
 }
-ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose")]
+TOKENS = ("/tokenize", "/detokenize", "/apply-template")
+ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose", *TOKENS)]
 KEYS = ("s3cret", "clé")
 PUBLIC = ("/health", "/livez", "/readyz", "/openapi.json", "/docs", "/")
 
