@@ -120,11 +120,11 @@ def _check_keywords(schema: dict[str, Any], place: Place) -> None:
     named = schema.get("patternProperties")
     for pattern in (schema.get("pattern"), *(named if isinstance(named, dict) else ())):
         if isinstance(pattern, str):
-            size = min(_written_out(pattern), 10**9)
+            size = min(written_out(pattern), 10**9)
             _bound(MAX_WRITTEN_OUT, size, (place, "pattern"), "characters with repetitions")
 
 
-def _written_out(pattern: str) -> int:
+def written_out(pattern: str) -> int:
     """Return the approximate length of a pattern with its repetitions expanded: (ab){9} has 18."""
     open_groups, last = [0], 0  # last: length of the piece that a repetition would repeat
     for found in PIECE.finditer(pattern):
@@ -233,7 +233,7 @@ def error_of(matcher: Any) -> str:
 def _cut(text: str) -> str:
     line = " ".join(text.removesuffix("<non-verbose/>").split())
     if line.isidentifier():  # llguidance's code for a parser that cannot continue
-        return f"no JSON satisfies it ({line})"
+        return f"no answer satisfies it ({line})"
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 

@@ -4,13 +4,14 @@
     city = labs_typed.generate_as(model, inputs, City)              # a msgspec struct, or any type
     labs_typed.choose(model, inputs, ["yes", "no"])                 # {"yes": 0.97, "no": 0.03}
     only = labs_typed.Constraint(model, schema)                     # JSON schema, as a dict
+    only = labs_typed.Constraint(model, labs_structured.regex("[0-9]+"))  # or choice, or grammar
     labs.generate(model, inputs, processors=[only])                 # one Constraint for each answer
 
 Before each token, llguidance (pip install llguidance) computes the tokens that the schema allows,
 and the row samples among those. A schema that llguidance does not support is refused, and the
 error names the keyword. Schemas come from untrusted clients and llguidance is native code, so each
 schema is first measured, then compiled in a separate process, and only then compiled here. Needs
-labs.py and labs_schema.py; choices need labs_choose.py.
+labs.py, labs_schema.py and labs_structured.py; `choose` needs labs_choose.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import msgspec
 
 import labs
 import labs_schema
+import labs_structured
+from labs_structured import Grammar
 
 if TYPE_CHECKING:
     import labs_choose
@@ -80,18 +83,19 @@ def generate_as(
 
 
 class Constraint:
-    """Restricts one answer to JSON that matches a schema; a processor as in labs_decode.Sampling.
+    """Restricts one answer to JSON that matches a schema, or to the texts of a grammar.
 
-    schema: or a grammar of labs_grammar, as text. Raises InputError, which names the unsupported
+    It is a processor as in labs_decode.Sampling. Raises InputError, which names the unsupported
     keyword or the exceeded bound, and its place.
     """
 
-    def __init__(self, model: labs.Model, schema: dict[str, Any] | str) -> None:
-        self._what = "tools" if isinstance(schema, str) else "schema"
+    def __init__(self, model: labs.Model, schema: dict[str, Any] | Grammar) -> None:
+        self._what = schema.what if isinstance(schema, Grammar) else "schema"
         try:
-            self._schema = schema if isinstance(schema, str) else labs_schema.check(schema)
+            held = schema.text if isinstance(schema, Grammar) else labs_schema.check(schema)
         except labs_schema.SchemaError as error:
             raise labs.InputError(f"schema: {error}") from error
+        self._schema = held
         self._grammars = _grammars_of(model)
         self._matcher = self._grammars.matcher(self._schema, self._what)
         self._made_at = -SPACING
@@ -183,7 +187,7 @@ class _Grammars:
         if mine:
             self._make(key, schema, made)
         if isinstance(found := made.result(), str):
-            raise labs.InputError(f"{what}: {found}")
+            raise labs.InputError(f"{what}: {labs_structured.plain(found)}")
         return found.deep_copy()
 
     def symbols(self, model: labs.Model, text: str) -> list[str]:
@@ -238,7 +242,7 @@ class _Grammars:
             return found
         first = self.allowed(found, self._vocabulary)
         if found.is_error() or not first.any():
-            return labs_schema.error_of(found) or "this model's tokens can write no JSON for it"
+            return labs_schema.error_of(found) or "this model's tokens can write no answer for it"
         with self._lock:
             self._tried[key] = True
         return found
