@@ -23,7 +23,8 @@ import labs_dialogue
 import labs_schema
 import labs_values
 from labs_split import Form, Writing
-from labs_structured import HEAD, Grammar
+from labs_structured import HEAD as UNFORCED
+from labs_structured import Grammar
 
 # As json.dumps and chat templates write JSON; a small model may write white space endlessly.
 GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -34,6 +35,7 @@ PLAINS = [{"type": "string"}, {"type": "boolean"}, {"type": "null"}, NUMBER]
 ANY = [*PLAINS, {"type": "array", "items": ITEM}, {"type": "object", "additionalProperties": ITEM}]
 FREE = {"type": "object", "additionalProperties": ITEM, "$defs": {"any": {"anyOf": ANY}}}
 MOST_CALLS = 16  # in one answer; a small model may call endlessly
+HEAD = "%llguidance {}\n"
 RULES = """TEXT: /(.|\\n)*/
 VISIBLE: /[^\\x01\\x02]*/
 SPACE: /[ \\n]{0,4}/
@@ -75,7 +77,8 @@ def write(form: Form, wanted: Wanted, symbols: Symbols) -> Grammar:
         lead, rule = _up_to("lead", writing.trigger, symbols) if free else ("", "")
         choices.append(f"{lead} calls")
         rules += rule + "".join(_calls(writing, wanted, symbols, after_trigger=free))
-    text = f"{HEAD}start: {thinking} ({' | '.join(choices)})\n{rules}{RULES}"
+    head = UNFORCED if isinstance(wanted.schema, Grammar) else HEAD
+    text = f"{head}start: {thinking} ({' | '.join(choices)})\n{rules}{RULES}"
     asked = ["tools"] if wanted.tools else []
     if wanted.schema is not None:
         asked.append(wanted.schema.what if isinstance(wanted.schema, Grammar) else "schema")

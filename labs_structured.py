@@ -26,7 +26,9 @@ from msgspec import Struct
 import labs
 import labs_schema
 
-HEAD = "%llguidance {}\n"
+# Where a text is forced, llguidance takes the tokens that the tokenizer has for it. For the text of
+# a special token that is the token itself, which no text may hold, so nothing is forced here.
+HEAD = '%llguidance {"no_forcing": true}\n'
 MAX_CHOICES = labs_schema.MOST_ENTRIES["enum"]
 MAX_CHARACTERS = labs_schema.MAX_CHARACTERS  # of all choices, or of a grammar
 MAX_PATTERN = labs_schema.MOST_CHARACTERS["pattern"]
@@ -98,8 +100,9 @@ class Grammar(Struct, frozen=True):
 
 def plain(fault: str) -> str:
     """Return what llguidance says is wrong with a grammar, without its place and its listing."""
-    fault = re.sub(r"^(?:at )?\d+\(\d+\): | 1 \| %llguidance.*", "", fault)
-    return re.sub(r"^invalid regex .* error: ", "", fault)
+    fault = re.sub(r"^(?:at )?\d+\(\d+\): | \d+ \| .*", "", fault)
+    fault = re.sub(r"^invalid regex .* error: ", "", fault)
+    return "a pattern is not valid" if fault.startswith("invalid regex") else fault
 
 
 class Token(NamedTuple):
@@ -128,8 +131,11 @@ def _literal(what: str, pattern: str) -> str:
     _bound(what, MAX_PATTERN, len(pattern), "characters")
     written = min(labs_schema.written_out(pattern), 10**9)
     _bound(what, labs_schema.MAX_WRITTEN_OUT, written, "characters with repetitions written out")
+    depth = 0
     for found in labs_schema.PIECE.finditer(pattern):
         _check_piece(what, found[0], pattern[found.start() :])
+        depth += (found[0] == "(") - (found[0] == ")")
+        _bound(what, MAX_GROUPS, depth, "groups inside each other")
     text = re.sub(r"\\.|/|\n", _slashed, pattern, flags=re.DOTALL)
     return f"/{text}/"
 

@@ -170,6 +170,8 @@ class _Grammars:
         except ValueError as error:
             raise labs.InputError(f"llguidance cannot use this tokenizer: {error}") from error
         self._ends = list(model.eos_token_ids)
+        texts = self._special(model).keys()
+        self._marks = {*texts, *(json.dumps(each)[1:-1] for each in texts)}
         self._lock = threading.Lock()
         self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
         self._tried: Any = cachetools.LRUCache(MAX_TRIED)
@@ -190,9 +192,12 @@ class _Grammars:
             raise labs.InputError(f"{what}: {labs_structured.plain(found)}")
         return found.deep_copy()
 
-    def symbols(self, model: labs.Model, text: str) -> list[str]:
+    def _special(self, model: labs.Model) -> dict[str, int]:
         added = {str(token): i for i, token in model.tokenizer.added_tokens_decoder.items()}
-        special = {each: i for each, i in added.items() if self._tokenizer.is_special_token(i)}
+        return {each: i for each, i in added.items() if self._tokenizer.is_special_token(i)}
+
+    def symbols(self, model: labs.Model, text: str) -> list[str]:
+        special = self._special(model)
         found = [each for each in special if each in text]
         parts = re.split(f"({'|'.join(map(re.escape, sorted(found, key=len)[::-1]))})", text)
         parts = parts if found else [text]
@@ -237,7 +242,7 @@ class _Grammars:
                 raise labs.GenerationError(f"the schema's trial could not run: {error}") from error
             if wrong:
                 return wrong
-        found = labs_schema.compiled(self._library, self._tokenizer, schema)
+        found = labs_schema.compiled(self._library, self._tokenizer, self._unforced(schema))
         if isinstance(found, str):
             return found
         first = self.allowed(found, self._vocabulary)
@@ -246,6 +251,18 @@ class _Grammars:
         with self._lock:
             self._tried[key] = True
         return found
+
+    def _unforced(self, schema: str) -> str:
+        """Return a grammar of the same answers which forces no text, if that of a token is in it.
+
+        See labs_structured.HEAD.
+        """
+        if not any(each in schema for each in self._marks):
+            return schema
+        if schema.startswith(labs_schema.GRAMMAR):
+            return labs_structured.HEAD + schema.partition("\n")[2]
+        compact = {**json.loads(schema), "x-guidance": {"whitespace_flexible": False}}
+        return f"{labs_structured.HEAD}start: %json {json.dumps(compact)}\n"
 
 
 def _bytes_of(made: Future[Any]) -> int:
