@@ -16,7 +16,6 @@ import wire_forms
 
 import labs
 import labs_schema
-import labs_structured
 import labs_tools
 import labs_typed
 from labs_structured import Grammar, choice, grammar, regex
