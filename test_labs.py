@@ -724,7 +724,10 @@ ROOMS = {
     "labs_embed.py": (160, "labs apart"),
     "labs_rag.py": (420, "labs asked embed"),
     "labs_asked.py": (200, "labs dialogue"),
-    "labs_request.py": (380, "labs asked ready dialogue guard screen rag typed forms embed"),
+    "labs_request.py": (
+        380,
+        "labs asked ready dialogue guard screen rag structured typed forms embed",
+    ),
     "labs_ready.py": (180, "labs parts tools guard screen structured typed"),
     "labs_explain.py": (180, "labs settings"),
     "labs_turns.py": (260, "labs"),
