@@ -5,8 +5,8 @@
 
 symbols: turns a text into symbols of the grammar, see labs_typed.symbols. A grammar covers the
 whole answer: reasoning is free, then text is free up to a call, and calls are held and end the
-answer. Needs labs.py, labs_dialogue.py, labs_schema.py, labs_split.py, labs_structured.py and
-labs_values.py.
+answer. Needs labs.py, labs_dialogue.py, labs_keywords.py, labs_schema.py, labs_split.py,
+labs_structured.py and labs_values.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from msgspec import Struct
 
 import labs
 import labs_dialogue
+import labs_keywords
 import labs_schema
 import labs_values
 from labs_split import Form, Writing
@@ -29,7 +30,7 @@ from labs_structured import Grammar
 # As json.dumps and chat templates write JSON; a small model may write white space endlessly.
 GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Any object. Its numbers are bounded too: Python cannot read 1e999.
-NUMBER = labs_schema.bounded({"type": "number"})
+NUMBER = labs_keywords.bounded({"type": "number"})
 ITEM = {"$ref": "#/$defs/any"}
 PLAINS = [{"type": "string"}, {"type": "boolean"}, {"type": "null"}, NUMBER]
 ANY = [*PLAINS, {"type": "array", "items": ITEM}, {"type": "object", "additionalProperties": ITEM}]
@@ -145,13 +146,13 @@ def _calls(
 def _schema_of(tool: labs_dialogue.Tool) -> dict[str, Any]:
     """Return the schema that holds the arguments of a tool."""
     _check(tool.schema, f"tools: {tool.function.name}")  # before anything recurses
-    return {"type": "object", **labs_schema.bounded(tool.schema)}
+    return {"type": "object", **labs_keywords.bounded(tool.schema)}
 
 
 def _check(schema: Any, what: str) -> Any:
     """Return a schema as plain JSON. Raises InputError when it exceeds a bound."""
     try:
-        return json.loads(labs_schema.check(schema))
+        return json.loads(labs_keywords.checked(schema))
     except labs_schema.SchemaError as error:
         raise labs.InputError(f"{what}: {error}") from error
 

@@ -9,7 +9,7 @@
 The whole answer matches. Patterns, texts and grammars come from untrusted clients and llguidance is
 native code, so each is read and bounded here, without a model, and written anew: what is compiled
 holds no symbol that this file does not know, and none that stands for a special token. Needs
-labs.py and labs_schema.py.
+labs.py, labs_keywords.py and labs_schema.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 import labs
+import labs_keywords
 import labs_schema
 
 # Where a text is forced, llguidance takes the tokens that the tokenizer has for it. For the text of
@@ -271,7 +272,7 @@ def _schema(text: str, place: int, line: int) -> tuple[str, int]:
         schema, end = json.JSONDecoder().raw_decode(text, space.end() if space else place)
         if not isinstance(schema, dict):
             raise _wrong(line, "a schema after %json is not an object")
-        checked = json.loads(labs_schema.check(schema))
+        checked = json.loads(labs_keywords.checked(schema))
     except (ValueError, RecursionError) as error:  # SchemaError is a ValueError
         raise _wrong(line, f"%json: {error}") from error
     return json.dumps({**checked, "x-guidance": {"whitespace_flexible": False}}), end

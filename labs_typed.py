@@ -11,7 +11,7 @@ Before each token, llguidance (pip install llguidance) computes the tokens that 
 and the row samples among those. A schema that llguidance does not support is refused, and the
 error names the keyword. Schemas come from untrusted clients and llguidance is native code, so each
 schema is first measured, then compiled in a separate process, and only then compiled here. Needs
-labs.py, labs_schema.py and labs_structured.py; `choose` needs labs_choose.py.
+labs.py, labs_keywords.py, labs_schema.py and labs_structured.py; `choose` needs labs_choose.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 import labs
+import labs_keywords
 import labs_schema
 import labs_structured
 from labs_structured import Grammar
@@ -69,7 +70,7 @@ def generate_as(
     schema or llguidance does not support its schema.
     """
     try:
-        schema = labs_schema.bounded(msgspec.json.schema(kind))
+        schema = labs_keywords.bounded(msgspec.json.schema(kind))
     except TypeError as error:
         raise labs.InputError(f"{kind}: {error}") from error
     only = Constraint(model, schema)
@@ -92,12 +93,21 @@ class Constraint:
     def __init__(self, model: labs.Model, schema: dict[str, Any] | Grammar) -> None:
         self._what = schema.what if isinstance(schema, Grammar) else "schema"
         try:
-            held = schema.text if isinstance(schema, Grammar) else labs_schema.check(schema)
+            held = schema.text if isinstance(schema, Grammar) else labs_keywords.checked(schema)
         except labs_schema.SchemaError as error:
             raise labs.InputError(f"schema: {error}") from error
         self._schema = held
         self._grammars = _grammars_of(model)
-        self._matcher = self._grammars.matcher(self._schema, self._what)
+        try:
+            self._matcher = self._grammars.matcher(held, self._what)
+        except labs.InputError as error:
+            names = [] if isinstance(schema, Grammar) else labs_keywords.replaced(schema, held)
+            if not names:
+                raise
+            reason = str(error).removeprefix("schema: ")
+            raise labs.InputError(
+                f"schema: {', '.join(names)} cannot be followed: {reason}"
+            ) from error
         self._made_at = -SPACING
         self._start: int | None = None
         self._read: list[int] = []

@@ -17,6 +17,7 @@ import llguidance
 import llguidance.hf
 
 import labs
+import labs_keywords
 import labs_schema
 import labs_typed
 from bench import parts
@@ -86,7 +87,7 @@ def compiled(model: labs.Model, schema: dict[str, Any]) -> tuple[str, tuple[floa
         labs_typed.Constraint(model, schema)
     except labs.InputError as error:
         return str(error), (0.0, 0.0)
-    text, times = labs_schema.check(schema), [time.perf_counter()]
+    text, times = labs_keywords.checked(schema), [time.perf_counter()]
     labs_schema.trial(text)
     times.append(time.perf_counter())
     labs_schema.compiled(llguidance, tokenizer_of(model), text)
@@ -129,7 +130,7 @@ def followed(model: labs.Model, cases: list[Case]) -> None:
 
 def follows(model: labs.Model, schema: dict[str, Any], text: str) -> bool:
     """Return whether a text is a whole answer under a schema."""
-    tokenizer, checked = tokenizer_of(model), labs_schema.check(schema)
+    tokenizer, checked = tokenizer_of(model), labs_keywords.checked(schema)
     matcher = labs_schema.compiled(llguidance, tokenizer, checked)
     ids = tokenizer.tokenize_str(text)
     return bool(

@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 
 import labs
+import labs_keywords
 import labs_schema
 import labs_structured
 
@@ -221,7 +222,7 @@ def grammar(chance: random.Random) -> labs_structured.Grammar:
 def text_of(kind: str, seed: int) -> str:
     """Return a random case as it is compiled, a schema or a grammar."""
     chance = random.Random(seed)
-    return labs_schema.check(schema(chance)) if kind == "schema" else grammar(chance).text
+    return labs_keywords.checked(schema(chance)) if kind == "schema" else grammar(chance).text
 
 
 def try_case(kind: str, seed: int, survived: bool) -> str:

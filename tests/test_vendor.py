@@ -34,7 +34,7 @@ def files(*rooms: str) -> list[str]:
     return sorted([*core, *(f"labs_{room}.py" for room in rooms)])
 
 
-CORE, TYPED = files(), files("schema", "structured", "typed")
+CORE, TYPED = files(), files("schema", "keywords", "structured", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
 REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
