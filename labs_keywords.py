@@ -21,15 +21,8 @@ import labs_schema
 from labs_schema import LARGEST_INTEGER
 
 WRITTEN = ("dependencies", "dependentRequired", "dependentSchemas", "not", "oneOf", "if")
-KEYWORDS = {
-    *WRITTEN,
-    "uniqueItems",
-    "format",
-    "maximum",
-    "minimum",
-    "exclusiveMaximum",
-    "exclusiveMinimum",
-}
+KEYWORDS = {*WRITTEN, "then", "else", "uniqueItems", "format", "maximum", "minimum"}
+KEYWORDS |= {"exclusiveMaximum", "exclusiveMinimum"}
 TYPES = {"array", "boolean", "integer", "null", "number", "object", "string"}
 NOTES = {"title", "description", "$comment", "default", "examples", "example", "deprecated"}
 NOTES |= {"readOnly", "writeOnly", "$schema", "$id", "id", "definitions", "$defs"}

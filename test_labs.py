@@ -715,7 +715,7 @@ ROOMS = {
     "labs_checkpoints.py": (260, "settings fast"),
     "labs_cache.py": (260, ""),
     "labs_schema.py": (320, ""),
-    "labs_keywords.py": (340, "schema"),
+    "labs_keywords.py": (420, "schema"),
     "labs_structured.py": (440, "labs keywords schema"),
     "labs_typed.py": (420, "labs keywords schema structured choose"),
     "labs_choose.py": (260, "labs decode calls"),
