@@ -79,7 +79,15 @@ def bounded(schema: Any) -> Any:
     if schema.get("type") in ("integer", "number"):
         bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -LARGEST_INTEGER}
         bounds |= {} if "exclusiveMaximum" in schema else {"maximum": LARGEST_INTEGER}
-    return {**bounds, **{key: bounded(value) for key, value in schema.items()}}
+    return {**bounds, **{key: _bounded_inside(key, value) for key, value in schema.items()}}
+
+
+def _bounded_inside(name: str, value: Any) -> Any:
+    """Return a keyword's value with bounds, unless it is data or says what another part is not."""
+    role = labs_schema.ROLES.get(name)
+    if role == "named" and isinstance(value, dict):
+        return {key: bounded(each) for key, each in value.items()}
+    return value if role or name in (*WRITTEN, "then", "else") else bounded(value)
 
 
 class _Rewriter:

@@ -200,3 +200,17 @@ def test_a_reference_into_what_is_written_anew_still_leads_there():
         {"b": 1},
         {"a": 1, "b": 1},
     ]
+
+
+def test_bounds_are_put_where_values_are_and_not_into_data_or_negations():
+    number = {"type": "integer"}
+    schema = {
+        "properties": {"not": number, "a": {"const": number}},
+        "not": {"properties": {"b": {}}},
+    }
+    found = labs_keywords.bounded({**schema, "enum": [number], "items": [number]})
+    most = labs_schema.LARGEST_INTEGER
+    held = {**number, "minimum": -most, "maximum": most}
+    assert found["properties"] == {"not": held, "a": {"const": number}}
+    assert (found["not"], found["enum"], found["items"]) == (schema["not"], [number], [held])
+    assert found["additionalProperties"] is False
