@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import kit
@@ -15,6 +17,7 @@ import torch
 import wire_forms
 
 import labs
+import labs_engine
 import labs_schema
 import labs_tools
 import labs_typed
@@ -255,3 +258,89 @@ def test_a_fault_beside_tools_names_both(thinking):
     asked = labs_tools.Asked(schema=regex("(a"), tools=[TOOL])
     with pytest.raises(labs.InputError, match="tools and regex: unclosed group"):
         labs_tools.plan(thinking, inputs, HOT, asked)
+
+
+# ---------------------------------------------------------------- HTTP, files and the shell
+
+
+@pytest.fixture
+def site(tiny) -> Iterator[Any]:
+    engine = labs_engine.Engine(tiny)
+    yield kit.Site(engine, kit.configured(generation=HOT))
+    engine.close()
+
+
+def test_openais_client_sends_them_as_to_vllm(site):
+    client, messages = site.sdk(), [{"role": "user", "content": "hi"}]
+    asked: dict[str, Any] = {"model": "tiny", "extra_body": {"structured_outputs": {}}}
+    asked["extra_body"]["structured_outputs"] = {"regex": "(ab){2,3}"}
+    assert re.fullmatch(
+        "(ab){2,3}", client.completions.create(prompt="hi", **asked).choices[0].text
+    )
+    asked["extra_body"]["structured_outputs"] = {"choice": ["yes", "no"]}
+    found = client.chat.completions.create(messages=messages, n=3, **asked).choices
+    assert {each.message.content for each in found} <= {"yes", "no"}
+    chunks = client.chat.completions.create(messages=messages, stream=True, **asked)
+    text = "".join(each.choices[0].delta.content or "" for each in chunks if each.choices)
+    assert text in ("yes", "no")
+
+
+WRONG = [
+    ({"structured_outputs": {"regex": "(?=a)"}}, "regex", "looks ahead"),
+    ({"structured_outputs": {"choice": ["a", "a"]}}, "choice", "2 times"),
+    ({"structured_outputs": {"grammar": "start: <eos>"}}, "grammar", "special tokens"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs", "json is not a JSON schema"),
+    ({"structured_outputs": {"json": "[" * 99_999}}, "structured_outputs", "json is not a JSON"),
+    ({"structured_outputs": {"json": {"not": {"minimum": 1}}}}, "schema", "not"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag", "structural_tag"),
+    ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex", "Expected `str | null`"),
+    ({"structured_outputs": {"choice": "ab"}}, "structured_outputs.choice", "Expected `array"),
+    ({"structured_outputs": {}}, "structured_outputs", "give exactly one of json, "),
+    ({"guided_regex": "a"}, "guided_regex", "use structured_outputs"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "named"), WRONG)
+@pytest.mark.parametrize("path", [kit.CHAT, kit.COMPLETIONS])
+def test_a_wrong_one_is_a_400_that_names_it(site, path, body, param, named):
+    asked = {"messages": kit.HELLO} if path == kit.CHAT else {"prompt": "hi"}
+    error = kit.error_of(site.post(path, {**asked, **body, "stream": True}), 400)
+    assert named in error["message"]
+    assert error["param"] == param
+
+
+def test_a_message_cannot_be_continued_under_a_grammar(site):
+    messages = [*kit.HELLO, {"role": "assistant", "content": "ab"}]
+    asked = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    for form in (
+        {"structured_outputs": {"regex": "abc"}},
+        {"response_format": {"type": "json_object"}},
+    ):
+        error = kit.error_of(site.post(kit.CHAT, {**asked, **form}), 400)
+        assert error["param"] == "continue_final_message"
+
+
+def test_lines_of_a_file_hold_them_and_are_replayed(tiny):
+    held = [{"regex": "[ab]{3}"}, {"choice": ["x"]}, {"grammar": 'start: "a" | "b"'}]
+    lines: list[Any] = [{"prompt": "hi", "structured_outputs": each} for each in held]
+    lines.append(kit.openai_line("o", messages=kit.HELLO, structured_outputs={"regex": "z"}))
+    rows = kit.answers(tiny, lines, labs.Config(generation=HOT), ordered=True)
+    assert re.fullmatch("[ab]{3}", rows[0]["text"])
+    assert rows[1]["text"] == "x"
+    assert rows[2]["text"] in ("a", "b")
+    assert rows[3]["response"]["body"]["choices"][0]["message"]["content"] == "z"
+    config = labs.Config(generation=HOT)
+    assert [each.verdict for each in kit.replayed(tiny, rows, config)] == ["same"] * 4
+
+
+def test_the_shell_reads_a_grammar_from_a_file_and_lets_flags_exclude_each_other(tiny_folder):
+    Path("a.lark").write_text('start: "a"{3}\n', encoding="utf-8")
+    model = ("--model", str(tiny_folder), "--torch-dtype", "fp32", "--prompt", "hi")
+    found = json.loads(kit.invoke(*model, "--grammar", "a.lark", "--json").stdout)
+    assert found["text"] == "aaa"
+    assert found["request"]["structured_outputs"]["grammar"] == 'start: "a"{3}'
+    for flags in (("--regex", "a", "--one-of", "b"), ("--schema", "x", "--grammar", "a.lark")):
+        done = kit.invoke(*model, *flags)
+        assert (done.exit_code, "exclude each other" in done.stderr) == (2, True)
+    done = kit.invoke(*model, "--grammar", "nope.lark")
+    assert (done.exit_code, "nope.lark" in done.stderr) == (1, True)

@@ -312,7 +312,7 @@ def test_a_model_without_a_token_for_the_first_character_is_refused(tmp_path):
     config = kit.llama()
     config.vocab_size, config.eos_token_id, config.bos_token_id = 100, 5, 6
     model = kit.load(kit.save_model(tmp_path / "less", config, eos_token_id=[5]))
-    with pytest.raises(labs.InputError, match="no JSON"):
+    with pytest.raises(labs.InputError, match="no answer"):
         labs_typed.Constraint(model, {"type": "object"})  # { is the token 123 here
 
 
