@@ -235,7 +235,9 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
     found = Prepared(model, request, generation, inputs, (), sources, schema=held(request))
     prompts = [filled(each, config) for each in request.prompts]
     if found.schema is not None and any(each.continue_final_message for each in prompts):
-        text = "continue_final_message: a schema or grammar holds a whole answer, not the rest of one"
+        text = (
+            "continue_final_message: a schema or grammar holds whole answers, not the rest of one"
+        )
         raise labs.InputError(text)
     found = replace(found, plans=tuple(_plan(found, *each) for each in enumerate(prompts)))
     if generation.ignore_eos and any(found.ready(i, 0).held for i in range(len(inputs))):
