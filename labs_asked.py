@@ -46,12 +46,31 @@ class ResponseFormat(labs.Strict, frozen=True, kw_only=True):
             raise ValueError("json_schema belongs to the type json_schema and is required with it")
 
 
+class StructuredOutputs(labs.Strict, frozen=True, kw_only=True):
+    """What an answer has to follow, in vLLM's words: exactly one of these.
+
+    json: a schema, or its text. regex and grammar: as labs_structured reads them.
+    """
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        names = self.__struct_fields__
+        if sum(getattr(self, name) not in (None, False) for name in names) != 1:
+            raise ValueError(f"give exactly one of {', '.join(names)}")
+
+
 class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
     """A prompt or messages, and generation settings. Unset fields take the configured values."""
 
     model: str | None = None
     prompt: str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     documents: bool | None = None
     messages: tuple[labs.Message, ...] | None = None
     use_chat_template: bool | None = None
@@ -116,6 +135,7 @@ class Request(Struct, frozen=True, kw_only=True):
     n: int = 1
     model: str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     documents: bool | None = None
     within_context: bool = False
     choices: tuple[str, ...] | None = None
@@ -138,7 +158,8 @@ def request_of(body: GenerateRequest, given: Mapping[str, Any]) -> Request:
     """Convert labs' own request format. `given`: the fields of the JSON that it was read from."""
     names = labs.Generation.__struct_fields__
     options = {name: getattr(body, name) for name in names if name in given}
-    rest = {name: getattr(body, name) for name in ("model", "response_format", "documents")}
+    forms = ("response_format", "structured_outputs")
+    rest = {name: getattr(body, name) for name in ("model", *forms, "documents")}
     named = {name: getattr(body, name) for name in ("tool_choice", "parallel_tool_calls")}
     rest |= {name: value for name, value in named.items() if value is not None}
     return Request(prompts=(prompt_of(body),), options=options, **rest)

@@ -249,6 +249,8 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     chat = {name: getattr(config, name) for name in labs.Chat.__struct_fields__}
     repeated |= {name: value for name, value in chat.items() if value != {}}
     repeated["response_format"] = request.response_format
+    if request.structured_outputs is not None:
+        repeated["structured_outputs"] = request.structured_outputs
     settings = {s.key: labs_explain.value_of(config, s) for s in labs_flags.SETTINGS}
     result = {**found, "request": repeated, "settings": settings}
     if prepared.sources is not None:
@@ -265,6 +267,15 @@ def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
         schema=read_json(name, dict[str, Any], "a JSON schema, an object")
     )
     return labs_request.ResponseFormat(type="json_schema", json_schema=wanted)
+
+
+def read_structured(flags: labs_flags.Values) -> labs_request.StructuredOutputs | None:
+    """Return what --regex, --one-of or --grammar ask for, None without any of them."""
+    grammar = None if flags["grammar"] is None else read_text(flags["grammar"])
+    found = {"regex": flags["regex"], "choice": flags["one_of"] or None, "grammar": grammar}
+    if set(found.values()) == {None}:
+        return None
+    return labs_request.StructuredOutputs(**found)
 
 
 def read_json(name: str, kind: Any, expected: str) -> Any:
@@ -425,12 +436,15 @@ def run(**flags: Any) -> None:
 def answer_prompt(config: labs.Config, flags: labs_flags.Values) -> None:
     """Answer one prompt or a chat. A request that cannot work is refused before the model loads."""
     prompt, schema = read_prompt(flags), read_schema(flags["schema"])
+    held = read_structured(flags)
     if flags["tools"] is not None:
         tools = read_json(flags["tools"], tuple[labs_dialogue.Tool, ...], "a list of tools")
         prompt = msgspec.structs.replace(prompt, tools=tools)
     choice = flags["tool_choice"] or "auto"
-    asked = labs_request.Request(prompts=(prompt,), response_format=schema, tool_choice=choice)
-    if flags["choose"] or schema is not None:
+    asked = labs_request.Request(
+        prompts=(prompt,), response_format=schema, structured_outputs=held, tool_choice=choice
+    )
+    if flags["choose"] or schema is not None or held is not None:
         labs.require("labs_typed")
     if prompt.tools:
         labs.require("labs_tools")

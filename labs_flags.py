@@ -65,11 +65,14 @@ OPTIONS: Options = (
         "Write text while it is generated [default: on a terminal].",
     ),
     ("Output", "--schema", str, "A file with a JSON schema that the answer has to match."),
+    ("Output", "--regex", str, "A regular expression that the whole answer has to match."),
+    ("Output", "--one-of", tuple[str, ...], "A text that the answer may be; the model says one."),
+    ("Output", "--grammar", str, "A file with a Lark grammar that the answer has to follow."),
     (
         "Output",
         "--choose",
         tuple[str, ...],
-        "Show the probability of this answer among all --choose answers.",
+        "Show the probability of this answer among all --choose answers; none is generated.",
     ),
     ("Output", "--json", bool, "Write one JSON object: text, usage, timings, settings."),
     ("Output", "--explain", bool, "Show how the prompt would be answered, without answering it."),
@@ -104,6 +107,7 @@ ALIASES["documents_database"] = ["--docs"]
 KEYS = [setting.key for setting in SETTINGS]
 TALK = ["prompt", "messages_json", "messages_file", "system", "config", *KEYS]
 TOOLS = ["tools", "tool_choice"]
+HELD = ["schema", "regex", "one_of", "grammar"]
 # Each mode and the flags that it reads; other flags would have no effect and are refused. The first
 # mode that is given counts. Without a mode, labs-gen answers one prompt as text.
 READS = {
@@ -114,11 +118,11 @@ READS = {
     "index": ["config", *KEYS],
     "explain": [*TALK, *TOOLS],
     "choose": [*TALK, "json"],
-    "chat": [*TALK[1:], "stream", "verbose", "schema"],
-    "json": [*TALK, *TOOLS, "verbose", "schema"],
+    "chat": [*TALK[1:], "stream", "verbose", *HELD],
+    "json": [*TALK, *TOOLS, "verbose", *HELD],
 }
 # Flags that exclude each other: at most one of each row may be given.
-RIVALS = ("prompt messages_json messages_file", "rooms check", "ray ordered")
+RIVALS = ("prompt messages_json messages_file", "rooms check", "ray ordered", " ".join(HELD))
 # The first flag of each row needs one of the flags after it.
 NEEDS = (
     *("output input", "ordered input", "batch_rows input replay", "ray input", *RAY_NEEDS),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the grammar that holds an answer with reasoning, text and calls, for llguidance.
 
-    text = labs_grammar.write(form, wanted, symbols)  # "%llguidance {} start: …"
+    grammar = labs_grammar.write(form, wanted, symbols)  # of "%llguidance {} start: …"
 
 symbols: turns a text into symbols of the grammar, see labs_typed.symbols. A grammar covers the
 whole answer: reasoning is free, then text is free up to a call, and calls are held and end the
-answer. Needs labs.py, labs_dialogue.py, labs_schema.py, labs_split.py and labs_values.py.
+answer. Needs labs.py, labs_dialogue.py, labs_keywords.py, labs_schema.py, labs_split.py,
+labs_structured.py and labs_values.py.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from msgspec import Struct
 
 import labs
 import labs_dialogue
+import labs_keywords
 import labs_schema
 import labs_values
 from labs_split import Form, Writing
+from labs_structured import HEAD as UNFORCED
+from labs_structured import Grammar
 
 # As json.dumps and chat templates write JSON; a small model may write white space endlessly.
 GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Any object. Its numbers are bounded too: Python cannot read 1e999.
-NUMBER = labs_schema.bounded({"type": "number"})
+NUMBER = labs_keywords.bounded({"type": "number"})
 ITEM = {"$ref": "#/$defs/any"}
 PLAINS = [{"type": "string"}, {"type": "boolean"}, {"type": "null"}, NUMBER]
 ANY = [*PLAINS, {"type": "array", "items": ITEM}, {"type": "object", "additionalProperties": ITEM}]
@@ -45,19 +49,19 @@ Symbols = Callable[[str], list[str]]
 class Wanted(Struct, frozen=True, kw_only=True):
     """What an answer has to be. tools: those that may be called. required: it has to be calls.
 
-    schema: of an answer that is text, as JSON; None leaves text free. inside: it begins in
-    reasoning. thinks: reasoning may begin before calls that it has to be.
+    schema: of an answer that is text, as JSON, or its grammar; None leaves text free. inside: it
+    begins in reasoning. thinks: reasoning may begin before calls that it has to be.
     """
 
     tools: tuple[labs_dialogue.Tool, ...] = ()
     required: bool = False
     parallel: bool = True
-    schema: dict[str, Any] | None = None
+    schema: dict[str, Any] | Grammar | None = None
     inside: bool = False
     thinks: bool = True
 
 
-def write(form: Form, wanted: Wanted, symbols: Symbols) -> str:
+def write(form: Form, wanted: Wanted, symbols: Symbols) -> Grammar:
     """Return the grammar of an answer. Raises InputError for a schema that it cannot hold."""
     writing = form.writing if wanted.tools else None
     thinking, rules = _thinking(form, wanted, symbols)
@@ -65,7 +69,7 @@ def write(form: Form, wanted: Wanted, symbols: Symbols) -> str:
     before = " ".join(symbols(writing.before)) if writing else ""
     if wanted.schema is not None and not wanted.required:
         choices.append(f"{before} answer")
-        rules += f"answer: {_json(wanted.schema, 'response_format')}\n"
+        rules += f"answer: {_held(wanted.schema)}\n"
     elif not wanted.required:
         choices.append(f"{before} {'OTHER' if writing and writing.anchored else 'TEXT'}")
         rules += _other(writing) if writing and writing.anchored else ""
@@ -74,7 +78,12 @@ def write(form: Form, wanted: Wanted, symbols: Symbols) -> str:
         lead, rule = _up_to("lead", writing.trigger, symbols) if free else ("", "")
         choices.append(f"{lead} calls")
         rules += rule + "".join(_calls(writing, wanted, symbols, after_trigger=free))
-    return f"{HEAD}start: {thinking} ({' | '.join(choices)})\n{rules}{RULES}"
+    head = UNFORCED if isinstance(wanted.schema, Grammar) else HEAD
+    text = f"{head}start: {thinking} ({' | '.join(choices)})\n{rules}{RULES}"
+    asked = ["tools"] if wanted.tools else []
+    if wanted.schema is not None:
+        asked.append(wanted.schema.what if isinstance(wanted.schema, Grammar) else "schema")
+    return Grammar(text, " and ".join(asked))
 
 
 def _thinking(form: Form, wanted: Wanted, symbols: Symbols) -> tuple[str, str]:
@@ -137,15 +146,20 @@ def _calls(
 def _schema_of(tool: labs_dialogue.Tool) -> dict[str, Any]:
     """Return the schema that holds the arguments of a tool."""
     _check(tool.schema, f"tools: {tool.function.name}")  # before anything recurses
-    return {"type": "object", **labs_schema.bounded(tool.schema)}
+    return {"type": "object", **labs_keywords.bounded(tool.schema)}
 
 
 def _check(schema: Any, what: str) -> Any:
     """Return a schema as plain JSON. Raises InputError when it exceeds a bound."""
     try:
-        return json.loads(labs_schema.check(schema))
+        return json.loads(labs_keywords.checked(schema))
     except labs_schema.SchemaError as error:
         raise labs.InputError(f"{what}: {error}") from error
+
+
+def _held(schema: dict[str, Any] | Grammar) -> str:
+    """Return a symbol for an answer that is text."""
+    return schema.inner if isinstance(schema, Grammar) else _json(schema, "response_format")
 
 
 def _json(schema: dict[str, Any], what: str) -> str:

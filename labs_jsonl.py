@@ -157,6 +157,7 @@ def _read_line(config: labs.Config, data: bytes, given: dict[str, Any], task: Ta
         "prompt": line.prompt,
         "messages": line.messages,
         "response_format": line.response_format,
+        "structured_outputs": line.structured_outputs,
         "tools": line.tools or None,
         "tool_choice": line.tool_choice,
         "parallel_tool_calls": line.parallel_tool_calls,

@@ -103,6 +103,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[tuple[labs.TokenId, ...], Meta(max_length=64)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    structured_outputs: labs_request.StructuredOutputs | None = None  # as in vLLM
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -152,7 +153,9 @@ class Hints(Struct, frozen=True):
     user: str | None = None
 
 
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # vLLM's older names
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(GUIDED, ()),
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -165,6 +168,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 REPLACED = {"functions": "tools", "function_call": "tool_choice"}
+REPLACED |= dict.fromkeys(GUIDED, "structured_outputs")
 NEUTRAL_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "function_call"), ()),
     "provider_specific_fields": ({},),
@@ -194,6 +198,7 @@ class Endpoint(labs_replies.Replies):
             n=body.n or 1,
             model=body.model,
             response_format=getattr(body, "response_format", None),
+            structured_outputs=body.structured_outputs,
             documents=getattr(body, "documents", False),
             within_context=True,
             words={"template_options": "chat_template_kwargs", "min_new_tokens": "min_tokens"},

@@ -22,10 +22,12 @@ import labs
 if TYPE_CHECKING:
     import labs_guard
     import labs_parts
+    import labs_structured
     import labs_typed
 
     Take = Callable[[labs.Event], list[labs_parts.Part]]
     Found = labs.Completion | labs_parts.Answer
+    Schema = dict[str, Any] | labs_structured.Grammar
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -37,7 +39,7 @@ class Wanted(Struct, frozen=True, kw_only=True):
     tools: tuple[Any, ...] = ()
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
-    schema: dict[str, Any] | None = None
+    schema: Schema | None = None
     thinks: bool = True
     named: tuple[str, ...] = ()
 
@@ -51,7 +53,7 @@ class Ready(Struct, frozen=True, eq=False):
     model: labs.Model
     inputs: labs.Inputs
     generation: labs.Generation
-    schema: dict[str, Any] | None = None
+    schema: Schema | None = None
     plan: Any = None
     echo: Any = None
 
@@ -132,9 +134,7 @@ def raw(model: labs.Model, wanted: Wanted) -> None:
     constraints(model, wanted.schema)
 
 
-def constraints(
-    model: labs.Model, schema: dict[str, Any] | None
-) -> tuple[labs_typed.Constraint, ...]:
+def constraints(model: labs.Model, schema: Schema | None) -> tuple[labs_typed.Constraint, ...]:
     """Return logits processors for a schema. Raises InputError if none can enforce it."""
     if schema is None:
         return ()

@@ -22,6 +22,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
@@ -35,6 +36,7 @@ from labs_asked import Refusal as Refusal
 from labs_asked import Request as Request
 from labs_asked import ResponseFormat as ResponseFormat
 from labs_asked import Source as Source
+from labs_asked import StructuredOutputs as StructuredOutputs
 from labs_asked import prompt_of as prompt_of
 from labs_asked import request_of as request_of
 from labs_asked import schema_of as schema_of
@@ -103,9 +105,44 @@ def check(context: Context, request: Request) -> Request:
     with in_words_of(request):
         generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)
+    held(request)
     if context.filters is not None and context.filters.filters(generation) and request.echo:
         raise labs.InputError("echo: not available while [guard] filters answers")
     return replace(request, prompts=prompts)
+
+
+def held(request: Request) -> Any:
+    """Return what the text of an answer has to follow: a JSON schema, a grammar, or None.
+
+    Raises InputError for a pattern, choice or grammar that labs_structured refuses.
+    """
+    wanted, schema = request.structured_outputs, schema_of(request.response_format)
+    if wanted is None:
+        return schema
+    if schema is not None:
+        raise labs.InputError("structured_outputs: response_format is given too; give one of them")
+    if wanted.json is not None:
+        return _schema(wanted.json)
+    labs.require("labs_structured")
+    import labs_structured
+
+    if wanted.regex is not None:
+        return labs_structured.regex(wanted.regex)
+    if wanted.choice is not None:
+        return labs_structured.choice(wanted.choice)
+    if wanted.grammar is not None:
+        return labs_structured.grammar(wanted.grammar)
+    return {"type": "object"}
+
+
+def _schema(schema: dict[str, Any] | str) -> dict[str, Any]:
+    """Return a schema that may be given as text."""
+    if isinstance(schema, dict):
+        return schema
+    try:
+        return msgspec.json.decode(schema, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise labs.InputError(f"structured_outputs: json is not a JSON schema: {error}") from error
 
 
 def _check_prompt(context: Context, prompt: Prompt) -> Prompt:
@@ -136,6 +173,7 @@ class Prepared(Struct, frozen=True, eq=False):
     sources: tuple[Source, ...] | None = None
     choice: Any = None  # labs_choose.Options, if the request has choices
     echoes: tuple[Any, ...] = ()  # of labs_score, one for each of the inputs if it asks for them
+    schema: Any = None  # what `held` returns
 
     def answers(self) -> Iterator[labs_ready.Ready]:
         """Yield each answer, `n` of them for each prompt."""
@@ -156,9 +194,9 @@ class Prepared(Struct, frozen=True, eq=False):
                 text = f"min_new_tokens = {least}: the prompt leaves {left} tokens of the context"
                 raise labs.InputError(text)
             changes["max_new_tokens"] = max(1, left)
-        generation, schema = replace(generation, **changes), schema_of(self.request.response_format)
+        generation = replace(generation, **changes)
         echo = self.echoes[place] if self.echoes else None
-        return labs_ready.Ready(self.model, inputs, generation, schema, plan, echo)
+        return labs_ready.Ready(self.model, inputs, generation, self.schema, plan, echo)
 
 
 def prepare(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
@@ -196,12 +234,13 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
         choice = labs_typed.read_options(model, inputs[0], request.choices)
         generation = choice.generation(generation.timeout_s)
         return Prepared(model, request, generation, inputs, (None,), sources, choice)
-    found = Prepared(model, request, generation, inputs, (), sources)
+    found = Prepared(model, request, generation, inputs, (), sources, schema=held(request))
     found = replace(found, echoes=_echoes(found)) if request.echo else found
     prompts = [filled(each, config) for each in request.prompts]
-    schema = schema_of(request.response_format)
-    if schema is not None and any(each.continue_final_message for each in prompts):
-        text = "continue_final_message: a schema holds a whole answer, not the rest of one"
+    if found.schema is not None and any(each.continue_final_message for each in prompts):
+        text = (
+            "continue_final_message: a schema or grammar holds whole answers, not the rest of one"
+        )
         raise labs.InputError(text)
     found = replace(found, plans=tuple(_plan(found, *each) for each in enumerate(prompts)))
     if generation.ignore_eos and any(found.ready(i, 0).held for i in range(len(inputs))):
@@ -239,7 +278,7 @@ def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:
         tools=prompt.tools,
         tool_choice=request.tool_choice,
         parallel_tool_calls=request.parallel_tool_calls,
-        schema=schema_of(request.response_format),
+        schema=prepared.schema,
         thinks=labs_dialogue.thinks(given),
         named=tuple(name for name, value in asks.items() if value is not None),
     )

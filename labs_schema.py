@@ -38,7 +38,9 @@ LARGEST = {"minItems": 500, "minProperties": 500, "minLength": 100_000}
 LARGEST |= dict.fromkeys(("maxItems", "maxProperties", "maxLength"), 2**31 - 1)
 NAMED = dict.fromkeys(("properties", "patternProperties", "dependentSchemas"), "named")
 ROLES = NAMED | dict.fromkeys(("$defs", "definitions"), "named")
-ROLES |= dict.fromkeys(("const", "enum", "default", "examples"), "data")
+ROLES |= dict.fromkeys(("const", "enum"), "data")
+ROLES |= dict.fromkeys(("default", "examples", "example"), "note")  # no answer depends on it
+FAR = {"maximum": 1, "exclusiveMaximum": 1, "minimum": -1, "exclusiveMinimum": -1}
 REFUSED = {
     "contentEncoding": "llguidance ignores it",
     "x-guidance": "it changes the meaning of other keywords",
@@ -85,20 +87,28 @@ def check(schema: Any) -> str:
 
 
 def _inner(value: Any, place: Place, role: str) -> list[tuple[Any, str, str]]:
-    """Return a part's values, each with name and role: "schema", "named" (schemas) or "data"."""
+    """Return a part's values, each with name and role: schema, named (schemas), data or note."""
     if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
             raise _refused(place, "has a name that is not a string")
         known = ROLES if role == "schema" else {}
-        other = "data" if role == "data" else "schema"
+        other = role if role in ("data", "note") else "schema"
         return [(each, name, known.get(name, other)) for name, each in value.items()]
     if isinstance(value, list | tuple):
         return [(each, str(number), role) for number, each in enumerate(value)]
-    if isinstance(value, int | float) and not abs(value) <= LARGEST_INTEGER:  # nan is neither
+    if isinstance(value, int | float) and not _is_in_reach(value, place, role):
         raise _refused(place, f"is beyond ±{LARGEST_INTEGER}")
     if value is not None and not isinstance(value, str | int | float):
         raise _refused(place, f"is of the type {type(value).__name__}, which is not JSON")
     return []
+
+
+def _is_in_reach(value: float, place: Place, role: str) -> bool:
+    """Return whether all readers agree on a number, or it bounds nothing that they could read."""
+    if abs(value) <= LARGEST_INTEGER:  # nan is not
+        return True
+    far = FAR.get(place[1], 0) if place and role == "schema" else 0
+    return abs(value) < float("inf") and (role == "note" or value * far > 0)
 
 
 def _check_keywords(schema: dict[str, Any], place: Place) -> None:
@@ -120,11 +130,11 @@ def _check_keywords(schema: dict[str, Any], place: Place) -> None:
     named = schema.get("patternProperties")
     for pattern in (schema.get("pattern"), *(named if isinstance(named, dict) else ())):
         if isinstance(pattern, str):
-            size = min(_written_out(pattern), 10**9)
+            size = min(written_out(pattern), 10**9)
             _bound(MAX_WRITTEN_OUT, size, (place, "pattern"), "characters with repetitions")
 
 
-def _written_out(pattern: str) -> int:
+def written_out(pattern: str) -> int:
     """Return the approximate length of a pattern with its repetitions expanded: (ab){9} has 18."""
     open_groups, last = [0], 0  # last: length of the piece that a repetition would repeat
     for found in PIECE.finditer(pattern):
@@ -185,24 +195,6 @@ def _refused(place: Place, what: str) -> SchemaError:
     return SchemaError(f"{path if len(path) <= 200 else f'{path[:199]}…'} {what}")
 
 
-def bounded(schema: Any) -> Any:
-    """Forbid fields that an object does not declare, and bound all numbers.
-
-    Decoding would drop undeclared fields, and a small model may write digits endlessly.
-    """
-    if isinstance(schema, list):
-        return [bounded(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    bounds: dict[str, Any] = {}
-    if isinstance(schema.get("properties"), dict):
-        bounds["additionalProperties"] = False
-    if schema.get("type") in ("integer", "number"):
-        bounds |= {} if "exclusiveMinimum" in schema else {"minimum": -LARGEST_INTEGER}
-        bounds |= {} if "exclusiveMaximum" in schema else {"maximum": LARGEST_INTEGER}
-    return {**bounds, **{key: bounded(value) for key, value in schema.items()}}
-
-
 # ---------------------------------------------------------------- compiling it
 
 
@@ -233,7 +225,7 @@ def error_of(matcher: Any) -> str:
 def _cut(text: str) -> str:
     line = " ".join(text.removesuffix("<non-verbose/>").split())
     if line.isidentifier():  # llguidance's code for a parser that cannot continue
-        return f"no JSON satisfies it ({line})"
+        return f"no answer satisfies it ({line})"
     return line if len(line) <= 300 else f"{line[:299]}…"
 
 

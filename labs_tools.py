@@ -63,7 +63,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     tools: tuple[Any, ...] = ()
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
-    schema: dict[str, Any] | None = None
+    schema: Any = None  # a JSON schema, or a labs_structured.Grammar
     thinks: bool = True
 
 
@@ -76,7 +76,7 @@ class Plan(Struct, frozen=True, eq=False):
     given: labs.Generation
     form: labs_split.Form
     tools: tuple[labs_dialogue.Tool, ...]  # that may be called
-    grammar: Any = None  # its text, or a schema; None holds nothing
+    grammar: Any = None  # a labs_structured.Grammar, or a schema; None holds nothing
     banned: int | None = None  # the token that begins a call, where none may come
 
     def processors(self) -> tuple[Any, ...]:
@@ -170,7 +170,7 @@ def _tools(asked: Asked) -> tuple[tuple[labs_dialogue.Tool, ...], tuple[labs_dia
 
 
 def _grammar(found: Plan, asked: Asked) -> Any:
-    """Return what holds the answer: the text of a grammar, a schema, or None."""
+    """Return what holds the answer: a grammar, a schema, or None."""
     tools, choice = found.tools, asked.tool_choice
     if not tools and not found.form.reasoning:
         return asked.schema
@@ -180,7 +180,7 @@ def _grammar(found: Plan, asked: Asked) -> Any:
         "tool_choice": choice != "auto" and bool(tools),
         "parallel_tool_calls": not asked.parallel_tool_calls,
         "strict": any(tool.function.strict for tool in tools),
-        "response_format": asked.schema is not None,
+        getattr(asked.schema, "what", "response_format"): asked.schema is not None,
     }
     wanted = next((name for name, value in demands.items() if value), None)
     if importlib.util.find_spec("llguidance") is None:

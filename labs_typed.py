@@ -4,13 +4,14 @@
     city = labs_typed.generate_as(model, inputs, City)              # a msgspec struct, or any type
     labs_typed.choose(model, inputs, ["yes", "no"])                 # {"yes": 0.97, "no": 0.03}
     only = labs_typed.Constraint(model, schema)                     # JSON schema, as a dict
+    only = labs_typed.Constraint(model, labs_structured.regex("[0-9]+"))  # or choice, or grammar
     labs.generate(model, inputs, processors=[only])                 # one Constraint for each answer
 
 Before each token, llguidance (pip install llguidance) computes the tokens that the schema allows,
 and the row samples among those. A schema that llguidance does not support is refused, and the
 error names the keyword. Schemas come from untrusted clients and llguidance is native code, so each
 schema is first measured, then compiled in a separate process, and only then compiled here. Needs
-labs.py and labs_schema.py; choices need labs_choose.py.
+labs.py, labs_keywords.py, labs_schema.py and labs_structured.py; `choose` needs labs_choose.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 import labs
+import labs_keywords
 import labs_schema
+import labs_structured
+from labs_structured import Grammar
 
 if TYPE_CHECKING:
     import labs_choose
@@ -66,7 +70,7 @@ def generate_as(
     schema or llguidance does not support its schema.
     """
     try:
-        schema = labs_schema.bounded(msgspec.json.schema(kind))
+        schema = labs_keywords.bounded(msgspec.json.schema(kind))
     except TypeError as error:
         raise labs.InputError(f"{kind}: {error}") from error
     only = Constraint(model, schema)
@@ -80,20 +84,30 @@ def generate_as(
 
 
 class Constraint:
-    """Restricts one answer to JSON that matches a schema; a processor as in labs_decode.Sampling.
+    """Restricts one answer to JSON that matches a schema, or to the texts of a grammar.
 
-    schema: or a grammar of labs_grammar, as text. Raises InputError, which names the unsupported
+    It is a processor as in labs_decode.Sampling. Raises InputError, which names the unsupported
     keyword or the exceeded bound, and its place.
     """
 
-    def __init__(self, model: labs.Model, schema: dict[str, Any] | str) -> None:
-        self._what = "tools" if isinstance(schema, str) else "schema"
+    def __init__(self, model: labs.Model, schema: dict[str, Any] | Grammar) -> None:
+        self._what = schema.what if isinstance(schema, Grammar) else "schema"
         try:
-            self._schema = schema if isinstance(schema, str) else labs_schema.check(schema)
+            held = schema.text if isinstance(schema, Grammar) else labs_keywords.checked(schema)
         except labs_schema.SchemaError as error:
             raise labs.InputError(f"schema: {error}") from error
+        self._schema = held
         self._grammars = _grammars_of(model)
-        self._matcher = self._grammars.matcher(self._schema, self._what)
+        try:
+            self._matcher = self._grammars.matcher(held, self._what)
+        except labs.InputError as error:
+            names = [] if isinstance(schema, Grammar) else labs_keywords.replaced(schema, held)
+            if not names:
+                raise
+            reason = str(error).removeprefix("schema: ")
+            raise labs.InputError(
+                f"schema: {', '.join(names)} cannot be followed: {reason}"
+            ) from error
         self._made_at = -SPACING
         self._start: int | None = None
         self._read: list[int] = []
@@ -166,6 +180,8 @@ class _Grammars:
         except ValueError as error:
             raise labs.InputError(f"llguidance cannot use this tokenizer: {error}") from error
         self._ends = list(model.eos_token_ids)
+        texts = self._special(model).keys()
+        self._marks = {*texts, *(json.dumps(each)[1:-1] for each in texts)}
         self._lock = threading.Lock()
         self._made: Any = cachetools.LRUCache(KEPT_BYTES, getsizeof=_bytes_of)
         self._tried: Any = cachetools.LRUCache(MAX_TRIED)
@@ -183,12 +199,15 @@ class _Grammars:
         if mine:
             self._make(key, schema, made)
         if isinstance(found := made.result(), str):
-            raise labs.InputError(f"{what}: {found}")
+            raise labs.InputError(f"{what}: {labs_structured.plain(found)}")
         return found.deep_copy()
 
-    def symbols(self, model: labs.Model, text: str) -> list[str]:
+    def _special(self, model: labs.Model) -> dict[str, int]:
         added = {str(token): i for i, token in model.tokenizer.added_tokens_decoder.items()}
-        special = {each: i for each, i in added.items() if self._tokenizer.is_special_token(i)}
+        return {each: i for each, i in added.items() if self._tokenizer.is_special_token(i)}
+
+    def symbols(self, model: labs.Model, text: str) -> list[str]:
+        special = self._special(model)
         found = [each for each in special if each in text]
         parts = re.split(f"({'|'.join(map(re.escape, sorted(found, key=len)[::-1]))})", text)
         parts = parts if found else [text]
@@ -233,15 +252,27 @@ class _Grammars:
                 raise labs.GenerationError(f"the schema's trial could not run: {error}") from error
             if wrong:
                 return wrong
-        found = labs_schema.compiled(self._library, self._tokenizer, schema)
+        found = labs_schema.compiled(self._library, self._tokenizer, self._unforced(schema))
         if isinstance(found, str):
             return found
         first = self.allowed(found, self._vocabulary)
         if found.is_error() or not first.any():
-            return labs_schema.error_of(found) or "this model's tokens can write no JSON for it"
+            return labs_schema.error_of(found) or "this model's tokens can write no answer for it"
         with self._lock:
             self._tried[key] = True
         return found
+
+    def _unforced(self, schema: str) -> str:
+        """Return a grammar of the same answers which forces no text, if that of a token is in it.
+
+        See labs_structured.HEAD.
+        """
+        if not any(each in schema for each in self._marks):
+            return schema
+        if schema.startswith(labs_schema.GRAMMAR):
+            return labs_structured.HEAD + schema.partition("\n")[2]
+        compact = {**json.loads(schema), "x-guidance": {"whitespace_flexible": False}}
+        return f"{labs_structured.HEAD}start: %json {json.dumps(compact)}\n"
 
 
 def _bytes_of(made: Future[Any]) -> int:

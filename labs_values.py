@@ -194,7 +194,7 @@ def _is_held(leaf: dict[str, Any], kind: str) -> bool:
 
 
 def _is_wide(leaf: dict[str, Any]) -> bool:
-    """Return whether an integer's bounds are only those that labs_schema.bounded gives to all."""
+    """Return whether an integer's bounds are only those that labs_keywords.bounded gives to all."""
     most = labs_schema.LARGEST_INTEGER
     return (leaf.get("minimum"), leaf.get("maximum")) == (-most, most)
 

@@ -5,8 +5,10 @@
     uv run --extra bench python -m bench single many context ...      labs over a peer, by parts
     uv run --extra bench python -m bench --gpu-report [1B 8B 0.6B]    random weights on a GPU
     uv run --extra bench python -m bench --models [llama bert ...]    how types of models run
+    uv run --extra bench python -m bench --schemas FOLDER [answers]   schemas of JSONSchemaBench
 
-The last one, without types, tries all that transformers knows and writes docs/models.md.
+--models without types tries all that transformers knows and writes docs/models.md. FOLDER is
+maskbench/data of github.com/guidance-ai/jsonschemabench.
 The table is also written to bench.json and docs/bench.svg. Its neighbours are transformers'
 generate and continuous batching, `transformers serve`, llama-cpp-python (where it is installed) and
 labs, in process and over HTTP. They are asked in turn, because machines drift and the ratios of one
@@ -35,6 +37,10 @@ def main() -> None:
             table.gpu_report(*shapes)
         case ["--models", *kinds]:
             models.models(*kinds)
+        case ["--schemas", folder, *answers] if answers in ([], ["answers"]):
+            from bench import schemas  # needs llguidance and jsonschema
+
+            schemas.schemas(folder, *answers)
         case names if unknown := set(names) - PARTS.keys():
             raise SystemExit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
         case names:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Untrusted input against native code: schemas, chat templates and SQLite's full-text search.
+"""Untrusted input against native code: schemas, grammars, chat templates and SQLite's search.
 
-Cases are made from seeds. Schemas run in separate processes, because a fault ends a process:
-`python tests/test_fuzz.py trial SEED` shows one. `pytest -m long tests/test_fuzz.py` runs the many.
+Cases are made from seeds. Schemas and grammars run in separate processes, because a fault ends a
+process: `python tests/test_fuzz.py trial SCHEMA SEED` shows one, as does GRAMMAR.
+`pytest -m long tests/test_fuzz.py` runs the many.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +27,9 @@ from typing import Any
 import pytest
 
 import labs
+import labs_keywords
 import labs_schema
+import labs_structured
 
 FEW = int(os.environ.get("LABS_FUZZ", "250"))
 MANY = int(os.environ.get("LABS_FUZZ_LONG", "200000"))
@@ -141,13 +145,90 @@ def large(chance: random.Random, inner: dict[str, Any]) -> dict[str, Any]:
     return {"allOf": [{"type": "integer", "multipleOf": p} for p in primes]}
 
 
+# ---------------------------------------------------------------- patterns, choices, grammars
+
+# fmt: off
+NAMES = ["start", "start", "a", "a", "b", "c", "?b", "_c", "A", "A", "B", "_C", "A-B", "INT", "d"]
+MARKED = ['"', "'", "/", "<", ">", "<end>", "<[256]>", "<[*]>", "@a", "::", "::=", "=", "%", "é"]
+MARKED += ["%lark {", "%json", "%regex {}", "%llguidance {}", "%declare A", "->", "~", "&", "|"]
+MARKED += ["\n", "\r", "#", "// <end>", "{", "}", "{2,1}", "{99999}", "{0}", "[lazy]", "[stop=a]"]
+MARKED += ["~0..3", "%if", "\\", "start: ", "%ignore", "%json {}"]
+COMMON = ["INT", "(INT, WS)", "NOPE", "NUMBER -> A", "ESCAPED_STRING", "WS", "_EXP", "C_COMMENT"]
+# fmt: on
+
+
+def mild(chance: random.Random) -> str:
+    """Return a pattern that is seldom refused before it is compiled."""
+    found = pattern(chance)
+    if chance.random() < 0.8:
+        found = re.sub(r"[\^$/\0]|\\[bBAzk1](<x>)?|\(\?[=!<][^)]*\)|\(\?x\) a #", "", found) or "a"
+        found = re.sub(r"([*+?}])\+", r"\1", found).rstrip("\\") or "b"
+    return found
+
+
+def symbol(chance: random.Random, depth: int) -> str:
+    kind = chance.randrange(14 if depth < 4 else 9)
+    if kind < 3:
+        return chance.choice(NAMES[:9])
+    if kind < 5:
+        return f'"{chance.choice([*"ab1+({ ", "<end>", "é", "é😀", "x" * 40, ""])}"'
+    if kind < 7:
+        return f"/{mild(chance).replace('/', '')}/{chance.choice([*[''] * 9, 'i', 's', 'x'])}"
+    if kind < 8:
+        return chance.choice(MARKED) if chance.random() < 0.2 else '"a".."z"'
+    if kind < 9:
+        return f"%json {json.dumps(schema(chance, 4))}"
+    first, last = chance.choice(["()", "()", "[]"])
+    return f"{first}{expansion(chance, depth + 1)}{last}"
+
+
+def expansion(chance: random.Random, depth: int = 0) -> str:
+    joined = [" ", " ", " ", " | ", "\n | ", " & ", " & ~"]
+    found = symbol(chance, depth)
+    for _ in range(chance.choice([0, 0, 1, 1, 2, 3])):
+        found += chance.choice(TIMES[:6] if chance.random() < 0.9 else TIMES)
+        found += chance.choice(joined[:5] if chance.random() < 0.95 else joined)
+        found += symbol(chance, depth)
+    return found
+
+
+def lark(chance: random.Random) -> str:
+    """Make a grammar that is likely to be wrong, too large or of no text in one of many ways."""
+    names = {"start", *(NAMES[2:10] if chance.random() < 0.7 else chance.choices(NAMES, k=2))}
+    lines = [f"{name}: {expansion(chance)}" for name in sorted(names)]
+    lines += [f"%ignore {symbol(chance, 4)}"] * (chance.random() < 0.2)
+    lines += [f"%import common.{chance.choice(COMMON)}"] * (chance.random() < 0.2)
+    lines += [f"{chance.choice(NAMES)}{chance.choice(MARKED)}"] * (chance.random() < 0.1)
+    found = "\n".join(chance.sample(lines, len(lines)))
+    if chance.random() < 0.1:  # a piece of it somewhere else
+        at, to = sorted(chance.choices(range(len(found) + 1), k=2))
+        found = found[:at] + chance.choice(MARKED) + found[to:] + found[at:to]
+    return found
+
+
+def grammar(chance: random.Random) -> labs_structured.Grammar:
+    """Return a random pattern, choice or grammar. Raises InputError for what is refused."""
+    if (kind := chance.randrange(6)) < 2:
+        return labs_structured.regex(mild(chance))
+    if kind == 2:
+        texts = chance.sample([*TEXTS, *MARKS, *ATOMS], chance.choice([1, 2, 9, 50]))
+        return labs_structured.choice([each for each in texts if chance.random() < 0.1 or each])
+    return labs_structured.grammar(lark(chance))
+
+
 # ---------------------------------------------------------------- processes
 
 
-def try_schema(seed: int, survived: bool) -> str:
-    """Return "measured" (refused by check), "wrong", "panic" or "fit".
+def text_of(kind: str, seed: int) -> str:
+    """Return a random case as it is compiled, a schema or a grammar."""
+    chance = random.Random(seed)
+    return labs_keywords.checked(schema(chance)) if kind == "schema" else grammar(chance).text
 
-    survived: the schema survived a trial, so it is compiled without the limit of CPU time.
+
+def try_case(kind: str, seed: int, survived: bool) -> str:
+    """Return "measured" (refused without compiling it), "wrong", "panic" or "fit".
+
+    survived: the case survived a trial, so it is compiled without the limit of CPU time.
     """
     import resource
 
@@ -156,31 +237,31 @@ def try_schema(seed: int, survived: bool) -> str:
         most = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 1 + labs_schema.TRIAL_CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
     try:
-        text = labs_schema.check(schema(random.Random(seed)))
-    except labs_schema.SchemaError:
+        text = text_of(kind, seed)
+    except (labs_schema.SchemaError, labs.InputError):
         return "measured"
     fault = labs_schema.steps(library, text, seed if survived else 0)
     return ("panic" if "Panic" in fault else "wrong") if fault else "fit"
 
 
-def main(kind: str, *seeds: str) -> None:
+def main(stage: str, kind: str, *seeds: str) -> None:
     """Try these seeds or those on stdin; print each before its trial and its verdict after it."""
 
     def work() -> None:
         for seed in map(int, seeds or sys.stdin.read().split()):
             print(seed, end=" ", flush=True)
-            print(try_schema(seed, kind == "survived"), flush=True)
+            print(try_case(kind, seed, stage == "survived"), flush=True)
 
-    threading.stack_size(labs_schema.TRIAL_STACK if kind == "trial" else 2**23)
+    threading.stack_size(labs_schema.TRIAL_STACK if stage == "trial" else 2**23)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
 
 
-def verdicts(kind: str, seeds: list[int]) -> dict[int, str]:
+def verdicts(stage: str, kind: str, seeds: list[int]) -> dict[int, str]:
     """Return the verdict of each seed from processes that may die: "died" is a verdict too."""
     found: dict[int, str] = {}
-    command = [sys.executable, __file__, kind]
+    command = [sys.executable, __file__, stage, kind]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     while seeds:
         numbers = " ".join(map(str, seeds))
@@ -188,7 +269,7 @@ def verdicts(kind: str, seeds: list[int]) -> dict[int, str]:
         lines = [line.split() for line in done.stdout.splitlines()]
         found |= {int(seed): (rest or [f"died {done.returncode}"])[0] for seed, *rest in lines}
         if seeds[0] not in found:
-            raise RuntimeError(f"no work at {kind} was done: {done.returncode}")
+            raise RuntimeError(f"no work at {stage} was done: {done.returncode}")
         seeds = [seed for seed in seeds if seed not in found]
     return found
 
@@ -201,10 +282,11 @@ def some(many: int) -> Any:
 
 
 @some(MANY)
-def test_a_server_survives_each_schema_that_a_trial_survives(seeds: range) -> None:
-    tried = verdicts("trial", [*seeds])
+@pytest.mark.parametrize("kind", ["schema", "grammar"])
+def test_a_server_survives_each_case_that_a_trial_survives(kind: str, seeds: range) -> None:
+    tried = verdicts("trial", kind, [*seeds])
     fit = [seed for seed, verdict in tried.items() if verdict in ("fit", "wrong")]
-    served = verdicts("survived", fit)
+    served = verdicts("survived", kind, fit)
     assert {*served.values()} <= {"fit", "wrong"}, served
     kinds = Counter(tried.values())
     assert min(kinds[kind] for kind in ("measured", "wrong", "fit")) > len(seeds) // 20

@@ -68,6 +68,11 @@ def flags_of(asked: Asked) -> list[str]:
             schema = value.get("json_schema", {"schema": {"type": "object"}})["schema"]
             Path("schema.json").write_text(json.dumps(schema), encoding="utf-8")
             words += ["--schema", "schema.json"]
+        elif name == "structured_outputs":
+            Path("form.lark").write_text(value.get("grammar", ""), encoding="utf-8")
+            words += ["--regex", value["regex"]] if "regex" in value else []
+            words += [word for each in value.get("choice", ()) for word in ("--one-of", each)]
+            words += ["--grammar", "form.lark"] if "grammar" in value else []
         elif name == "tools":
             Path("tools.json").write_text(json.dumps(value), encoding="utf-8")
             words += ["--tools", "tools.json"]
@@ -157,6 +162,7 @@ WAYS: dict[str, Way] = {
     "raw": lambda world, asked: outcome_of(world.post(COMPLETIONS, raw_of(asked))),
 }
 OWN = ("shell", "shell as JSON", "line", "HTTP")
+HOLDS = ("shell", "shell as JSON", "line", "HTTP", "chat line", "chat")
 CHATS, ITEMS, RAW = ("chat line", "chat"), ("items line", "items"), ("raw line", "raw")
 
 
@@ -186,6 +192,10 @@ def refused(asked: Asked, error: str, toml: str = "", **rest: Any) -> Feature:
 
 def typed(schema: Any) -> Asked:
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+
+def held(**outputs: Any) -> Asked:
+    return {"structured_outputs": outputs}
 
 
 def talk(text: str) -> Asked:
@@ -229,7 +239,28 @@ FEATURES = {
     "no documents": answered({}, toml=f"{DOCS}\ndefault = false", same_as={"prompt": "hi"}),
     "a schema": answered(typed({"enum": ["red", "green"]}), '"(red|green)"'),
     "an object": answered({"response_format": {"type": "json_object"}}, r"(?s)\{.*"),
-    "a schema that is not supported": refused(typed({"not": {}}), ".*not.*"),
+    "a schema that is not supported": refused(typed({"not": {"minimum": 1}}), ".*not.*"),
+    "a pattern": answered(held(regex="^(red|gr[ae]y)$"), "red|gr[ae]y", ways=HOLDS),
+    "a choice": answered(held(choice=["red", "redder"]), "red|redder", ways=HOLDS),
+    "a grammar": answered(held(grammar='start: "a"{2,4} "b"?'), "a{2,4}b?", ways=HOLDS),
+    "a raw pattern": answered({**held(regex="[ab]{3}"), **PLAIN}, "[ab]{3}", ways=(*OWN, *RAW)),
+    "a pattern that is not supported": refused(held(regex="(?=a)b"), "regex: .*", ways=HOLDS),
+    "a pattern that is none": refused(held(regex="(a"), "regex: unclosed group", ways=HOLDS),
+    "a choice of one text twice": refused(held(choice=["a", "a"]), "choice: .*", ways=HOLDS),
+    "a grammar of control tokens": refused(
+        held(grammar="start: <end>"), "grammar: line 1: .*special tokens.*", ways=HOLDS
+    ),
+    "a schema as an output": answered(held(json={"enum": ["red"]}), '"red"', ways=HOLDS[2:]),
+    "a schema as text": answered(held(json='{"enum": ["red"]}'), '"red"', ways=HOLDS[2:]),
+    "an object as an output": answered(held(json_object=True), r"(?s)\{.*", ways=HOLDS[2:]),
+    "two outputs": refused(held(regex="a", choice=["a"]), ".*exactly one of.*", ways=HOLDS[2:]),
+    "no output": refused(held(json_object=False), ".*exactly one of.*", ways=HOLDS[2:]),
+    "an unknown output": refused(
+        held(regex="a", whitespace_pattern=" "), ".*whitespace_pattern.*", ways=HOLDS[2:]
+    ),
+    "a pattern and a schema": refused(
+        {**held(regex="a"), **typed({})}, "structured_outputs: response_format .*", ways=HOLDS[2:]
+    ),
     "no template": answered(PLAIN, ways=(*OWN, *RAW)),
     "no beginning of an answer": answered(OPEN, ways=OWN),
     "configured toggles": answered({}, toml=NOT_OPEN, same_as={"prompt": "hi", **OPEN}),
@@ -301,6 +332,7 @@ OWN_WORDS += (
     "options that the template does not read",
     "a schema that is not supported",
 )
+OWN_WORDS += ("two outputs", "no output", "an unknown output")
 
 
 @pytest.fixture

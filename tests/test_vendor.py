@@ -34,7 +34,7 @@ def files(*rooms: str) -> list[str]:
     return sorted([*core, *(f"labs_{room}.py" for room in rooms)])
 
 
-CORE, TYPED = files(), files("schema", "typed")
+CORE, TYPED = files(), files("schema", "keywords", "structured", "typed")
 MODELS = ("engine", "models", "patterns", "turns")
 REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
@@ -195,7 +195,7 @@ def test_copying_again_writes_nothing_and_reads_no_configuration():
     assert (done.stdout, done.exit_code) == ("".join(f"{name}: missing\n" for name in CORE), 1)
     assert not Path("copy").exists()
     done = invoke("--vendor", "copy", "--rooms", "typed, guard")
-    assert (done.stderr, done.exit_code) == ("[9 files written]\n", 0)
+    assert (done.stderr, done.exit_code) == ("[11 files written]\n", 0)
     before = contents()
     done = invoke("--vendor", "copy", "--rooms", "typed")
     assert (done.stderr, done.exit_code) == ("[0 files written]\n", 0)
@@ -212,7 +212,7 @@ def test_a_newer_labs_updates_the_copies_and_leaves_other_files(newer):
     states = labs_vendor.check("copy")
     assert states.pop("labs_more.py") == "missing"
     assert {*states.values()} == {"outdated (copied from labs 0.1.0; labs 0.2.0 differs)"}
-    assert labs_vendor.vendor("copy") == 7
+    assert labs_vendor.vendor("copy") == 9
     assert {*labs_vendor.check("copy").values()} == {"same"}
     assert "import labs_more" in Path("copy/labs_typed.py").read_text()
     assert names() == sorted(["app.py", *TYPED, "labs_more.py", "labs_of_mine.py"])
