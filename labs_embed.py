@@ -5,8 +5,8 @@
     vectors = encoder.encode(["How is it installed?"])  # [texts, width]
 
 The model is loaded at the first text. On a CPU it computes in float32 unless torch_dtype says
-otherwise, elsewhere in the dtype of its files. Needs labs.py, labs_apart.py, labs_padded.py and
-labs_pooling.py; torch and transformers.
+otherwise, elsewhere in the dtype of its files. Needs labs.py, labs_apart.py, labs_padded.py,
+labs_pooling.py and labs_recipe.py; torch and transformers.
 """
 
 from __future__ import annotations
@@ -16,69 +16,12 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from msgspec import Struct
-
 import labs
 import labs_apart
 import labs_padded
 import labs_pooling
+import labs_recipe
 from labs_padded import Row as Row
-
-Stop = Callable[[], Any]
-CPU_TOKENS, GPU_TOKENS = 2048, 2**16  # of a call, with padding: more is slower, or memory
-
-
-class Loaded(Struct, frozen=True, eq=False):
-    """A loaded embedding model. layers: what follows the pooling, as functions of vectors."""
-
-    model: Any
-    reader: labs_padded.Reader
-    recipe: labs_pooling.Recipe
-    layers: list[Any]
-
-    @property
-    def width(self) -> int:
-        """The dimensions of the vectors before they are cut."""
-        widths = [each.out_features for each in self.layers if hasattr(each, "out_features")]
-        hidden = self.model.config.get_text_config().hidden_size * len(self.recipe.modes)
-        return int(widths[-1] if widths else hidden)
-
-    def dimensions(self, asked: int | None) -> int:
-        """Return how many dimensions vectors get. Raises InputError for others than trained ones.
-
-        A model's files state these as matryoshka_dimensions, is_matryoshka or truncate_dim.
-        """
-        width, config = self.width, self.model.config
-        if asked is None:
-            return min(self.recipe.dimensions or width, width)
-        known = {width, *(getattr(config, "matryoshka_dimensions", None) or ())}
-        known |= {self.recipe.dimensions} if self.recipe.dimensions else set()
-        free = getattr(config, "is_matryoshka", False) and len(known) == 1
-        if asked in known or (free and 1 <= asked <= width):
-            return asked
-        choice = ", ".join(map(str, sorted(known))) if not free else f"1 to {width}"
-        text = f"dimensions: the vectors of this model can have {choice} dimensions, not {asked}"
-        raise labs.InputError(text)
-
-
-def dtype_of(spec: labs.ModelSpec) -> str:
-    """Return the dtype of an embedding model or a cross-encoder for from_pretrained."""
-    _, device, dtype = labs.device_of(spec)
-    if spec.torch_dtype == "auto":
-        return "float32" if device == "cpu" else "auto"
-    return labs.TORCH_DTYPES[dtype]
-
-
-def place_of(spec: labs.ModelSpec) -> tuple[str, dict[str, Any], Any]:
-    """Return (source for from_pretrained, its options, the device). Raises ModelError."""
-    if spec.model_name.endswith(".gguf"):
-        raise labs.ModelError(f"{spec.model_name}: GGUF files of this kind of model are not read")
-    if spec.quantization != labs.Quantization():
-        raise labs.ModelError(f"{spec.model_name}: quantization is for models of kind text only")
-    wanted = spec.device_map
-    kind = labs.device_of(spec)[1]
-    source, options, _ = labs.locate(spec, "fp32")
-    return source, options, wanted if wanted.startswith(f"{kind}:") else kind
 
 
 class Encoder:
@@ -104,32 +47,32 @@ class Encoder:
         return sum(int(weight.nbytes) for each in weights for weight in each)
 
     @functools.cached_property
-    def _files(self) -> tuple[str, dict[str, Any], Any, labs_pooling.Recipe]:
-        source, options, device = place_of(self.spec)
-        return source, options, device, labs_pooling.read(source, options)
+    def _files(self) -> tuple[labs_recipe.Files, dict[str, Any], Any, labs_recipe.Recipe]:
+        source, options, device = labs_padded.place_of(self.spec)
+        files = labs_recipe.Files(source, options)
+        return files, options, device, labs_recipe.read(files)
 
     @property
-    def recipe(self) -> labs_pooling.Recipe:
+    def recipe(self) -> labs_recipe.Recipe:
         """What the model's files ask, read without its weights. Raises ModelError."""
         with self._lock:
             return self._files[3]
 
     @functools.cached_property
-    def _loaded(self) -> Loaded:
+    def _loaded(self) -> labs_pooling.Loaded:
         """The loaded model; the caller holds the lock."""
         pickles = not self.spec.use_safetensors
         with labs.loading():
-            source, options, device, recipe = self._files
-            tokenizer = labs.pretrained("AutoTokenizer", source, options)
-            weights = {"use_safetensors": None if pickles else True, "dtype": dtype_of(self.spec)}
-            model = labs.pretrained("AutoModel", source, options | weights).eval().to(device)
-            files = labs_pooling.Files(source, options)
+            files, options, device, recipe = self._files
+            tokenizer = labs.pretrained("AutoTokenizer", files.source, options)
+            options |= labs_padded.weights_of(self.spec)
+            model = labs.pretrained("AutoModel", files.source, options).eval().to(device)
             layers = labs_pooling.layers(recipe, files, device, pickles=pickles)
             limit = labs_padded.limit_of(model, tokenizer, recipe.max_tokens)
             reader = labs_padded.Reader(tokenizer, limit, lower=recipe.lower)
-            return Loaded(model, reader, recipe, layers)
+            return labs_pooling.Loaded(model, reader, recipe, layers)
 
-    def load(self) -> Loaded:
+    def load(self) -> labs_pooling.Loaded:
         """Load the model unless it is loaded. Raises ModelError."""
         with self._lock:
             return self._loaded
@@ -153,7 +96,11 @@ class Encoder:
         return [row._replace(skip=len(alone.ids) - ends) for row in rows]
 
     def vectors(
-        self, rows: Sequence[Row], *, dimensions: int | None = None, stop: Stop = lambda: None
+        self,
+        rows: Sequence[Row],
+        *,
+        dimensions: int | None = None,
+        stop: labs_pooling.Stop = lambda: None,
     ) -> Any:
         """Return the vectors [rows, width] of tokens in float32 on the CPU.
 
@@ -161,7 +108,7 @@ class Encoder:
         """
         loaded = self.load()
         wanted = loaded.dimensions(dimensions)
-        return labs_apart.run(_vectors, loaded, rows, wanted, stop)
+        return labs_apart.run(labs_pooling.vectors, loaded, rows, wanted, stop)
 
     def encode(
         self,
@@ -201,29 +148,3 @@ class Encoder:
             _, keys, matrix = self._searched
         best = labs_apart.run(lambda: (matrix @ vector).topk(min(k, len(keys))).indices)
         return [keys[place] for place in best.tolist()]
-
-
-def _vectors(loaded: Loaded, rows: Sequence[Row], dimensions: int, stop: Stop) -> Any:
-    import torch
-
-    device, pad = loaded.model.device, loaded.reader.tokenizer.pad_token_id or 0
-    most = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    found = torch.empty(len(rows), dimensions)
-    for places in labs_padded.batches([len(row.ids) for row in rows], most):
-        stop()
-        part = [rows[place] for place in places]
-        with torch.inference_mode():
-            words = labs_padded.padded(part, device, pad)
-            states = loaded.model(**words).last_hidden_state
-            skips = torch.tensor([row.skip for row in part], device=device)
-            vectors = labs_pooling.pool(loaded.recipe, states, words["attention_mask"], skips)
-            for layer in loaded.layers:
-                vectors = layer(vectors)
-            if dimensions < vectors.shape[1]:
-                vectors = vectors[:, :dimensions]
-                if loaded.recipe.normalizes:
-                    vectors = torch.nn.functional.normalize(vectors, dim=-1)
-            found[places] = vectors.cpu()
-    if not found.isfinite().all():
-        raise labs.GenerationError("the model gave no finite vector; try torch_dtype = fp32")
-    return found

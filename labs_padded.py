@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import labs
 
 UNBOUNDED = 2**15  # tokens of a text for a model that states no limit
+CPU_TOKENS, GPU_TOKENS = 2048, 2**16  # of a call, with padding: more of them are not faster
 
 
 class Row(NamedTuple):
@@ -58,6 +59,21 @@ class Reader:
             raise labs.InputError("the text is not valid Unicode") from error
         ids, types = found["input_ids"], found.get("token_type_ids")
         return [Row(row, types[place] if types else ()) for place, row in enumerate(ids)]
+
+    def shortened(self, texts: Sequence[str], tokens: int) -> list[str]:
+        """Return texts without what follows their first tokens. Raises InputError."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise labs.InputError("max_tokens_per_doc: this model's tokenizer has no places")
+        options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True}
+        with self._lock:
+            found = self.tokenizer([*texts], truncation=True, max_length=tokens, **options)
+        ends = (places[-1][1] if places else 0 for places in found["offset_mapping"])
+        return [text[:end] for text, end in zip(texts, ends, strict=True)]
+
+
+def most_on(device: Any) -> int:
+    """Return how many tokens one call may have on a device of torch."""
+    return CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
 def check_length(name: str, tokens: int, limit: int) -> None:
@@ -132,3 +148,31 @@ def padded(rows: Sequence[Row], device: Any, padding: int = 0) -> dict[str, Any]
         if row.types:
             found["token_type_ids"][place, :size] = torch.tensor(row.types)
     return {name: each.to(device) for name, each in found.items()}
+
+
+# ---------------------------------------------------------------- models that are read so
+
+
+def weights_of(spec: labs.ModelSpec) -> dict[str, Any]:
+    """Return the options of from_pretrained that are about weights.
+
+    auto means float32 on a CPU, where the vectors are then those of the model's authors, and the
+    dtype of the model's files elsewhere.
+    """
+    _, device, dtype = labs.device_of(spec)
+    found = labs.TORCH_DTYPES[dtype]
+    if spec.torch_dtype == "auto":
+        found = "float32" if device == "cpu" else "auto"
+    return {"dtype": found, "use_safetensors": spec.use_safetensors or None}
+
+
+def place_of(spec: labs.ModelSpec) -> tuple[str, dict[str, Any], Any]:
+    """Return (source for from_pretrained, its options, the device). Raises ModelError."""
+    if spec.model_name.endswith(".gguf"):
+        raise labs.ModelError(f"{spec.model_name}: GGUF files of this kind of model are not read")
+    if spec.quantization != labs.Quantization():
+        raise labs.ModelError(f"{spec.model_name}: quantization is for models of kind text only")
+    wanted = spec.device_map
+    kind = labs.device_of(spec)[1]
+    source, options, _ = labs.locate(spec, "fp32")
+    return source, options, wanted if wanted.startswith(f"{kind}:") else kind

@@ -1,299 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an embedding model's own files ask: how its states become one vector, and its prompts.
+"""The states of an embedding model become one vector per text.
 
-    recipe = labs_pooling.read(source, options)     # the files of sentence-transformers, if any
-    vectors = labs_pooling.pool(recipe, states, mask, skips)  # [texts, width]
+    vectors = labs_pooling.vectors(loaded, rows, dimensions, stop)      # [texts, dimensions]
+    pooled = labs_pooling.pool(recipe, states, mask, skips)             # [texts, width]
 
-The files are modules.json, the folders it names, sentence_bert_config.json and
-config_sentence_transformers.json. A model without them gets the mean of its last hidden states, of
-length 1. What they ask and labs cannot do is refused by name. Needs labs.py and torch.
+Needs labs.py, labs_padded.py and labs_recipe.py; torch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 import labs
+import labs_padded
+from labs_recipe import Files, Recipe
 
-Mode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-# The words of older files, in the order in which sentence-transformers joins their vectors.
-FLAGS: dict[str, Mode] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")  # classes of torch.nn
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # the first one that a model has
-S = TypeVar("S", bound=Struct)
+Stop = Callable[[], Any]
 
 
-class Step(Struct, frozen=True):
-    """What follows the pooling. folder: of a dense layer's weights, below the model's."""
+class Loaded(Struct, frozen=True, eq=False):
+    """A loaded embedding model. layers: what follows the pooling, as functions of vectors."""
 
-    kind: Literal["dense", "normalize"] = "normalize"
-    folder: str = ""
-    activation: str = "Tanh"
-    bias: bool = True
-
-
-class Recipe(Struct, frozen=True, kw_only=True):
-    """How texts become vectors. modes: their vectors are joined.
-
-    include_prompt: whether a prompt's tokens are pooled too.
-    max_tokens: of a text with its special tokens; None: as the tokenizer says. lower: write texts
-    in lower case first. dimensions: to which vectors are cut by default.
-    """
-
-    modes: tuple[Mode, ...] = ("mean",)
-    include_prompt: bool = True
-    steps: tuple[Step, ...] = (Step(),)
-    prompts: dict[str, str] = {}
-    default_prompt_name: str | None = None
-    max_tokens: int | None = None
-    lower: bool = False
-    dimensions: int | None = None
+    model: Any
+    reader: labs_padded.Reader
+    recipe: Recipe
+    layers: list[Any]
 
     @property
-    def normalizes(self) -> bool:
-        """Whether the vectors have length 1."""
-        return bool(self.steps) and self.steps[-1].kind == "normalize"
+    def width(self) -> int:
+        """The dimensions of the vectors before they are cut."""
+        widths = [each.out_features for each in self.layers if hasattr(each, "out_features")]
+        hidden = self.model.config.get_text_config().hidden_size * len(self.recipe.modes)
+        return int(widths[-1] if widths else hidden)
 
-    def prompt(self, name: str | None) -> str:
-        """Return a prompt's text; without a name, that of the default prompt.
+    def dimensions(self, asked: int | None) -> int:
+        """Return how many dimensions vectors get. Raises InputError for others than trained ones.
 
-        Raises InputError for a name that the model does not have.
+        A model's files state these as matryoshka_dimensions, is_matryoshka or truncate_dim.
         """
-        name = self.default_prompt_name if name is None else name
-        if name is not None and name not in self.prompts:
-            known = ", ".join(sorted(self.prompts)) or "it has none"
-            raise labs.InputError(f"prompt_name: this model has no prompt {name!r:.80}: {known}")
-        return "" if name is None else self.prompts[name]
-
-    def prompt_name(self, *names: str) -> str | None:
-        """Return the first of these names that the model has a prompt of, else None."""
-        return next((name for name in names if name in self.prompts), None)
-
-
-# ---------------------------------------------------------------- files
-
-
-Width = Annotated[int, Meta(ge=1, le=2**20)]
-
-
-class ModuleFile(Struct, frozen=True):
-    """An entry of modules.json."""
-
-    path: str
-    type: str
+        width, config = self.width, self.model.config
+        stated = getattr(config, "matryoshka_dimensions", None)
+        trained = [*stated] if isinstance(stated, list | tuple) else []
+        trained = [each for each in trained if type(each) is int and 1 <= each <= width]
+        usual = min(self.recipe.dimensions or width, width)
+        known = {*trained, width, usual}
+        if asked is None:
+            return usual
+        free = getattr(config, "is_matryoshka", False) is True and len(known) == 1
+        if asked in known or (free and 1 <= asked <= width):
+            return asked
+        choice = ", ".join(map(str, sorted(known))) if not free else f"1 to {width}"
+        text = f"dimensions: the vectors of this model can have {choice} dimensions, not {asked}"
+        raise labs.InputError(text)
 
 
-class TransformerFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """sentence_bert_config.json."""
+def vectors(loaded: Loaded, rows: Sequence[labs_padded.Row], dimensions: int, stop: Stop) -> Any:
+    """Return the vectors [rows, dimensions] of tokens in float32 on the CPU.
 
-    max_seq_length: Width | None = None
-    do_lower_case: bool = False
-    transformer_task: Literal["feature-extraction"] = "feature-extraction"
-    modality_config: dict[str, Any] = {}
-    module_output_name: Literal["token_embeddings"] = "token_embeddings"
-    unpad_inputs: bool | None = None  # only about speed
-    processing_kwargs: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    model_args: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    tokenizer_args: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    config_args: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    model_kwargs: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    processor_kwargs: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    config_kwargs: Annotated[dict[str, Any], Meta(max_length=0)] = {}
-    query_length: None = None
-    document_length: None = None
-    query_expansion: None = None
+    stop: called before each forward call; its error ends the work.
+    """
+    import torch
 
-
-class PoolingFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """config.json of a folder of type Pooling."""
-
-    word_embedding_dimension: Width | None = None
-    embedding_dimension: Width | None = None
-    pooling_mode: Mode | tuple[Mode, ...] | None = None
-    include_prompt: bool = True
-    pooling_mode_cls_token: bool = False
-    pooling_mode_max_tokens: bool = False
-    pooling_mode_mean_tokens: bool = False
-    pooling_mode_mean_sqrt_len_tokens: bool = False
-    pooling_mode_weightedmean_tokens: bool = False
-    pooling_mode_lasttoken: bool = False
+    device = loaded.model.device
+    found = torch.empty(len(rows), dimensions)
+    for places in labs_padded.batches([len(row.ids) for row in rows], labs_padded.most_on(device)):
+        stop()
+        with torch.inference_mode():
+            whole = _of_call(loaded, [rows[place] for place in places])
+            cut = whole[:, :dimensions]
+            shorter = loaded.recipe.normalizes and cut.shape != whole.shape
+            found[places] = (torch.nn.functional.normalize(cut, dim=-1) if shorter else cut).cpu()
+    if not found.isfinite().all():
+        raise labs.GenerationError("the model gave no finite vector; try torch_dtype = fp32")
+    return found
 
 
-class DenseFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """config.json of a folder of type Dense."""
+def _of_call(loaded: Loaded, rows: Sequence[labs_padded.Row]) -> Any:
+    """Return the uncut vectors [rows, width] of one forward call."""
+    import torch
 
-    in_features: Width
-    out_features: Width
-    bias: bool = True
-    activation_function: str = "torch.nn.modules.activation.Tanh"
-    module_input_name: Literal["sentence_embedding"] = "sentence_embedding"
-    module_output_name: Literal["sentence_embedding"] | None = None
-    use_residual: Literal[False] = False
-
-
-class NormalizeFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """config.json of a folder of type Normalize."""
-
-    module_input_name: Literal["sentence_embedding"] = "sentence_embedding"
-    module_output_name: Literal["sentence_embedding"] | None = None
-
-
-class ModelFile(Struct, frozen=True):
-    """config_sentence_transformers.json; what it says beside this does not change vectors."""
-
-    model_type: Literal["SentenceTransformer"] = "SentenceTransformer"
-    prompts: dict[str, str | None] = {}
-    default_prompt_name: str | None = None
-    truncate_dim: Width | None = None
-
-
-class Files:
-    """The files of a model. source, options: as for from_pretrained, of a folder or a hub id."""
-
-    def __init__(self, source: str, options: Mapping[str, Any]) -> None:
-        self.source = source
-        names = ("cache_dir", "revision", "token", "local_files_only")
-        self._options = {name: options[name] for name in names if name in options}
-
-    def path(self, name: str) -> str | None:
-        """Return where a file lies on this machine, None if the model does not have it."""
-        from transformers.utils import cached_file
-
-        try:
-            found = cached_file(
-                self.source, name, _raise_exceptions_for_missing_entries=False, **self._options
-            )
-        except Exception as error:
-            raise labs.ModelError(f"{self.source}: {labs.reason(error)}") from error
-        return None if found is None else str(found)
-
-    def read(self, name: str, kind: type[S], *, required: bool = False) -> S | None:
-        """Return a JSON file as `kind`, None if the model does not have it."""
-        if (path := self.path(name)) is None:
-            if required:
-                raise labs.ModelError(f"{self.source}: {name} is missing, which modules.json names")
-            return None
-        found: S = self.decode(name, path, kind)
-        return found
-
-    def decode(self, name: str, path: str, kind: Any) -> Any:
-        """Decode a JSON file. Raises ModelError for what labs cannot do."""
-        try:
-            with open(path, "rb") as file:
-                return msgspec.json.decode(file.read(), type=kind)
-        except (OSError, ValueError, RecursionError) as error:
-            why = labs.reason(error)
-            text = f"{self.source}: {name} asks for something that labs cannot do, or is damaged"
-            raise labs.ModelError(f"{text}: {why}") from error
-
-
-def read(source: str, options: Mapping[str, Any]) -> Recipe:
-    """Return how a model makes vectors. Raises ModelError for what labs cannot do."""
-    files = Files(source, options)
-    stated = files.read("config_sentence_transformers.json", ModelFile) or ModelFile()
-    prompts = {name: text or "" for name, text in stated.prompts.items()}
-    if (default := stated.default_prompt_name) is not None and default not in prompts:
-        text = f"names the default prompt {default!r:.80}, which it does not have"
-        raise labs.ModelError(f"{source}: config_sentence_transformers.json {text}")
-    recipe = Recipe(prompts=prompts, default_prompt_name=default, dimensions=stated.truncate_dim)
-    if (path := files.path("modules.json")) is None:
-        return recipe
-    modules = files.decode("modules.json", path, tuple[ModuleFile, ...])
-    return _with_modules(files, recipe, modules)
-
-
-def _with_modules(files: Files, recipe: Recipe, modules: tuple[ModuleFile, ...]) -> Recipe:
-    kinds = [_kind(files, module) for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or not {*kinds[2:]} <= {"Dense", "Normalize"}:
-        order = ", ".join(kinds) or "nothing"
-        wanted = "a Transformer, a Pooling and then any Dense and Normalize"
-        raise labs.ModelError(f"{files.source}: modules.json lists {order}; labs runs {wanted}")
-    first, second, *rest = modules
-    if first.path:
-        text = f"modules.json puts the transformer into the folder {first.path!r:.80}"
-        raise labs.ModelError(f"{files.source}: {text}; labs reads it beside modules.json only")
-    body = files.read("sentence_bert_config.json", TransformerFile) or TransformerFile()
-    _check_modality(files, body)
-    pooling = files.read(_inside(second, "config.json"), PoolingFile, required=True)
-    assert pooling is not None
-    return msgspec.structs.replace(
-        recipe,
-        modes=_modes(files, pooling),
-        include_prompt=pooling.include_prompt,
-        steps=tuple(_step(files, each) for each in rest),
-        max_tokens=body.max_seq_length,
-        lower=body.do_lower_case,
-    )
-
-
-def _kind(files: Files, module: ModuleFile) -> str:
-    """Return the name of a module's class. Raises ModelError for code of the model's own."""
-    package, _, name = module.type.rpartition(".")
-    path = PurePosixPath(module.path)
-    if path.is_absolute() or ".." in path.parts or "\\" in module.path:
-        text = f"modules.json names the folder {module.path!r:.80}, which is outside the model's"
-        raise labs.ModelError(f"{files.source}: {text}")
-    if package.partition(".")[0] != "sentence_transformers":
-        text = f"modules.json names {module.type!r:.80}, which is not of sentence_transformers"
-        raise labs.ModelError(f"{files.source}: {text}; labs runs no code of such a model")
-    return name
-
-
-def _inside(module: ModuleFile, name: str) -> str:
-    return str(PurePosixPath(module.path) / name)
-
-
-def _check_modality(files: Files, body: TransformerFile) -> None:
-    """Raise ModelError unless texts go through the tokenizer and forward as they are."""
-    if not body.modality_config:
-        return
-    text, rest = body.modality_config.get("text"), body.modality_config.keys() - {"text"}
-    plain = ("last_hidden_state", ["last_hidden_state"])
-    found = isinstance(text, dict) and text.get("method") == "forward"
-    if not found or text.get("method_output_name") not in plain or "message" in rest:
-        raise labs.ModelError(f"{files.source}: labs cannot read texts as modality_config says")
-
-
-def _modes(files: Files, pooling: PoolingFile) -> tuple[Mode, ...]:
-    if pooling.pooling_mode is not None:
-        stated = pooling.pooling_mode
-        modes = (stated,) if isinstance(stated, str) else stated
-    else:
-        modes = tuple(mode for flag, mode in FLAGS.items() if getattr(pooling, flag)) or ("mean",)
-    if not modes:
-        raise labs.ModelError(f"{files.source}: its Pooling names no pooling_mode")
-    return modes
-
-
-def _step(files: Files, module: ModuleFile) -> Step:
-    name = _inside(module, "config.json")
-    if module.type.endswith(".Normalize"):
-        files.read(name, NormalizeFile)  # refuses other inputs and outputs
-        return Step()
-    dense = files.read(name, DenseFile, required=True)
-    assert dense is not None
-    package, _, activation = dense.activation_function.rpartition(".")
-    if package.partition(".")[0] != "torch" or activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        text = f"{name} names the activation {dense.activation_function!r:.80}; labs has {known}"
-        raise labs.ModelError(f"{files.source}: {text}")
-    return Step("dense", module.path, activation, dense.bias)
-
-
-# ---------------------------------------------------------------- states into vectors
+    device, pad = loaded.model.device, loaded.reader.tokenizer.pad_token_id or 0
+    words = labs_padded.padded(rows, device, pad)
+    states = loaded.model(**words).last_hidden_state
+    skips = torch.tensor([row.skip for row in rows], device=device)
+    found = pool(loaded.recipe, states, words["attention_mask"], skips)
+    for layer in loaded.layers:
+        found = layer(found)
+    return found
 
 
 def layers(recipe: Recipe, files: Files, device: Any, *, pickles: bool) -> list[Any]:
