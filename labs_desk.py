@@ -8,7 +8,8 @@
 
 A desk stands where labs_models.py has engines for models that generate text, so it is loaded,
 counted and unloaded by the same rules. It computes in threads that end, beside the engines' own.
-Needs labs_apart.py, labs_embed.py, labs_rerank.py, labs_engine.py and labs_turns.py.
+Needs labs_apart.py, labs_embed.py, labs_rerank.py, labs_engine.py, labs_asked.py and
+labs_turns.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from msgspec import Struct
 
 import labs
 import labs_apart
+import labs_asked
 import labs_embed
 import labs_engine
 import labs_rerank
@@ -68,6 +70,11 @@ class Desk:
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         device = loaded.model.device.type
         return About(device, names.get(dtype, dtype), self._load_s, loaded.reader.limit)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model reads; None before it is loaded."""
+        return self.model.context_length if self._model.weight_bytes else None
 
     @property
     def weight_bytes(self) -> int:
@@ -151,10 +158,59 @@ class Desk:
 
 def start(config: labs.Config) -> Desk:
     """Load the embedding model or cross-encoder of a configuration. Raises ModelError."""
-    kinds = {"embedding": labs_embed.Encoder, "rerank": labs_rerank.Scorer}
+    kinds: dict[str, Any] = {"embedding": labs_embed.Encoder, "rerank": labs_rerank.Scorer}
     model = kinds[config.model.kind](config.model)
     began = time.perf_counter()
     labs_apart.run(model.load)
     desk = Desk(model, config.server.max_waiting, load_s=time.perf_counter() - began)
     labs_turns.close_at_exit(desk)
     return desk
+
+
+class Desks:
+    """Which model of a server answers a request for vectors or scores.
+
+    encoder: of the documents, which has a desk of its own, as labs_rag.py uses it too.
+    """
+
+    def __init__(self, config: labs.Config, encoder: labs_embed.Encoder | None) -> None:
+        self._configs = config.by_name()
+        self._default = config
+        self._own: dict[str, Desk] = {}
+        if encoder is not None and (name := encoder.spec.model_name) not in self._configs:
+            self._own[name] = Desk(encoder, config.server.max_waiting)
+
+    def kinds(self) -> dict[str, Any]:
+        """Return the kind of each model by its name, also of those that generate text."""
+        found: dict[str, Any] = {name: each.model.kind for name, each in self._configs.items()}
+        return found | dict.fromkeys(self._own, "embedding")
+
+    def own(self, name: str) -> Desk | None:
+        """Return the desk of the documents' embedding model, None for another name."""
+        return self._own.get(name)
+
+    def timeout_s(self, name: str) -> float | None:
+        """Return how long a request to a model may take, None if there is no limit."""
+        return self._configs.get(name, self._default).generation.timeout_s
+
+    def name_of(self, asked: str | None, kind: str) -> str:
+        """Return the model that a request names, or else the first one of the kind.
+
+        Raises Refusal for an unknown model, and for one of another kind.
+        """
+        kinds = self.kinds()
+        names = [name for name, each in kinds.items() if each == kind]
+        if asked in names:
+            return str(asked)
+        if not names:
+            hint = f'kind = "{kind}" in [models.NAME] names one'
+            text = f"this server has no model of the kind {kind}; {hint}"
+            raise labs_asked.Refusal(text, "model_not_found", "model", 404)
+        if asked is None:
+            return names[0]
+        known = f"models of the kind {kind}: {', '.join(names)}"
+        if asked in kinds:
+            text = f"model: {asked} is of the kind {kinds[asked]}; {known}"
+            raise labs_asked.Refusal(text, "invalid_value", "model")
+        text = f"unknown model {asked!r:.80}; {known}"
+        raise labs_asked.Refusal(text, "model_not_found", "model", 404)

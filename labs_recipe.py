@@ -226,12 +226,9 @@ def transformer_file(files: Files, task: str) -> TransformerFile:
     body = files.read("sentence_bert_config.json", TransformerFile) or TransformerFile()
     output, name = OUTPUTS[task]
     config = body.modality_config or {"text": {"method": "forward", "method_output_name": output}}
-    text = config.get("text")
-    plain = text in (
-        {"method": "forward", "method_output_name": each} for each in (output, [output])
-    )
+    plain = [{"method": "forward", "method_output_name": each} for each in (output, [output])]
     named = (body.transformer_task in (None, task), body.module_output_name in (None, name))
-    if not (plain and all(named)) or "message" in config:
+    if config.get("text") not in plain or not all(named) or "message" in config:
         text = "sentence_bert_config.json asks for another use of the model than labs has"
         raise labs.ModelError(f"{files.source}: {text}")
     return body

@@ -6,8 +6,8 @@
     work = labs_vectors.EMBEDDINGS.work(encoder, asked)     # its tokens are counted, not computed
     answer = work.answer("its name", stop)                  # a struct
 
-Nothing here does input or output: labs_desk_api.py answers HTTP requests so, and labs_jsonl.py
-lines of batch files. Needs labs.py, labs_protocol.py and labs_request.py; torch.
+Nothing here does input or output: labs_api.py answers HTTP requests so, and labs_jsonl.py
+lines of batch files. Needs labs.py, labs_asked.py and labs_protocol.py; torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 import labs
 import labs_protocol
-from labs_request import Refusal
+from labs_asked import Refusal
 
 MOST_TEXTS = 2048  # of a request, as at OpenAI
 MOST_TOKENS = 300_000  # of a request, as at OpenAI
@@ -145,9 +146,14 @@ class Work(Struct, frozen=True, eq=False):
 
 
 class Endpoint(labs_protocol.Endpoint):
-    """The requests and answers of one path. kind: of the models that answer."""
+    """The requests and answers of one path. kind: of the models that answer.
+
+    summary: what it does, for OpenAPI. made: the struct of its answers.
+    """
 
     kind: Literal["embedding", "rerank"]
+    summary: str
+    made: type[Struct]
 
     def asked(self, body: Any) -> Asked:
         """Return a body as a checked request. Raises Refusal for what no model can do."""
@@ -162,6 +168,7 @@ class Embeddings(Endpoint):
     """OpenAI's: https://platform.openai.com/docs/api-reference/embeddings"""
 
     body, kind = EmbeddingsRequest, "embedding"
+    summary, made = "Make vectors of texts", EmbeddingsAnswer
     fields = labs_protocol.Fields(
         hints=Hints,
         neutral={"truncation_side": ("right",), "add_special_tokens": (True,)},
@@ -202,7 +209,7 @@ class Embeddings(Endpoint):
             data = tuple(Embedding(index, each) for index, each in enumerate(shown))
             return EmbeddingsAnswer(data, name, Tokens(tokens, tokens))
 
-        tokens = check_tokens(rows)
+        tokens = check_tokens("input", rows)
         return Work(rows, make)
 
 
@@ -214,6 +221,7 @@ class Rerank(Endpoint):
     """Jina's, which Cohere's clients read too: https://api.jina.ai/redoc#tag/rerank"""
 
     body, kind = RerankRequest, "rerank"
+    summary, made = "Put documents in order", RerankAnswer
     fields = labs_protocol.Fields(
         hints=Hints,
         neutral={"truncation_side": ("right",), "rank_fields": (["text"],)},
@@ -225,7 +233,7 @@ class Rerank(Endpoint):
         check_cut(body.truncate_prompt_tokens)
         check_count("documents", len(body.documents))
         texts = tuple(each if isinstance(each, str) else each.text for each in body.documents)
-        size = sum(len(text.encode(errors="replace")) for text in (*texts, body.query * len(texts)))
+        size = sum(map(_bytes, texts)) + _bytes(body.query) * len(texts)
         if size > MOST_BYTES:
             text = f"the pairs of query and document have {size} bytes; at most {MOST_BYTES} are"
             raise Refusal(f"documents: {text} read", "invalid_value", "documents")
@@ -240,7 +248,7 @@ class Rerank(Endpoint):
             texts = model.shortened(texts, body.max_tokens_per_doc)
         cut = cut_of(body.truncate_prompt_tokens, model.load().reader.limit)
         rows = model.tokens(query, texts, cut=cut)
-        tokens = check_tokens(rows)
+        tokens = check_tokens("documents", rows)
 
         def make(name: str, identity: str, stop: Callable[[], Any]) -> RerankAnswer:
             scores = model.scores(rows, stop=stop).tolist()
@@ -267,6 +275,37 @@ ENDPOINTS: dict[str, Endpoint] = {
 # ---------------------------------------------------------------- bounds
 
 
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
+def check_sizes(asked: Asked, most: int) -> None:
+    """Raise Refusal when a text has more bytes than [server] max_prompt_bytes."""
+    for size in (size for size in map(_bytes, asked.shown) if size > most):
+        text = f"a text of the request has {size} bytes; this server allows {most}"
+        raise Refusal(text, "prompt_too_large")
+
+
+def screened(filters: Any, asked: Asked) -> Asked:
+    """Return a request with masked texts. filters: of labs_guard, or None. Raises Filtered."""
+    if filters is None:
+        return asked
+    texts = tuple(filters.check_text(text) for text in asked.texts)
+    if isinstance(asked.body, RerankRequest):
+        query = filters.check_text(asked.body.query)
+        return replace(asked, texts=texts, body=replace(asked.body, query=query))
+    return replace(asked, texts=texts)
+
+
+def check_rows(filters: Any, asked: Asked, work: Work, tokenizer: Any) -> None:
+    """Raise Filtered for too many tokens or, when ids were sent, for their text."""
+    if filters is None:
+        return
+    for row in work.rows:
+        text = tokenizer.decode(row.ids) if asked.ids else ""
+        filters.check_inputs(labs.Inputs(tuple(row.ids), text), ids=bool(asked.ids))
+
+
 def check_count(name: str, count: int) -> None:
     """Raise Refusal unless a request has a text, and not too many of them."""
     if not 1 <= count <= MOST_TEXTS:
@@ -289,10 +328,12 @@ def cut_of(asked: int | None, limit: int) -> int | None:
     return limit if asked == -1 else asked
 
 
-def check_tokens(rows: Sequence[Any]) -> int:
+def check_tokens(name: str, rows: Sequence[Any]) -> int:
     """Return the number of tokens of a request. Raises Refusal when it has too many."""
     tokens = sum(len(row.ids) for row in rows)
     if tokens > MOST_TOKENS:
-        text = f"the request has {tokens} tokens; it can have {MOST_TOKENS}: send fewer texts"
-        raise Refusal(text, "invalid_value", "input")
+        text = (
+            f"{name}: the request has {tokens} tokens; it can have {MOST_TOKENS}: send fewer texts"
+        )
+        raise Refusal(text, "invalid_value", name)
     return tokens
