@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import labs
@@ -25,17 +25,10 @@ from labs_padded import Row as Row
 
 
 class Encoder:
-    """An embedding model and the vectors of the last search; threads may share it."""
+    """An embedding model, which threads may share."""
 
     def __init__(self, spec: labs.ModelSpec) -> None:
         self.spec, self._lock = spec, threading.Lock()
-        self._searched: tuple[Any, list[int], Any] = (None, [], None)  # state, keys, vectors
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights and of the cached vectors; 0 before the first use."""
-        vectors = self._searched[2]
-        return self.weight_bytes + (0 if vectors is None else int(vectors.nbytes))
 
     @property
     def weight_bytes(self) -> int:
@@ -95,6 +88,20 @@ class Encoder:
         ends = alone.ids[-1] in loaded.reader.tokenizer.all_special_ids
         return [row._replace(skip=len(alone.ids) - ends) for row in rows]
 
+    def given(self, ids: Sequence[Sequence[int]], *, cut: int | None = None) -> list[Row]:
+        """Return token ids as the tokens of texts; nothing is added to them. cut: as in `tokens`.
+
+        Raises InputError for an unknown token, and for none or too many of them.
+        """
+        loaded = self.load()
+        most, limit = loaded.model.get_input_embeddings().num_embeddings, loaded.reader.limit
+        for place, row in enumerate(ids):
+            if wrong := [each for each in row if not 0 <= each < most]:
+                text = f"{wrong[0]} is not a token id of this model, 0 to {most - 1}"
+                raise labs.InputError(f"input[{place}]: {text}")
+            labs_padded.check_length(f"input[{place}]", len(row[:cut]), limit)
+        return [Row(row[:cut]) for row in ids]
+
     def vectors(
         self,
         rows: Sequence[Row],
@@ -127,24 +134,3 @@ class Encoder:
         cut = self.load().reader.limit if truncate else None
         rows = self.tokens(texts, prompt_name=prompt_name, cut=cut)
         return self.vectors(rows, dimensions=dimensions)
-
-    def nearest(
-        self, text: str, k: int, state: Hashable, read: Callable[[], list[tuple[int, bytes]]]
-    ) -> list[int]:
-        """Return the keys of the k vectors most similar to a text, the most similar first.
-
-        read: returns (key, vector as float16 bytes) pairs; called once for each new `state`.
-        """
-        import torch
-
-        name = self.recipe.prompt_name("query")
-        vector = self.encode([text], prompt_name=name, truncate=True)[0].half()
-        with self._lock:
-            if self._searched[0] != state:
-                rows = read()
-                data = bytearray().join(row[1] for row in rows) or bytearray(2 * len(vector))
-                matrix = torch.frombuffer(data, dtype=torch.float16).view(-1, len(vector))
-                self._searched = state, [row[0] for row in rows], matrix
-            _, keys, matrix = self._searched
-        best = labs_apart.run(lambda: (matrix @ vector).topk(min(k, len(keys))).indices)
-        return [keys[place] for place in best.tolist()]

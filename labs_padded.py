@@ -83,7 +83,7 @@ def check_length(name: str, tokens: int, limit: int) -> None:
     if tokens > limit:
         error = labs.PromptTooLong(
             f"This model's maximum context length is {limit} tokens. However, {name} has {tokens} "
-            "tokens: shorten it, or let it be cut with truncate_prompt_tokens = -1"
+            "tokens: shorten it, or let it be cut (truncate_prompt_tokens = -1)"
         )
         error.param = name
         raise error

@@ -54,7 +54,7 @@ class Loaded(Struct, frozen=True, eq=False):
         if asked in known or (free and 1 <= asked <= width):
             return asked
         choice = ", ".join(map(str, sorted(known))) if not free else f"1 to {width}"
-        text = f"dimensions: the vectors of this model can have {choice} dimensions, not {asked}"
+        text = f"dimensions: the vectors of this model can have {choice}, not {asked}"
         raise labs.InputError(text)
 
 

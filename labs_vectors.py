@@ -171,7 +171,11 @@ class Embeddings(Endpoint):
     summary, made = "Make vectors of texts", EmbeddingsAnswer
     fields = labs_protocol.Fields(
         hints=Hints,
-        neutral={"truncation_side": ("right",), "add_special_tokens": (True,)},
+        neutral={
+            "truncation_side": ("right",),
+            "add_special_tokens": (True,),
+            "input_type": (),
+        },
         replaced={"input_type": "prompt_name"},
     )
 
@@ -183,8 +187,8 @@ class Embeddings(Endpoint):
         if kinds == {int}:
             given, kinds = cast("Any", (given,)), {tuple}
         if len(kinds) != 1:
-            text = "input: give a text, texts, token ids or lists of token ids, and not none of"
-            raise Refusal(f"{text} them or a mixture", "invalid_value", "input")
+            text = "input: give one text, several, or token ids instead of texts, not a mixture"
+            raise Refusal(text, "invalid_value", "input")
         check_count("input", len(given))
         if kinds == {str}:
             return Asked(body=body, texts=cast("tuple[str, ...]", given))
@@ -224,7 +228,11 @@ class Rerank(Endpoint):
     summary, made = "Put documents in order", RerankAnswer
     fields = labs_protocol.Fields(
         hints=Hints,
-        neutral={"truncation_side": ("right",), "rank_fields": (["text"],)},
+        neutral={
+            "truncation_side": ("right",),
+            "rank_fields": (["text"],),
+            "max_chunks_per_doc": (),
+        },
         replaced={"max_chunks_per_doc": "max_tokens_per_doc"},
     )
 
