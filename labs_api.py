@@ -299,13 +299,11 @@ class Vectors(Resource):
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         service, endpoint, filters = self.service, self.endpoint, self.service.context.filters
         body, _ = service.read(req, endpoint.body, endpoint.fields)
-        asked = endpoint.asked(body)
-        labs_vectors.check_sizes(asked, service.config.server.max_prompt_bytes)
+        most = service.config.server.max_prompt_bytes
         name = service.desks.name_of(body.model, endpoint.kind)
-        asked = labs_vectors.screened(filters, asked)
+        asked = labs_vectors.checked(endpoint.asked(body), most, filters)
         with service.turn(req, name) as turn:
-            work = endpoint.work(turn.model, asked)
-            labs_vectors.check_rows(filters, asked, work, turn.model.load().reader.tokenizer)
+            work = labs_vectors.read(endpoint, turn.model, asked, filters)
             with service.charge(req.context.owner, work.tokens):
                 answer = work.make(name, req.context.id, turn.stop)
         seconds = time.perf_counter() - req.context.began

@@ -15,6 +15,7 @@ labs_turns.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -58,14 +59,14 @@ class Desk:
     max_rows = 1
 
     def __init__(self, model: Any, max_waiting: int, *, load_s: float = 0.0) -> None:
-        self._model, self._max_waiting, self._load_s = model, max_waiting, load_s
+        self.maker, self._max_waiting, self._load_s = model, max_waiting, load_s
         self._queue: deque[object] = deque()  # the first one has its turn
         self._change, self._closed, self._done = threading.Condition(), False, 0
 
     @property
     def model(self) -> About:
         """What is known of the model, which is loaded for it. Raises ModelError."""
-        loaded = self._model.load()
+        loaded = self.maker.load()
         names = {long: short for short, long in labs.TORCH_DTYPES.items()}
         dtype = str(loaded.model.dtype).removeprefix("torch.")
         device = loaded.model.device.type
@@ -74,12 +75,12 @@ class Desk:
     @property
     def context_length(self) -> int | None:
         """How many tokens the model reads; None before it is loaded."""
-        return self.model.context_length if self._model.weight_bytes else None
+        return self.model.context_length if self.maker.weight_bytes else None
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights; 0 before they are loaded."""
-        return int(self._model.weight_bytes)
+        return int(self.maker.weight_bytes)
 
     @property
     def busy(self) -> bool:
@@ -113,7 +114,7 @@ class Desk:
                     self._change.wait(POLL_S)
                 stop()
             stop()
-            yield Turn(self._model, stop, time.perf_counter() - began)
+            yield Turn(self.maker, stop, time.perf_counter() - began)
         finally:
             with self._change:
                 self._queue.remove(mine)
@@ -156,10 +157,18 @@ class Desk:
             self._change.wait_for(lambda: not self._queue, timeout_s)
 
 
+KINDS: dict[str, Any] = {"embedding": labs_embed.Encoder, "rerank": labs_rerank.Scorer}
+
+
+@functools.lru_cache(maxsize=2)
+def remembered(spec: labs.ModelSpec) -> Any:
+    """Return an Encoder or a Scorer; the two used last stay loaded."""
+    return KINDS[spec.kind](spec)
+
+
 def start(config: labs.Config) -> Desk:
     """Load the embedding model or cross-encoder of a configuration. Raises ModelError."""
-    kinds: dict[str, Any] = {"embedding": labs_embed.Encoder, "rerank": labs_rerank.Scorer}
-    model = kinds[config.model.kind](config.model)
+    model = KINDS[config.model.kind](config.model)
     began = time.perf_counter()
     labs_apart.run(model.load)
     desk = Desk(model, config.server.max_waiting, load_s=time.perf_counter() - began)
@@ -188,6 +197,11 @@ class Desks:
     def own(self, name: str) -> Desk | None:
         """Return the desk of the documents' embedding model, None for another name."""
         return self._own.get(name)
+
+    def model_of(self, name: str) -> Any:
+        """Return a model without a desk, for a program that makes one request at a time."""
+        own = self._own.get(name)
+        return remembered(self._configs[name].model) if own is None else own.maker
 
     def timeout_s(self, name: str) -> float | None:
         """Return how long a request to a model may take, None if there is no limit."""

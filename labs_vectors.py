@@ -2,9 +2,9 @@
 """Requests for vectors and for the order of documents, in the formats of OpenAI and of Jina.
 
     body, _ = labs_protocol.read(data, labs_vectors.EMBEDDINGS.body, labs_vectors.EMBEDDINGS.fields)
-    asked = labs_vectors.EMBEDDINGS.asked(body)             # or raises Refusal
-    work = labs_vectors.EMBEDDINGS.work(encoder, asked)     # its tokens are counted, not computed
-    answer = work.answer("its name", stop)                  # a struct
+    asked = labs_vectors.checked(labs_vectors.EMBEDDINGS.asked(body), most, filters)
+    work = labs_vectors.read(labs_vectors.EMBEDDINGS, encoder, asked, filters)  # its tokens
+    answer = work.make("its name", "its id", stop)          # computes, and returns a struct
 
 Nothing here does input or output: labs_api.py answers HTTP requests so, and labs_jsonl.py
 lines of batch files. Needs labs.py, labs_asked.py and labs_protocol.py; torch.
@@ -280,22 +280,17 @@ ENDPOINTS: dict[str, Endpoint] = {
 }
 
 
-# ---------------------------------------------------------------- bounds
+# ---------------------------------------------------------------- requests on their way
 
 
-def _bytes(text: str) -> int:
-    return len(text.encode(errors="replace"))
+def checked(asked: Asked, most: int, filters: Any) -> Asked:
+    """Return a request with masked texts. filters: of labs_guard, or None.
 
-
-def check_sizes(asked: Asked, most: int) -> None:
-    """Raise Refusal when a text has more bytes than [server] max_prompt_bytes."""
+    most: bytes of a text. Raises Refusal for a larger one, and Filtered.
+    """
     for size in (size for size in map(_bytes, asked.shown) if size > most):
         text = f"a text of the request has {size} bytes; this server allows {most}"
         raise Refusal(text, "prompt_too_large")
-
-
-def screened(filters: Any, asked: Asked) -> Asked:
-    """Return a request with masked texts. filters: of labs_guard, or None. Raises Filtered."""
     if filters is None:
         return asked
     texts = tuple(filters.check_text(text) for text in asked.texts)
@@ -305,13 +300,24 @@ def screened(filters: Any, asked: Asked) -> Asked:
     return replace(asked, texts=texts)
 
 
-def check_rows(filters: Any, asked: Asked, work: Work, tokenizer: Any) -> None:
-    """Raise Filtered for too many tokens or, when ids were sent, for their text."""
-    if filters is None:
-        return
-    for row in work.rows:
+def read(endpoint: Endpoint, model: Any, asked: Asked, filters: Any) -> Work:
+    """Read the tokens of a checked request. model: an Encoder or a Scorer. Raises InputError.
+
+    filters: as for `checked`; they bound the tokens of a text, and read the text of token ids.
+    """
+    work = endpoint.work(model, asked)
+    tokenizer = model.load().reader.tokenizer
+    for row in () if filters is None else work.rows:
         text = tokenizer.decode(row.ids) if asked.ids else ""
         filters.check_inputs(labs.Inputs(tuple(row.ids), text), ids=bool(asked.ids))
+    return work
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
 
 
 def check_count(name: str, count: int) -> None:
