@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import processors
 
 import labs
 import labs_embed
@@ -25,33 +25,11 @@ import labs_rerank
 TEXTS = ["hi", "a longer text", "x" * 100, "", "Grüße", "two words"]
 PACKAGE = "sentence_transformers.models"
 NORMALIZE = {"path": "2_Normalize", "type": f"{PACKAGE}.Normalize"}
-ENDS = [("<bos>", kit.BOS), ("<eos>", kit.EOS)]
-
-
-def tokenizer_of_pairs() -> Any:
-    """Make a tokenizer of bytes with an end after each text, and types of a pair's texts."""
-    tokenizer = kit.byte_tokenizer(None)
-    tokenizer.pad_token = "<eos>"
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", pair="<bos> $A <eos> $B:1 <eos>:1", special_tokens=ENDS
-    )
-    return tokenizer
-
-
-def saved(place: Path, kind: Any = transformers.BertModel, **options: Any) -> Path:
-    sizes = {"vocab_size": 262, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
-    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 128}
-    torch.manual_seed(7)
-    config = transformers.BertConfig(**sizes, initializer_range=0.5, **options)
-    kind(config).save_pretrained(place)
-    tokenizer_of_pairs().save_pretrained(place)
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    return changed(place, "tokenizer_config.json", model_input_names=names)
 
 
 @pytest.fixture
 def bert(folder: Path) -> Path:
-    return saved(folder / "bert")
+    return kit.save_encoder(folder / "bert")
 
 
 def described(place: Path, *, steps: Any = (NORMALIZE,), body: Any = None, **pooling: Any) -> Path:
@@ -74,13 +52,6 @@ def stating(place: Path, **words: Any) -> Path:
     return place
 
 
-def changed(place: Path, name: str = "config.json", **words: Any) -> Path:
-    """Change a file."""
-    config = json.loads((place / name).read_text()) | words
-    (place / name).write_text(json.dumps(config))
-    return place
-
-
 def encoder_at(place: Path | str, **spec: Any) -> labs_embed.Encoder:
     return labs_embed.Encoder(labs.ModelSpec(model_name=str(place), **spec))
 
@@ -89,12 +60,18 @@ def scorer_at(place: Path | str) -> labs_rerank.Scorer:
     return labs_rerank.Scorer(labs.ModelSpec(model_name=str(place)))
 
 
+@functools.cache
+def reference(place: Path) -> tuple[Any, Any]:
+    """Load a model and its tokenizer by transformers alone."""
+    model = transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(place)
+
+
 def states_of(place: Path, text: str) -> torch.Tensor:
     """Return the last hidden states [tokens, width] of one text, by transformers alone."""
-    model = transformers.AutoModel.from_pretrained(place, dtype=torch.float32)
-    ids = transformers.AutoTokenizer.from_pretrained(place)(text)["input_ids"]
+    model, tokenizer = reference(place)
     with torch.inference_mode():
-        return model(torch.tensor([ids])).last_hidden_state[0]
+        return model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0]
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
@@ -271,13 +248,13 @@ def test_a_text_that_is_too_long_is_refused_unless_it_may_be_cut(bert):
 
 
 def test_the_limit_is_the_smallest_of_what_the_model_states(folder):
-    assert encoder_at(saved(folder / "a")).load().reader.limit == 128
+    assert encoder_at(kit.save_encoder(folder / "a")).load().reader.limit == 128
     config = transformers.RobertaConfig(
         vocab_size=262, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=34, pad_token_id=1,
     )  # fmt: skip
     transformers.RobertaModel(config).save_pretrained(folder / "b")
-    tokenizer_of_pairs().save_pretrained(folder / "b")
+    kit.tokenizer_of_pairs().save_pretrained(folder / "b")
     encoder = encoder_at(folder / "b")
     assert encoder.load().reader.limit == 32  # two of its places belong to the padding
     assert encoder.encode(["x" * 30]).isfinite().all()
@@ -319,12 +296,12 @@ DIMENSIONS = [
 @pytest.mark.parametrize(("config", "asked", "words"), DIMENSIONS)
 def test_dimensions_for_which_a_model_was_not_trained_are_refused(bert, config, asked, words):
     with pytest.raises(labs.InputError, match=words):
-        encoder_at(changed(bert, **config)).encode(["hi"], dimensions=asked)
+        encoder_at(kit.changed(bert, **config)).encode(["hi"], dimensions=asked)
 
 
 @pytest.mark.parametrize("config", [{"matryoshka_dimensions": [8]}, {"is_matryoshka": True}])
 def test_vectors_are_cut_where_the_model_was_trained_for_it_and_keep_length_one(bert, config):
-    encoder = encoder_at(changed(bert, **config))
+    encoder = encoder_at(kit.changed(bert, **config))
     whole, cut = encoder.encode(["hi"])[0], encoder.encode(["hi"], dimensions=8)[0]
     torch.testing.assert_close(cut, unit(whole[:8]))
     torch.testing.assert_close(encoder.encode(["hi"], dimensions=32)[0], whole)
@@ -435,23 +412,29 @@ CROSS = transformers.BertForSequenceClassification
 
 @pytest.fixture
 def cross(folder: Path) -> Path:
-    return saved(folder / "cross", CROSS, num_labels=1)
+    return kit.save_encoder(folder / "cross", CROSS, num_labels=1)
+
+
+@functools.cache
+def classifier(place: Path) -> Any:
+    return CROSS.from_pretrained(place, dtype=torch.float32)
 
 
 def logits_of(place: Path, query: str, document: str) -> torch.Tensor:
-    model = CROSS.from_pretrained(place, dtype=torch.float32)
     first, second = kit.encoded(query), kit.encoded(document)
     ids = [kit.BOS, *first, kit.EOS, *second, kit.EOS]
     types = [0] * (len(first) + 2) + [1] * (len(second) + 1)
     with torch.inference_mode():
-        return model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0, 0]
+        found = classifier(place)(torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+    logit: torch.Tensor = found.logits[0, 0]
+    return logit
 
 
 def test_a_cross_encoder_scores_pairs_as_its_logits_say(cross):
     logits = torch.stack([logits_of(cross, "query", text) for text in TEXTS])
     found = scorer_at(cross).rank("query", TEXTS)
     torch.testing.assert_close(found, logits.sigmoid(), atol=1e-5, rtol=0)
-    changed(cross, sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
+    kit.changed(cross, sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
     torch.testing.assert_close(scorer_at(cross).rank("query", TEXTS), logits, atol=1e-4, rtol=0)
 
 
@@ -461,7 +444,7 @@ def test_a_decoder_that_classifies_reads_each_pair_to_its_last_token(folder):
     config = kit.llama(num_labels=1, pad_token_id=None)
     config.tie_word_embeddings = False
     kind(config).save_pretrained(folder / "llama")
-    tokenizer_of_pairs().save_pretrained(folder / "llama")
+    kit.tokenizer_of_pairs().save_pretrained(folder / "llama")
     scorer = scorer_at(folder / "llama")
     alone = torch.cat([scorer.rank("query", [text]) for text in TEXTS])
     torch.testing.assert_close(scorer.rank("query", TEXTS), alone, atol=1e-5, rtol=0)
@@ -488,7 +471,7 @@ def test_a_pair_that_is_too_long_is_refused_unless_it_may_be_cut(cross):
     ],
 )
 def test_a_model_that_does_not_rank_is_refused_in_one_sentence(cross, config, words):
-    changed(cross, **config)
+    kit.changed(cross, **config)
     with pytest.raises(labs.ModelError, match=words) as caught:
         scorer_at(cross).rank("a", ["b"])
     assert kit.is_one_sentence(caught.value)
