@@ -229,7 +229,7 @@ def test_long_documents_and_queries_are_cut_where_a_request_asks_for_it(shop):
 WRONG_RANKS: list[tuple[dict[str, Any], str, str]] = [
     ({"documents": ["a"]}, "query", "missing required field `query`"),
     ({"query": "a", "documents": []}, "documents", "0 texts; it can have 1 to 2048"),
-    ({"query": "a", "documents": [{"title": "x"}]}, "documents[0]", "unknown field `title`"),
+    ({"query": "a", "documents": [{"title": "x"}]}, "title", "unknown field `title`"),
     ({"query": "a", "documents": ["x" * 200]}, "documents[0]", "documents[0] has 204 tokens"),
     ({"query": "a", "documents": ["x" * 2001]}, "", "has 2001 bytes"),
     ({"query": "q" * 2001, "documents": ["x"]}, "", "has 2001 bytes"),
