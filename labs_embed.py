@@ -131,6 +131,8 @@ class Encoder:
         dimensions: cut the vectors, if the model was trained for it. truncate: cut texts that are
         too long. Raises InputError for what the model cannot do.
         """
+        if isinstance(texts, str):  # whose letters would be texts
+            raise labs.InputError("encode reads several texts: put a single one into a list")
         cut = self.load().reader.limit if truncate else None
         rows = self.tokens(texts, prompt_name=prompt_name, cut=cut)
         return self.vectors(rows, dimensions=dimensions)

@@ -25,6 +25,17 @@ import labs_embed
 import labs_recipe
 
 
+def beside(spec: labs.ModelSpec, name: str) -> labs.ModelSpec:
+    """Return how an embedding model of this name is loaded beside a model for text.
+
+    Neither its code nor pickles are trusted, whatever the settings of the other model are.
+    """
+    unset: dict[str, Any] = dict.fromkeys(("revision", "adapter", "chat_template"))
+    safe = {"trust_remote_code": False, "use_safetensors": True}
+    rest = {"kind": "embedding", "quantization": labs.Quantization()}
+    return replace(spec, model_name=name, **unset, **safe, **rest)
+
+
 class Encoder(labs_embed.Encoder):
     """An embedding model and the vectors of the last search; threads may share it."""
 

@@ -49,6 +49,8 @@ class Reader:
         cut: drop the end of what has more tokens, of a pair first that of the longer text; None:
         leave it whole. Raises InputError for a text that cannot be encoded.
         """
+        if not texts:
+            return []
         options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
         options |= {} if cut is None else {"truncation": True, "max_length": cut}
         pair = None if seconds is None else [*seconds]
@@ -168,11 +170,18 @@ def weights_of(spec: labs.ModelSpec) -> dict[str, Any]:
 
 def place_of(spec: labs.ModelSpec) -> tuple[str, dict[str, Any], Any]:
     """Return (source for from_pretrained, its options, the device). Raises ModelError."""
-    if spec.model_name.endswith(".gguf"):
-        raise labs.ModelError(f"{spec.model_name}: GGUF files of this kind of model are not read")
-    if spec.quantization != labs.Quantization():
-        raise labs.ModelError(f"{spec.model_name}: quantization is for models of kind text only")
-    wanted = spec.device_map
-    kind = labs.device_of(spec)[1]
+    name, wanted, kind = spec.model_name, spec.device_map, labs.device_of(spec)[1]
+    if name.endswith(".gguf"):
+        raise labs.ModelError(f"{name}: GGUF files of this kind of model are not read")
+    if wanted.startswith("{"):
+        raise labs.ModelError(f"{name}: device_map can name one device for this kind of model")
+    asked = spec.quantization
+    quantised = asked.load_in_4bit or asked.load_in_8bit
+    found = {"adapter": spec.adapter, "chat_template": spec.chat_template}
+    found |= {"quantization": quantised or asked.quant_method not in ("auto", "none")}
+    for word in (word for word, value in found.items() if value):
+        hint = '; in its table, set quantization = { quant_method = "none" }'
+        hint = hint if word == "quantization" else ""
+        raise labs.ModelError(f"{name}: {word} is for models of the kind text only{hint}")
     source, options, _ = labs.locate(spec, "fp32")
     return source, options, wanted if wanted.startswith(f"{kind}:") else kind

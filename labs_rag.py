@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 from msgspec import Struct
 
 import labs
 import labs_asked
+import labs_nearest
 from labs_nearest import Encoder as Encoder  # callers of search need no second import
 
 PLAIN = (".txt", ".text", ".rst")
@@ -389,9 +389,7 @@ def _plain(text: str) -> str:
 def encoder_of(config: labs.Config) -> Encoder | None:
     """Return the configured embedding model; remote code and quantization stay off for it."""
     name = config.documents.embedding_model
-    options: dict[str, Any] = {"model_name": name, "revision": None, "trust_remote_code": False}
-    options |= {"use_safetensors": True, "quantization": labs.Quantization()}
-    return Encoder(msgspec.structs.replace(config.model, **options)) if name else None
+    return Encoder(labs_nearest.beside(config.model, name)) if name else None
 
 
 def check(config: labs.Config, encoder: Encoder | None) -> None:

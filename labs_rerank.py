@@ -108,6 +108,8 @@ class Scorer:
 
         truncate: cut the longer text of a pair that is too long, instead of raising InputError.
         """
+        if isinstance(documents, str):  # whose letters would be documents
+            raise labs.InputError("rank reads several documents: put a single one into a list")
         cut = self.load().reader.limit if truncate else None
         return self.scores(self.tokens(query, documents, cut=cut))
 

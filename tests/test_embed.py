@@ -32,6 +32,14 @@ def bert(folder: Path) -> Path:
     return kit.save_encoder(folder / "bert")
 
 
+CROSS = transformers.BertForSequenceClassification
+
+
+@pytest.fixture
+def cross(folder: Path) -> Path:
+    return kit.save_encoder(folder / "cross", CROSS, num_labels=1)
+
+
 def described(place: Path, *, steps: Any = (NORMALIZE,), body: Any = None, **pooling: Any) -> Path:
     """Write sentence-transformers' files beside a model; `pooling`: of its Pooling."""
     head = [
@@ -224,6 +232,9 @@ def test_pickles_are_read_only_where_they_are_allowed(bert):
     ("spec", "words"),
     [
         ({"quantization": labs.Quantization(load_in_8bit=True)}, "quantization is for models of"),
+        ({"adapter": "x"}, "adapter is for models of the kind text only"),
+        ({"chat_template": "x"}, "chat_template is for models of the kind text only"),
+        ({"device_map": '{"": "cpu"}'}, "device_map can name one device"),
         ({"model_name": "x.gguf"}, "GGUF files of this kind of model are not read"),
         ({"model_name": "./absent"}, "there is no such model folder"),
     ],
@@ -258,6 +269,15 @@ def test_the_limit_is_the_smallest_of_what_the_model_states(folder):
     encoder = encoder_at(folder / "b")
     assert encoder.load().reader.limit == 32  # two of its places belong to the padding
     assert encoder.encode(["x" * 30]).isfinite().all()
+
+
+def test_no_text_gives_no_vector_and_a_text_that_is_not_in_a_list_is_refused(bert, cross):
+    assert encoder_at(bert).encode([]).shape == (0, 32)
+    assert scorer_at(cross).rank("query", []).shape == (0,)
+    with pytest.raises(labs.InputError, match="put a single one into a list"):
+        encoder_at(bert).encode("text")
+    with pytest.raises(labs.InputError, match="put a single one into a list"):
+        scorer_at(cross).rank("query", "text")
 
 
 def test_calls_hold_rows_of_similar_length_and_a_bounded_number_of_tokens():
@@ -405,14 +425,6 @@ def test_documents_and_queries_get_their_prompts_and_the_index_knows_what_made_i
 
 
 # ---------------------------------------------------------------- cross-encoders
-
-
-CROSS = transformers.BertForSequenceClassification
-
-
-@pytest.fixture
-def cross(folder: Path) -> Path:
-    return kit.save_encoder(folder / "cross", CROSS, num_labels=1)
 
 
 @functools.cache
