@@ -34,6 +34,7 @@ import labs_request
 open_context = labs_request.open_context  # called once per run
 UNFINISHED = {"timeout", "cancelled"}  # the same request may end differently in another run
 RESPONSES = "/v1/responses"  # the url of labs_responses.py
+VECTORS = ("/v1/embeddings", "/v1/rerank")  # of labs_vectors.py
 WINDOW = 1024  # lines that are sorted by length: rows of similar length share a batch well
 
 Lines = Iterable[tuple[int | str, bytes]]  # (number, line); a line without an id has its number
@@ -65,7 +66,7 @@ class Task(Struct, eq=False):
 
     order: its position in the run. repeated: the request as its answer repeats it. endpoint
     and body: of OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have
-    not ended.
+    not ended. made: the answer of a request for vectors or scores, which needs no row.
     """
 
     id: str | int
@@ -81,6 +82,7 @@ class Task(Struct, eq=False):
     found: dict[int, labs_ready.Found] = field(default_factory=dict)
     error: labs.LabsError | None = None
     missing: int = 1
+    made: Any = None
 
     @property
     def length(self) -> int:
@@ -101,6 +103,9 @@ class Task(Struct, eq=False):
     def take(self, place: int, event: labs.Event, context: labs_request.Context) -> None:
         """Record an event of the row with this number, and its answer after the last one."""
         self.events.setdefault(place, []).append(event)
+        if self.made is not None:
+            self.missing -= 1
+            return
         if isinstance(event, labs.Delta):
             return
         events, self.missing = self.events.pop(place), self.missing - 1
@@ -174,6 +179,9 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     if line.method != "POST":
         raise labs.InputError(f"unknown request {line.method} {line.url}; use POST")
     read_body(task, line.url, bytes(line.body))
+    if hasattr(task.endpoint, "asked"):  # for vectors or scores: `prepare` finds the model
+        task.repeated = {"url": line.url, "body": line.body}
+        return
     _check_model(config, task.body.model)
     if task.body.stream:
         raise labs_request.Refusal("a file cannot hold a stream", "unsupported", "stream")
@@ -198,12 +206,18 @@ def read_body(task: Task, url: str, data: bytes) -> None:
         import labs_responses
 
         endpoint = labs_responses.RESPONSES
+    if url in VECTORS:
+        labs.require("labs_vectors")
+        import labs_vectors
+
+        endpoint = labs_vectors.ENDPOINTS[url]
     if endpoint is None:
-        known = ", ".join((*labs_openai.ENDPOINTS, RESPONSES))
+        known = ", ".join((*labs_openai.ENDPOINTS, RESPONSES, *VECTORS))
         raise labs.InputError(f"unknown url {url!r:.80}; use one of {known}")
     task.endpoint = endpoint
     task.body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)
-    task.request = endpoint.request_of(task.body, given)
+    if url not in VECTORS:
+        task.request = endpoint.request_of(task.body, given)
 
 
 def count_seeds(request: labs_request.Request) -> int:
@@ -217,7 +231,7 @@ def _check_model(config: labs.Config, name: str | None) -> None:
 
 
 def _tasks(
-    model: labs.Model, context: labs_request.Context, lines: Lines, tally: Tally
+    model: labs.Model | None, context: labs_request.Context, lines: Lines, tally: Tally
 ) -> Iterator[Task]:
     """Yield a prepared task for each line that has no answer yet."""
     order, seen = itertools.count(), set()
@@ -236,12 +250,18 @@ def _tasks(
         yield task
 
 
-def prepare(model: labs.Model, context: labs_request.Context, task: Task) -> None:
+def prepare(model: labs.Model | None, context: labs_request.Context, task: Task) -> None:
     """Check a task and build its inputs, or store the error."""
     if task.error is not None:
         return
     most = context.config.server.max_prompt_bytes
     try:
+        if task.repeated.get("url") in VECTORS:
+            task.made = _make(context, task)
+            return
+        if model is None:
+            kind = context.config.model.kind
+            raise labs.InputError(f"the model of this run is of the kind {kind}, not text")
         if any(prompt.size > most for prompt in task.request.prompts):
             raise labs.InputError(f"the prompt has over server_max_prompt_bytes = {most} bytes")
         request = labs_request.check(context, task.request)
@@ -249,6 +269,20 @@ def prepare(model: labs.Model, context: labs_request.Context, task: Task) -> Non
         task.missing = len(request.prompts) * request.n
     except labs.LabsError as error:
         task.fail(error)
+
+
+def _make(context: labs_request.Context, task: Task) -> Any:
+    """Return the answer to a request for vectors or scores. Raises LabsError."""
+    labs.require("labs_desk", "labs_vectors")
+    import labs_desk
+    import labs_vectors
+
+    endpoint, most = task.endpoint, context.config.server.max_prompt_bytes
+    desks = labs_desk.Desks(context.config, context.encoder)
+    name = desks.name_of(task.body.model, endpoint.kind)
+    asked = labs_vectors.checked(endpoint.asked(task.body), most, context.filters)
+    work = labs_vectors.read(endpoint, desks.model_of(name), asked, context.filters)
+    return work.make(name, secrets.token_hex(12), lambda: None)
 
 
 def _key(identity: str | int) -> int:
@@ -295,6 +329,8 @@ def _streams(
 
 def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     try:
+        if task.made is not None:
+            raise labs.LabsError("no row is needed")
         if task.error is not None:
             raise task.error
         ready = task.ready(place)
@@ -304,15 +340,19 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
 
 
 def answer_lines(
-    model: labs.Model,
+    model: labs.Model | None,
     context: labs_request.Context,
     lines: Lines,
     tally: Tally,
     batching: Batching = Batching(),  # noqa: B008
 ) -> Iterator[bytes]:
-    """Answer lines; yield lines of answers. tally: has the ids answered before, and counts."""
+    """Answer lines; yield lines of answers. tally: has the ids answered before, and counts.
+
+    model: None where the configured one generates no text, so that lines can ask for vectors only.
+    """
     tally.began = time.perf_counter()
-    for task in complete(model, context, _tasks(model, context, lines, tally), batching):
+    tasks: Iterator[Task] = _tasks(model, context, lines, tally)
+    for task in tasks if model is None else complete(model, context, tasks, batching):
         tally.count(task)
         found = [task.found[place] for place in sorted(task.found)]
         render = _render_openai if task.openai else _render
@@ -356,7 +396,7 @@ class Tally(Struct, eq=False):
 
 
 def _render(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
+    model: labs.Model | None, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
     if task.error is not None:
         kind = "invalid_request" if _is_bad_request(task.error) else "failed"
@@ -382,7 +422,7 @@ def _is_bad_request(error: labs.LabsError) -> bool:
 
 
 def _render_openai(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
+    model: labs.Model | None, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
     import labs_protocol
 
@@ -391,8 +431,8 @@ def _render_openai(
         names: dict[str, Any] = {"id": name, "model": config.model_id, **_documents(task)}
         if task.prepared is not None:
             names["generation"] = task.prepared.generation
-        body = task.endpoint.answer(task.body, model, found, **names)
-        known = all(each.fingerprint for each in found)  # a filtered answer has none
+        body = task.made or task.endpoint.answer(task.body, model, found, **names)
+        known = found and all(each.fingerprint for each in found)  # a filtered answer has none
         rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}
         if cut := {each.finish_reason for each in found} & UNFINISHED:  # missing in OpenAI's format
             rest["finish_reason"] = min(cut)

@@ -74,7 +74,10 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
 
         filters = labs_guard.load(config.guard, config.model)
         filters = filters if tell is None else replace(filters, tell=tell)
-    if config.documents.database is not None:
+    for rule in config.router.rules:
+        if (kind := config.by_name()[rule.model].model.kind) != "text":
+            raise labs.ConfigError(f"router.rules: {rule.model} is of the kind {kind}, not text")
+    if config.documents != labs.Documents():
         labs.require("labs_rag")
         import labs_rag
 
@@ -83,6 +86,9 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
 
 
 # ---------------------------------------------------------------- without a model
+
+
+ELSEWHERE = {"embedding": "POST /v1/embeddings", "rerank": "POST /v1/rerank"}
 
 
 def check_documents(context: Context) -> None:
@@ -102,6 +108,9 @@ def check(context: Context, request: Request) -> Request:
             text = f"unknown model {request.model!r}; known models: {', '.join(context.configs)}"
             raise Refusal(text, "model_not_found", "model", 404)
         config = context.configs[request.model]
+    if (kind := config.model.kind) != "text":
+        text = f"model: {config.model_id} is of the kind {kind}, which generates no text"
+        raise Refusal(f"{text}; {ELSEWHERE[kind]} answers for it", "invalid_value", "model")
     with in_words_of(request):
         generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)

@@ -8,7 +8,7 @@ All resources share one Service: a request is read and checked, `lease` waits fo
 `submit` hands it to the engine, and the engine's events become the response. An exception becomes a
 Problem, and that the body of an error in the format of the path's protocol.
 
-Needs labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
+Needs labs_desk.py, labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
 labs_openai.py, labs_request.py, labs_responses.py and labs_answers.py with what those need;
 falcon, prometheus-client.
 """
@@ -31,6 +31,7 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 import labs
+import labs_desk
 import labs_engine
 import labs_gate
 import labs_messages
@@ -156,6 +157,7 @@ class Service:
         self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
         labs_patterns.check(config.router)
+        self.desks = labs_desk.Desks(config, self.context.encoder)
         held = (self.context.filters, self.context.encoder)  # each may have loaded a model
         models.account(lambda: sum(getattr(each, "nbytes", 0) for each in held))
         self._tokens = quota
@@ -269,13 +271,16 @@ class Service:
 
     @contextlib.contextmanager
     def charged(self, owner: str, n: int, prepared: labs_request.Prepared) -> Iterator[None]:
-        """Charge the owner for n answers per prompt, or raise Problem; an error inside refunds."""
+        """Charge the owner for n answers per prompt, see `charge`."""
         rows = [prepared.ready(place, 0) for place in range(len(prepared.inputs))]
-        answers = not prepared.request.only_echo
-        cost = n * sum(
-            len(r.inputs.input_ids) + answers * r.generation.max_new_tokens for r in rows
-        )
-        cost = cost if prepared.choice is None else prepared.choice.tokens
+        made = 0 if prepared.request.only_echo else 1
+        cost = n * sum(len(r.inputs.input_ids) + made * r.generation.max_new_tokens for r in rows)
+        with self.charge(owner, cost if prepared.choice is None else prepared.choice.tokens):
+            yield
+
+    @contextlib.contextmanager
+    def charge(self, owner: str, cost: int) -> Iterator[None]:
+        """Charge the owner for these tokens, or raise Problem; an error inside refunds."""
         if cost > (most := self._tokens.per_minute or cost):
             text = f"this request may use {cost} tokens; the quota is {most} a minute"
             raise labs_gate.Problem(400, text, "quota")
@@ -287,6 +292,23 @@ class Service:
         except BaseException:
             self._tokens.take(owner, -cost)
             raise
+
+    @contextlib.contextmanager
+    def turn(self, req: falcon.Request, name: str) -> Iterator[labs_desk.Turn]:
+        """Wait for a model of another kind than text, and for the request's turn with it."""
+        gone, timeout_s, lease = self.gone(req), self.desks.timeout_s(name), None
+        desk: Any = self.desks.own(name)
+        try:
+            if desk is None:
+                lease = self.leased(req, labs_request.Request(prompts=(), model=name))
+                desk = lease.engine
+            if not isinstance(desk, labs_desk.Desk):
+                raise labs_models.NotLoaded(f"{name} is not loaded here")
+            with desk.turn(gone, timeout_s) as turn:
+                yield turn
+        finally:
+            if lease is not None:
+                self.models.release(name)
 
     def submit(self, req: falcon.Request, request: labs_request.Request, lease: Lease) -> Answers:
         """Submit each prompt n times; the engine accepts all of them or none."""

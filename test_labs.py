@@ -723,8 +723,15 @@ ROOMS = {
     "labs_patterns.py": (120, "labs"),
     "labs_guard.py": (260, "labs apart patterns"),
     "labs_screen.py": (220, "labs dialogue guard parts"),
-    "labs_embed.py": (160, "labs apart"),
-    "labs_rag.py": (420, "labs asked embed"),
+    "labs_recipe.py": (320, "labs"),
+    "labs_padded.py": (200, "labs"),
+    "labs_pooling.py": (180, "labs padded recipe"),
+    "labs_embed.py": (160, "labs apart padded pooling recipe"),
+    "labs_nearest.py": (120, "labs apart embed recipe"),
+    "labs_rerank.py": (200, "labs apart padded recipe"),
+    "labs_vectors.py": (360, "labs asked protocol"),
+    "labs_desk.py": (240, "labs apart asked embed engine rerank turns"),
+    "labs_rag.py": (420, "labs asked nearest"),
     "labs_asked.py": (200, "labs dialogue"),
     "labs_request.py": (
         380,
@@ -735,7 +742,8 @@ ROOMS = {
     "labs_turns.py": (260, "labs"),
     "labs_engine.py": (450, "labs loop turns"),
     "labs_async.py": (160, "labs engine decode"),
-    "labs_models.py": (360, "labs engine decode embed patterns"),
+    "labs_sizes.py": (100, "labs decode"),
+    "labs_models.py": (360, "labs engine patterns desk sizes"),
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),
     "labs_replies.py": (320, "labs tokens parts protocol"),
@@ -757,18 +765,19 @@ ROOMS = {
     "labs_pages.py": (420, ""),
     "labs_service.py": (
         450,
-        "labs gate meters models engine request ready answers openai patterns protocol turns "
+        "labs gate meters models desk engine request ready answers openai patterns protocol turns "
         "messages responses",
     ),
     "labs_tokenize.py": (300, "labs dialogue models openai pages protocol request service tokens"),
     "labs_api.py": (
         600,
         "labs gate meters pages models engine request ready parts explain openai replies service "
-        "protocol turns messages message_events message_models response_items responses tokenize",
+        "protocol turns messages message_events message_models response_items responses tokenize "
+        "vectors",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),
-    "labs_jsonl.py": (650, "labs openai protocol request ready responses tokens"),
+    "labs_jsonl.py": (650, "labs desk openai protocol request ready responses tokens vectors"),
     "labs_replay.py": (220, "labs jsonl ready request"),
     "labs_flags.py": (340, "labs"),
     "labs_cli.py": (800, "*"),

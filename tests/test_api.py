@@ -38,6 +38,7 @@ import labs_protocol
 import labs_request
 import labs_tokenize
 import labs_turns
+import labs_vectors
 
 OPENAI = [CHAT, COMPLETIONS]
 
@@ -938,7 +939,7 @@ CHECKS = [
 ]
 GETS = ("/health", "/readyz", "/v1/models", "/v1/models/{name}", "/metrics")
 MESSAGES = ("/v1/messages", "/v1/messages/count_tokens")
-POSTS = (*BODIES, *MESSAGES)
+POSTS = (*BODIES, *MESSAGES, *labs_vectors.ENDPOINTS)
 OPERATIONS = [*(("GET", path) for path in GETS), *(("POST", path) for path in POSTS)]
 
 

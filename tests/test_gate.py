@@ -205,7 +205,8 @@ def test_a_slash_at_the_end_changes_nothing_but_the_address_of_a_page(site):
 
 
 MEANT = {"/chat/completions": CHAT, "/completions/": CHAT, "/models": "/v1/models"}
-MEANT |= {"/v1/v1/chat/completions": CHAT, "/api/generate": "/generate", "/v1/embeddings": None}
+MEANT |= {"/v1/v1/chat/completions": CHAT, "/api/generate": "/generate"}
+MEANT |= {"/embeddings": "/v1/embeddings", "/v1/audio/speech": None}
 
 
 @pytest.mark.parametrize(("path", "meant"), MEANT.items())
