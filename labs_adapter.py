@@ -77,9 +77,8 @@ def merged(model: Any, spec: ModelSpec) -> Any:
 def revision(spec: ModelSpec) -> str:
     """Return the hub's commit of spec's adapter, or the sha256 of its folder."""
     folder = place(replace(spec, local_files_only=True))  # it was downloaded by `check`
-    if not _is_folder(spec):
-        return folder.name
-    return f"sha256:{labs_cache.digest(folder, spec.cache_dir)}"
+    digest = _is_folder(spec) and labs_cache.digest(folder, spec.cache_dir)
+    return f"sha256:{digest}" if digest else folder.name
 
 
 def place(spec: ModelSpec) -> Path:
@@ -157,4 +156,5 @@ def _by_peft(model: Any, folder: Path) -> Any:
     numbers = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if wrong := sorted(key for key, each in numbers.items() if not each.isfinite().all()):
         raise ValueError(f"{wrong[0]} contains numbers that are not finite")
+    model.config.gguf_types = None  # the few bits of a GGUF file do not hold the new weights
     return adapted.merge_and_unload()  # its safe_merge rounds otherwise

@@ -50,7 +50,7 @@ NEEDS = {
 }
 # transformers makes plain layers of these: always, or where no kernel computes with them.
 ALWAYS_PLAIN = ("compressed-tensors",)
-PLAIN_WITHOUT_KERNEL = ("fp8", "mxfp8", "mxfp4", "metal")
+PLAIN_WITHOUT_KERNEL = ("fp8", "mxfp8", "mxfp4")
 
 
 def options(spec: ModelSpec, config: Any, dtype: str) -> dict[str, Any]:
