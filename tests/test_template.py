@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from kit import TEMPLATE, is_one_sentence, labs_gen, load, until, write
 
