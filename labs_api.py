@@ -54,7 +54,8 @@ import labs_turns
 import labs_vectors
 from labs_service import Resource, Service, answer_error
 
-PATHS = ("cache_dir", "model_name")  # settings that hold paths of the server, hidden from clients
+# Settings that hold paths of the server, which are hidden from clients.
+PATHS = ("adapter", "cache_dir", "chat_template", "model_name")
 
 
 # ---------------------------------------------------------------- requests and responses
