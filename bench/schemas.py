@@ -162,7 +162,8 @@ def answered(model: labs.Model, cases: list[Case]) -> None:
             valid += is_valid(cases[number].schema, "".join(pieces.get(number, ())))
         else:
             others[getattr(event, "finish_reason", "failed")] += 1
-    print(f"answers: {whole} of {len(cases)} ended within {NEW} tokens, {valid} of these are valid; {dict(others)}")
+    ended = f"{whole} of {len(cases)} ended within {NEW} tokens"
+    print(f"answers: {ended}, {valid} of these are valid; others: {dict(others)}")
 
 
 def is_valid(schema: dict[str, Any], text: str) -> bool:
