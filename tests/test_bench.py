@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 
 import kit
 import pytest
 
+import labs
 from bench import __main__ as bench
-from bench import parts
+from bench import parts, schemas
 
 
 @pytest.mark.parametrize("name", bench.NAMES)
@@ -33,3 +36,26 @@ def test_the_same_number_of_prompts_are_the_same_prompts():
 def test_a_report_has_the_median_ratio_and_its_interval(capsys: pytest.CaptureFixture[str]):
     parts.report("labs / other", [(10.0, 5.0)] * 9 + [(30.0, 5.0)])
     assert capsys.readouterr().out.split()[3:] == ["10.0", "5.0", "2.00", "[2.00,", "2.00]"]
+
+
+def test_schemas_are_sampled_tried_followed_and_answered(tiny, folder, monkeypatch, capsys):
+    tests = [{"valid": True, "data": "red"}, {"valid": False, "data": "blue"}]
+    for part in ("easy", "hard"):
+        for number in range(4):
+            known = {"enum": ["red", number]} if part == "easy" or number else {"minItems": 501}
+            name = f"{part}---{number}.json"
+            (folder / name).write_text(json.dumps({"schema": known, "tests": tests}))
+    monkeypatch.setattr(schemas, "SIZES", {"easy": 30, "hard": 10})
+    monkeypatch.setattr(schemas, "EACH", 4)
+    monkeypatch.setattr(labs, "load_model", lambda config: tiny)
+    schemas.schemas(str(folder), "answers")
+    lines = capsys.readouterr().out.splitlines()
+    assert "accepted: 7 of 8, 93.8% of all by size" in lines
+    assert "    1 is 501; at most 500" in lines
+    assert lines[-3:-1] == [
+        "valid texts that are followed: 7 of 7",
+        "others that are not: 7 of 7",
+    ]
+    assert re.fullmatch(
+        r"answers: 2 of 2 ended within 256 tokens, 2 of these are valid; .*", lines[-1]
+    )

@@ -126,7 +126,7 @@ def test_wrong_usage_is_exit_code_2(fake_labs, arguments, reason):
 
 
 FLAGS = {flag.partition("/")[0]: kind for _, flag, kind, _ in labs_flags.OPTIONS}
-ASKED = "--prompt --system --config"
+ASKED, HELD = "--prompt --system --config", " --schema --regex --one-of --grammar"
 TOGETHER = {  # each mode, and the flags that have an effect on it
     "--vendor": "--rooms --check",
     "--show-config": "--config",
@@ -135,8 +135,8 @@ TOGETHER = {  # each mode, and the flags that have an effect on it
     "--index": "--config",
     "--explain": ASKED + " --messages-json --messages-file --tools",
     "--choose": ASKED + " --messages-json --messages-file --json",
-    "--json": ASKED + " --messages-json --messages-file --choose --verbose --schema --tools",
-    "--chat": "--system --config --messages-json --messages-file --stream --verbose --schema",
+    "--json": ASKED + " --messages-json --messages-file --choose --verbose --tools" + HELD,
+    "--chat": "--system --config --messages-json --messages-file --stream --verbose" + HELD,
 }
 
 
