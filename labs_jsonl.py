@@ -66,7 +66,8 @@ class Task(Struct, eq=False):
 
     order: its position in the run. repeated: the request as its answer repeats it. endpoint
     and body: of OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have
-    not ended. made: the answer of a request for vectors or scores, which needs no row.
+    not ended. work: of a request for vectors or scores, with the name of its model. made: the
+    answer to it, which needs no row.
     """
 
     id: str | int
@@ -82,6 +83,7 @@ class Task(Struct, eq=False):
     found: dict[int, labs_ready.Found] = field(default_factory=dict)
     error: labs.LabsError | None = None
     missing: int = 1
+    work: tuple[str, Any] | None = None
     made: Any = None
 
     @property
@@ -257,7 +259,10 @@ def prepare(model: labs.Model | None, context: labs_request.Context, task: Task)
     most = context.config.server.max_prompt_bytes
     try:
         if task.repeated.get("url") in VECTORS:
-            task.made = _make(context, task)
+            labs.require("labs_vector_lines")
+            import labs_vector_lines
+
+            task.work = labs_vector_lines.work_of(context, task.endpoint, task.body)
             return
         if model is None:
             kind = context.config.model.kind
@@ -269,20 +274,6 @@ def prepare(model: labs.Model | None, context: labs_request.Context, task: Task)
         task.missing = len(request.prompts) * request.n
     except labs.LabsError as error:
         task.fail(error)
-
-
-def _make(context: labs_request.Context, task: Task) -> Any:
-    """Return the answer to a request for vectors or scores. Raises LabsError."""
-    labs.require("labs_desk", "labs_vectors")
-    import labs_desk
-    import labs_vectors
-
-    endpoint, most = task.endpoint, context.config.server.max_prompt_bytes
-    desks = labs_desk.Desks(context.config, context.encoder)
-    name = desks.name_of(task.body.model, endpoint.kind)
-    asked = labs_vectors.checked(endpoint.asked(task.body), most, context.filters)
-    work = labs_vectors.read(endpoint, desks.model_of(name), asked, context.filters)
-    return work.make(name, secrets.token_hex(12), lambda: None)
 
 
 def _key(identity: str | int) -> int:
@@ -351,7 +342,12 @@ def answer_lines(
     model: None where the configured one generates no text, so that lines can ask for vectors only.
     """
     tally.began = time.perf_counter()
-    tasks: Iterator[Task] = _tasks(model, context, lines, tally)
+    tasks = _tasks(model, context, lines, tally)
+    with contextlib.suppress(labs.ConfigError):  # labs_vector_lines.py is absent
+        labs.require("labs_vector_lines")
+        import labs_vector_lines
+
+        tasks = labs_vector_lines.with_vectors(tasks)
     for task in tasks if model is None else complete(model, context, tasks, batching):
         tally.count(task)
         found = [task.found[place] for place in sorted(task.found)]

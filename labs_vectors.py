@@ -13,6 +13,7 @@ lines of batch files. Needs labs.py, labs_asked.py and labs_protocol.py; torch.
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, cast
 
@@ -129,17 +130,32 @@ class RerankAnswer(Struct, frozen=True):
 
 
 class Work(Struct, frozen=True, eq=False):
-    """A request whose tokens are read. make: computes, and returns the answer.
+    """A request whose tokens are read.
 
-    make is called with (name of the model, id, a function that raises when the work has to end).
+    compute: returns what the model makes of rows, one for each; called with (rows, a function that
+    raises when the work has to end). shape: returns the answer; called with (what was computed,
+    name of the model, id). key: works of one model with the same key can be computed together.
     """
 
     rows: Sequence[Any]
-    make: Callable[[str, str, Callable[[], Any]], Any]
+    compute: Callable[[Sequence[Any], Callable[[], Any]], Any]
+    shape: Callable[[Any, str, str], Any]
+    key: Any = None
 
     @property
     def tokens(self) -> int:
         return sum(len(row.ids) for row in self.rows)
+
+    def make(self, name: str, identity: str, stop: Callable[[], Any]) -> Any:
+        """Compute, and return the answer. The arguments are those of shape and compute."""
+        return self.shape(self.compute(self.rows, stop), name, identity)
+
+
+def computed(works: Sequence[Work]) -> list[Any]:
+    """Compute works of one model and one key together; return what each of them asked for."""
+    found = works[0].compute([row for work in works for row in work.rows], lambda: None)
+    ends = [*itertools.accumulate(len(work.rows) for work in works)]
+    return [found[end - len(work.rows) : end] for work, end in zip(works, ends, strict=True)]
 
 
 # ---------------------------------------------------------------- endpoints
@@ -207,14 +223,17 @@ class Embeddings(Endpoint):
         else:
             rows = model.tokens(asked.texts, prompt_name=body.prompt_name, cut=cut)
 
-        def make(name: str, identity: str, stop: Callable[[], Any]) -> EmbeddingsAnswer:
-            vectors = model.vectors(rows, dimensions=body.dimensions, stop=stop)
+        tokens = check_tokens("input", rows)
+
+        def compute(rows: Sequence[Any], stop: Callable[[], Any]) -> Any:
+            return model.vectors(rows, dimensions=body.dimensions, stop=stop)
+
+        def shape(vectors: Any, name: str, identity: str) -> EmbeddingsAnswer:
             shown = _base64(vectors) if body.encoding_format == "base64" else vectors.tolist()
             data = tuple(Embedding(index, each) for index, each in enumerate(shown))
             return EmbeddingsAnswer(data, name, Tokens(tokens, tokens))
 
-        tokens = check_tokens("input", rows)
-        return Work(rows, make)
+        return Work(rows, compute, shape, body.dimensions)
 
 
 def _base64(vectors: Any) -> list[str]:
@@ -258,8 +277,11 @@ class Rerank(Endpoint):
         rows = model.tokens(query, texts, cut=cut)
         tokens = check_tokens("documents", rows)
 
-        def make(name: str, identity: str, stop: Callable[[], Any]) -> RerankAnswer:
-            scores = model.scores(rows, stop=stop).tolist()
+        def compute(rows: Sequence[Any], stop: Callable[[], Any]) -> Any:
+            return model.scores(rows, stop=stop)
+
+        def shape(found: Any, name: str, identity: str) -> RerankAnswer:
+            scores = found.tolist()
             order = sorted(range(len(scores)), key=lambda place: -scores[place])
             shows = body.return_documents is not False
             results = tuple(
@@ -268,7 +290,7 @@ class Rerank(Endpoint):
             )
             return RerankAnswer(identity, name, results, Tokens(tokens, tokens))
 
-        return Work(rows, make)
+        return Work(rows, compute, shape)
 
 
 EMBEDDINGS, RERANK = Embeddings(), Rerank()

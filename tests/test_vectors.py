@@ -560,6 +560,34 @@ def test_lines_of_a_file_get_the_answers_of_the_server(folders, tiny, shop):
     assert response["body"] == shop.post(EMBED, wrong["body"]).json
 
 
+def test_neighbouring_lines_share_calls_and_one_that_fails_fails_alone(folders, monkeypatch):
+    texts = [f"text {number}" for number in range(70)]
+    rows = [line_of(str(n), EMBED, input=text) for n, text in enumerate(texts)]
+    rows.insert(5, line_of("few", EMBED, input=["hi", "you"], dimensions=8))
+    rows.insert(9, line_of("bad", EMBED, input="x" * 300))
+    calls, real = list[int](), labs_embed.Encoder.vectors
+
+    def vectors(self: Any, given: Any, **options: Any) -> Any:
+        calls.append(len(given))
+        if len(given) > 1 and any(len(row.ids) == 3 for row in given):
+            raise labs.GenerationError("broken")
+        return real(self, given, **options)
+
+    monkeypatch.setattr(labs_embed.Encoder, "vectors", vectors)
+    config = configured(folders, default="bert")
+    found = answered(config, None, *rows)
+    assert sorted(calls) == [2, 8, 62]  # an error ends a group, and so do dimensions
+    assert found["bad"]["response"]["status_code"] == 400
+    data = found["few"]["response"]["body"]["data"]
+    assert [len(each["embedding"]) for each in data] == [8, 8]
+    calls.clear()
+    broken = [line_of("a", EMBED, input="x"), line_of("b", EMBED, input="hello")]
+    assert {
+        each["response"]["status_code"] for each in answered(config, None, *broken).values()
+    } == {200}
+    assert calls == [2, 1, 1]
+
+
 def test_a_run_whose_model_generates_no_text_answers_lines_for_vectors_only(folders):
     config = configured(folders, default="bert")
     rows = [{"id": "a", "prompt": "x"}, line_of("b", EMBED, input="hi", model="bert")]
