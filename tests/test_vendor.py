@@ -39,7 +39,7 @@ MODELS = ("engine", "models", "patterns", "turns")
 REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
-API += ("service",)
+API += ("service", "tokenize")
 API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
 
