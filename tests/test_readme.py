@@ -75,6 +75,7 @@ UNTAGGED = {
     "pip install 'labs-gen[ray]'": "needs a cluster",
     **dict.fromkeys(('model = "NAME"', '{"provider"'), "needs Codex or opencode"),
     "export ANTHROPIC_BASE_URL": "needs Claude Code",
+    "lm_eval --model local-completions": "needs lm-evaluation-harness, of 600 MB",
     "# ~/.continue/config.yaml": "needs Continue",
     **dict.fromkeys(("docker build", "docker run", "docker compose"), "needs Docker"),
 }

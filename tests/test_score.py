@@ -350,6 +350,13 @@ def test_an_echo_that_cannot_be_given_is_refused_by_the_name_of_its_field(body, 
     assert error["param"] == param
 
 
+def test_openais_own_client_reads_an_echo(site):
+    body = {"model": "tiny", "prompt": "hey", "echo": True, "logprobs": 1, "max_tokens": 0}
+    (choice,) = site.sdk().completions.create(**body).choices
+    assert (choice.text, choice.finish_reason) == ("hey", "length")
+    assert choice.logprobs.token_logprobs == listed("hey")
+
+
 def test_a_chat_has_no_echo(site):
     body = {"messages": kit.HELLO, "max_tokens": 1}
     assert site.post(kit.CHAT, {**body, "echo": False}).status_code == 200
