@@ -20,7 +20,7 @@ import labs_async
 import labs_engine
 
 Begin = Callable[..., tuple[labs_engine.AnyEngine, Gate]]
-LONG = options(max_new_tokens=200)
+LONG = options(max_new_tokens=60)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_cancelled_task_frees_its_row_and_another_one_its_own(begin):
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        assert await second == alone("llama", 2, new=200)
+        assert await second == alone("llama", 2, new=60)
         await until_free(engine)
 
     asyncio.run(work())

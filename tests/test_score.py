@@ -23,7 +23,14 @@ import labs_request
 import labs_score
 
 TEXT = "Which of them is it? " * 4
-NAMES = [*kit.ARCHITECTURES, *kit.DULL]
+# A type of each kind of layers and of calls; the others only in the long run.
+FEW = {"llama", "gemma2", "gpt_oss", "deepseek_v3", "mamba2", "falcon_h1"}
+FEW |= {"mamba", "jamba", "rwkv", "minimax", "bloom"}
+LONG = [pytest.mark.long]
+NAMES = [
+    kind if kind in FEW else pytest.param(kind, marks=LONG)
+    for kind in (*kit.ARCHITECTURES, *kit.DULL)
+]
 
 
 def ask(text: str = TEXT) -> labs.Inputs:
@@ -165,6 +172,20 @@ def test_prompts_among_others_have_the_log_probabilities_and_answers_they_have_a
         assert rest[-1].usage.completion_tokens == kit.NEW
     for number, other in enumerate(others):
         assert read(other)[0] == kit.alone("llama", number)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "rwkv"])
+def test_models_that_cannot_continue_a_prompt_score_it_and_answer_as_without(kind):
+    model, inputs = model_of(kind), prompt(3, 20)
+    engine = labs_engine.Engine(model)
+    try:
+        each = labs_score.Echo(inputs.prompt, labs_score.Scores(model, inputs, 0), only=False)
+        first, *rest = submit(engine, inputs, each.work)
+        assert first.logprobs[1:] == labs_score.prompt_logprobs(model, inputs)[1:]
+        text = "".join(getattr(event, "text", "") for event in rest)
+        assert text == kit.alone(kind, 3, 20)
+    finally:
+        engine.close()
 
 
 def test_a_prompt_without_an_answer_takes_no_step(engine):
@@ -348,6 +369,13 @@ def test_an_echo_that_cannot_be_given_is_refused_by_the_name_of_its_field(body, 
     error = kit.error_of(site.post(kit.COMPLETIONS, {"prompt": "hey", **body}), 400)
     assert told in error["message"]
     assert error["param"] == param
+
+
+def test_openais_own_client_reads_an_echo(site):
+    body = {"model": "tiny", "prompt": "hey", "echo": True, "logprobs": 1, "max_tokens": 0}
+    (choice,) = site.sdk().completions.create(**body).choices
+    assert (choice.text, choice.finish_reason) == ("hey", "length")
+    assert choice.logprobs.token_logprobs == listed("hey")
 
 
 def test_a_chat_has_no_echo(site):
