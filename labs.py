@@ -462,6 +462,7 @@ def _load(spec: ModelSpec) -> Model:
         weights |= labs_checkpoints.options(spec, config, dtype)
     tokenizer = tokenizer_of(spec, source, options)
     decoder = _decoder_of(spec, _model_of(spec, source, weights))
+    dtype = {f"torch.{v}": k for k, v in TORCH_DTYPES.items()}.get(str(decoder.model.dtype), dtype)
     eos = labs_loop.eos_token_ids_of(decoder.model, tokenizer)
     settings, defaults = _recommended(decoder.model, tokenizer, eos, spec.use_generation_config)
     return Model(
@@ -550,6 +551,8 @@ def pretrained(kind: str, source: str, options: Mapping[str, object]) -> Any:
     """Call from_pretrained of transformers' class `kind`. Raises ModelError when it fails."""
     import transformers
 
+    if kind.startswith("AutoModel"):  # else peft would load the base that an adapter there names
+        options = {**options, "adapter_kwargs": {"subfolder": "none", "local_files_only": True}}
     try:
         return getattr(transformers, kind).from_pretrained(source, **options)
     except Exception as error:  # its Rust code raises plain Exceptions, model code anything

@@ -6,8 +6,10 @@
     POST /generate/stream            the same as server-sent events
     POST /explain                    what a request would run with, without running it
     POST /choose                     the probability of each of several given answers
+    POST /tokenize /detokenize /apply-template           vLLM's and llama.cpp's
     GET  /v1/models                  OpenAI's endpoints
-    POST /v1/chat/completions /v1/completions /v1/responses
+    POST /v1/chat/completions /v1/completions /v1/responses /v1/embeddings
+    POST /v1/rerank /v2/rerank /rerank                   Jina's and Cohere's
     POST /v1/messages /v1/messages/count_tokens          Anthropic's
     GET  /metrics /openapi.json /docs /
 
@@ -20,6 +22,7 @@ Needs labs_pages.py and labs_service.py with what those need; falcon, prometheus
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -46,10 +49,13 @@ import labs_replies
 import labs_request
 import labs_response_items
 import labs_responses
+import labs_tokenize
 import labs_turns
+import labs_vectors
 from labs_service import Resource, Service, answer_error
 
-PATHS = ("cache_dir", "model_name")  # settings that hold paths of the server, hidden from clients
+# Settings that hold paths of the server, which are hidden from clients.
+PATHS = ("adapter", "cache_dir", "chat_template", "model_name")
 
 
 # ---------------------------------------------------------------- requests and responses
@@ -90,6 +96,7 @@ class ModelCard(Struct, frozen=True):
     created: int
     context_length: int | None
     loaded: bool
+    kind: Literal["text", "embedding", "rerank"] = "text"
     object: Literal["model"] = "model"
     owned_by: Literal["labs"] = "labs"
 
@@ -231,30 +238,33 @@ class ModelsListed(Resource):
     """GET /v1/models and /v1/models/{name}."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        names = self.service.context.configs
+        kinds = self.service.desks.kinds()
         if req.get_header("anthropic-version") is None:
-            resp.data = labs_protocol.dumps(ModelList(tuple(map(self._card, names))))
+            resp.data = labs_protocol.dumps(ModelList(tuple(map(self._card, kinds))))
             return
-        page = labs_message_models.page_of([self._info(name) for name in names], req.params)
-        resp.data = labs_protocol.dumps(page)
+        infos = [self._info(name) for name, kind in kinds.items() if kind == "text"]
+        resp.data = labs_protocol.dumps(labs_message_models.page_of(infos, req.params))
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
-        if name not in self.service.context.configs:
+        if name not in self.service.desks.kinds():
             text = f"unknown model {name!r}; GET /v1/models lists the models of this server"
             raise labs_gate.Problem(404, text, "model_not_found", "model")
         card = self._card if req.get_header("anthropic-version") is None else self._info
         resp.data = labs_protocol.dumps(card(name))
 
     def _info(self, name: str) -> labs_message_models.ModelInfo:
-        length = self.service.models.context_length(name)
+        length = self._card(name).context_length
         return labs_message_models.model_of(name, self.service.created, length)
 
     def _card(self, name: str) -> ModelCard:
+        service, models = self.service, self.service.models
+        own = service.desks.own(name)
         return ModelCard(
             id=name,
-            created=self.service.created,
-            context_length=self.service.models.context_length(name),
-            loaded=name in self.service.models.loaded(),
+            created=service.created,
+            context_length=models.context_length(name) if own is None else own.context_length,
+            loaded=name in models.loaded() if own is None else own.context_length is not None,
+            kind=service.desks.kinds()[name],
         )
 
 
@@ -280,6 +290,32 @@ class Endpoint(Resource):
         names = {"id": req.context.id, "created": req.context.created, "model": answers.name}
         names |= {"documents": answers.documents, "generation": answers.generation}
         resp.data = labs_protocol.dumps(endpoint.answer(body, answers.model, found, **names))
+
+
+class Vectors(Resource):
+    """POST /v1/embeddings and /v1/rerank: vectors of texts, and the order of documents."""
+
+    def __init__(self, service: Service, endpoint: labs_vectors.Endpoint) -> None:
+        super().__init__(service)
+        self.endpoint = endpoint
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        service, endpoint, filters = self.service, self.endpoint, self.service.context.filters
+        body, _ = service.read(req, endpoint.body, endpoint.fields)
+        most = service.config.server.max_prompt_bytes
+        name = service.desks.name_of(body.model, endpoint.kind)
+        asked = labs_vectors.checked(endpoint.asked(body), most, filters)
+        with service.turn(req, name) as turn:
+            work = labs_vectors.read(endpoint, turn.model, asked, filters)
+            with service.charge(req.context.owner, work.tokens):
+                answer = work.make(name, req.context.id, turn.stop)
+        seconds = time.perf_counter() - req.context.began
+        timings = labs.Timings(0.0, seconds - turn.queue_s, 0.0, 0.0, turn.queue_s)
+        done = labs.Done("stop", labs.Usage(work.tokens, 0), timings)
+        service.meters.done(name, done, seconds)
+        record = {"model": name, "prompt_tokens": work.tokens, "texts": len(work.rows)}
+        req.context.record = {**record, "queue_s": round(turn.queue_s, 4)}
+        resp.data = labs_protocol.dumps(answer)
 
 
 class CountTokens(Endpoint):
@@ -355,7 +391,12 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
         post("/v1/completions", completions, "Continue text", answer, text_body, streams=True),
         post("/v1/messages", messages, "Answer", message, message_body, streams=True, **theirs),
         post("/v1/messages/count_tokens", count, "Count tokens", counted, count_body, **theirs),
+        *(
+            post(path, Vectors(service, each), each.summary, each.made, each.body)
+            for path, each in labs_vectors.ENDPOINTS.items()
+        ),
         post("/v1/responses", responses, "Answer items", response, items, streams=True),
+        *labs_tokenize.routes(service),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 

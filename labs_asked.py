@@ -124,6 +124,8 @@ class Request(Struct, frozen=True, kw_only=True):
     options: the generation settings that it names. n: answers per prompt. documents: whether to add
     passages. None in model and documents: as configured. choices: answers to rate, see Options.
     within_context: lower max_new_tokens to the tokens that the prompt leaves in the context.
+    echo: begin each answer with its prompt, and with the log-probabilities of its tokens if these
+    are asked for. only_echo: no answer follows; max_new_tokens is then 1.
     tool_choice: none, auto, required or the name of a tool. words: how errors begin that name a
     field otherwise than the client does, and its own words.
     """
@@ -137,6 +139,8 @@ class Request(Struct, frozen=True, kw_only=True):
     documents: bool | None = None
     within_context: bool = False
     choices: tuple[str, ...] | None = None
+    echo: bool = False
+    only_echo: bool = False
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     words: dict[str, str] = {}

@@ -326,7 +326,7 @@ def answer_file(config: labs.Config, flags: labs_flags.Values) -> None:
             batching = labs_jsonl.Batching(rows=rows, ordered=bool(flags["ordered"]))
 
             def answer(lines: labs_jsonl.Lines) -> Iterator[bytes]:
-                model = load_model(config)
+                model = load_model(config) if config.model.kind == "text" else None
                 return labs_jsonl.answer_lines(model, context, lines, tally, batching)
 
             longest = config.server.max_body_bytes

@@ -159,7 +159,7 @@ class Engine:
 
         work: a generator function that runs in the engine's thread instead of decoding. Each
         resume should take about as long as a step, and rows get an equal share of the time. One
-        work runs at a time, others wait. When it ends, the answer's only event is labs.Done.
+        work runs at a time, others wait. When it ends, the answer ends or, after DECODE, begins.
         """
         self.begin(stream, events.put, work)
         return Answer(stream.row.id, events, self.leave)
@@ -303,6 +303,9 @@ class Engine:
             return
         end = now.advance(self._loop.prefixes, self.model.load_s)
         self._loop.last_step_at = time.perf_counter()
+        if begun.work is None:
+            with self._lock:
+                self._waiting.add(begun)
         if end is not None:
             self._deliver(begun.stream.row.id, end)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tell what determines the answers of a loaded model, as fields of labs.Fingerprint.
 
-labs.load_model calls `read` if this file is present. Needs labs_cache.py and labs_settings.py.
+labs.load_model calls `read` if this file is present. Needs labs_cache.py and labs_settings.py;
+labs_adapter.py for adapters.
 """
 
 from __future__ import annotations
@@ -28,10 +29,16 @@ def read(
     packages += ["bitsandbytes"] if wanted.load_in_4bit or wanted.load_in_8bit else []
     commit = getattr(decoder.model.config, "_commit_hash", None) or spec.revision or "unknown"
     digest = origin and f"sha256:{labs_cache.digest(origin, spec.cache_dir)}"
+    revision = digest or str(commit)
+    if spec.adapter is not None:
+        import labs_adapter
+
+        packages.append("peft")
+        revision += f" + adapter {labs_adapter.revision(spec)}"
     used = asdict(wanted) | {"quant_method": decoder.quant_method.replace("none", "auto")}
     return {
         "model": spec.model_name,
-        "revision": digest or str(commit),
+        "revision": revision,
         "hardware": hardware(decoder.device),
         "quantization": {f.name: used[f.name] for f in fields(wanted) if used[f.name] != f.default},
         "batch_invariant": decoder.invariant,

@@ -34,6 +34,7 @@ import labs_request
 open_context = labs_request.open_context  # called once per run
 UNFINISHED = {"timeout", "cancelled"}  # the same request may end differently in another run
 RESPONSES = "/v1/responses"  # the url of labs_responses.py
+VECTORS = ("/v1/embeddings", "/v1/rerank")  # of labs_vectors.py
 WINDOW = 1024  # lines that are sorted by length: rows of similar length share a batch well
 
 Lines = Iterable[tuple[int | str, bytes]]  # (number, line); a line without an id has its number
@@ -65,7 +66,8 @@ class Task(Struct, eq=False):
 
     order: its position in the run. repeated: the request as its answer repeats it. endpoint
     and body: of OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have
-    not ended.
+    not ended. work: of a request for vectors or scores, with the name of its model. made: the
+    answer to it, which needs no row.
     """
 
     id: str | int
@@ -81,6 +83,8 @@ class Task(Struct, eq=False):
     found: dict[int, labs_ready.Found] = field(default_factory=dict)
     error: labs.LabsError | None = None
     missing: int = 1
+    work: tuple[str, Any] | None = None
+    made: Any = None
 
     @property
     def length(self) -> int:
@@ -101,13 +105,18 @@ class Task(Struct, eq=False):
     def take(self, place: int, event: labs.Event, context: labs_request.Context) -> None:
         """Record an event of the row with this number, and its answer after the last one."""
         self.events.setdefault(place, []).append(event)
+        if self.made is not None:
+            self.missing -= 1
+            return
         if isinstance(event, labs.Delta):
             return
         events, self.missing = self.events.pop(place), self.missing - 1
-        if isinstance(event, labs.Failed):
-            self.fail(event.error)
-        else:
+        try:
+            if isinstance(event, labs.Failed):
+                raise event.error
             self.found[place] = self.ready(place).whole(context.filters, events)
+        except labs.LabsError as error:  # of the row, or of the prompt's log-probabilities
+            self.fail(error)
 
 
 # ---------------------------------------------------------------- lines in
@@ -172,6 +181,9 @@ def _read_openai(config: labs.Config, data: bytes, task: Task) -> None:
     if line.method != "POST":
         raise labs.InputError(f"unknown request {line.method} {line.url}; use POST")
     read_body(task, line.url, bytes(line.body))
+    if hasattr(task.endpoint, "asked"):  # for vectors or scores: `prepare` finds the model
+        task.repeated = {"url": line.url, "body": line.body}
+        return
     _check_model(config, task.body.model)
     if task.body.stream:
         raise labs_request.Refusal("a file cannot hold a stream", "unsupported", "stream")
@@ -196,12 +208,18 @@ def read_body(task: Task, url: str, data: bytes) -> None:
         import labs_responses
 
         endpoint = labs_responses.RESPONSES
+    if url in VECTORS:
+        labs.require("labs_vectors")
+        import labs_vectors
+
+        endpoint = labs_vectors.ENDPOINTS[url]
     if endpoint is None:
-        known = ", ".join((*labs_openai.ENDPOINTS, RESPONSES))
+        known = ", ".join((*labs_openai.ENDPOINTS, RESPONSES, *VECTORS))
         raise labs.InputError(f"unknown url {url!r:.80}; use one of {known}")
     task.endpoint = endpoint
     task.body, given = labs_protocol.read(data, endpoint.body, endpoint.fields)
-    task.request = endpoint.request_of(task.body, given)
+    if url not in VECTORS:
+        task.request = endpoint.request_of(task.body, given)
 
 
 def count_seeds(request: labs_request.Request) -> int:
@@ -215,7 +233,7 @@ def _check_model(config: labs.Config, name: str | None) -> None:
 
 
 def _tasks(
-    model: labs.Model, context: labs_request.Context, lines: Lines, tally: Tally
+    model: labs.Model | None, context: labs_request.Context, lines: Lines, tally: Tally
 ) -> Iterator[Task]:
     """Yield a prepared task for each line that has no answer yet."""
     order, seen = itertools.count(), set()
@@ -234,12 +252,21 @@ def _tasks(
         yield task
 
 
-def prepare(model: labs.Model, context: labs_request.Context, task: Task) -> None:
+def prepare(model: labs.Model | None, context: labs_request.Context, task: Task) -> None:
     """Check a task and build its inputs, or store the error."""
     if task.error is not None:
         return
     most = context.config.server.max_prompt_bytes
     try:
+        if task.repeated.get("url") in VECTORS:
+            labs.require("labs_vector_lines")
+            import labs_vector_lines
+
+            task.work = labs_vector_lines.work_of(context, task.endpoint, task.body)
+            return
+        if model is None:
+            kind = context.config.model.kind
+            raise labs.InputError(f"the model of this run is of the kind {kind}, not text")
         if any(prompt.size > most for prompt in task.request.prompts):
             raise labs.InputError(f"the prompt has over server_max_prompt_bytes = {most} bytes")
         request = labs_request.check(context, task.request)
@@ -293,6 +320,8 @@ def _streams(
 
 def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
     try:
+        if task.made is not None:
+            raise labs.LabsError("no row is needed")
         if task.error is not None:
             raise task.error
         ready = task.ready(place)
@@ -302,15 +331,24 @@ def _stream(model: labs.Model, index: int, task: Task, place: int) -> Any:
 
 
 def answer_lines(
-    model: labs.Model,
+    model: labs.Model | None,
     context: labs_request.Context,
     lines: Lines,
     tally: Tally,
     batching: Batching = Batching(),  # noqa: B008
 ) -> Iterator[bytes]:
-    """Answer lines; yield lines of answers. tally: has the ids answered before, and counts."""
+    """Answer lines; yield lines of answers. tally: has the ids answered before, and counts.
+
+    model: None where the configured one generates no text, so that lines can ask for vectors only.
+    """
     tally.began = time.perf_counter()
-    for task in complete(model, context, _tasks(model, context, lines, tally), batching):
+    tasks = _tasks(model, context, lines, tally)
+    with contextlib.suppress(labs.ConfigError):  # labs_vector_lines.py is absent
+        labs.require("labs_vector_lines")
+        import labs_vector_lines
+
+        tasks = labs_vector_lines.with_vectors(tasks)
+    for task in tasks if model is None else complete(model, context, tasks, batching):
         tally.count(task)
         found = [task.found[place] for place in sorted(task.found)]
         render = _render_openai if task.openai else _render
@@ -354,7 +392,7 @@ class Tally(Struct, eq=False):
 
 
 def _render(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
+    model: labs.Model | None, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
     if task.error is not None:
         kind = "invalid_request" if _is_bad_request(task.error) else "failed"
@@ -380,7 +418,7 @@ def _is_bad_request(error: labs.LabsError) -> bool:
 
 
 def _render_openai(
-    model: labs.Model, config: labs.Config, task: Task, found: list[labs_ready.Found]
+    model: labs.Model | None, config: labs.Config, task: Task, found: list[labs_ready.Found]
 ) -> dict[str, Any]:
     import labs_protocol
 
@@ -389,8 +427,8 @@ def _render_openai(
         names: dict[str, Any] = {"id": name, "model": config.model_id, **_documents(task)}
         if task.prepared is not None:
             names["generation"] = task.prepared.generation
-        body = task.endpoint.answer(task.body, model, found, **names)
-        known = all(each.fingerprint for each in found)  # a filtered answer has none
+        body = task.made or task.endpoint.answer(task.body, model, found, **names)
+        known = found and all(each.fingerprint for each in found)  # a filtered answer has none
         rest = {"fingerprint": found[0].fingerprint if known else None, "request": task.repeated}
         if cut := {each.finish_reason for each in found} & UNFINISHED:  # missing in OpenAI's format
             rest["finish_reason"] = min(cut)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -26,6 +26,7 @@ import labs
 import labs_engine
 from labs_engine import AnyEngine
 from labs_patterns import route as route
+from labs_sizes import context_length, system_memory, weight_bytes
 
 log = logging.getLogger("labs.models")
 POLL_S = 0.05  # seconds between checks for an idle model while another one needs its room
@@ -234,11 +235,18 @@ class Models:
             self._change.notify_all()
 
     def _start(self, entry: Entry) -> AnyEngine:
+        if entry.config.model.kind != "text":
+            labs.require("labs_desk")
+            import labs_desk
+
+            desk: Any = labs_desk.start(entry.config)
+            entry.context_length, entry.weight_bytes = desk.model.context_length, desk.weight_bytes
+            return cast("AnyEngine", desk)
         if (cache := entry.config.response_cache).max_entries:
             labs.require("cachetools")  # fails before a thread is started
         model = labs.load_model(entry.config, cached=False)
         engine = labs_engine.Engine(model, self._server)
-        entry.reader = replace(model, decoder=None)
+        entry.reader, entry.weight_bytes = replace(model, decoder=None), model.decoder.weight_bytes
         return labs_engine.Cached(engine, cache) if cache.max_entries else engine
 
     def _make_room(self, wanted: Entry) -> None:
@@ -272,8 +280,8 @@ class Models:
             return False
         if limit is None:
             return entry.weight_bytes <= MEMORY_SHARE * system_memory(spec)
-        taken: int = sum(engine.model.decoder.weight_bytes for engine in engines)
-        return taken + others + entry.weight_bytes <= limit
+        loaded = [each.weight_bytes for each in self._entries.values() if each.engine is not None]
+        return sum(loaded) + others + entry.weight_bytes <= limit
 
     def _unload(self, entry: Entry) -> None:
         """Close an idle model and free its memory; do nothing if it is in use again."""
@@ -289,7 +297,8 @@ class Models:
     def _learn_context_lengths(self) -> None:
         """Read the context lengths of models that were not loaded yet."""
         for entry in self._entries.values():
-            if entry.reader is None and entry.context_length is None:
+            unknown = entry.reader is None and entry.context_length is None
+            if unknown and entry.config.model.kind == "text":
                 with contextlib.suppress(Exception):  # a load reports the error
                     entry.context_length = context_length(entry.config.model)
 
@@ -320,41 +329,3 @@ class One:
 
     def context_length(self, name: str) -> int | None:
         return self._engine.model.context_length if name == self._name else None
-
-
-def weight_bytes(spec: labs.ModelSpec) -> int:
-    """Estimate the bytes of a model's weights without loading them; a GGUF file is converted."""
-    import torch
-    import transformers
-
-    with labs.loading():
-        _, _, dtype = labs.device_of(spec)
-        config = labs.pretrained("AutoConfig", *labs.locate(spec, dtype)[:2])
-        auto: Any = transformers.AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=spec.trust_remote_code)
-    wanted = spec.quantization
-    bits = 32 if dtype == "fp32" else 16
-    bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # with scales
-    bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
-    return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
-
-
-def context_length(spec: labs.ModelSpec) -> int | None:
-    """Return a model's context length in tokens; nothing is converted or downloaded for it."""
-    spec = replace(spec, local_files_only=True)
-    place = labs.locate(spec, labs.device_of(spec)[2], convert=False)
-    import labs_decode
-
-    return labs_decode.context_length_of(labs.pretrained("AutoConfig", *place[:2]))
-
-
-def system_memory(spec: labs.ModelSpec) -> int:
-    """Return the free bytes of the device on which a model would be loaded."""
-    import torch
-
-    import labs_decode
-
-    kind = labs.device_of(spec)[1]
-    device = spec.device_map if spec.device_map.startswith(f"{kind}:") else kind
-    return labs_decode.available_bytes(torch.device(device))

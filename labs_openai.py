@@ -22,6 +22,7 @@ import labs_replies
 import labs_request
 from labs_request import Refusal
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 TokenIds = tuple[labs.TokenId, ...]
 
 
@@ -119,7 +120,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     tools: tuple[labs_dialogue.Tool, ...] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # as in vLLM; labs' template_options
     add_generation_prompt: bool | None = None  # these two as in vLLM
     continue_final_message: bool | None = None
@@ -131,6 +132,8 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
     """https://platform.openai.com/docs/api-reference/completions/create, without chat template"""
 
     prompt: str | Annotated[tuple[str | labs.TokenId | TokenIds, ...], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**20)] | None = None
+    echo: bool | None = None  # with max_tokens = 0, only the prompt is returned
     logprobs: labs.TopLogprobs | None = None
 
 
@@ -156,7 +159,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options"), ()),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    **dict.fromkeys(("echo", "use_beam_search"), (False,)),
+    "use_beam_search": (False,),
     **dict.fromkeys(("length_penalty", "typical_p"), (1, 1.0)),
     "best_of": (1,),  # or n, because all n answers are returned
     "include_stop_str_in_output": (False,),
@@ -177,6 +180,7 @@ MINUS_ONE = {
 }
 FIELDS = labs_protocol.Fields(hints=Hints, neutral=NEUTRAL, replaced=REPLACED, minus_one=MINUS_ONE)
 ONLY_CHATS = {"add_generation_prompt": (True,), "continue_final_message": (False,)}
+ONLY_TEXTS = {"echo": (False,)}
 
 
 # ---------------------------------------------------------------- endpoints
@@ -220,6 +224,7 @@ class Endpoint(labs_replies.Replies):
 
 class Chat(labs_replies.ChatReplies, Endpoint):
     body = ChatRequest
+    fields = replace(FIELDS, neutral=NEUTRAL | ONLY_TEXTS)
 
     def options(self, body: ChatRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
@@ -280,8 +285,17 @@ class Completions(labs_replies.TextReplies, Endpoint):
     body = CompletionRequest
     fields = replace(FIELDS, neutral=NEUTRAL | ONLY_CHATS)
 
+    def request_of(self, body: CompletionRequest, given: dict[str, Any]) -> labs_request.Request:
+        request = super().request_of(body, given)
+        return replace(request, echo=bool(body.echo), only_echo=body.max_tokens == 0)
+
     def options(self, body: CompletionRequest, given: dict[str, Any]) -> dict[str, Any]:
         found = super().options(body, given)
+        if body.max_tokens == 0:
+            if not body.echo or body.min_tokens:
+                why = "needs echo = true" if not body.echo else "contradicts min_tokens"
+                raise Refusal(f"max_tokens = 0 {why}", "invalid_value", "max_tokens")
+            found["max_new_tokens"] = 1
         return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
 
     def prompts(self, body: CompletionRequest) -> tuple[labs_request.Prompt, ...]:

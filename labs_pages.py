@@ -185,7 +185,8 @@ async function call(path, options) {
   throw Object.assign(Error(error?.message ?? `HTTP ${response.status}`), { code: error?.code });
 }
 const list = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
-  model.replaceChildren(...data.map(({ id }) => new Option(id))); notice.textContent = "";
+  const chats = data.filter(({ kind }) => kind === "text");
+  model.replaceChildren(...chats.map(({ id }) => new Option(id))); notice.textContent = "";
 }).catch((error) => { notice.textContent = error.message; });
 async function* events({ body }) {  // yields each data line; a chunk may end inside a line
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();

@@ -6,7 +6,7 @@
     messages, sources = labs_rag.ground(messages, passages, count_tokens, 1024)
 
 SQLite ranks by words (FTS5, BM25). With an Encoder, an embedding model's vectors lie beside the
-words, and the two rankings are fused. Needs labs.py and labs_embed.py.
+words, and the two rankings are fused. Needs labs.py and labs_nearest.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 from msgspec import Struct
 
 import labs
 import labs_asked
-from labs_embed import Encoder as Encoder  # callers of search need no second import
+import labs_nearest
+from labs_nearest import Encoder as Encoder  # callers of search need no second import
 
 PLAIN = (".txt", ".text", ".rst")
 KINDS = (*PLAIN, ".md", ".markdown")
@@ -282,7 +282,7 @@ def _store(connection: sqlite3.Connection, files: list[File]) -> None:
 
 def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
     """Store a vector for each chunk without one; each batch is one transaction."""
-    name = encoder.spec.model_name
+    name = encoder.name_beside(None)
     if _facts(connection)["embedding_model"] != name:
         with _changing(connection) as execute:
             execute("DELETE FROM vectors")
@@ -293,7 +293,7 @@ def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
         part = ids[start : start + 64]
         query = f"SELECT id, heading, text FROM chunks WHERE id IN ({', '.join('?' * len(part))})"
         rows = connection.execute(query, part).fetchall()
-        vectors = encoder.encode([f"{heading}\n{text}" for _, heading, text in rows])
+        vectors = encoder.documents([f"{heading}\n{text}" for _, heading, text in rows])
         with _changing(connection) as execute:
             for (key, *_), vector in zip(rows, vectors.half(), strict=True):
                 execute(  # another process may have replaced the chunk or the model
@@ -344,8 +344,8 @@ def _by_meaning(
     connection: sqlite3.Connection, database: str, query: str, encoder: Encoder
 ) -> list[int]:
     facts = _facts(connection)
-    if (model := facts["embedding_model"]) != encoder.spec.model_name:
-        text = f"has vectors of {model}, not of {encoder.spec.model_name}: index it again"
+    if (model := facts["embedding_model"]) != (name := encoder.name_beside(model)):
+        text = f"has vectors of {model}, not of {name}: index it again"
         raise DocumentsError(f"the database {database} {text}")
     state = (database, os.stat(database).st_ino, facts["changes"])
     rows = connection.execute("SELECT chunk, vector FROM vectors")
@@ -389,9 +389,7 @@ def _plain(text: str) -> str:
 def encoder_of(config: labs.Config) -> Encoder | None:
     """Return the configured embedding model; remote code and quantization stay off for it."""
     name = config.documents.embedding_model
-    options: dict[str, Any] = {"model_name": name, "revision": None, "trust_remote_code": False}
-    options |= {"use_safetensors": True, "quantization": labs.Quantization()}
-    return Encoder(msgspec.structs.replace(config.model, **options)) if name else None
+    return Encoder(labs_nearest.beside(config.model, name)) if name else None
 
 
 def check(config: labs.Config, encoder: Encoder | None) -> None:

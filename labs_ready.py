@@ -45,13 +45,17 @@ class Wanted(Struct, frozen=True, kw_only=True):
 
 
 class Ready(Struct, frozen=True, eq=False):
-    """One answer. plan: of labs_tools; None if its text is left as it is."""
+    """One answer. plan: of labs_tools; None if its text is left as it is.
+
+    echo: of labs_score; None if the answer does not begin with its prompt.
+    """
 
     model: labs.Model
     inputs: labs.Inputs
     generation: labs.Generation
     schema: Schema | None = None
     plan: Any = None
+    echo: Any = None
 
     @property
     def held(self) -> bool:
@@ -68,6 +72,7 @@ class Ready(Struct, frozen=True, eq=False):
     def shown(self, filters: labs_guard.Filters | None) -> Take:
         """Return a function that maps the events of one answer to the parts to show."""
         take: Take = _unchanged if self.plan is None else self.plan.reader()
+        take = take if self.echo is None else self.echo.expected(take)
         if filters is None:
             return take
         import labs_screen
@@ -76,7 +81,11 @@ class Ready(Struct, frozen=True, eq=False):
         return lambda event: [shown for part in take(event) for shown in screen(part)]
 
     def whole(self, filters: labs_guard.Filters | None, events: Sequence[labs.Event]) -> Found:
-        """Return the whole answer of all its events, with the usage and timings of its row."""
+        """Return the whole answer of all its events, with the usage and timings of its row.
+
+        The events are those of a loop without an engine: a prompt to show is put before them.
+        """
+        events = events if self.echo is None else self.echo.before(events)
         take, done = self.shown(filters), events[-1]
         found = self.fold([part for event in events for part in take(event)])
         if isinstance(done, labs.Done):

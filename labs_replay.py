@@ -69,6 +69,8 @@ def _task_of(number: int | str, data: bytes) -> tuple[labs_jsonl.OldAnswer, labs
         old = labs_jsonl.read_answer(data, f"line {number}")
         task.id = number if old.name is None else old.name
         said = _said(old)
+        if (old.request or {}).get("url") in labs_jsonl.VECTORS:
+            raise labs.InputError("vectors and scores are not made again")
         if not said:
             raise labs.InputError("the old answer is an error")
         if old.fingerprint is None or old.request is None:

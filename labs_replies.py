@@ -13,6 +13,7 @@ joins these to its requests. Needs labs.py, labs_parts.py, labs_protocol.py and 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -289,9 +290,10 @@ class TextReplies(Replies):
             tops.append({})
             for token, logprob in each.top:
                 tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
+        known = [not math.isnan(each.logprob) for each in found]  # but a prompt's first token
         return {
             "tokens": [places.spelling.name_of(each.token) for each in found],
-            "token_logprobs": [each.logprob for each in found],
-            "top_logprobs": tops,
+            "token_logprobs": [each.logprob if known[i] else None for i, each in enumerate(found)],
+            "top_logprobs": [top if known[i] else None for i, top in enumerate(tops)],
             "text_offset": [places.take(each.token)[0] for each in found],
         }

@@ -74,7 +74,10 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
 
         filters = labs_guard.load(config.guard, config.model)
         filters = filters if tell is None else replace(filters, tell=tell)
-    if config.documents.database is not None:
+    for rule in config.router.rules:
+        if (kind := config.by_name()[rule.model].model.kind) != "text":
+            raise labs.ConfigError(f"router.rules: {rule.model} is of the kind {kind}, not text")
+    if config.documents != labs.Documents():
         labs.require("labs_rag")
         import labs_rag
 
@@ -83,6 +86,9 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
 
 
 # ---------------------------------------------------------------- without a model
+
+
+ELSEWHERE = {"embedding": "POST /v1/embeddings", "rerank": "POST /v1/rerank"}
 
 
 def check_documents(context: Context) -> None:
@@ -102,12 +108,15 @@ def check(context: Context, request: Request) -> Request:
             text = f"unknown model {request.model!r}; known models: {', '.join(context.configs)}"
             raise Refusal(text, "model_not_found", "model", 404)
         config = context.configs[request.model]
-    with _in_words_of(request):
+    if (kind := config.model.kind) != "text":
+        text = f"model: {config.model_id} is of the kind {kind}, which generates no text"
+        raise Refusal(f"{text}; {ELSEWHERE[kind]} answers for it", "invalid_value", "model")
+    with in_words_of(request):
         generation = labs.evolve(config.generation, **request.options)
     config.documents.apply(request.documents)
     held(request)
-    if context.filters is not None:
-        context.filters.filters(generation)  # raises for log-probabilities
+    if context.filters is not None and context.filters.filters(generation) and request.echo:
+        raise labs.InputError("echo: not available while [guard] filters answers")
     return replace(request, prompts=prompts)
 
 
@@ -172,6 +181,7 @@ class Prepared(Struct, frozen=True, eq=False):
     plans: tuple[Any, ...]  # of labs_tools or None, one for each of the inputs
     sources: tuple[Source, ...] | None = None
     choice: Any = None  # labs_choose.Options, if the request has choices
+    echoes: tuple[Any, ...] = ()  # of labs_score, one for each of the inputs if it asks for them
     schema: Any = None  # what `held` returns
 
     def answers(self) -> Iterator[labs_ready.Ready]:
@@ -194,7 +204,8 @@ class Prepared(Struct, frozen=True, eq=False):
                 raise labs.InputError(text)
             changes["max_new_tokens"] = max(1, left)
         generation = replace(generation, **changes)
-        return labs_ready.Ready(self.model, inputs, generation, self.schema, plan)
+        echo = self.echoes[place] if self.echoes else None
+        return labs_ready.Ready(self.model, inputs, generation, self.schema, plan, echo)
 
 
 def prepare(context: Context, config: labs.Config, model: labs.Model, request: Request) -> Prepared:
@@ -202,12 +213,12 @@ def prepare(context: Context, config: labs.Config, model: labs.Model, request: R
 
     Raises InputError when the template, the context, a filter or the grammar refuses the request.
     """
-    with _in_words_of(request):
+    with in_words_of(request):
         return _made(context, config, model, request)
 
 
 @contextlib.contextmanager
-def _in_words_of(request: Request) -> Iterator[None]:
+def in_words_of(request: Request) -> Iterator[None]:
     """Let errors name fields as the request does."""
     try:
         yield
@@ -233,6 +244,7 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
         generation = choice.generation(generation.timeout_s)
         return Prepared(model, request, generation, inputs, (None,), sources, choice)
     found = Prepared(model, request, generation, inputs, (), sources, schema=held(request))
+    found = replace(found, echoes=_echoes(found)) if request.echo else found
     prompts = [filled(each, config) for each in request.prompts]
     if found.schema is not None and any(each.continue_final_message for each in prompts):
         text = (
@@ -243,6 +255,25 @@ def _made(context: Context, config: labs.Config, model: labs.Model, request: Req
     if generation.ignore_eos and any(found.ready(i, 0).held for i in range(len(inputs))):
         raise labs.InputError("ignore_eos: a schema, grammar or tools decide where the answer ends")
     return found
+
+
+def _echoes(prepared: Prepared) -> tuple[Any, ...]:
+    """Return what begins the answers to each prompt. Raises InputError for an unknown token."""
+    labs.require("labs_score")
+    import labs_score
+
+    model, request, generation = prepared.model, prepared.request, prepared.generation
+    shown = {"skip_special_tokens": generation.skip_special_tokens}
+    found = []
+    for prompt, inputs in zip(request.prompts, prepared.inputs, strict=True):
+        text, scores = prompt.prompt, None
+        if text is None:
+            with model.lock:
+                text = str(model.tokenizer.decode([*inputs.input_ids], **shown))
+        if generation.logprobs is not None:
+            scores = labs_score.Scores(model, inputs, generation.logprobs)
+        found.append(labs_score.Echo(text, scores, only=request.only_echo))
+    return tuple(found)
 
 
 def _plan(prepared: Prepared, place: int, prompt: Prompt) -> Any:

@@ -8,7 +8,7 @@ All resources share one Service: a request is read and checked, `lease` waits fo
 `submit` hands it to the engine, and the engine's events become the response. An exception becomes a
 Problem, and that the body of an error in the format of the path's protocol.
 
-Needs labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
+Needs labs_desk.py, labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
 labs_openai.py, labs_request.py, labs_responses.py and labs_answers.py with what those need;
 falcon, prometheus-client.
 """
@@ -31,6 +31,7 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 import labs
+import labs_desk
 import labs_engine
 import labs_gate
 import labs_messages
@@ -156,6 +157,7 @@ class Service:
         self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
         labs_patterns.check(config.router)
+        self.desks = labs_desk.Desks(config, self.context.encoder)
         held = (self.context.filters, self.context.encoder)  # each may have loaded a model
         models.account(lambda: sum(getattr(each, "nbytes", 0) for each in held))
         self._tokens = quota
@@ -201,7 +203,7 @@ class Service:
         try:
             while True:
                 try:
-                    name = name or self._name(request)
+                    name = name or self.name_of(request)
                     found = Lease(name, self.models(name))
                     break
                 except labs_models.Loading as loading:
@@ -227,7 +229,7 @@ class Service:
         limit_s = request.options.get("timeout_s", configured)
         return limit_s is not None and time.perf_counter() > req.context.began + limit_s
 
-    def _name(self, request: labs_request.Request) -> str:
+    def name_of(self, request: labs_request.Request) -> str:
         """Return the model that the request names or, for "auto", that the router's rules choose.
 
         If a rule needs the prompt's length, the default model's tokenizer counts the tokens.
@@ -239,7 +241,8 @@ class Service:
         @functools.cache
         def count() -> int:
             model = self.models.reader(default)
-            return max(len(each.ids or self._read_by(model, each)) for each in request.prompts)
+            lengths = (len(each.ids or self._read_by(model, each)) for each in request.prompts)
+            return max(lengths, default=0)
 
         text = "\n".join(prompt.text for prompt in request.prompts)
         return labs_models.route(self.config.router, text, count) or default
@@ -268,10 +271,16 @@ class Service:
 
     @contextlib.contextmanager
     def charged(self, owner: str, n: int, prepared: labs_request.Prepared) -> Iterator[None]:
-        """Charge the owner for n answers per prompt, or raise Problem; an error inside refunds."""
+        """Charge the owner for n answers per prompt, see `charge`."""
         rows = [prepared.ready(place, 0) for place in range(len(prepared.inputs))]
-        cost = n * sum(len(r.inputs.input_ids) + r.generation.max_new_tokens for r in rows)
-        cost = cost if prepared.choice is None else prepared.choice.tokens
+        made = 0 if prepared.request.only_echo else 1
+        cost = n * sum(len(r.inputs.input_ids) + made * r.generation.max_new_tokens for r in rows)
+        with self.charge(owner, cost if prepared.choice is None else prepared.choice.tokens):
+            yield
+
+    @contextlib.contextmanager
+    def charge(self, owner: str, cost: int) -> Iterator[None]:
+        """Charge the owner for these tokens, or raise Problem; an error inside refunds."""
         if cost > (most := self._tokens.per_minute or cost):
             text = f"this request may use {cost} tokens; the quota is {most} a minute"
             raise labs_gate.Problem(400, text, "quota")
@@ -284,6 +293,23 @@ class Service:
             self._tokens.take(owner, -cost)
             raise
 
+    @contextlib.contextmanager
+    def turn(self, req: falcon.Request, name: str) -> Iterator[labs_desk.Turn]:
+        """Wait for a model of another kind than text, and for the request's turn with it."""
+        gone, timeout_s, lease = self.gone(req), self.desks.timeout_s(name), None
+        desk: Any = self.desks.own(name)
+        try:
+            if desk is None:
+                lease = self.leased(req, labs_request.Request(prompts=(), model=name))
+                desk = lease.engine
+            if not isinstance(desk, labs_desk.Desk):
+                raise labs_models.NotLoaded(f"{name} is not loaded here")
+            with desk.turn(gone, timeout_s) as turn:
+                yield turn
+        finally:
+            if lease is not None:
+                self.models.release(name)
+
     def submit(self, req: falcon.Request, request: labs_request.Request, lease: Lease) -> Answers:
         """Submit each prompt n times; the engine accepts all of them or none."""
         owner, began = req.context.owner, req.context.began
@@ -292,19 +318,11 @@ class Service:
             generation = labs_turns.in_time_left(prepared.generation, began)
             prepared = msgspec.structs.replace(prepared, generation=generation)
             answers = Answers(lease.name, prepared, self.meters, began, self.gone(req))
-            rest = {"owner": owner, "events": answers.events}
+            rest, filters = {"owner": owner, "events": answers.events}, self.context.filters
             try:
                 with self.charged(owner, request.n, prepared):
                     for ready in prepared.answers():
-                        given, filters = (ready.inputs, ready.generation), self.context.filters
-                        rest["processors"] = ready.processors()
-                        if prepared.choice is None:
-                            answers.add(lease.engine.submit(*given, **rest), ready, filters)
-                            continue
-                        stream = lease.engine.open(*given, owner, ())
-                        work = prepared.choice.parts
-                        taken = lease.engine.take_in(stream, answers.events, work)
-                        answers.add(taken, ready, filters)
+                        answers.add(_begin(lease.engine, prepared, ready, rest), ready, filters)
             except BaseException:
                 answers.close()
                 raise
@@ -372,6 +390,22 @@ class Service:
         finally:
             answers.close()
             req.context.record = answers.record()
+
+
+def _begin(
+    engine: labs_engine.AnyEngine,
+    prepared: labs_request.Prepared,
+    ready: labs_ready.Ready,
+    rest: dict[str, Any],
+) -> labs_engine.Answer:
+    """Submit one answer, or what has to be computed for it first. rest: owner and events."""
+    given, processors = (ready.inputs, ready.generation), ready.processors()
+    work = ready.echo and ready.echo.work
+    work = work if prepared.choice is None else prepared.choice.parts
+    if work is None:
+        return engine.submit(*given, processors=processors, **rest)
+    stream = engine.open(*given, rest["owner"], processors)
+    return engine.take_in(stream, rest["events"], work)
 
 
 def _events(answers: Answers, events: labs_protocol.Stream, req: falcon.Request) -> Iterator[bytes]:

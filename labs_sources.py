@@ -58,7 +58,7 @@ def locate(name: str, hub: Hub, cache: str | None, dtype: str, convert: bool = T
         )
     if name.startswith((".", "/", "~")) or folder.suffix == ".safetensors":
         raise SourceError(f"{name}: there is no such model folder or .gguf file")
-    _, online = _hub_file(name, name, "config.json", hub)
+    _, online = hub_file(name, name, "config.json", hub)
     options = {"revision": hub.revision or "main", "token": hub.token}
     return name, {**options, "local_files_only": not online}, None
 
@@ -69,6 +69,8 @@ def check_folder(name: str, folder: Path) -> None:
     names = [path.name for path in files]
     if "config.json" not in names:
         raise SourceError(f"{name}: {_without_config(folder, names)}")
+    if "adapter_config.json" in names:
+        log.warning("%s: its LoRA adapter has an effect only with adapter = %s", name, name)
     for path in files:
         check_file(f"{name}: {path.name}", path)
     try:
@@ -110,7 +112,7 @@ def _without_config(folder: Path, names: list[str]) -> str:
     if not any(folder.iterdir()):
         return "the folder is empty: config.json is missing"
     if "adapter_config.json" in names:
-        return "the folder contains only a LoRA adapter: merge it into its base model first"
+        return "the folder contains only an adapter: name its base as model_name, and it as adapter"
     if gguf := [each for each in names if each.endswith(".gguf")]:
         return f"the folder contains GGUF files: name one of them, for example {folder / gguf[0]}"
     return "the folder contains no config.json, so it is not a model"
@@ -148,7 +150,7 @@ def gguf_file(name: str, hub: Hub) -> Path:
     repository, _, file = name.rpartition(":")
     if not repository:
         raise SourceError(f"{name}: there is no such file")
-    return Path(_hub_file(name, repository, file, hub)[0])
+    return Path(hub_file(name, repository, file, hub)[0])
 
 
 def package_file(name: str) -> Path:
@@ -164,7 +166,7 @@ def package_file(name: str) -> Path:
     return path
 
 
-def _hub_file(name: str, repository: str, file: str, hub: Hub) -> tuple[str, bool]:
+def hub_file(name: str, repository: str, file: str, hub: Hub) -> tuple[str, bool]:
     """Return (path of a downloaded or cached file of a repository, whether the hub answered)."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -176,7 +178,7 @@ def _hub_file(name: str, repository: str, file: str, hub: Hub) -> tuple[str, boo
         return str(huggingface_hub.hf_hub_download(repository, file, **options)), online
     except errors.LocalEntryNotFoundError:
         how = "local_files_only is set" if hub.offline else "the hub cannot be reached"
-        raise SourceError(f"{name}: the model is not on this machine, and {how}") from None
+        raise SourceError(f"{name}: is not on this machine, and {how}") from None
     except (OSError, ValueError) as error:
         raise SourceError(name) from error
 

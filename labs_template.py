@@ -22,6 +22,7 @@ Form = Literal["text", "parts"]
 # {tokenizer: {(template, role): form}}; weak, so that a tokenizer is freed with its model.
 _FOUND: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], Form | None]]
 _FOUND = weakref.WeakKeyDictionary()
+MOST_BYTES = 2**20  # the longest in use have 20,000
 MARK = "zebra"  # a word that no template contains
 TALKS = {
     "user": (("user",), ("system", "user"), ("user", "assistant", "user")),
@@ -31,12 +32,28 @@ TALKS = {
 
 
 def use(tokenizer: Any, file: str) -> None:
-    """Give a tokenizer the chat template in a file. Raises ConfigError if it cannot be used."""
+    """Give a tokenizer the chat template in a file, in place of all its own.
+
+    Raises ConfigError for a file that is no UTF-8 text, too long, not jinja or reads no user.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    wrong = None
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        with Path(file).expanduser().open("rb") as stream:
+            text = tokenizer.chat_template = stream.read(MOST_BYTES + 1).decode("utf-8-sig")
+        wrong = f"has more than {MOST_BYTES} bytes" if len(text.encode()) > MOST_BYTES else None
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        if wrong is None and content_form(tokenizer, text, "user") is None:
+            wrong = "it leaves out the content of user messages"
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template = {file}: cannot be read: {error}") from error
-    tokenizer.chat_template = text
+        wrong = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    except TemplateSyntaxError as error:
+        wrong = f"line {error.lineno} is not valid jinja: {error.message}"
+    except Exception:  # it may want other messages; if not, the real ones show it
+        pass
+    if wrong:
+        raise ConfigError(f"chat_template = {file}: {wrong}")
 
 
 def as_read(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,9 +66,7 @@ def as_read(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, An
     forms = {role: content_form(tokenizer, template, role) for role in roles}
     if left_out := [role for role, form in forms.items() if form is None]:
         raise ValueError(f"it leaves out the content of {left_out[0]} messages")
-    return [
-        {**each, "content": _content(each["content"], forms.get(each["role"]))} for each in messages
-    ]
+    return [{**m, "content": _content(m["content"], forms.get(m["role"]))} for m in messages]
 
 
 def _content(text: str, form: str | None) -> Any:

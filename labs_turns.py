@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from msgspec import Struct
@@ -28,7 +28,10 @@ import labs
 WORTH_COUNTING_S = 1.0  # a shorter wait for a model does not reduce timeout_s
 ROWS = 64  # default rows of an engine: labs_decode.MOST_ROWS, without importing torch
 Put = Callable[[tuple[int, labs.Event]], Any]  # receives (ticket of the answer, event)
-Work = Callable[[Any, Any], Iterator[None]]  # (labs_decode.Row, PrefixStore) -> pauses
+# Pauses, and text to show; it returns a finish reason, None for "stop", or DECODE.
+Parts = Generator[labs.Delta | None, None, str | None]
+Work = Callable[[Any, Any], Iterator[labs.Delta | None]]  # (labs_decode.Row, PrefixStore) -> Parts
+DECODE = "decode"  # what a work returns whose request is decoded after it
 
 
 class ClientGone(Exception):
@@ -42,13 +45,13 @@ class Busy(labs.LabsError):
 class Job(Struct, eq=False):
     """A running or waiting request. put: called with (ticket, event) while there is a listener.
 
-    work: a computation that gives no text; parts: the rest of it, once it has started.
+    work: a computation other than decoding, or before it; parts: the rest of it, once started.
     """
 
     stream: labs.InFlight
     put: Put
     work: Work | None = None
-    parts: Iterator[None] | None = None
+    parts: Iterator[labs.Delta | None] | None = None
     has_listener: bool = True
 
     @property
@@ -136,12 +139,16 @@ class Working:
         return beside_rows and not ended and time.perf_counter() < self._resumes
 
     def advance(self, prefixes: Any, load_s: float) -> labs.Event | None:
-        """Resume the work once; return its last event, or None if it goes on."""
+        """Resume the work once; return its event, if any. One that is over is no job any more.
+
+        The job of a work that ends in DECODE has no work any more: it waits for a row.
+        """
         began, job = time.perf_counter(), self.job
         event = None if job is None else _part(job, prefixes, load_s)
         ended = time.perf_counter()
         self._resumes = ended + (ended - began)
-        self.job = job if event is None else None
+        over = isinstance(event, labs.Done | labs.Failed) or job is None or job.work is None
+        self.job = None if over else job
         return event
 
 
@@ -151,10 +158,12 @@ def _part(job: Job, prefixes: Any, load_s: float) -> labs.Event | None:
             if job.parts is None:
                 job.stream.row.entered = time.perf_counter()
                 job.parts = job.work(job.stream.row, prefixes)
-            next(job.parts)
+            return next(job.parts)
+    except StopIteration as end:
+        if end.value == DECODE:
+            job.work = job.parts = None
             return None
-    except StopIteration:
-        return done(job.stream, "stop", load_s)
+        return done(job.stream, end.value or "stop", load_s)
     except Exception as error:  # it fails this request only
         error.__traceback__ = error.__cause__ = error.__context__ = None  # frames hold columns
         reason = error if isinstance(error, labs.LabsError) else labs.GenerationError(str(error))

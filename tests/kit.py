@@ -128,6 +128,37 @@ def save_model(
     return folder
 
 
+def tokenizer_of_pairs() -> Any:
+    """Make a tokenizer of bytes with <eos> after each text, which also encodes pairs of texts."""
+    tokenizer = byte_tokenizer(None)
+    tokenizer.pad_token = "<eos>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B:1 <eos>:1",
+        special_tokens=[("<bos>", BOS), ("<eos>", EOS)],
+    )
+    return tokenizer
+
+
+def save_encoder(place: Path, kind: Any = transformers.BertModel, **options: Any) -> Path:
+    """Save a tiny BERT for vectors, or of a kind for scores; it reads 128 tokens."""
+    sizes = sizes_of("vocab_size=262 hidden_size=32 num_hidden_layers=2 intermediate_size=32")
+    sizes |= sizes_of("num_attention_heads=2 max_position_embeddings=128")
+    torch.manual_seed(7)
+    config = transformers.BertConfig(**sizes, initializer_range=0.5, **options)
+    kind(config).save_pretrained(place)
+    tokenizer_of_pairs().save_pretrained(place)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return changed(place, "tokenizer_config.json", model_input_names=names)
+
+
+def changed(place: Path, name: str = "config.json", **words: Any) -> Path:
+    """Change words of a JSON file in a folder; return the folder."""
+    found = json.loads((place / name).read_text()) | words
+    (place / name).write_text(json.dumps(found))
+    return place
+
+
 def load(folder: Path | str, **options: Any) -> labs.Model:
     return labs.load_model(
         labs.ModelSpec(model_name=str(folder), **{"torch_dtype": "fp32"} | options)
@@ -548,8 +579,12 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": HELLO},
     COMPLETIONS: {"prompt": "hi"},
     RESPONSES: {"input": "hi"},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [104, 105]},
+    "/apply-template": {"messages": HELLO},
 }
-ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose")]
+TOKENS = ("/tokenize", "/detokenize", "/apply-template")
+ANSWERED = [path for path in BODIES if path not in ("/explain", "/choose", *TOKENS)]
 KEYS = ("s3cret", "clé")
 PUBLIC = ("/health", "/livez", "/readyz", "/openapi.json", "/docs", "/")
 
@@ -594,8 +629,9 @@ class FakeEngine:
     def take_in(self, stream: Any, events: Any, work: Any) -> labs_engine.Answer:
         if self.refusal is not None:
             raise self.refusal
-        for _ in work(stream.row, None):
-            pass
+        deltas = [event for event in work(stream.row, None) if event is not None]
+        for delta in deltas:
+            events.put((stream.row.id, delta))
         self.asked.append((stream.inputs, stream.generation, stream.row.owner))
         done = labs.Done("stop", labs.Usage(1, 0), labs.Timings(0.0, 0.0, 0.0, 0.0))
         events.put((stream.row.id, done))

@@ -36,7 +36,9 @@ import labs_models
 import labs_openai
 import labs_protocol
 import labs_request
+import labs_tokenize
 import labs_turns
+import labs_vectors
 
 OPENAI = [CHAT, COMPLETIONS]
 
@@ -301,7 +303,12 @@ BODY_OF: dict[Any, Any] = {
     labs_request.ResponseFormat: TYPED,
     labs_request.JsonSchema: TYPED,
     labs.Message: {"messages": HELLO},
+    labs_tokenize.TokenizeRequest: {"prompt": "<end>"},
 }
+CHAT_FIELDS: dict[str, Any] = {
+    "model": "other", "tools": WITH_TOOLS["tools"], "chat_template_kwargs": {"zip": 1},
+    "reasoning_effort": "high", "add_generation_prompt": False, "continue_final_message": True,
+}  # fmt: skip
 # (struct, endpoint, place in its body, fields with a value that has an effect, hints)
 FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = [
     (labs_request.GenerateRequest, "/generate", (),
@@ -317,7 +324,15 @@ FIELDS: list[tuple[Any, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] =
       "tool_choice": "required", "parallel_tool_calls": "odd", "reasoning_effort": "high",
       "chat_template_kwargs": {"zip": 1}, "add_generation_prompt": False,
       "continue_final_message": True, "reasoning": "odd", "thinking_budget": 3}, {}),
-    (labs_openai.CompletionRequest, COMPLETIONS, (), {**BOTH, "prompt": "ho", "logprobs": 1}, {}),
+    (labs_openai.CompletionRequest, COMPLETIONS, (),
+     {**BOTH, "prompt": "ho", "logprobs": 1, "echo": True}, {}),
+    (labs_tokenize.TokenizeRequest, "/tokenize", (),
+     {**CHAT_FIELDS, "messages": HELLO, "prompt": "ho", "content": "ho", "parse_special": False,
+      "add_special_tokens": False, "add_special": False, "return_token_strs": True,
+      "with_pieces": True}, {}),
+    (labs_tokenize.TemplateRequest, "/apply-template", (),
+     {**CHAT_FIELDS, "messages": [TURN]}, {}),
+    (labs_tokenize.DetokenizeRequest, "/detokenize", (), {"model": "other", "tokens": [5]}, {}),
     (labs_openai.ChatMessage, CHAT, ("messages", 0),
      {"role": "user", "content": "a", "name": "Ada", "refusal": "no",
       **{each: ["odd"] for each in labs_openai.NEUTRAL_OF_MESSAGE}, **ODD_TURN,
@@ -722,7 +737,7 @@ def test_the_time_that_a_model_loads_counts_but_is_not_a_setting(fake, monkeypat
         assert float(seconds) > 0.2
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", [*kit.ANSWERED, "/explain", "/choose"])
 def test_a_lease_is_released_whatever_becomes_of_the_request(path, fake, monkeypatch):
     models, full = Counting(fake, "tiny"), mock.Mock(side_effect=labs_engine.Busy("full"))
     site = Site(fake, kit.configured(), models)
@@ -924,7 +939,7 @@ CHECKS = [
 ]
 GETS = ("/health", "/readyz", "/v1/models", "/v1/models/{name}", "/metrics")
 MESSAGES = ("/v1/messages", "/v1/messages/count_tokens")
-POSTS = (*BODIES, *MESSAGES)
+POSTS = (*BODIES, *MESSAGES, *labs_vectors.ENDPOINTS)
 OPERATIONS = [*(("GET", path) for path in GETS), *(("POST", path) for path in POSTS)]
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import csv
+import json
 import re
 import runpy
 import shutil
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,60 @@ def test_a_csv_file_that_cannot_be_used_is_refused_before_the_model_is_loaded(
     with pytest.raises(SystemExit, match=told):
         batch(text, *words.split())
     assert not Path("out.csv").exists()
+
+
+class Web:
+    """Stands for FastAPI, which is not installed with the tests: it keeps what is registered."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Any] = {}
+
+    def register(self, key: Any) -> Any:
+        return lambda function: self.found.setdefault(key, function)
+
+    get = exception_handler = register
+
+
+@pytest.fixture
+def fastapi_app(settings, monkeypatch):
+    """Run the example as a module that a server imports; return what it registers."""
+    whole = lambda *given, **words: given  # noqa: E731
+    answers = {"JSONResponse": whole, "StreamingResponse": whole}
+    modules = {"fastapi": {"FastAPI": Web, "Request": object}, "fastapi.responses": answers}
+    for name, words in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**words))
+    monkeypatch.setenv("LABS_MAX_NEW_TOKENS", "300")
+    names = runpy.run_path(str(EXAMPLES / "fastapi_app.py"))
+    yield names["app"].found | names
+    names["engine"].close()
+
+
+def test_fastapi_streams_an_answer_and_turns_refusals_into_statuses(fastapi_app):
+    async def work() -> list[str]:
+        with pytest.raises(labs.InputError) as refused:
+            await fastapi_app["/ask"]("")
+        refuse = fastapi_app[labs.LabsError]
+        assert await refuse(None, refused.value) == ({"error": "the prompt is empty"}, 400)
+        assert (await refuse(None, labs_engine.Busy("full")))[1] == 503
+        (frames,) = await fastapi_app["/ask"]("Hi")
+        return [frame async for frame in frames]
+
+    *deltas, done = asyncio.run(work())
+    events = kit.events_of("".join(deltas).encode())
+    assert {kind for kind, _ in events} == {"Delta"}
+    assert "".join(json.loads(text) for _, text in events) == "A" * 300
+    assert done == 'event: Done\ndata: ""\n\n'
+
+
+def test_a_client_of_fastapi_that_leaves_frees_its_row(fastapi_app):
+    async def work() -> None:
+        (frames,) = await fastapi_app["/ask"]("Hi")
+        await anext(frames)
+        await frames.aclose()
+
+    asyncio.run(work())
+    assert kit.quiet(fastapi_app["engine"])
+    assert fastapi_app["engine"].status().steps < 290
 
 
 @pytest.fixture(scope="module")

@@ -350,5 +350,58 @@ def test_each_search_is_answered_or_refused(seeds: range, folder: Path) -> None:
         assert is_answered(labs_rag.search, "words.db", text(chance))
 
 
+# ---------------------------------------------------------------- bodies of requests
+
+
+CHAT = ["messages", "tools", "chat_template_kwargs", "reasoning_effort", "model"]
+CHAT += ["add_generation_prompt", "continue_final_message", "nope"]
+FIELDS = {
+    "/tokenize": ["prompt", "content", *CHAT, "add_special_tokens", "add_special"],
+    "/detokenize": ["tokens", "tokens", "tokens", "model", "nope"],
+    "/apply-template": ["messages", "messages", *CHAT],
+    "/v1/completions": ["prompt", "prompt", "echo", "max_tokens", "logprobs", "n", "stream"],
+}
+FIELDS["/tokenize"] += ["parse_special", "with_pieces", "return_token_strs"]
+FIELDS["/v1/completions"] += ["stop", "seed", "min_tokens", "logit_bias", "skip_special_tokens"]
+ASKED: list[Any] = [{"role": "user", "content": "é<end>"}]
+LIKELY: dict[str, list[Any]] = {
+    "prompt": ["a", "é<end>", [97, 98], ["a", "b"], [[97], [98]]],
+    "max_tokens": [0, 0, 1, None, -1],
+    "logprobs": [0, 1, 20, 21, None],
+    "n": [1, 2, None],
+    "messages": [ASKED, [{"role": "user", "content": [{"type": "text", "text": "é"}]}], []],
+    "tokens": [[97, 98], [300], [], [2**31]],
+    "content": ["a", "é<end>", ""],
+    "model": ["tiny", "auto", None],
+    "chat_template_kwargs": [{"flag": 1}, {}, {"messages": []}],
+    "tools": [[{"type": "function", "function": {"name": "f"}}], []],
+}
+
+
+def body(chance: random.Random, path: str) -> bytes:
+    """Make a body that is likely to be right but for a field, or not JSON at all."""
+    names = [*chance.choices(FIELDS[path], k=chance.randint(0, 4)), FIELDS[path][0]]
+    likely = {name: chance.choice(LIKELY.get(name, [True, False, None])) for name in names}
+    found = {k: value(chance) if chance.random() < 0.15 else v for k, v in likely.items()}
+    sent = json.dumps(found).encode()
+    return sent[: chance.randrange(len(sent))] if chance.random() < 0.03 else sent
+
+
+@pytest.mark.parametrize("path", FIELDS)
+@some(MANY // 20)
+def test_each_body_is_answered_or_refused(path: str, seeds: range, tiny: labs.Model) -> None:
+    import kit
+
+    statuses = Counter[int]()
+    template = "{{ flag }}{{ tools }}" + kit.TEMPLATE
+    fake = kit.FakeEngine(kit.with_template(tiny, template))
+    site = kit.Site(fake, kit.configured())
+    for chance in map(random.Random, seeds):
+        sent = body(chance, path)
+        statuses[site.post(path, sent).status_code] += 1
+    assert {*statuses} <= {200, 400, 404}
+    assert min(statuses[200], statuses[400]) > len(seeds) // 20
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

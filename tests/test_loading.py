@@ -287,7 +287,7 @@ NOT_MODELS: list[tuple[Make, str]] = [
     (cut(save_model, "model.safetensors", 0.99), "is cut off at"),
     (cut(gguf_in, "half.gguf", 0.5), "GGUF"),
     (renamed("model.safetensors", "tf_model.h5"), "tf_model.h5, which only other libraries"),
-    (renamed("config.json", "adapter_config.json"), "only a LoRA adapter"),
+    (renamed("config.json", "adapter_config.json"), "only an adapter: name its base"),
     (renamed("config.json", "some.gguf"), "name one of them"),
     (lambda folder: f"{save_model(folder)}/model.safetensors", "give the folder"),
     (file_of(LFS, "a.gguf"), "is a git-lfs pointer"),

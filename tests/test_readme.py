@@ -56,6 +56,9 @@ VARIES = (
     (r'("id":)"[^"]+"', r'\1"…"'),
     (r"(finish_reason='\w+'), .*\)", r"\1, …)"),  # the other fields of Done
     (r"(0\.\d)\d{3,}", r"\1…"),  # probabilities
+    (r"(-[1-9])\.\d{4,}", r"\1…"),  # and their logarithms
+    (r'("created":)\d+', r"\1…"),
+    (r'("fp_)\w+"', r'\1…"'),
 )
 
 # Blocks that are not run, by their first lines, and why.
@@ -72,6 +75,7 @@ UNTAGGED = {
     "pip install 'labs-gen[ray]'": "needs a cluster",
     **dict.fromkeys(('model = "NAME"', '{"provider"'), "needs Codex or opencode"),
     "export ANTHROPIC_BASE_URL": "needs Claude Code",
+    "lm_eval --model local-completions": "needs lm-evaluation-harness, of 600 MB",
     "# ~/.continue/config.yaml": "needs Continue",
     **dict.fromkeys(("docker build", "docker run", "docker compose"), "needs Docker"),
 }

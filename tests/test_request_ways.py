@@ -206,6 +206,7 @@ def talk(text: str) -> Asked:
 MASK, DENY = '[guard]\nmask = ["email"]', '[guard]\ndeny = ["bad"]'
 ASKED_ONLY = f'{MASK}\nside = "input"'
 DOCS = '[documents]\ndatabase = "docs.db"'
+PROMPT_ONLY = {"use_chat_template": False, "echo": True, "max_new_tokens": 0}
 PLAIN, OPEN = {"use_chat_template": False}, {"add_generation_prompt": False}
 NOT_OPEN = "[generation]\nadd_generation_prompt = false"
 WILD, BAD, ADDRESS = {"temperature": 1.5}, {"prompt": "a bad one"}, {"const": "a@b.co"}
@@ -267,6 +268,18 @@ FEATURES = {
     "a configured seed": answered(WILD, toml=CONFIGURED_SEED, same_as={"prompt": "hi", **SEEDED}),
     "choices": answered({**SEEDED, "n": 2}, "(?s).+", "(?s).+", ways=CHATS),
     "raw choices": answered({**SEEDED, **PLAIN, "n": 2}, "(?s).+", "(?s).+", ways=RAW),
+    "an echo": answered({**ONLY_A, **PLAIN, "echo": True}, "hia{8}", ways=RAW),
+    "an echo with logprobs": answered(
+        {**ONLY_A, **PLAIN, "echo": True, "logprobs": 2}, "hia{8}", ways=RAW
+    ),
+    "an echo alone": answered({**PROMPT_ONLY, "logprobs": 2, "n": 2}, "hi", "hi", ways=RAW),
+    "no tokens and no echo": refused(
+        {**PROMPT_ONLY, "echo": False}, ".*max_tokens = 0 .*", ways=RAW
+    ),
+    "a filtered echo": refused({**PLAIN, "echo": True}, "echo: not available .*", DENY, ways=RAW),
+    "a masked echo": answered(
+        {**PROMPT_ONLY, "prompt": "a@b.co"}, r"\[email\]", toml=ASKED_ONLY, ways=RAW
+    ),
     "a stop text": answered({**ONLY_A, "stop": ["aaa"]}, ""),
     "a later stop text": answered({**ONLY_A, "stop": ["b", "aaa"], "max_new_tokens": 2}, "aa"),
     "a token that ends": answered({**ONLY_A, "stop_token_ids": [A_ID]}, "", ways=(*OWN, *CHATS)),

@@ -35,11 +35,11 @@ def files(*rooms: str) -> list[str]:
 
 
 CORE, TYPED = files(), files("schema", "keywords", "structured", "typed")
-MODELS = ("engine", "models", "patterns", "turns")
+MODELS = ("engine", "models", "patterns", "sizes", "turns")
 REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
-API += ("service",)
+API += ("service", "tokenize", "vectors", "desk", "embed", "padded", "pooling", "recipe", "rerank")
 API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
 
