@@ -147,7 +147,7 @@ def test_no_random_schema_allows_what_it_forbids():
         assert all(each in valid for each in found), (schema, labs_keywords.checked(schema))
         followed, exact = followed + 1, exact + (len(found) == len(valid))
     assert followed > MANY / 5
-    assert exact > 0.8 * followed
+    assert exact > 0.6 * followed
 
 
 KEPT = [
