@@ -10,6 +10,7 @@ quantises; labs_adapter.py for adapters.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -82,9 +83,10 @@ def _check_adapter(spec: ModelSpec, stays: str | None) -> None:
             f"adapter = {spec.adapter}: cannot be merged into weights that stay quantised "
             f"({stays}); take a model with 16 bits, and on a CPU quant_method = int8 or int4"
         )
-    import labs_adapter
+    with contextlib.suppress(ImportError):  # if the file is missing, labs.py says how to copy it
+        import labs_adapter
 
-    labs_adapter.check(spec)
+        labs_adapter.check(spec)
 
 
 def method_of(config: Any) -> str | None:
