@@ -110,6 +110,22 @@ def method_of(config: Any) -> str | None:
     return method
 
 
+def stored_bits(config: Any) -> int | None:
+    """Return about how many bits each weight takes, with its scales, if it stays as it is stored.
+
+    None for weights that become plain layers, are plain already, or of which it is not known.
+    """
+    try:
+        method, stated = method_of(config), _stated(config) or {}
+    except ValueError:  # the load reports it
+        return None
+    if method == "bitsandbytes":
+        return 5 if stated.get("load_in_4bit") else 9
+    if method in ("gptq", "awq", "auto-round"):
+        return bits + 1 if isinstance(bits := stated.get("bits"), int) else None
+    return {"torchao": 9, "bitnet": 3}.get(method or "")
+
+
 def _stated(config: Any) -> dict[str, Any] | None:
     """Return the quantization_config in config.json, if there is one."""
     for holder in (config, config.get_text_config(decoder=True)):
