@@ -10,6 +10,7 @@ quantises; labs_adapter.py for adapters.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -82,9 +83,10 @@ def _check_adapter(spec: ModelSpec, stays: str | None) -> None:
             f"adapter = {spec.adapter}: cannot be merged into weights that stay quantised "
             f"({stays}); take a model with 16 bits, and on a CPU quant_method = int8 or int4"
         )
-    import labs_adapter
+    with contextlib.suppress(ImportError):  # if the file is missing, labs.py says how to copy it
+        import labs_adapter
 
-    labs_adapter.check(spec)
+        labs_adapter.check(spec)
 
 
 def method_of(config: Any) -> str | None:
@@ -106,6 +108,22 @@ def method_of(config: Any) -> str | None:
     if method not in known.AUTO_QUANTIZATION_CONFIG_MAPPING and method != "bitsandbytes":
         raise ValueError(f"is quantised as {method:.40}, which transformers does not read")
     return method
+
+
+def stored_bits(config: Any) -> int | None:
+    """Return about how many bits each weight takes, with its scales, if it stays as it is stored.
+
+    None for weights that become plain layers, are plain already, or of which it is not known.
+    """
+    try:
+        method, stated = method_of(config), _stated(config) or {}
+    except ValueError:  # the load reports it
+        return None
+    if method == "bitsandbytes":
+        return 5 if stated.get("load_in_4bit") else 9
+    if method in ("gptq", "awq", "auto-round"):
+        return bits + 1 if isinstance(bits := stated.get("bits"), int) else None
+    return {"torchao": 9, "bitnet": 3}.get(method or "")
 
 
 def _stated(config: Any) -> dict[str, Any] | None:

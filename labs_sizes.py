@@ -4,7 +4,7 @@
     needed = labs_sizes.weight_bytes(spec)      # no weights are read
     free = labs_sizes.system_memory(spec)       # on the device where it would be loaded
 
-Needs labs.py and labs_decode.py; torch and transformers.
+Needs labs.py, labs_checkpoints.py and labs_decode.py; torch and transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 
 import labs
+import labs_checkpoints
 
 AUTO = {  # transformers' class for each kind of a model
     "text": "AutoModelForCausalLM",
@@ -38,6 +39,7 @@ def weight_bytes(spec: labs.ModelSpec) -> int:
     bits = 32 if dtype == "fp32" or whole else 16
     bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # with scales
     bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
+    bits = labs_checkpoints.stored_bits(config) or bits
     return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
 
 

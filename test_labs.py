@@ -743,7 +743,7 @@ ROOMS = {
     "labs_turns.py": (260, "labs"),
     "labs_engine.py": (450, "labs loop turns"),
     "labs_async.py": (160, "labs engine decode"),
-    "labs_sizes.py": (100, "labs decode"),
+    "labs_sizes.py": (100, "labs decode checkpoints"),
     "labs_models.py": (360, "labs engine patterns desk sizes"),
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),

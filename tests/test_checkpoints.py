@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import labs
 import labs_checkpoints
+import labs_sizes
 
 IDS = torch.tensor([SHORT.input_ids])
 WEIGHTS = "model.safetensors"
@@ -184,3 +185,24 @@ def test_weights_of_compressed_tensors_become_plain_layers(monkeypatch):
     labs_checkpoints.options(labs.ModelSpec(), config, "bf16")
     wanted = {"quant_method": "compressed-tensors", "dequantize": True}
     assert config.quantization_config == wanted
+
+
+@pytest.mark.parametrize(
+    ("stated", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, 5),
+        ({"quant_method": "awq", "bits": "4"}, 16),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 5),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 9),
+        ({"quant_method": "fp8"}, 16),
+        ({"quant_method": "exl2"}, 16),
+        (None, 16),
+    ],
+)
+def test_the_memory_of_weights_that_stay_in_few_bits_is_estimated_by_these(
+    stated, bits, tiny_folder, folder
+):
+    few = saved(tiny_folder, folder / "few", None, stated)
+    spec = labs.ModelSpec(model_name=str(few), torch_dtype="bf16")
+    whole = labs.ModelSpec(model_name=str(tiny_folder), torch_dtype="bf16")
+    assert labs_sizes.weight_bytes(spec) == labs_sizes.weight_bytes(whole) * bits // 16
