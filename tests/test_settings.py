@@ -300,6 +300,19 @@ def test_each_model_table_that_lowers_a_guard_is_warned_of_and_nothing_else_is(c
 
 # ---------------------------------------------------------------- tables of models
 
+
+def test_a_flag_for_one_model_does_not_reach_the_tables_of_others():
+    write(TOML, SMALL + '[models.big]\nmodel_name = "n"\nadapter = "its own"\n')
+    for model, kind, adapter in (("small", "text", "new"), ("x", "embedding", None)):
+        given = {"model_name": model, "kind": kind, "adapter": adapter, "top_k": 5}
+        given = {name: value for name, value in given.items() if value is not None}
+        config = labs.load_config(env={}, overrides=given)
+        found = {name: each.model for name, each in config.by_name().items()}
+        assert (found[model].kind, found[model].adapter) == (kind, adapter)
+        assert (found["big"].kind, found["big"].adapter) == ("text", "its own")
+        assert config.models["big"].generation.top_k == 5
+
+
 MODELS = """
 [generation]
 model_name = "NAME"
