@@ -513,10 +513,8 @@ def configure(tables: Tables, upper: Layer, file: str, token: str | None) -> Con
     tables: those of labs.toml, named `file`. upper: settings that override them. token: HF_TOKEN.
     """
     config = _resolve(tables, upper, file, token, _chosen_model(tables, upper, file))
-    others = {key: value for key, value in upper.items() if key not in OF_ONE}
-    models = {
-        name: _resolve(tables, others, file, token, name) for name in tables.get("models", {})
-    }
+    rest = {key: value for key, value in upper.items() if key not in OF_ONE}
+    models = {name: _resolve(tables, rest, file, token, name) for name in tables.get("models", {})}
     return replace(config, models=models)
 
 
