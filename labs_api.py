@@ -238,7 +238,7 @@ class ModelsListed(Resource):
     """GET /v1/models and /v1/models/{name}."""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        kinds = self.service.desks.kinds()
+        kinds = self.service.kinds.kinds()
         if req.get_header("anthropic-version") is None:
             resp.data = labs_protocol.dumps(ModelList(tuple(map(self._card, kinds))))
             return
@@ -246,7 +246,7 @@ class ModelsListed(Resource):
         resp.data = labs_protocol.dumps(labs_message_models.page_of(infos, req.params))
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
-        if name not in self.service.desks.kinds():
+        if name not in self.service.kinds.kinds():
             text = f"unknown model {name!r}; GET /v1/models lists the models of this server"
             raise labs_gate.Problem(404, text, "model_not_found", "model")
         card = self._card if req.get_header("anthropic-version") is None else self._info
@@ -258,13 +258,13 @@ class ModelsListed(Resource):
 
     def _card(self, name: str) -> ModelCard:
         service, models = self.service, self.service.models
-        own = service.desks.own(name)
+        own = service.kinds.own(name)
         return ModelCard(
             id=name,
             created=service.created,
             context_length=models.context_length(name) if own is None else own.context_length,
             loaded=name in models.loaded() if own is None else own.context_length is not None,
-            kind=service.desks.kinds()[name],
+            kind=service.kinds.kinds()[name],
         )
 
 
@@ -303,7 +303,7 @@ class Vectors(Resource):
         service, endpoint, filters = self.service, self.endpoint, self.service.context.filters
         body, _ = service.read(req, endpoint.body, endpoint.fields)
         most = service.config.server.max_prompt_bytes
-        name = service.desks.name_of(body.model, endpoint.kind)
+        name = service.kinds.name_of(body.model, endpoint.kind)
         asked = labs_vectors.checked(endpoint.asked(body), most, filters)
         with service.turn(req, name) as turn:
             work = labs_vectors.read(endpoint, turn.model, asked, filters)

@@ -236,10 +236,10 @@ class Models:
 
     def _start(self, entry: Entry) -> AnyEngine:
         if entry.config.model.kind != "text":
-            labs.require("labs_desk")
-            import labs_desk
+            labs.require("labs_kinds")
+            import labs_kinds
 
-            desk: Any = labs_desk.start(entry.config)
+            desk: Any = labs_kinds.start(entry.config)
             entry.context_length, entry.weight_bytes = desk.model.context_length, desk.weight_bytes
             return cast("AnyEngine", desk)
         if (cache := entry.config.response_cache).max_entries:

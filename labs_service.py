@@ -8,9 +8,9 @@ All resources share one Service: a request is read and checked, `lease` waits fo
 `submit` hands it to the engine, and the engine's events become the response. An exception becomes a
 Problem, and that the body of an error in the format of the path's protocol.
 
-Needs labs_desk.py, labs_engine.py, labs_gate.py, labs_messages.py, labs_meters.py, labs_models.py,
-labs_openai.py, labs_request.py, labs_responses.py and labs_answers.py with what those need;
-falcon, prometheus-client.
+Needs labs_desk.py, labs_engine.py, labs_gate.py, labs_kinds.py, labs_messages.py, labs_meters.py,
+labs_models.py, labs_openai.py, labs_request.py, labs_responses.py and labs_answers.py with what
+those need; falcon, prometheus-client.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import labs
 import labs_desk
 import labs_engine
 import labs_gate
+import labs_kinds
 import labs_messages
 import labs_meters
 import labs_models
@@ -157,7 +158,7 @@ class Service:
         self.context = labs_request.open_context(config, tell=self.meters.acted)
         labs_request.check_documents(self.context)
         labs_patterns.check(config.router)
-        self.desks = labs_desk.Desks(config, self.context.encoder)
+        self.kinds = labs_kinds.Kinds(config, self.context.encoder)
         held = (self.context.filters, self.context.encoder)  # each may have loaded a model
         models.account(lambda: sum(getattr(each, "nbytes", 0) for each in held))
         self._tokens = quota
@@ -296,15 +297,15 @@ class Service:
     @contextlib.contextmanager
     def turn(self, req: falcon.Request, name: str) -> Iterator[labs_desk.Turn]:
         """Wait for a model of another kind than text, and for the request's turn with it."""
-        gone, timeout_s, lease = self.gone(req), self.desks.timeout_s(name), None
-        desk: Any = self.desks.own(name)
+        gone, timeout_s, lease = self.gone(req), self.kinds.timeout_s(name), None
+        desk: Any = self.kinds.own(name)
         try:
             if desk is None:
                 lease = self.leased(req, labs_request.Request(prompts=(), model=name))
                 desk = lease.engine
             if not isinstance(desk, labs_desk.Desk):
                 raise labs_models.NotLoaded(f"{name} is not loaded here")
-            with desk.turn(gone, timeout_s) as turn:
+            with desk.turn(gone, timeout_s, req.context.owner) as turn:
                 yield turn
         finally:
             if lease is not None:

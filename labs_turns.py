@@ -201,6 +201,7 @@ def most_open(config: labs.Config) -> int:
     server, models = config.server, len({config.model_id, *config.models})
     rows = (server.max_batch_rows or ROWS) + server.max_waiting
     waiting = server.max_waiting if models > 1 else 0  # for a model
+    waiting += 1 + server.max_waiting if config.documents.embedding_model else 0  # for its turns
     return min(server.max_loaded_models, models) * rows + waiting
 
 

@@ -4,7 +4,7 @@
     task.work = labs_vector_lines.work_of(context, task.endpoint, task.body)    # reads its tokens
     for task in labs_vector_lines.with_vectors(tasks): ...                      # task.made
 
-Tasks are those of labs_jsonl.py. Needs labs_desk.py, labs_request.py and labs_vectors.py.
+Tasks are those of labs_jsonl.py. Needs labs_kinds.py, labs_request.py and labs_vectors.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar, cast
 
 import labs
-import labs_desk
+import labs_kinds
 import labs_request
 import labs_vectors
 
@@ -38,10 +38,10 @@ def work_of(
 ) -> tuple[str, labs_vectors.Work]:
     """Return the name of the model that a request asks, and its work. Raises LabsError."""
     most = context.config.server.max_prompt_bytes
-    desks = labs_desk.Desks(context.config, context.encoder)
-    name = desks.name_of(body.model, endpoint.kind)
+    kinds = labs_kinds.Kinds(context.config, context.encoder)
+    name = kinds.name_of(body.model, endpoint.kind)
     asked = labs_vectors.checked(endpoint.asked(body), most, context.filters)
-    return name, labs_vectors.read(endpoint, desks.model_of(name), asked, context.filters)
+    return name, labs_vectors.read(endpoint, kinds.model_of(name), asked, context.filters)
 
 
 def with_vectors(tasks: Iterator[T]) -> Iterator[T]:

@@ -730,8 +730,9 @@ ROOMS = {
     "labs_nearest.py": (120, "labs apart embed recipe"),
     "labs_rerank.py": (200, "labs apart padded recipe"),
     "labs_vectors.py": (400, "labs asked protocol"),
-    "labs_vector_lines.py": (100, "labs desk request vectors"),
-    "labs_desk.py": (240, "labs apart asked embed engine rerank turns"),
+    "labs_vector_lines.py": (100, "labs kinds request vectors"),
+    "labs_desk.py": (240, "labs engine turns"),
+    "labs_kinds.py": (120, "labs apart asked desk embed rerank turns"),
     "labs_rag.py": (420, "labs asked nearest"),
     "labs_asked.py": (200, "labs dialogue"),
     "labs_request.py": (
@@ -744,7 +745,7 @@ ROOMS = {
     "labs_engine.py": (450, "labs loop turns"),
     "labs_async.py": (160, "labs engine decode"),
     "labs_sizes.py": (100, "labs decode checkpoints"),
-    "labs_models.py": (360, "labs engine patterns desk sizes"),
+    "labs_models.py": (360, "labs engine patterns kinds sizes"),
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),
     "labs_replies.py": (320, "labs tokens parts protocol"),
@@ -766,8 +767,8 @@ ROOMS = {
     "labs_pages.py": (420, ""),
     "labs_service.py": (
         450,
-        "labs gate meters models desk engine request ready answers openai patterns protocol turns "
-        "messages responses",
+        "labs gate meters models desk kinds engine request ready answers openai patterns protocol "
+        "turns messages responses",
     ),
     "labs_tokenize.py": (300, "labs dialogue models openai pages protocol request service tokens"),
     "labs_api.py": (

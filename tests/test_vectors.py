@@ -487,6 +487,27 @@ def test_a_request_that_takes_longer_than_timeout_s_gives_its_turn_up(folders):
     assert not desk.busy
 
 
+def test_a_key_that_sends_much_delays_no_other_key_by_more_than_a_turn(folders):
+    encoder = labs_embed.Encoder(labs.ModelSpec(model_name=str(folders["embedding"])))
+    desk, order = labs_desk.Desk(encoder, 4), list[str]()
+
+    def work(owner: str) -> None:
+        with desk.turn(owner=owner):
+            order.append(owner)
+
+    with contextlib.ExitStack() as stack:
+        with desk.turn(owner="much"):
+            for count in range(2, 6):
+                in_thread(stack, lambda: work("much"))
+                kit.until(lambda count=count: desk.status().waiting == count - 1)
+            with pytest.raises(labs_engine.Busy, match="4 requests wait"), desk.turn(owner="much"):
+                pass
+            in_thread(stack, lambda: work("one"))  # although all places are taken
+            kit.until(lambda: desk.status().waiting == 5)
+        kit.until(lambda: len(order) == 5)
+    assert order[0] == "one"
+
+
 def test_a_closed_desk_ends_its_work_and_takes_no_more(folders):
     encoder = labs_embed.Encoder(labs.ModelSpec(model_name=str(folders["embedding"])))
     desk = labs_desk.Desk(encoder, 4)
