@@ -206,13 +206,14 @@ def middleware(config: labs.Config, requests: Quota) -> list[Any]:
 
 
 def not_found(paths: Collection[str]) -> Callable[..., None]:
-    """Return a sink that answers 404 and names the paths that exist."""
+    """Return a sink that answers 404, with the path that was probably meant."""
 
     def refuse(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
-        path, known = req.path, ", ".join(paths)
+        path = req.path
         meant = next((each for each in paths if each.endswith(path) or path.endswith(each)), None)
         hint = f"; did you mean {meant}?" if meant and meant != "/" else ""
-        raise Problem(404, f"unknown path {path!r}; this server has {known}{hint}", "not_found")
+        text = f"unknown path {path!r:.200}{hint or '; GET /openapi.json shows all paths'}"
+        raise Problem(404, text, "not_found")
 
     return refuse
 

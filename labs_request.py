@@ -75,7 +75,8 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
         filters = labs_guard.load(config.guard, config.model)
         filters = filters if tell is None else replace(filters, tell=tell)
     for rule in config.router.rules:
-        if (kind := config.by_name()[rule.model].model.kind) != "text":
+        named = config.by_name().get(rule.model, config)  # load_config refuses unknown names
+        if (kind := named.model.kind) != "text":
             raise labs.ConfigError(f"router.rules: {rule.model} is of the kind {kind}, not text")
     if config.documents != labs.Documents():
         labs.require("labs_rag")

@@ -834,7 +834,7 @@ def test_counting_runs_no_model_and_counts_what_an_answer_uses(fake):
 
 
 def test_models_are_listed_in_anthropics_form_where_its_header_is_sent(fake):
-    others = {f"m{number}": labs.ModelSpec(model_name="x") for number in range(4)}
+    others = dict.fromkeys((f"m{number}" for number in range(4)), kit.configured())
     config = msgspec.structs.replace(kit.configured(), models=others)
     site = Site(fake, config)
 

@@ -72,6 +72,8 @@ UNTAGGED = {
     'labs-gen --prompt "Name three rivers."': "answers are long",
     **dict.fromkeys(('eval "$(_LABS_GEN', "[Service]", "location / {"), "changes the system"),
     **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),
+    **dict.fromkeys(("[models.minilm]", "[models.poems]"), "names models that are not there"),
+    "curl -s localhost:8000/v1/embeddings": "needs these models; test_vectors.py",
     "pip install 'labs-gen[ray]'": "needs a cluster",
     **dict.fromkeys(('model = "NAME"', '{"provider"'), "needs Codex or opencode"),
     "export ANTHROPIC_BASE_URL": "needs Claude Code",
