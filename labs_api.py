@@ -56,6 +56,8 @@ from labs_service import Resource, Service, answer_error
 
 # Settings that hold paths of the server, which are hidden from clients.
 PATHS = ("adapter", "cache_dir", "chat_template", "model_name")
+# Settings of a choice, whatever is configured for texts.
+ALONE = {"max_new_tokens": 1, "min_new_tokens": 0, "logprobs": None}
 
 
 # ---------------------------------------------------------------- requests and responses
@@ -221,7 +223,7 @@ class Choose(Resource):
         named = {"timeout_s": body.timeout_s} if "timeout_s" in given else {}
         request = labs_request.Request(
             prompts=(labs_request.prompt_of(body),),
-            options={"max_new_tokens": 1, "logprobs": None, **named},
+            options={**ALONE, **named},
             model=body.model,
             documents=False,
             choices=body.options,

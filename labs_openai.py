@@ -295,7 +295,7 @@ class Completions(labs_replies.TextReplies, Endpoint):
             if not body.echo or body.min_tokens:
                 why = "needs echo = true" if not body.echo else "contradicts min_tokens"
                 raise Refusal(f"max_tokens = 0 {why}", "invalid_value", "max_tokens")
-            found["max_new_tokens"] = 1
+            found |= {"max_new_tokens": 1, "min_new_tokens": 0}  # whatever is configured
         return found if body.logprobs is None else {**found, "logprobs": body.logprobs}
 
     def prompts(self, body: CompletionRequest) -> tuple[labs_request.Prompt, ...]:

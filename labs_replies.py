@@ -281,6 +281,7 @@ class TextReplies(Replies):
 
     def choice(self, places: labs_tokens.Places, index: int, part: Any) -> Choice:
         logprobs, text = getattr(part, "logprobs", ()), getattr(part, "text", "")
+        places.text += text
         found = self._logprobs(places, logprobs) if logprobs else None
         return Choice(index=index, text=text, logprobs=found, finish_reason=_reason(part))
 

@@ -202,7 +202,8 @@ class Prepared(Struct, frozen=True, eq=False):
         if self.request.within_context and left < generation.max_new_tokens:
             if left < (least := generation.min_new_tokens or 0):
                 text = f"min_new_tokens = {least}: the prompt leaves {left} tokens of the context"
-                raise labs.InputError(text)
+                with in_words_of(self.request):
+                    raise labs.InputError(text)
             changes["max_new_tokens"] = max(1, left)
         generation = replace(generation, **changes)
         echo = self.echoes[place] if self.echoes else None

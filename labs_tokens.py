@@ -30,9 +30,9 @@ class Spelling:
         with model.lock:
             self._steps = _steps_of(tokenizer)
             added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-            self._added = {i: str(token) for i, token in added.items()}
-            self._silent = {*tokenizer.all_special_ids, *model.eos_token_ids}
-        self._silent |= {i for i, token in added.items() if getattr(token, "special", False)}
+            silent: list[int] = [*tokenizer.all_special_ids, *model.eos_token_ids]
+        silent += [i for i, token in added.items() if getattr(token, "special", False)]
+        self._added = {i: str(token) for i, token in added.items()} | dict.fromkeys(silent, "")
 
     @property
     def drops_a_space(self) -> bool:
@@ -41,10 +41,8 @@ class Spelling:
 
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes that a token adds to a text; they may end inside a character."""
-        if token in self._silent:
-            return b""
         if token in self._added:
-            return self._added[token].encode(errors="replace")
+            return str(self._added[token]).encode(errors="replace")
         with self._model.lock:
             written = str(self._model.tokenizer.convert_ids_to_tokens(token))
             decoded = str(self._model.tokenizer.decode([token]))
@@ -68,11 +66,11 @@ class Spelling:
 
 
 class Places:
-    """Find the character at which each token of one answer begins; `take` must see all in order."""
+    """Find where tokens of one answer begin. `take` must see all; text: what is shown so far."""
 
     def __init__(self, model: labs.Model) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._model, self._read, self._first = model, 0, True
+        self._model, self._read, self._first, self.text = model, 0, True, ""
 
     @functools.cached_property
     def spelling(self) -> Spelling:
@@ -81,6 +79,8 @@ class Places:
     def take(self, token: int) -> tuple[int, bytes]:
         """Return where the next token begins in the text, and the bytes that it adds."""
         place, data = self._read, self.spelling.bytes_of(token)
+        if not data and self.text.startswith(name := self.spelling.name_of(token), place):
+            data = name.encode()  # a special token that is shown
         first, self._first = self._first, self._first and not data
         if first and self.spelling.drops_a_space:
             data = data.removeprefix(b" ")

@@ -202,7 +202,7 @@ class Embeddings(Endpoint):
         kinds = {type(each) for each in given}
         if kinds == {int}:
             given, kinds = cast("Any", (given,)), {tuple}
-        if len(kinds) != 1:
+        if len(kinds) > 1:
             text = "input: give one text, several, or token ids instead of texts, not a mixture"
             raise Refusal(text, "invalid_value", "input")
         check_count("input", len(given))

@@ -299,6 +299,32 @@ def test_an_echo_begins_with_the_log_probabilities_of_its_prompt_and_goes_on_as_
     assert found["text_offset"] == [0, 0, 1, 2, *(3 + at for at in rest["text_offset"])]
 
 
+def test_special_tokens_that_an_echo_shows_have_their_place_in_the_text(site):
+    body = {"prompt": "<bos>ab<eos><end>c", "max_tokens": 2, "logprobs": 0, "echo": True}
+    (choice,) = complete(site, **body)["choices"]
+    sent = {**body, "temperature": 0, "stream": True}
+    (first,) = kit.chunks_of(site.post(kit.COMPLETIONS, sent))[0]["choices"]
+    for found in (choice["logprobs"], first["logprobs"]):
+        assert found["tokens"][:7] == ["<bos>", "<bos>", "a", "b", "<eos>", "<end>", "c"]
+        assert found["text_offset"][:7] == [0, 5, 5, 6, 7, 12, 17]
+    (hidden,) = complete(site, **{**body, "prompt": [97, kit.END, 98]})["choices"]
+    assert (hidden["text"][:2], hidden["logprobs"]["text_offset"][:3]) == ("ab", [0, 1, 1])
+
+
+def test_tokens_that_are_configured_as_the_least_do_not_refuse_an_echo_or_a_choice(engine):
+    site = kit.Site(engine, kit.configured(generation=labs.Generation(min_new_tokens=3)))
+    assert complete(site, max_tokens=0, echo=True)["choices"][0]["text"] == "hey"
+    choice = site.post("/choose", {"prompt": "hey", "options": ["a", "b"]})
+    assert choice.status_code == 200, choice.text
+
+
+def test_the_least_tokens_are_refused_by_the_name_that_the_client_uses(site):
+    body = {"prompt": "a" * 506, "min_tokens": 30, "max_tokens": 40}
+    error = kit.error_of(site.post(kit.COMPLETIONS, body), 400)
+    told = "min_tokens = 30: the prompt leaves 5 tokens of the context"
+    assert (error["param"], error["message"]) == ("min_tokens", told)
+
+
 def test_an_echo_without_log_probabilities_computes_nothing_more(site):
     with kit.counted(model_of("llama")) as calls:
         plain = complete(site, max_tokens=3)

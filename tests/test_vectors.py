@@ -147,7 +147,7 @@ def test_a_prompt_dimensions_and_a_cut_take_effect(shop, encoder):
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({}, "input", "missing required field `input`"),
-    ({"input": []}, "input", "input: give one text, several, or token ids"),
+    ({"input": []}, "input", "the request has 0 texts; it can have 1 to 2048"),
     ({"input": [1, "a"]}, "input", "not a mixture"),
     ({"input": [[1], 1]}, "input", "not a mixture"),
     ({"input": [[1], []]}, "input[1]", "the text has no tokens"),
