@@ -115,10 +115,8 @@ def test_a_prompt_that_takes_the_router_too_long_is_400(fake, path):
     body = {**BODIES[path], "model": "auto"}
     assert site.post(path, body).status_code == 200
     text = LONG[:3000]
-    long = dict.fromkeys(
-        (CHAT, "/apply-template"), {"messages": [{"role": "user", "content": text}]}
-    )
-    long[RESPONSES] = {"input": text}
+    said = {"messages": [{"role": "user", "content": text}]}
+    long = {CHAT: said, "/apply-template": said, RESPONSES: {"input": text}}
     body |= long.get(path, {"prompt": text})
     error = error_of(site.post(path, body), 400)
     assert error["code"] == "pattern_too_slow"
@@ -129,7 +127,7 @@ def test_a_prompt_that_takes_the_router_too_long_is_400(fake, path):
 def test_a_pattern_that_cannot_be_compiled_is_refused_by_name_at_the_start(fake):
     with pytest.raises(labs.ConfigError, match=r"deny_patterns\[3\] = '\(': "):
         labs_patterns.Bounded("deny_patterns[3]", "(")
-    unchecked = SimpleNamespace(pattern="[z-a]")  # RouterRule checks with Python's re
+    unchecked = SimpleNamespace(model="m", pattern="[z-a]")  # RouterRule checks with Python's re
     with pytest.raises(labs.ConfigError, match=r"router_rules\[1\] = '\[z-a\]': "):
         routed(fake, labs.RouterRule(model="m", pattern="a"), unchecked)
 
