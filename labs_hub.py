@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers and the hub say: their errors in one sentence, their progress bars.
+"""What libraries say while they load: errors in one sentence, progress bars, their own warnings.
 
     labs_hub.reason(error)  # "is gated: accept its terms on the hub and set HF_TOKEN"
     with labs_hub.quiet(): ...  # no progress bars where standard error is not a terminal
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,8 +51,29 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Hide what libraries tell those who write them: deprecations, and packages to install."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    try:
+        with warnings.catch_warnings():
+            for library in ("peft", "transformers"):
+                warnings.filterwarnings("ignore", module=library)
+            log.setLevel(logging.ERROR)
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Show progress bars of transformers and the hub only if standard error is a terminal."""
+    """Hide advice; show progress bars only if standard error is a terminal."""
+    with _without_advice(), _without_bars():
+        yield
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
     hub: Any = importlib.import_module("huggingface_hub.utils")
     bars: Any = importlib.import_module("transformers.utils.logging")
     hides = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
