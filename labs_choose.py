@@ -48,7 +48,8 @@ class Options:
     """
 
     def __init__(self, model: labs.Model, inputs: labs.Inputs, options: Sequence[str]) -> None:
-        if len(options) < 2 or len({*options}) < len(options) or not all(options):
+        several = not isinstance(options, str)  # whose letters would be options
+        if not several or len({*options}) < max(2, len(options)) or not all(options):
             raise labs.InputError("options: give two or more different, non-empty texts")
         with model.lock:
             encode = functools.partial(model.tokenizer, add_special_tokens=False)

@@ -57,6 +57,7 @@ class Encoder:
         pickles = not self.spec.use_safetensors
         with labs.loading():
             files, options, device, recipe = self._files
+            _check_kind(files, options)
             tokenizer = labs.pretrained("AutoTokenizer", files.source, options)
             options |= labs_padded.weights_of(self.spec)
             model = labs.pretrained("AutoModel", files.source, options).eval().to(device)
@@ -136,3 +137,12 @@ class Encoder:
         cut = self.load().reader.limit if truncate else None
         rows = self.tokens(texts, prompt_name=prompt_name, cut=cut)
         return self.vectors(rows, dimensions=dimensions)
+
+
+def _check_kind(files: labs_recipe.Files, options: dict[str, Any]) -> None:
+    """Raise ModelError for a classifier, unless sentence-transformers has files for its vectors."""
+    config = labs.pretrained("AutoConfig", files.source, options)
+    found = next((n for n in config.architectures or () if n.endswith("Classification")), None)
+    if found is not None and files.path("modules.json") is None:
+        text = f"config.json names {found}, whose states are no vectors of texts"
+        raise labs.ModelError(f'{files.source}: {text}; kind = "rerank" is for cross-encoders')

@@ -25,15 +25,19 @@ import labs_embed
 import labs_recipe
 
 
-def beside(spec: labs.ModelSpec, name: str) -> labs.ModelSpec:
+def beside(config: labs.Config, name: str) -> labs.ModelSpec:
     """Return how an embedding model of this name is loaded beside a model for text.
 
-    Neither its code nor pickles are trusted, whatever the settings of the other model are.
+    Neither its code nor pickles are trusted, whatever the settings of the other model are. Raises
+    ConfigError for the name of a table, whose settings would have no effect.
     """
+    if (table := config.models.get(name)) is not None:
+        hint = f"give the model itself, {table.model.model_name}"
+        raise labs.ConfigError(f"documents.embedding_model = {name} is a table: {hint}")
     unset: dict[str, Any] = dict.fromkeys(("revision", "adapter", "chat_template"))
     safe = {"trust_remote_code": False, "use_safetensors": True}
     rest = {"kind": "embedding", "quantization": labs.Quantization()}
-    return replace(spec, model_name=name, **unset, **safe, **rest)
+    return replace(config.model, model_name=name, **unset, **safe, **rest)
 
 
 class Encoder(labs_embed.Encoder):

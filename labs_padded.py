@@ -53,12 +53,7 @@ class Reader:
             return []
         options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
         options |= {} if cut is None else {"truncation": True, "max_length": cut}
-        pair = None if seconds is None else [*seconds]
-        try:
-            with self._lock:  # truncation is a state of the tokenizer
-                found = self.tokenizer([*texts], pair, **options)
-        except (UnicodeError, TypeError) as error:  # lone surrogates
-            raise labs.InputError("the text is not valid Unicode") from error
+        found = self._encoded([*texts], None if seconds is None else [*seconds], options)
         ids, types = found["input_ids"], found.get("token_type_ids")
         return [Row(row, types[place] if types else ()) for place, row in enumerate(ids)]
 
@@ -67,10 +62,17 @@ class Reader:
         if not getattr(self.tokenizer, "is_fast", False):
             raise labs.InputError("max_tokens_per_doc: this model's tokenizer has no places")
         options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True}
-        with self._lock:
-            found = self.tokenizer([*texts], truncation=True, max_length=tokens, **options)
+        options |= {"truncation": True, "max_length": tokens}
+        found = self._encoded([*texts], None, options)
         ends = (places[-1][1] if places else 0 for places in found["offset_mapping"])
         return [text[:end] for text, end in zip(texts, ends, strict=True)]
+
+    def _encoded(self, texts: list[str], seconds: list[str] | None, options: Any) -> Any:
+        try:
+            with self._lock:  # truncation is a state of the tokenizer
+                return self.tokenizer(texts, seconds, **options)
+        except (UnicodeError, TypeError) as error:  # lone surrogates
+            raise labs.InputError("the text is not valid Unicode") from error
 
 
 def most_on(device: Any) -> int:

@@ -389,7 +389,7 @@ def _plain(text: str) -> str:
 def encoder_of(config: labs.Config) -> Encoder | None:
     """Return the configured embedding model; remote code and quantization stay off for it."""
     name = config.documents.embedding_model
-    return Encoder(labs_nearest.beside(config.model, name)) if name else None
+    return Encoder(labs_nearest.beside(config, name)) if name else None
 
 
 def check(config: labs.Config, encoder: Encoder | None) -> None:

@@ -191,6 +191,8 @@ def choice(options: Sequence[str]) -> Grammar:
 
     Raises InputError if there is none, one is empty or given twice, or they exceed the bounds.
     """
+    if isinstance(options, str):  # whose letters would be texts
+        raise labs.InputError("choice reads several texts: put a single one into a list")
     if not options:
         raise labs.InputError("choice: give at least one text")
     _bound("choice", MAX_CHOICES, len(options), "texts")

@@ -280,6 +280,26 @@ def test_no_text_gives_no_vector_and_a_text_that_is_not_in_a_list_is_refused(ber
         scorer_at(cross).rank("query", "text")
 
 
+def test_half_a_character_is_refused_wherever_a_text_is_read(bert, cross):
+    scorer, half = scorer_at(cross), "\ud800"
+    reads: Any = (
+        lambda: encoder_at(bert).encode([half]),
+        lambda: scorer.rank(half, ["text"]),
+        lambda: scorer.rank("query", [half]),
+        lambda: scorer.shortened([half], 2),
+    )
+    for read in reads:
+        with pytest.raises(labs.InputError, match="not valid Unicode"):
+            read()
+
+
+def test_a_cross_encoder_is_no_embedding_model_unless_its_files_say_so(cross):
+    with pytest.raises(labs.ModelError, match=r"BertForSequenceClassification.* cross-encoders"):
+        encoder_at(cross).load()
+    described(cross)
+    assert encoder_at(cross).encode(["text"]).shape == (1, 32)
+
+
 def test_calls_hold_rows_of_similar_length_and_a_bounded_number_of_tokens():
     lengths = [1, 100, 2, 99, 3, 50, 400]
     found = list(labs_padded.batches(lengths, 200))

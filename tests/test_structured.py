@@ -136,6 +136,7 @@ REFUSED: list[tuple[Callable[[Any], Grammar], Any, str]] = [
     (regex, "\ud800", "half a character"),
     (regex, "a\0", "NUL"),
     (choice, [], "choice: give at least one text"),
+    (choice, "yes", "put a single one into a list"),
     (choice, ["a", ""], r"choice\[1\] is empty"),
     (choice, ["a", "b", "a"], "choice: 'a' is given 2 times"),
     (choice, ["a", "\udc00"], r"choice\[1\]: it has half a character"),
