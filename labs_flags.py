@@ -108,6 +108,7 @@ KEYS = [setting.key for setting in SETTINGS]
 TALK = ["prompt", "messages_json", "messages_file", "system", "config", *KEYS]
 TOOLS = ["tools", "tool_choice"]
 HELD = ["schema", "regex", "one_of", "grammar"]
+NOT_IN_CHATS = ("prompt", "continue_final_message")
 # Each mode and the flags that it reads; other flags would have no effect and are refused. The first
 # mode that is given counts. Without a mode, labs-gen answers one prompt as text.
 READS = {
@@ -118,7 +119,7 @@ READS = {
     "index": ["config", *KEYS],
     "explain": [*TALK, *TOOLS],
     "choose": [*TALK, "json"],
-    "chat": [*TALK[1:], "stream", "verbose", *HELD],
+    "chat": [name for name in (*TALK, "stream", "verbose", *HELD) if name not in NOT_IN_CHATS],
     "json": [*TALK, *TOOLS, "verbose", *HELD],
 }
 # Flags that exclude each other: at most one of each row may be given.

@@ -113,6 +113,7 @@ def test_the_help_has_80_columns_of_ascii_and_examples_that_parse():
         (["--system", "a", "--messages-json", HI.replace("user", "system")], "system message"),
         (["--prompt", "a", "--messages-json", "[]"], "exclude each other"),
         (["--vendor", "x", "--no-do-sample"], "--vendor and --do-sample exclude each other"),
+        (["--chat", "--continue-final-message"], "--chat and --continue-final-message exclude"),
         (["--prompt", "Hi", "--output", "out"], "--output needs --input"),
         (["--prompt", "Hi", "--batch-rows", "2"], "--batch-rows needs --input or --replay"),
         (["--input", "in", "--batch-rows", "0"], "--batch-rows"),
