@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from kit import TEMPLATE, is_one_sentence, labs_gen, load, until, write
+from kit import TEMPLATE, invoke, is_one_sentence, load, until, write
 
 import labs
 import labs_models
@@ -111,7 +111,7 @@ def test_a_client_cannot_choose_a_template(site):
 def test_the_shell_says_which_template_it_uses(tiny_folder, folder):
     write("own.jinja", OWN)
     model = ("--model", str(tiny_folder), "--chat-template", "own.jinja")
-    shown = labs_gen(*model, "--prompt", "Hi!", "--explain")
-    assert shown.returncode == 0
-    assert b"Well: " in shown.stdout
-    assert b'chat_template = "own.jinja"  # --chat-template' in shown.stdout
+    shown = invoke(*model, "--prompt", "Hi!", "--explain")
+    assert shown.exit_code == 0
+    assert "Well: " in shown.stdout
+    assert 'chat_template = "own.jinja"  # --chat-template' in shown.stdout
