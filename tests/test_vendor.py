@@ -282,6 +282,7 @@ labs_cli.main()
 """
 
 
+@pytest.mark.build  # each starts labs a few times
 def test_a_package_of_copies_serves_answers_and_names_the_room_it_lacks(tiny_folder, folder):
     at, code = package("labs_copied/inner", "api", "cli"), INSIDE
     done = python("-c", code.replace("PLACE", repr(str(tiny_folder))), path=folder)
@@ -292,6 +293,7 @@ def test_a_package_of_copies_serves_answers_and_names_the_room_it_lacks(tiny_fol
     assert all(each.startswith("labs_copied") for each in origins.split(","))
 
 
+@pytest.mark.build  # each starts labs a few times
 def test_copies_in_a_zip_file_run(tiny_folder):
     labs_vendor.vendor("copy", ["cli"])
     zipapp.create_archive("copy", "labs-gen.pyz", main="labs_cli:main")
