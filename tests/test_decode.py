@@ -191,7 +191,7 @@ def attended(
 def test_a_step_attends_with_the_same_bits_whatever_the_columns(heads, dtype) -> None:
     torch.manual_seed(3)
     count, groups, width = heads
-    for own in (3, 100, 200, 256, 257, 300, 450, 700, 800):
+    for own in (3, 200, 257, 450, 800):
         key, value = (torch.randn(1, groups, own, width).to(dtype) for _ in range(2))
         row = [torch.randn(1, count, 1, width).to(dtype), key, value]
         least = decode.Slots(None, own).cursor.columns
@@ -199,7 +199,7 @@ def test_a_step_attends_with_the_same_bits_whatever_the_columns(heads, dtype) ->
         plain = [each.float() for each in row]
         exact = torch.nn.functional.scaled_dot_product_attention(*plain, enable_gqa=True)[0]
         torch.testing.assert_close(alone.float(), exact.transpose(0, 1), atol=0.02, rtol=0.02)
-        for columns in sorted({least, 512, 768, 1024, 2048}):
+        for columns in sorted({least, 512, 768, 2048}):
             if columns >= least:
                 assert torch.equal(attended(row, columns, 5, 3), alone), (own, columns)
 

@@ -747,7 +747,9 @@ def loaded(**settings: str) -> labs.Model:
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        ({}, 8),  # in bf16, if the processor has it: to emulate it would take twenty minutes
+        pytest.param(
+            {}, 8, marks=pytest.mark.real
+        ),  # in bf16, if the processor has it: to emulate it would take twenty minutes
         pytest.param({}, 48, marks=pytest.mark.real),
         pytest.param({"torch_dtype": "fp32"}, 12, marks=pytest.mark.real),
         pytest.param({"quant_method": "int8"}, 12, marks=pytest.mark.real),
