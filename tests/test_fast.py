@@ -747,9 +747,8 @@ def loaded(**settings: str) -> labs.Model:
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        pytest.param(
-            {}, 8, marks=pytest.mark.real
-        ),  # in bf16, if the processor has it: to emulate it would take twenty minutes
+        # In bf16, if the processor has it: to emulate it would take twenty minutes.
+        pytest.param({}, 8, marks=pytest.mark.real),
         pytest.param({}, 48, marks=pytest.mark.real),
         pytest.param({"torch_dtype": "fp32"}, 12, marks=pytest.mark.real),
         pytest.param({"quant_method": "int8"}, 12, marks=pytest.mark.real),
