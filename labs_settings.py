@@ -183,7 +183,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     ] = True
     cuda_graphs: Annotated[bool, doc("Use CUDA graphs on one GPU where they work.")] = True
     use_generation_config: Annotated[bool, doc("Apply the model's generation_config.json.")] = True
-    kind: Annotated[Kind, doc("What the model is for; others than text only serve.")] = "text"
+    kind: Annotated[Kind, doc("Load a model of this kind; labs-api serves them all.")] = "text"
     chat_template: Annotated[str | None, doc("Use the chat template in this file.")] = None
     adapter: Annotated[str | None, doc("Merge this LoRA adapter: a folder or hub id.")] = None
     quantization: Quantization = Quantization()
@@ -199,15 +199,15 @@ class Generation(Strict, frozen=True, kw_only=True):
 
     max_new_tokens: Annotated[int, doc("Generate at most this many tokens.", ge=1, le=2**20)] = 256
     temperature: Annotated[Temperature | None, doc("Sample at this temperature; 0: greedy.")] = None
-    top_p: Annotated[Probability | None, doc("Sample from the likeliest up to this sum.")] = None
+    top_p: Annotated[Probability | None, doc("Sample tokens of this total probability.")] = None
     top_k: Annotated[Count | None, doc("Sample from this many likeliest tokens; 0: all.")] = None
-    min_p: Annotated[Probability | None, doc("Drop tokens below this share of the best.")] = None
+    min_p: Annotated[Probability | None, doc("Drop tokens below this share of the top one.")] = None
     do_sample: Annotated[bool | None, doc("Sample; false takes the likeliest token.")] = None
     repetition_penalty: Annotated[RepetitionPenalty | None, doc("Above 1, repeat less.")] = None
     frequency_penalty: Annotated[Penalty, doc("Lower a logit by this per use in the answer.")] = 0.0
     presence_penalty: Annotated[Penalty, doc("Lower a logit by this after any earlier use.")] = 0.0
     logit_bias: Annotated[dict[TokenId, Bias], doc("Add this to the logits of token ids.")] = {}
-    logprobs: Annotated[TopLogprobs | None, doc("Return logprobs and so many alternatives.")] = None
+    logprobs: Annotated[TopLogprobs | None, doc("Return logprobs and this many top tokens.")] = None
     stop: Annotated[tuple[Stop, ...], doc("Stop before any of these texts.", max_length=16)] = ()
     prompt_lookup_num_tokens: Annotated[
         Guesses | None, doc("Guess this many tokens from earlier text; the answer stays the same.")
@@ -236,7 +236,7 @@ class Chat(Strict, frozen=True, kw_only=True):
     use_chat_template: Annotated[bool, doc("Apply the model's chat template, if any.")] = True
     add_generation_prompt: Annotated[bool, doc("End the prompt where the answer begins.")] = True
     template_options: Annotated[dict[str, Any], doc("Give this to the model's chat template.")] = {}
-    continue_final_message: Annotated[bool, doc("Continue the last message.")] = False
+    continue_final_message: Annotated[bool, doc("Let answers continue the last message.")] = False
 
 
 class Server(Strict, frozen=True, kw_only=True):
@@ -253,15 +253,15 @@ class Server(Strict, frozen=True, kw_only=True):
         Rows | None, doc("Decode at most this many rows at once [default: by memory, up to 64].")
     ] = None
     prefix_cache_bytes: Annotated[
-        Bytes | None, doc("Cache prompt prefixes in this memory; 0: none [default: 1/8 of it].")
+        Bytes | None, doc("Cache prefixes in this memory; 0: none [default: 1/8 of what is free].")
     ] = None
     max_waiting: Annotated[int, doc("Queue at most this many requests.", ge=0, le=100_000)] = 64
     max_body_bytes: Annotated[int, doc("Limit the bytes of a body.", ge=1024, le=2**30)] = 4 * 2**20
     max_prompt_bytes: Annotated[int, doc("Limit the bytes of a prompt.", ge=1, le=2**30)] = 2**20
     max_choices: Annotated[int, doc("Limit the choices (n) per prompt.", ge=1, le=128)] = 8
     max_connections: Annotated[int, doc("Limit the open connections.", ge=16, le=100_000)] = 1000
-    requests_per_minute: Annotated[Quota | None, doc("Limit the requests of an API key.")] = None
-    tokens_per_minute: Annotated[Quota | None, doc("Limit the tokens of an API key.")] = None
+    requests_per_minute: Annotated[Quota | None, doc("Limit the requests of each API key.")] = None
+    tokens_per_minute: Annotated[Quota | None, doc("Limit tokens (prompts too) of a key.")] = None
     drain_s: Annotated[Seconds, doc("After SIGTERM, wait this many seconds for answers.")] = 30.0
     max_loaded_models: Annotated[int, doc("Load at most this many models.", ge=1, le=100)] = 4
     model_memory_bytes: Annotated[
