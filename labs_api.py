@@ -41,6 +41,7 @@ import labs_messages
 import labs_meters
 import labs_models
 import labs_openai
+import labs_openapi
 import labs_pages
 import labs_parts
 import labs_protocol
@@ -362,7 +363,7 @@ class Metrics(Resource):
 # ---------------------------------------------------------------- the route table and the app
 
 
-def routes(service: Service) -> tuple[labs_pages.Route, ...]:
+def routes(service: Service) -> tuple[labs_openapi.Route, ...]:
     alive, generate, models = Alive(service), Generate(service), ModelsListed(service)
     ready, choose, metrics = Ready(service), Choose(service), Metrics(service)
     chat = Endpoint(service, labs_openai.CHAT)
@@ -377,8 +378,8 @@ def routes(service: Service) -> tuple[labs_pages.Route, ...]:
     chat_body, text_body = labs_openai.CHAT.body, labs_openai.COMPLETIONS.body
     message_body, count_body = labs_messages.MESSAGES.body, labs_messages.COUNT.body
     theirs: dict[str, Any] = {"error": refused}
-    get = functools.partial(labs_pages.Route, "get")
-    post = functools.partial(labs_pages.Route, "post")
+    get = functools.partial(labs_openapi.Route, "get")
+    post = functools.partial(labs_openapi.Route, "post")
     return (
         get("/health", alive, "Check that the process answers", Health),
         get("/livez", alive, "Check that the process answers", Health),
@@ -424,7 +425,7 @@ def create_app(
         app.add_route(route.path, route.resource, **suffix)
     app.add_route("/v1/responses/{name:path}", NotStored(service))
     secured, error = bool(config.api_keys), labs_protocol.Error
-    document = labs_pages.openapi(table, error, labs.__version__, secured=secured)
+    document = labs_openapi.openapi(table, error, labs.__version__, secured=secured)
     pages = labs_pages.pages(document)
     for path, page in pages.items():
         app.add_route(path, page)

@@ -24,7 +24,7 @@ import labs
 import labs_dialogue
 import labs_models
 import labs_openai
-import labs_pages
+import labs_openapi
 import labs_protocol
 import labs_request
 import labs_service
@@ -268,9 +268,9 @@ class Tokens(labs_service.Resource):
                 service.models.release(lease.name)
 
 
-def routes(service: labs_service.Service) -> tuple[labs_pages.Route, ...]:
+def routes(service: labs_service.Service) -> tuple[labs_openapi.Route, ...]:
     """Return the rows of the route table."""
-    tokens, post = Tokens(service), functools.partial(labs_pages.Route, "post")
+    tokens, post = Tokens(service), functools.partial(labs_openapi.Route, "post")
     joined, rendered = (DetokenizeAnswer, DetokenizeRequest), (TemplateAnswer, TemplateRequest)
     return (
         post("/tokenize", tokens, "Tokenize a text or chat", TokenizeAnswer, TokenizeRequest),

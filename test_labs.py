@@ -764,18 +764,22 @@ ROOMS = {
     "labs_gate.py": (320, "labs engine request"),
     "labs_meters.py": (140, "labs engine"),
     "labs_answers.py": (180, "labs engine meters parts protocol ready request turns"),
-    "labs_pages.py": (420, ""),
+    "labs_openapi.py": (140, ""),
+    "labs_pages.py": (420, "openapi"),
     "labs_service.py": (
         450,
         "labs gate meters models desk kinds engine request ready answers openai patterns protocol "
         "turns messages responses",
     ),
-    "labs_tokenize.py": (300, "labs dialogue models openai pages protocol request service tokens"),
+    "labs_tokenize.py": (
+        300,
+        "labs dialogue models openai openapi protocol request service tokens",
+    ),
     "labs_api.py": (
         600,
-        "labs gate meters pages models engine request ready parts explain openai replies service "
-        "protocol turns messages message_events message_models response_items responses tokenize "
-        "vectors",
+        "labs gate meters openapi pages models engine request ready parts explain openai replies "
+        "service protocol turns messages message_events message_models response_items responses "
+        "tokenize vectors",
     ),
     "labs_serve.py": (260, "labs api gate models request wire turns"),
     "labs_wire.py": (160, ""),
@@ -785,6 +789,7 @@ ROOMS = {
     ),
     "labs_replay.py": (220, "labs jsonl ready request"),
     "labs_flags.py": (340, "labs"),
+    "labs_shell.py": (260, "labs explain flags ready request typed chat"),
     "labs_cli.py": (800, "*"),
     "labs_chat.py": (300, "labs"),
     "labs_ray.py": (430, "labs api gate jsonl models serve service turns"),

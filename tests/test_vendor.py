@@ -41,7 +41,16 @@ PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
 API += ("service", "tokenize", "vectors", "desk", "kinds", "embed", "padded", "pooling")
 API += ("recipe", "rerank")
-API += ("pages", "protocol", "replies", "response_input", "response_items", "responses", "tokens")
+API += (
+    "openapi",
+    "pages",
+    "protocol",
+    "replies",
+    "response_input",
+    "response_items",
+    "responses",
+    "tokens",
+)
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
 
 
@@ -77,7 +86,10 @@ def lacking(room: str) -> str:
 
 
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", *REQUEST)}
-COPIED |= {"models": files(*MODELS), "api cli guard": files(*API, "cli", "flags", "guard", "apart")}
+COPIED |= {
+    "models": files(*MODELS),
+    "api cli guard": files(*API, "cli", "flags", "shell", "guard", "apart"),
+}
 
 
 @pytest.mark.parametrize(("rooms", "copied"), COPIED.items())
