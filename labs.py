@@ -434,7 +434,7 @@ def require(*names: str) -> None:
     """Raise an error that names the first of these packages or files of labs that is missing."""
     for name in (name for name in names if not _is_there(name)):
         if name.startswith("labs_"):
-            copy = f"copy it with labs-gen --vendor DEST --rooms {name.removeprefix('labs_')}"
+            copy = f"copy it with labs-gen vendor DEST --rooms {name.removeprefix('labs_')}"
             raise ConfigError(f"{name}.py is not beside labs.py: {copy}")
         wanted = "'ray[data,serve]'" if name == "ray" else name
         raise ModelError(f"the package {name} is missing: pip install {wanted}")

@@ -1,18 +1,20 @@
 """The commands labs-gen, which generates text, and labs-api, which serves a model over HTTP.
 
 labs-gen writes the answer to standard output and everything else to standard error. labs_flags.py
-says which flags there are.
+says which subcommands and flags there are.
 
-SPDX-License-Identifier: Apache-2.0. To copy it: labs-gen --vendor FOLDER --rooms cli
+SPDX-License-Identifier: Apache-2.0. To copy it: labs-gen vendor FOLDER --rooms cli
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -23,37 +25,13 @@ import click
 import msgspec
 
 import labs
+import labs_commands
 import labs_dialogue
 import labs_explain
 import labs_flags
+import labs_past
 import labs_request
 import labs_shell
-
-EPILOG = """\b
-Examples:
-  labs-gen --prompt "What is the capital of France?"
-  echo "Name three rivers." | labs-gen --system "Be brief."
-  labs-gen --prompt - --temperature 0 --json < question.txt
-  labs-gen --messages-json '[{"role": "user", "content": "Hello!"}]'
-  labs-gen --chat --system "You are a pirate." --seed 1
-  labs-gen --model your-org/your-model --load-in-4bit --prompt "Hello!"
-  labs-gen --prompt "Name a city." --schema city.json
-  labs-gen --prompt "Is it Paris?" --choose yes --choose no
-  labs-gen --prompt "Is it cold in Rome?" --tools tools.json
-  labs-gen --input prompts.jsonl --output answers.jsonl
-  labs-gen --input 's3://bucket/*.jsonl' --output answers --ray --replicas 4
-  labs-gen --replay answers.jsonl
-  labs-gen --index docs --docs docs.db
-  labs-gen --docs docs.db --prompt "How is it installed?"
-  labs-gen --temperature 0.2 --show-config
-  labs-gen --vendor src/thing --rooms api,cli
-
-\b
-Settings (Model, Generation, ...) can also be given in labs.toml, or as
-LABS_<NAME> in the environment or in .env (LABS_MODEL for --model).
-Exit codes: 0 done, 1 failed (LABS_DEBUG=1 shows the traceback), 2 wrong usage
-or no prompt, 130 Ctrl-C.
-"""
 
 tell = labs_shell.tell
 
@@ -102,14 +80,14 @@ def read_messages(flags: labs_flags.Values) -> labs_shell.Messages:
 
 
 def read_prompt(flags: labs_flags.Values) -> labs_request.Prompt:
-    """Return the prompt or the messages of the flags. A chat may begin without messages."""
+    """Return the prompt or the messages of the flags."""
     messages, prompt = read_messages(flags), flags["prompt"]
-    if flags["chat"] or flags["messages_json"] is not None or flags["messages_file"] is not None:
-        if not messages and not flags["chat"]:
+    if flags["messages_json"] is not None or flags["messages_file"] is not None:
+        if not messages:
             raise click.UsageError("no prompt: the list of messages is empty")
         return labs_request.Prompt(messages=tuple(messages))
     if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("no prompt: give --prompt TEXT, messages, --chat or a pipe")
+        raise click.UsageError("no prompt: give a prompt in quotes, messages or a pipe")
     if prompt in (None, "-"):
         prompt = read_text("-")
     if not prompt.strip():
@@ -131,8 +109,9 @@ def read_schema(name: str | None) -> labs_request.ResponseFormat | None:
 
 def read_structured(flags: labs_flags.Values) -> labs_request.StructuredOutputs | None:
     """Return what --regex, --one-of or --grammar ask for, None without any of them."""
-    grammar = None if flags["grammar"] is None else read_text(flags["grammar"])
-    found = {"regex": flags["regex"], "choice": flags["one_of"] or None, "grammar": grammar}
+    grammar = None if flags.get("grammar") is None else read_text(flags["grammar"])
+    found: dict[str, Any] = {"regex": flags.get("regex"), "grammar": grammar}
+    found["choice"] = flags.get("one_of") or None
     if set(found.values()) == {None}:
         return None
     return labs_request.StructuredOutputs(**found)
@@ -149,7 +128,7 @@ def read_json(name: str, kind: Any, expected: str) -> Any:
 
 
 def answer_file(config: labs.Config, flags: labs_flags.Values) -> None:
-    """Answer the lines of --input. Exit with code 1 if a line failed, now or in an earlier run."""
+    """Answer the lines of a file. Exit with code 1 if a line failed, now or in an earlier run."""
     labs.require("labs_jsonl")
     import labs_jsonl
 
@@ -183,7 +162,7 @@ def answer_file(config: labs.Config, flags: labs_flags.Values) -> None:
 
 
 def replay(config: labs.Config, flags: labs_flags.Values) -> None:
-    """Report how each line of --replay compares. Exit with code 1 if a comparable one differs."""
+    """Report how each answer of a file compares. Exit with code 1 if a comparable one differs."""
     labs.require("labs_jsonl", "labs_replay")
     import labs_jsonl
     import labs_replay
@@ -208,7 +187,7 @@ def index(config: labs.Config, flags: labs_flags.Values) -> None:
     import labs_rag
 
     if config.documents.database is None:
-        raise click.UsageError("--index needs --docs DATABASE")
+        raise click.UsageError("an index needs --docs DATABASE")
     encoder = labs_rag.encoder_of(config)
     done = labs_rag.index(flags["index"], config.documents.database, encoder=encoder)
     for each in done.unusable:
@@ -223,12 +202,13 @@ def take_ray(flags: labs_flags.Values) -> tuple[str | None, labs_flags.Values]:
     return taken.pop("ray", None), taken
 
 
-def vendor(folder: str, rooms: str, check: bool) -> None:
+def vendor(config: labs.Config, flags: labs_flags.Values) -> None:
     """Copy labs into a folder, or report which copies differ; exit with code 1 if one does."""
     labs.require("labs_vendor")
     import labs_vendor
 
-    if check:
+    folder, rooms = flags["vendor"], flags["rooms"] or ""
+    if flags["check"]:
         found = labs_vendor.check(folder)
         labs_shell.write("".join(f"{name}: {state}\n" for name, state in found.items()))
         raise click.exceptions.Exit(int({*found.values()} != {"same"}))
@@ -236,64 +216,104 @@ def vendor(folder: str, rooms: str, check: bool) -> None:
     tell(f"[{count} files written]")
 
 
-def run(**flags: Any) -> None:
-    """Generate text with a Hugging Face instruct model."""
-    labs_flags.check_flags(flags)
-    if flags["vendor"]:
-        vendor(flags["vendor"], flags["rooms"] or "", flags["check"])
-        return
-    overrides = {key: flags[key] for key in labs_flags.KEYS if flags[key] not in (None, ())}
-    config = labs.load_config(flags["config"], overrides=overrides)
-    if flags["show_config"]:
-        labs_shell.write(labs_explain.dump_effective_config(config).rstrip("\n") + "\n")
-        return
-    for name, mode in {"input": answer_file, "replay": replay, "index": index}.items():
-        if flags[name]:
-            mode(config, flags)
-            return
-    answer_prompt(config, flags)
+def show_config(config: labs.Config, flags: labs_flags.Values) -> None:
+    """Write each setting and where its value comes from."""
+    labs_shell.write(labs_explain.dump_effective_config(config).rstrip("\n") + "\n")
+
+
+def run(row: labs_flags.Subcommand, flags: labs_flags.Values) -> None:
+    """Run a subcommand of labs-gen with the flags that were given to it."""
+    flags = with_text(flags)
+    if row.name == "prompt":
+        row, flags = labs_past.renamed(flags)
+    labs_flags.check_flags(row, flags)
+    config = labs.Config()
+    if row.loads:
+        overrides = labs_flags.overrides_of(flags)
+        config = labs.load_config(flags.get("config"), overrides=overrides)
+    function_of(row.run)(config, flags)
+
+
+def with_text(flags: labs_flags.Values) -> labs_flags.Values:
+    """Make the words of the line the prompt. Raises UsageError for more than one."""
+    words = flags.get("text", ())
+    rest = {name: value for name, value in flags.items() if name != "text"}
+    if len(words) > 1:
+        whole = shlex.quote(" ".join(words))
+        raise click.UsageError(f"a prompt of several words needs quotes: labs-gen {whole}")
+    if words and rest["prompt"] is not None:
+        raise click.UsageError("--prompt and a prompt without it exclude each other; give one")
+    return {**rest, "prompt": words[0]} if words else rest
+
+
+def function_of(name: str) -> Any:
+    """Return the function that a row of labs_flags names as "room:function"."""
+    room, _, function = name.partition(":")
+    if room == "labs_cli":  # which may be __main__
+        return globals()[function]
+    labs.require(room)
+    package = __spec__.parent if __spec__ is not None else ""  # of copies inside a package
+    return getattr(importlib.import_module(f"{package}.{room}".lstrip(".")), function)
+
+
+def request_of(flags: labs_flags.Values, prompt: labs_request.Prompt) -> labs_request.Request:
+    """Return the request of these flags. Raises ConfigError for a file of labs that it needs."""
+    schema, held = read_schema(flags.get("schema")), read_structured(flags)
+    if flags.get("tools") is not None:
+        labs.require("labs_tools")
+        tools = read_json(flags["tools"], tuple[labs_dialogue.Tool, ...], "a list of tools")
+        prompt = msgspec.structs.replace(prompt, tools=tools)
+    if flags.get("choose") or schema is not None or held is not None:
+        labs.require("labs_typed")
+    choice = flags.get("tool_choice") or "auto"
+    return labs_request.Request(
+        prompts=(prompt,), response_format=schema, structured_outputs=held, tool_choice=choice
+    )
+
+
+def open_session(
+    context: labs_request.Context, asked: labs_request.Request, flags: labs_flags.Values
+) -> labs_shell.Session:
+    """Load the model for one stream."""
+    stream = sys.stdout.isatty() if flags.get("stream") is None else flags["stream"]
+    began = time.perf_counter()
+    model = load_model(for_one_stream(context.config))
+    imports_s = time.perf_counter() - began - model.load_s
+    model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
+    return labs_shell.Session(context, asked, model, stream, bool(flags.get("verbose")), imports_s)
 
 
 def answer_prompt(config: labs.Config, flags: labs_flags.Values) -> None:
-    """Answer one prompt or a chat. A request that cannot work is refused before the model loads."""
-    prompt, schema = read_prompt(flags), read_schema(flags["schema"])
-    held = read_structured(flags)
-    if flags["tools"] is not None:
-        tools = read_json(flags["tools"], tuple[labs_dialogue.Tool, ...], "a list of tools")
-        prompt = msgspec.structs.replace(prompt, tools=tools)
-    choice = flags["tool_choice"] or "auto"
-    asked = labs_request.Request(
-        prompts=(prompt,), response_format=schema, structured_outputs=held, tool_choice=choice
-    )
-    if flags["choose"] or schema is not None or held is not None:
-        labs.require("labs_typed")
-    if prompt.tools:
-        labs.require("labs_tools")
-    context = labs_request.open_context(config)
-    first = msgspec.structs.replace(asked, prompts=()) if flags["chat"] else asked
-    request = labs_request.check(context, first)
-    stream = sys.stdout.isatty() if flags["stream"] is None else flags["stream"]
-    began = time.perf_counter()
-    model = load_model(for_one_stream(config))
-    imports_s = time.perf_counter() - began - model.load_s
-    model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
-    session = labs_shell.Session(context, asked, model, stream, flags["verbose"], imports_s)
+    """Answer one prompt. A request that cannot work is refused before the model loads."""
+    asked, context = request_of(flags, read_prompt(flags)), labs_request.open_context(config)
+    request = labs_request.check(context, asked)
+    session = open_session(context, asked, flags)
     if flags["choose"]:
         labs_shell.choose(session, request, flags["choose"], flags["json"])
-    elif flags["chat"]:
-        labs.require("labs_chat")
-        import labs_chat
-
-        labs_chat.chat(
-            list(prompt.messages or ()), lambda said: labs_shell.take_turn(session, said)
-        )
-    elif flags["explain"]:
-        labs_shell.explain(session, request)
     elif flags["json"]:
         labs_shell.answer_json(session, request)
     else:
         for _ in labs_shell.answer(session, request):
             pass
+
+
+def explain(config: labs.Config, flags: labs_flags.Values) -> None:
+    """Show how one prompt would be answered."""
+    asked, context = request_of(flags, read_prompt(flags)), labs_request.open_context(config)
+    request = labs_request.check(context, asked)
+    labs_shell.explain(open_session(context, asked, flags), request)
+
+
+def chat(config: labs.Config, flags: labs_flags.Values) -> None:
+    """Talk with the model. What cannot work in any turn is refused before the model loads."""
+    labs.require("labs_chat")
+    import labs_chat
+
+    messages, context = read_messages(flags), labs_request.open_context(config)
+    asked = request_of(flags, labs_request.Prompt(messages=tuple(messages)))
+    labs_request.check(context, msgspec.structs.replace(asked, prompts=()))
+    session = open_session(context, asked, flags)
+    labs_chat.chat(messages, lambda said: labs_shell.take_turn(session, said))
 
 
 def for_one_stream(config: labs.Config) -> labs.Config:
@@ -325,12 +345,12 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start(name: str, callback: Any, options: labs_flags.Options, epilog: str) -> None:
+def start(command: click.Command) -> None:
     """Run a command as a program. Input and output are UTF-8 whatever the locale says."""
     # A socket would take the number of a standard descriptor that is closed.
     opened = [_open_if_closed(descriptor) for descriptor in range(3)]
     sys.stdin = sys.stdin or open(0)  # noqa: SIM115
-    if opened[1] and name != "labs-api":  # which answers over HTTP
+    if opened[1] and command.name != "labs-api" and sys.argv[1:2] != ["serve"]:  # over HTTP
         sys.exit("Error: standard output is closed")
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
     if not os.environ.get("LABS_DEBUG"):
@@ -339,7 +359,7 @@ def start(name: str, callback: Any, options: labs_flags.Options, epilog: str) ->
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     arguments = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
-    labs_flags.make_command(name, callback, options, epilog)(arguments, prog_name=name)
+    command(arguments, prog_name=command.name)
 
 
 def _open_if_closed(descriptor: int) -> bool:
@@ -353,14 +373,14 @@ def _open_if_closed(descriptor: int) -> bool:
 
 def main() -> None:
     """Run labs-gen."""
-    ending_at_once("labs-gen", run, labs_flags.OPTIONS, EPILOG)
+    ending_at_once(labs_commands.Commands(run))
 
 
-def ending_at_once(name: str, callback: Any, options: labs_flags.Options, epilog: str) -> None:
+def ending_at_once(command: click.Command) -> None:
     """Run a program and exit without freeing memory, which takes a fifth of the time."""
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see labs_apart.py; before torch is imported
     try:
-        start(name, callback, options, epilog)
+        start(command)
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
@@ -371,28 +391,10 @@ def ending_at_once(name: str, callback: Any, options: labs_flags.Options, epilog
 
 # ---------------------------------------------------------------- labs-api
 
-API_EPILOG = """\b
-Examples:
-  labs-api
-  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
-  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
-  labs-api --ray --replicas 2
 
-\b
-API keys are read from LABS_API_KEYS (separated by commas) or from the file
---api-keys-file, never from a flag. Settings can also be given in labs.toml,
-.env or the environment (LABS_SERVER_PORT for --port). After SIGTERM the
-server finishes running answers and exits.
-"""
-
-
-def serve_command(**flags: Any) -> None:
-    """Serve a Hugging Face instruct model over HTTP: REST, SSE and OpenAI's endpoints."""
-    labs_flags.check_needs(flags, labs_flags.RAY_NEEDS)
+def serve(config: labs.Config, flags: labs_flags.Values) -> None:
+    """Serve a model over HTTP: REST, SSE and the endpoints of OpenAI and Anthropic."""
     address, cluster = take_ray(flags)
-    overrides = {key: value for key, value in flags.items() if value not in (None, ())}
-    path = overrides.pop("config", None)
-    config = labs.load_config(path, overrides=overrides)
     if address is None:
         labs.require("labs_serve")
         import labs_serve
@@ -406,13 +408,15 @@ def serve_command(**flags: Any) -> None:
     labs_ray.serve_replicas(config, address, labs_ray.cluster_of(cluster))
 
 
+def make_api() -> click.Command:
+    """Make labs-api, which is labs-gen serve."""
+    command = labs_commands.Command(labs_flags.SUBCOMMANDS["serve"], run, "labs-api")
+    return labs_commands.with_version(command)
+
+
 def main_api() -> None:
     """Run labs-api as a program."""
-    options: labs_flags.Options = (
-        ("Server", "--config", str, "The file of settings [default: ./labs.toml]."),
-    )
-    options += (*labs_flags.RAY, *labs_flags.STICKY)
-    ending_at_once("labs-api", serve_command, options, API_EPILOG)
+    ending_at_once(make_api())
 
 
 if __name__ == "__main__":

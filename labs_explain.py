@@ -5,7 +5,7 @@
     print(labs_explain.described(plan))
     print(labs_explain.dump_effective_config(config))
 
-labs-gen --explain, POST /explain and labs-gen --show-config show it. Needs labs.py.
+labs-gen explain, POST /explain and labs-gen config show it. Needs labs.py.
 """
 
 from __future__ import annotations

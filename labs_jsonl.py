@@ -4,7 +4,7 @@
     {"id": "a", "prompt": "Name a river.", "max_new_tokens": 8}          any field of a request
     {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": {...}}   OpenAI's
 
-`answer_file` runs labs-gen --input: the lines share one decode batch, each answer is appended as a
+`answer_file` runs labs-gen batch: the lines share one decode batch, each answer is appended as a
 whole line, and the same call again continues where it stopped. `answer_lines` needs no files.
 labs_replay.py generates the answers again. Needs labs.py, labs_request.py, labs_openai.py for
 OpenAI's lines, and tqdm for files.
@@ -527,7 +527,7 @@ def _appending(source: str, target: str, tally: Tally) -> Iterator[Callable[[byt
         yield _write_out
         return
     if os.path.exists(target) and source != "-" and os.path.samefile(source, target):
-        raise labs.InputError(f"{target} cannot be both --input and --output")
+        raise labs.InputError(f"{target} cannot be both read and written")
     with open(target, "ab", buffering=0) as file:
         if os.path.isfile(target):  # a device or a pipe holds no earlier answers
             _lock(file.fileno(), target)

@@ -3,7 +3,7 @@
 
     labs-api --ray --replicas 2                   Ray Serve: the HTTP API, one engine each
     serve run labs_ray:app num_gpus=1             the same, started by Ray's command
-    labs-gen --input 's3://bucket/*.jsonl' --output s3://bucket/answers --ray      Ray Data
+    labs-gen batch 's3://bucket/*.jsonl' s3://bucket/answers --ray      Ray Data
 
 Ray schedules, restarts and scales. Needs the extra `ray`, labs_serve.py and labs_jsonl.py.
 """
@@ -344,7 +344,7 @@ def answer_files(
     again; calling this again continues an interrupted run. Raises InputError, ModelError.
     """
     if "-" in (files.source, files.target):
-        raise labs.InputError("with Ray, --input must name files and --output a folder, not -")
+        raise labs.InputError("with Ray, the input must name files and the output a folder, not -")
     system, folder = fsspec.core.url_to_fs(files.target)
     target = system.unstrip_protocol(folder)  # a full URL: workers run elsewhere
     chunks = [msgspec.structs.asdict(each) for each in _chunks(files.source, files.lines)]

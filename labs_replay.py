@@ -3,7 +3,7 @@
 
     for verdict in labs_replay.replay(model, context, enumerate(lines, 1)): ...
 
-labs-gen --replay shows it. A request and its fingerprint are in each line of answers, which
+labs-gen replay shows it. A request and its fingerprint are in each line of answers, which
 labs_jsonl.py wrote. Needs labs.py, labs_jsonl.py and labs_request.py.
 """
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies of labs in another project, which record the version they were copied from.
 
-    labs-gen --vendor DEST --rooms api,typed        labs.py, these rooms and what they need
-    labs-gen --vendor DEST --rooms faster,sources     the core with speed, package: and .gguf models
-    labs-gen --vendor DEST                          update the copies from a newer labs
-    labs-gen --vendor DEST --check                  show how each copy differs; write nothing
+    labs-gen vendor DEST --rooms api,typed        labs.py, these rooms and what they need
+    labs-gen vendor DEST --rooms faster,sources     the core with speed, package: and .gguf models
+    labs-gen vendor DEST                          update the copies from a newer labs
+    labs-gen vendor DEST --check                  show how each copy differs; write nothing
 
 A copy begins with a comment that has the hashes of the original and of the copy. In a package (a
 folder with an __init__.py) `import labs` becomes `from . import labs`. A file that this command
@@ -25,12 +25,12 @@ from pathlib import Path
 import labs
 
 ALWAYS = ("labs", "labs_loop", "labs_decode")  # the core; labs.py imports these inside functions
-FOREIGN, EDITED = "not written by labs-gen --vendor", "edited by hand"
+FOREIGN, EDITED = "not written by labs-gen vendor", "edited by hand"
 IMPORTS = (ast.Import, ast.ImportFrom)
 HEADER = """\
-# {name} of labs {version}, copied by `labs-gen --vendor FOLDER`{changed}.
+# {name} of labs {version}, copied by `labs-gen vendor FOLDER`{changed}.
 # Copyright 2026 the labs authors, Apache-2.0. Do not edit: an edited copy cannot be updated.
-# `labs-gen --vendor FOLDER --check` shows whether it was edited and whether it is up to date.
+# `labs-gen vendor FOLDER --check` shows whether it was edited and whether it is up to date.
 # sha256 of the original: {original}
 # sha256 of the text below: {copy}
 """

@@ -45,11 +45,11 @@ import labs
 import labs_api
 import labs_calls
 import labs_cli
+import labs_commands
 import labs_decode
 import labs_decode as decode
 import labs_engine
 import labs_fast as fast
-import labs_flags
 import labs_forward
 import labs_jsonl
 import labs_loop as loop
@@ -843,7 +843,7 @@ MODEL = labs.Model(**NOTHING | {"load_s": 1.0})  # type: ignore[arg-type]
 
 
 def gen() -> Any:
-    return labs_flags.make_command("labs-gen", labs_cli.run, labs_flags.OPTIONS, labs_cli.EPILOG)
+    return labs_commands.Commands(labs_cli.run)
 
 
 def invoke(*arguments: str, input: str | bytes | None = None) -> Any:

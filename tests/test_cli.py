@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +18,11 @@ from typing import Any
 
 import click
 import pytest
-from kit import ONE_THREAD, ROOT, gen, heed_sigint, invoke, labs_gen, read_until, start
+from kit import ONE_THREAD, ROOT, heed_sigint, invoke, labs_gen, read_until, start
 
 import labs
 import labs_chat
-import labs_cli
+import labs_commands
 import labs_explain
 import labs_flags
 
@@ -78,24 +80,49 @@ def test_only_flags_that_are_given_override_settings(fake_labs, arguments, overr
 
 
 def test_show_config_needs_no_prompt_and_no_model(fake_labs):
-    result = invoke("--show-config", "--temperature", "0.25")
+    result = invoke("config", "--temperature", "0.25")
     assert (result.exit_code, fake_labs.requests) == (0, [])
     assert "temperature = 0.25  # --temperature" in result.stdout
 
 
-def test_the_help_has_80_columns_of_ascii_and_examples_that_parse():
+def test_the_help_is_one_screen_with_examples_that_parse():
     text = invoke("--help").stdout
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 80
-    titles = " ".join(re.findall(r"^(\w+):$", text, re.MULTILINE))
-    own = "Input Output Batch Documents Vendoring Ray"
-    assert titles == f"{own} Model Generation Quantization Other"
-    command = gen()
-    examples = re.findall(r"labs-gen (--.*)", labs_cli.EPILOG)
-    assert len(examples) >= 6
+    assert len(text.splitlines()) <= 40
+    assert invoke("-h").stdout == text == invoke("help").stdout
+    for row in labs_flags.ROWS:
+        assert re.search(rf"^  {re.escape(labs_commands.shown(row))} +{row.summary}$", text, re.M)
+    examples = re.findall(r"labs-gen (.*)", labs_commands.EXAMPLES)
+    assert len(examples) == 4
     for example in examples:
-        words = re.findall(r"'[^']*'|\"[^\"]*\"|[^\s<]+", example.split(" <")[0])
-        command.make_context("labs-gen", [word.strip("'\"") for word in words])
+        name, *words = shlex.split(example)
+        row = labs_flags.SUBCOMMANDS.get(name, labs_flags.SUBCOMMANDS["prompt"])
+        labs_commands.Command(row, print).make_context(row.name, words)
+
+
+@pytest.mark.parametrize("name", labs_flags.SUBCOMMANDS)
+def test_each_subcommand_shows_its_own_flags_before_those_of_settings(name):
+    text = invoke(name, "--help").stdout
+    assert text == invoke("help", name).stdout
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 80
+    titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert titles[0] == "Options"
+    row = labs_flags.SUBCOMMANDS[name]
+    assert len(titles) == (1 + bool(row.settings) if name != "serve" else 9)
+    own, _, settings = text.partition("\nSettings")
+    for flag, *_ in labs_flags.options_of(row):
+        assert flag.partition("/")[0] in own
+    for setting in labs_flags.settings_of(row):
+        flag = "--" + setting.key.removeprefix("server_").replace("_", "-")
+        assert flag not in re.split(r"[ ,/]+", own)
+        assert flag in settings
+
+
+@pytest.mark.parametrize("word", ["--version"])
+def test_the_version_is_that_of_labs(word):
+    assert invoke(word).stdout == f"labs-gen {labs.__version__}\n"
 
 
 # ---------------------------------------------------------------- wrong usage
@@ -112,12 +139,15 @@ def test_the_help_has_80_columns_of_ascii_and_examples_that_parse():
         (["--messages-json", "[]"], "no prompt"),
         (["--system", "a", "--messages-json", HI.replace("user", "system")], "system message"),
         (["--prompt", "a", "--messages-json", "[]"], "exclude each other"),
-        (["--vendor", "x", "--no-do-sample"], "--vendor and --do-sample exclude each other"),
-        (["--chat", "--continue-final-message"], "--chat and --continue-final-message exclude"),
-        (["--prompt", "Hi", "--output", "out"], "--output needs --input"),
-        (["--prompt", "Hi", "--batch-rows", "2"], "--batch-rows needs --input or --replay"),
-        (["--input", "in", "--batch-rows", "0"], "--batch-rows"),
-        (["--prompt", "Hi", "--replicas", "2"], "--replicas needs --ray"),
+        (["vendor", "x", "--no-do-sample"], "--no-do-sample"),
+        (["chat", "--continue-final-message"], "--continue-final-message"),
+        (["batch"], "Missing argument 'IN'"),
+        (["batch", "in", "--batch-rows", "0"], "--batch-rows"),
+        (["batch", "in", "--replicas", "2"], "--replicas needs --ray"),
+        (["serve", "--sticky"], "--sticky needs --ray"),
+        (["Hi", "--prompt", "Hi"], "exclude each other"),
+        (["Hi", "there"], "needs quotes: labs-gen 'Hi there'"),
+        (["Hi", "--tool-choice", "none"], "--tool-choice needs --tools"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(fake_labs, arguments, reason):
@@ -126,34 +156,41 @@ def test_wrong_usage_is_exit_code_2(fake_labs, arguments, reason):
     assert reason in result.stderr.partition("Error: ")[2]
 
 
-FLAGS = {flag.partition("/")[0]: kind for _, flag, kind, _ in labs_flags.OPTIONS}
-ASKED, HELD = "--prompt --system --config", " --schema --regex --one-of --grammar"
-TOGETHER = {  # each mode, and the flags that have an effect on it
-    "--vendor": "--rooms --check",
-    "--show-config": "--config",
-    "--input": "--config --output --batch-rows --ordered --ray",
-    "--replay": "--config --batch-rows",
-    "--index": "--config",
-    "--explain": ASKED + " --messages-json --messages-file --tools",
-    "--choose": ASKED + " --messages-json --messages-file --json",
-    "--json": ASKED + " --messages-json --messages-file --choose --verbose --tools" + HELD,
-    "--chat": "--system --config --messages-json --messages-file --stream --verbose" + HELD,
+HELD = "--schema --regex --one-of --grammar"
+ALONE = {  # the flags of each subcommand that do not go with another; others go together
+    "prompt": [
+        "--prompt --messages-json --messages-file",
+        HELD,
+        "--json --stream",
+        *(f"--choose {flag}" for flag in f"--tools --stream --verbose {HELD}".split()),
+    ],
+    "chat": ["--messages-json --messages-file", HELD],
+    "batch": ["--ray --ordered"],
+    "explain": ["--prompt --messages-json --messages-file"],
+    "vendor": ["--rooms --check"],
 }
+NEEDED = {"tool_choice": "tools", **dict.fromkeys(labs_flags.RAY_KEYS, "ray")}
 
 
-@pytest.mark.parametrize("mode", TOGETHER)
-def test_of_two_flags_both_have_an_effect_or_they_are_refused(mode):
-    command = gen()
-    for other in FLAGS.keys() - {mode}:
-        words = []
-        for flag in (mode, other):
-            words += [flag] if FLAGS[flag] is bool else [f"{flag}=1"]
-        params = command.make_context("labs-gen", words).params
-        if other in TOGETHER[mode].split():
-            labs_flags.check_flags(params)
+@pytest.mark.parametrize("row", labs_flags.ROWS, ids=lambda row: row.name)
+def test_of_two_flags_both_have_an_effect_or_they_are_refused(row):
+    flags = {flag.partition("/")[0]: kind for flag, kind, _ in row.options}
+    places = [kind for _, shown, kind in row.arguments if not shown.startswith("[")]
+    command = labs_commands.Command(row, print)
+    for pair in itertools.combinations(flags, 2):
+        words = ["bash" if isinstance(kind, click.Choice) else "x" for kind in places]
+        needed = [
+            f"--{NEEDED[name]}" for flag in pair if (name := labs_flags.name_of(flag)) in NEEDED
+        ]
+        for flag in {*pair, *needed}:
+            words += [flag] if flags[flag] is bool else [f"{flag}=1"]
+        params = command.make_context(row.name, words).params
+        alone = [each for each in ALONE.get(row.name, ()) if {*pair, *needed} & {*each.split()}]
+        if any(len({*pair, *needed} & {*each.split()}) > 1 for each in alone):
+            with pytest.raises(click.UsageError, match="exclude"):
+                labs_flags.check_flags(row, params)
         else:
-            with pytest.raises(click.UsageError, match=r"exclude|needs"):
-                labs_flags.check_flags(params)
+            labs_flags.check_flags(row, params)
 
 
 # ---------------------------------------------------------------- answers
@@ -184,7 +221,7 @@ def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
     for left, room in ((97, "room for 97 more"), (None, "no limit")):
         found = labs_explain.Explanation("templated", 3, left, *rest)
         monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
-        text = invoke("--prompt", "Hi", "--explain").stdout
+        text = invoke("explain", "Hi").stdout
         assert text.startswith("templated\n---\nprompt tokens: 3;")
         assert (
             f"{room}\nruns: joins (as it can); up to 8 rows at once\nforward of labs: as it is\n"
@@ -231,7 +268,7 @@ def test_ctrl_c_is_exit_code_130_and_closes_the_generator(fake_labs):
         (["--prompt", "a bad one"], r"deny\[0\]"),
         (["--messages-json", HI.replace("Hi", "bad")], r"deny\[0\]"),
         (["--prompt", "Hi", "--logprobs", "1"], "logprobs"),
-        (["--chat", "--logprobs", "1"], "logprobs"),
+        (["chat", "--logprobs", "1"], "logprobs"),
         (["--prompt", "Hi", "--schema", "absent.json"], r"absent\.json: No such file"),
         (["--prompt", "Hi", "--schema", "list.json"], r"list\.json: .*expected a JSON schema"),
         (["--prompt", "\udcff"], "lone surrogate"),
@@ -277,7 +314,7 @@ TALK = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     ],
 )
 def test_a_chat_sends_the_conversation_and_obeys_commands(fake_labs, words, input, requests):
-    result = invoke("--chat", *words, input=input)
+    result = invoke("chat", *words, input=input)
     assert (result.exit_code, result.stdout) == (0, f"{SAID}\n" * len(requests))
     assert [contents(request) for request in fake_labs.requests] == requests
     assert ("unknown command /wat" in result.stderr) == (input == "/wat\n")
@@ -286,7 +323,7 @@ def test_a_chat_sends_the_conversation_and_obeys_commands(fake_labs, words, inpu
 
 
 def test_save_writes_messages_that_messages_file_reads(fake_labs, tmp_path):
-    result = invoke("--chat", input="/save no/such/folder.json\none\n/save my talk.json\n")
+    result = invoke("chat", input="/save no/such/folder.json\none\n/save my talk.json\n")
     assert "no/such/folder.json" in result.stderr
     invoke("--messages-file", "my talk.json")
     said = [(each["role"], each["content"]) for each in fake_labs.requests[1]["messages"]]
@@ -310,7 +347,7 @@ def narrow(fake_labs, monkeypatch):
 
 
 def test_a_chat_too_long_for_the_context_leaves_out_its_oldest_turns(narrow):
-    done = invoke("--chat", "--system", "Sys", input="one\ntwo\nthree\nfour\n/save t.json\n")
+    done = invoke("chat", "--system", "Sys", input="one\ntwo\nthree\nfour\n/save t.json\n")
     counts = re.findall(r"the oldest (\d+) messages are left out", done.stderr)
     assert (done.stdout, counts) == ("answer\n" * 4, ["2", "2"])  # once each time
     last = contents(narrow.requests[-1])
@@ -320,7 +357,7 @@ def test_a_chat_too_long_for_the_context_leaves_out_its_oldest_turns(narrow):
 
 
 def test_a_question_too_long_for_any_context_is_refused_and_forgets_nothing(narrow):
-    done = invoke("--chat", "--system", "Sys", input=f"one\n{'long ' * 9}\ntwo\n")
+    done = invoke("chat", "--system", "Sys", input=f"one\n{'long ' * 9}\ntwo\n")
     assert "Error: the context holds 20" in done.stderr
     assert "--max-new-tokens" in done.stderr
     assert "left out" not in done.stderr
@@ -338,11 +375,11 @@ def test_a_shortened_conversation_has_each_system_message_and_whole_turns():
 
 def test_ctrl_c_in_a_chat_keeps_the_text_so_far_and_an_error_forgets_its_turn(fake_labs):
     fake_labs.error = KeyboardInterrupt()
-    result = invoke("--chat", "--stream", input="one\ntwo\n")
+    result = invoke("chat", "--stream", input="one\ntwo\n")
     assert result.exit_code == 0
     assert contents(fake_labs.requests[1]) == ["one", SAID, "two"]
     fake_labs.pieces, fake_labs.error = [], labs.PromptTooLong("too long")
-    assert "Error: too long" in invoke("--chat", input="one\ntwo\n").stderr
+    assert "Error: too long" in invoke("chat", input="one\ntwo\n").stderr
     assert contents(fake_labs.requests[3]) == ["two"]
 
 
@@ -379,14 +416,14 @@ def test_a_closed_pipe_and_sigint_end_an_answer_quietly(end, tiny_folder):
 def test_any_locale_is_utf8():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     text = "Grüße 漢字 🌍"
-    done = labs_gen("--show-config", "--stop", text, env=environment)
+    done = labs_gen("config", "--stop", text, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert text in done.stdout.decode()
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
 def test_standard_output_that_is_closed_or_full_is_one_line(redirection):
-    command = f'"{sys.executable}" "{ROOT / "labs_cli.py"}" --show-config {redirection}'
+    command = f'"{sys.executable}" "{ROOT / "labs_cli.py"}" config {redirection}'
     done = subprocess.run(command, shell=True, capture_output=True, check=False)
     assert done.returncode == 1
     assert re.fullmatch(rb"Error: standard output(:| is) .*\n", done.stderr)

@@ -601,7 +601,7 @@ def test_labs_gen_filters_its_output_and_reports_a_cut(fake_labs, flag):
 def test_a_chat_continues_after_a_filtered_message(fake_labs):
     configure(deny=["bad"])
     fake_labs.pieces = ["so bad"]
-    result = kit.invoke("--chat", input="bad\nhello\n/exit\n")
+    result = kit.invoke("chat", input="bad\nhello\n/exit\n")
     assert (result.exit_code, result.stdout) == (0, "so \n")
     assert "Error: the prompt is refused by [guard] deny[0]" in result.stderr
     assert [each["messages"][0]["content"] for each in fake_labs.requests] == ["hello"]

@@ -397,15 +397,15 @@ def test_a_file_that_holds_other_lines_is_left_as_it_is(tiny, data):
 
 
 UNUSABLE = {
-    "--input missing --output out": "missing: No such file or directory",
-    "--replay missing": "missing: No such file or directory",
-    "--input in --output no/out": "no/out: No such file or directory",
-    "--input in --output folder": "folder: Is a directory",
-    "--input in --output /dev/full": "/dev/full: No space left on device",
-    "--input in --output locked": "locked is being written by another process",
-    "--input in --output ./in": "./in cannot be both --input and --output",
-    "--input in --output hard": "hard cannot be both --input and --output",
-    "--input in --output soft": "soft cannot be both --input and --output",
+    "batch missing out": "missing: No such file or directory",
+    "replay missing": "missing: No such file or directory",
+    "batch in no/out": "no/out: No such file or directory",
+    "batch in folder": "folder: Is a directory",
+    "batch in /dev/full": "/dev/full: No space left on device",
+    "batch in locked": "locked is being written by another process",
+    "batch in ./in": "./in cannot be both read and written",
+    "batch in hard": "hard cannot be both read and written",
+    "batch in soft": "soft cannot be both read and written",
 }
 
 
@@ -429,10 +429,10 @@ def test_a_model_that_does_not_load_costs_no_answers(loaded, monkeypatch):
     written("in", prompts(2))
     with monkeypatch.context() as patch:
         patch.setattr(labs, "load_model", missing)
-        done = gen("--input", "in", "--output", "out")
+        done = gen("batch", "in", "out")
     assert (done.exit_code, done.stderr) == (1, "Error: nobody/nothing is not there\n")
     assert Path("out").read_bytes() == b""
-    assert gen("--input", "in", "--output", "out").exit_code == 0
+    assert gen("batch", "in", "out").exit_code == 0
     assert len(names_in("out")) == 2
 
 
@@ -477,7 +477,7 @@ def long_lines(count: int) -> list[dict[str, Any]]:
 def test_a_kill_loses_and_doubles_nothing(tiny, tiny_folder):
     words = ["--model", str(tiny_folder), "--torch-dtype", "fp32", "--batch-rows", "4"]
     rows = long_lines(150)
-    process = kit.start(*words, "--input", written("in", rows), "--output", "out", stderr=-3)
+    process = kit.start(*words, "batch", written("in", rows), "out", stderr=-3)
     kit.until(lambda: Path("out").exists() and Path("out").stat().st_size > 5000)
     process.kill()
     assert process.wait(kit.WAIT_S) == -9
@@ -498,7 +498,7 @@ def test_ctrl_c_keeps_the_answers_and_the_same_command_continues(loaded):
         if Path("out").stat().st_size:
             raise KeyboardInterrupt
 
-    words = ("--input", written("in", long_lines(12)), "--output", "out", "--batch-rows", "4")
+    words = ("batch", written("in", long_lines(12)), "out", "--batch-rows", "4")
     with kit.hooked(loaded, hook):
         done = gen(*words)
     before = len(names_in("out"))
@@ -521,15 +521,15 @@ def test_a_closed_pipe_ends_a_file_quietly_and_a_full_disk_is_named(
     file = open("/dev/full" if full else writing, "wb", buffering=0)  # noqa: SIM115
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, write_through=True))
     with kit.unfrozen(), pytest.raises(SystemExit) as end:
-        kit.gen().main(["--model", "tiny", "--input", "in", "--ordered"])
+        kit.gen().main(["--model", "tiny", "batch", "in", "--ordered"])
     assert (end.value.code, told in capsys.readouterr().err) == (full, True)
 
 
-@pytest.mark.parametrize("words", [["--output", "-"], []])
+@pytest.mark.parametrize("words", [["-"], []])
 def test_the_command_reads_and_writes_pipes(loaded, words):
     data = MARK + b"".join(map(line, [*prompts(3), "no line"]))
     settings = ("--temperature", "1.5", "--seed", "3")
-    done = gen("--input", "-", "--ordered", *settings, *words, input=data)
+    done = gen("batch", "-", *words, "--ordered", *settings, input=data)
     found = [whole(each) for each in done.stdout_bytes.splitlines(keepends=True)]
     assert [row["id"] for row in found] == ["p0", "p1", "p2", "line 4"]
     assert done.stderr.startswith("[3 answered, 1 failed; ")
@@ -630,7 +630,7 @@ def test_json_of_the_command_can_be_replayed(loaded):
     talk = ("--messages-json", json.dumps(HELLO), "--temperature", "1")
     words = [("--prompt", "one"), talk, ("--prompt", "x", "--no-use-chat-template", "--seed", "3")]
     data = b"".join(gen("--json", *each).stdout_bytes for each in words)
-    done = gen("--replay", "-", input=MARK + data)
+    done = gen("replay", "-", input=MARK + data)
     assert done.stdout == "1: same\n2: same\n3: same\n"
     assert (done.exit_code, done.stderr) == (0, "[3 same, 0 differs, 0 not comparable]\n")
 
@@ -743,11 +743,11 @@ def test_an_answer_that_time_cut_is_not_compared_and_a_replay_has_time(tiny, ask
 def test_only_a_comparable_line_that_differs_is_exit_code_1(loaded):
     row = answer(loaded, {"id": "a", "prompt": "one", **ONLY_A})
     other = {**row, "id": "b", "text": "aaab", "fingerprint": {**row["fingerprint"], "dtype": "x"}}
-    done = gen("--replay", written("out", [row, other, b"broken\n"]))
+    done = gen("replay", written("out", [row, other, b"broken\n"]))
     lines = done.stdout.splitlines()
     assert (done.exit_code, lines[0]) == (0, "a: same")
     assert lines[1] == "b: not comparable at token 4 (dtype was x, is fp32)"
     assert lines[2].startswith("3: not comparable (line 3 is not an answer of labs-gen")
-    done = gen("--replay", written("out", [row, other, {**row, "id": "c", "text": "ab"}]))
+    done = gen("replay", written("out", [row, other, {**row, "id": "c", "text": "ab"}]))
     assert (done.exit_code, done.stdout.splitlines()[2]) == (1, "c: differs at token 2")
     assert done.stderr == "[1 same, 1 differs, 1 not comparable]\n"

@@ -33,7 +33,6 @@ import labs_cli
 import labs_decode
 import labs_engine
 import labs_explain
-import labs_flags
 import labs_gate
 import labs_models
 import labs_request
@@ -1081,9 +1080,7 @@ def program_config(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> labs.Con
     """Return the configuration that labs-api would serve with these arguments."""
     found: list[labs.Config] = []
     monkeypatch.setattr(labs_serve, "serve", found.append)
-    options = (("Server", "--config", str, ""),)
-    command = labs_flags.make_command("labs-api", labs_cli.serve_command, options, "")
-    command.main(list(arguments), prog_name="labs-api", standalone_mode=False)
+    labs_cli.make_api().main(list(arguments), prog_name="labs-api", standalone_mode=False)
     return found[0]
 
 

@@ -525,30 +525,31 @@ def test_a_request_cannot_name_a_database(path, value, site):
 
 
 @pytest.fixture
-def shell(tiny_folder: Path) -> Callable[..., Any]:
-    options = ["--docs", DATABASE, "--model", str(tiny_folder), "--max-new-tokens", "2"]
-    options += ["--torch-dtype", "fp32", "--documents-max-tokens", "4000"]
+def shell(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    options = ["--docs", DATABASE, "--model", str(tiny_folder), "--torch-dtype", "fp32"]
+    options += ["--documents-max-tokens", "4000"]
+    monkeypatch.setenv("LABS_MAX_NEW_TOKENS", "2")
     return lambda *arguments, **more: invoke(*options, *arguments, **more)
 
 
 def test_index_reports_its_counts_and_is_incremental():
     write("docs/a.md", RIVERS)
     write("docs/b.md", b"\xff")
-    command = ["--index", "docs", "--docs", DATABASE]
+    command = ["index", "docs", "--docs", DATABASE]
     first, second = invoke(*command), invoke(*command)
     assert (first.exit_code, first.stdout) == (0, "")
     assert "passed over: 'docs/b.md'" in first.stderr
     assert "[1 files written, 0 unchanged, 0 removed; 2 new chunks]" in first.stderr
     assert "[0 files written, 1 unchanged, 0 removed; 0 new chunks]" in second.stderr
-    assert invoke("--index", "docs").exit_code == 2  # it needs a database
+    assert invoke("index", "docs").exit_code == 2  # it needs a database
 
 
 def test_an_answer_as_json_is_compared_while_its_documents_are_there(shell):
     indexed(a=RIVERS)
     write("answer.json", shell("--prompt", QUESTION, "--json").stdout)
-    assert "1: same" in shell("--replay", "answer.json").stdout
+    assert "1: same" in shell("replay", "answer.json").stdout
     indexed(a=RIVERS.replace("Paris", "Paris and Rouen"))
-    assert "1: not comparable" in shell("--replay", "answer.json").stdout
+    assert "1: not comparable" in shell("replay", "answer.json").stdout
     os.remove(DATABASE)
     result = shell("--prompt", "Hi")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -565,6 +566,6 @@ def test_each_turn_of_a_chat_is_grounded_and_its_history_is_not(shell, monkeypat
         return build(model, **request)
 
     monkeypatch.setattr(labs, "build_inputs", spy)
-    shell("--chat", input=f"{QUESTION}\nWhat passes Hamburg?\n")
+    shell("chat", input=f"{QUESTION}\nWhat passes Hamburg?\n")
     assert [prompt.count("[1]\n> ") for prompt in prompts] == [1, 1]
     assert "> The Elbe passes Hamburg." in prompts[1]

@@ -299,7 +299,7 @@ def test_every_line_is_answered_once_though_a_process_is_killed(tiny_folder, tmp
     assert not [*target.glob(".*")], "a file was not put in its place"
     (tmp_path / "in" / "c.jsonl").write_text('{"prompt": "hi", "max_new_tokens": 2}\nbroken\n')
     words = ["--model", str(tiny_folder), "--torch-dtype", "fp32", "--ray", address]
-    done = invoke(*words, "--input", source, "--output", str(target))
+    done = invoke("batch", source, str(target), *words)
     assert (done.exit_code, done.stdout) == (1, ""), done.stderr
     assert re.search(r"\[1 answered, 600 before, 1 failed; 2 tokens in ", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

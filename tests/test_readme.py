@@ -26,16 +26,15 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
-import msgspec
 import pytest
 import yaml
 from kit import WAIT_S, invoke, program
 
 import labs
 import labs_flags
+import labs_lookup
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -252,43 +251,8 @@ def test_each_block_is_run_or_has_a_reason_not_to():
 # ---------------------------------------------------------------- settings.md and labs.toml
 
 
-def bounds(kind: Any) -> tuple[str, str]:
-    """Return the type of a setting and its bounds, both in words."""
-    notes = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, msgspec.Meta)]
-    inner, origin = get_args(kind), get_origin(kind)
-    if origin is Annotated:
-        name, below = bounds(inner[0])
-        item = "items" if get_origin(inner[0]) in (tuple, dict) else "characters"
-        limits = [below] if below else []
-        for note in notes:
-            signs = {"≥": note.ge, ">": note.gt, "≤": note.le, "<": note.lt}
-            limits += [f"{sign} {number(end)}" for sign, end in signs.items() if end is not None]
-            least, most = note.min_length, note.max_length
-            limits += [f"at least {least} {item}"] if most is None and least is not None else []
-            limits += [f"{least or 0} to {most:,} {item}"] if most is not None else []
-        return name, ", ".join(limits)
-    if origin is Literal:
-        return "one of " + ", ".join(f"`{each}`" for each in inner), ""
-    if NoneType in inner:
-        return bounds(inner[0])
-    if origin is tuple:
-        name, below = bounds(inner[0])
-        return f"list of {name}", f"each {below}" if below else ""
-    if origin is dict:
-        keys, values = (bounds(each)[1] for each in inner)
-        return "table", f"keys {keys}; values {values}" if keys or values else ""
-    names = {bool: "true or false", int: "integer", float: "number", str: "string"}
-    return names.get(kind, "table"), ""
-
-
-def number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
 def settings_tables() -> str:
     """Return all settings in Markdown: a table for each section, a row for each setting."""
-    command = labs_flags.make_command("labs-api", None, (), "")
-    flags = {option.name: option.opts for option in command.params}
     lines: list[str] = []
     section = ""
     for each in labs.settings():
@@ -297,9 +261,9 @@ def settings_tables() -> str:
             lines += ["", f"## [{section}]", ""]
             lines += ["| key | variable | flag | type | default | bounds | what it does |"]
             lines += ["|---|---|---|---|---|---|---|"]
-        kind, limits = bounds(each.type)
+        kind, limits = labs_lookup.bounds(each.type)
         default = "" if each.default in (None, (), {}) else f"`{json.dumps(each.default)}`"
-        names = "<br>".join(f"`{flag}`" for flag in flags[each.key] if flag.startswith("--"))
+        names = "<br>".join(f"`{flag}`" for flag in labs_flags.flags_of(each))
         cells = (f"`{each.field}`", f"`{each.environment}`", names, kind, default, limits)
         lines.append(f"| {' | '.join((*cells, each.description))} |")
     return "\n".join(lines).strip()

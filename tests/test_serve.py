@@ -24,7 +24,6 @@ from kit import API, WAIT_S, A, end_of, events_of, program, serving, until
 
 import labs
 import labs_cli
-import labs_flags
 import labs_serve
 
 BODY = {"prompt": "hi", "max_new_tokens": 2, **A}
@@ -208,8 +207,7 @@ def test_signals_stop_the_server_but_nohup_outlives_its_terminal(monkeypatch):
 
 def command(*arguments: str, **settings: str) -> Any:
     """Run labs-api in this process; it must not get as far as serving."""
-    options = (("Server", "--config", str, ""),)
-    api = labs_flags.make_command("labs-api", labs_cli.serve_command, options, labs_cli.API_EPILOG)
+    api = labs_cli.make_api()
     environment = {f"LABS_{name}": value for name, value in settings.items()}
     return CliRunner(env=environment).invoke(api, arguments)
 

@@ -111,7 +111,7 @@ def test_a_client_cannot_choose_a_template(site):
 def test_the_shell_says_which_template_it_uses(tiny_folder, folder):
     write("own.jinja", OWN)
     model = ("--model", str(tiny_folder), "--chat-template", "own.jinja")
-    shown = invoke(*model, "--prompt", "Hi!", "--explain")
+    shown = invoke("explain", *model, "--prompt", "Hi!")
     assert shown.exit_code == 0
     assert "Well: " in shown.stdout
     assert 'chat_template = "own.jinja"  # --chat-template' in shown.stdout

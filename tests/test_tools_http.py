@@ -591,7 +591,7 @@ def test_calls_are_printed_as_lines_of_json_after_the_text(shell):
     assert found["request"]["tools"][0]["function"]["name"] == "add"
     done = shell(None, *asks, "--tool-choice", "add", "--thinking-budget", "2")
     assert json.loads(done.stdout)["function"]["name"] == "add"
-    assert "add" in shell("", *asks, "--explain").stdout
+    assert "add" in shell("", "explain", *asks).stdout
 
 
 def test_the_settings_of_reasoning_are_flags_variables_and_keys(shell, monkeypatch):
@@ -608,11 +608,11 @@ def test_the_settings_of_reasoning_are_flags_variables_and_keys(shell, monkeypat
 def test_wrong_flags_of_tools_are_refused(shell):
     for words, named in (
         (("--tool-choice", "add"), "--tool-choice needs --tools"),
-        (("--chat", "--tools", "tools.json"), "exclude each other"),
+        (("chat", "--tools", "tools.json"), "--tools"),
         (("--tools", "none.json"), "none.json"),
         (("--tools", "tools.json", "--tool-choice", "fly"), "tool_choice = 'fly'"),
     ):
-        done = shell("Hi", *(() if "--chat" in words else ("--prompt", "hi")), *words)
+        done = shell("Hi", *(() if "chat" in words else ("--prompt", "hi")), *words)
         assert done.exit_code in (1, 2)
         assert named in done.stderr
 
@@ -628,7 +628,7 @@ def test_a_chat_shows_reasoning_beside_the_answer_and_gives_it_back(shell, monke
         return kept[-1]
 
     monkeypatch.setattr(labs_chat, "take_turn", noted)
-    done = shell(f"{THOUGHT}Hi", "--chat", stdin="hello\n")
+    done = shell(f"{THOUGHT}Hi", "chat", stdin="hello\n")
     assert done.stdout == "Hi\n"
     assert "hm\n" in done.stderr
     assert kept[-1][-1].reasoning_content == "hm"

@@ -81,7 +81,7 @@ def python(*arguments: Any, path: Any) -> Any:
 
 
 def lacking(room: str) -> str:
-    copy = f"copy it with labs-gen --vendor DEST --rooms {room}"
+    copy = f"copy it with labs-gen vendor DEST --rooms {room}"
     return f"labs_{room}.py is not beside labs.py: {copy}"
 
 
@@ -121,7 +121,7 @@ def test_a_copy_is_the_original_below_its_header_but_for_imports_in_a_package(pl
         lines = Path(place, name).read_bytes().decode().splitlines(keepends=True)
         header, body = "".join(lines[:5]), "".join(lines[5:])
         assert all(line.startswith("# ") and len(line) <= 101 for line in lines[:5])
-        assert f"# {name} of labs {labs.__version__}, copied by `labs-gen --vendor" in header
+        assert f"# {name} of labs {labs.__version__}, copied by `labs-gen vendor" in header
         assert f"original: {digest(original)}\n" in header
         assert f"below: {digest(body)}\n" in header
         assert ("imports made relative" in header) == inside
@@ -171,7 +171,7 @@ def newer(monkeypatch):
     return change
 
 
-FOREIGN = "not written by labs-gen --vendor"
+FOREIGN = "not written by labs-gen vendor"
 SPOILED: list[tuple[Any, str]] = [
     (lambda data: None, "missing"),
     (lambda data: data.replace(b"True", b"1 == 1", 1), "edited by hand"),
@@ -190,11 +190,11 @@ def test_each_difference_is_reported_and_none_that_would_be_lost_is_overwritten(
     data = spoil(path.read_bytes())
     path.unlink() if data is None else path.write_bytes(data)
     before = contents(".")
-    done = invoke("--vendor", "copy", "--check")
+    done = invoke("vendor", "copy", "--check")
     expected = dict.fromkeys(TYPED, "same") | {"labs_decode.py": state}
     assert done.stdout == "".join(f"{name}: {words}\n" for name, words in expected.items())
     assert contents(".") == before
-    done = invoke("--vendor", "copy", "--rooms", "guard")
+    done = invoke("vendor", "copy", "--rooms", "guard")
     assert done.exit_code == (state not in ("missing", "same"))
     if done.exit_code:
         reason = f"labs_decode.py ({state}) would be lost: move that away first"
@@ -204,16 +204,16 @@ def test_each_difference_is_reported_and_none_that_would_be_lost_is_overwritten(
 
 def test_copying_again_writes_nothing_and_reads_no_configuration():
     Path("labs.toml").write_text("[nonsense]\n")
-    done = invoke("--vendor", "copy", "--check")
+    done = invoke("vendor", "copy", "--check")
     assert (done.stdout, done.exit_code) == ("".join(f"{name}: missing\n" for name in CORE), 1)
     assert not Path("copy").exists()
-    done = invoke("--vendor", "copy", "--rooms", "typed, guard")
+    done = invoke("vendor", "copy", "--rooms", "typed, guard")
     assert (done.stderr, done.exit_code) == ("[11 files written]\n", 0)
     before = contents()
-    done = invoke("--vendor", "copy", "--rooms", "typed")
+    done = invoke("vendor", "copy", "--rooms", "typed")
     assert (done.stderr, done.exit_code) == ("[0 files written]\n", 0)
     assert contents() == before
-    assert invoke("--vendor", "copy", "--check").exit_code == 0
+    assert invoke("vendor", "copy", "--check").exit_code == 0
 
 
 def test_a_newer_labs_updates_the_copies_and_leaves_other_files(newer):
@@ -260,7 +260,7 @@ def test_a_full_disk_leaves_the_old_copies_whole(newer, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_text", full)
-    done = invoke("--vendor", "copy")
+    done = invoke("vendor", "copy")
     assert (done.exit_code, "No space left on device" in done.stderr) == (1, True)
     assert contents() == before
 
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_old_copies_whole(newer, monkeypatch):
 def test_a_place_that_is_not_a_folder_is_refused_in_one_sentence():
     Path("file").write_text("mine")
     for place in ("file", "file/inside"):
-        done = invoke("--vendor", place)
+        done = invoke("vendor", place)
         assert re.fullmatch(r"Error: file\S*: .+\n", done.stderr)
         assert done.exit_code == 1
 
@@ -318,15 +318,16 @@ def test_the_commands_of_a_copy_name_the_room_that_was_not_copied(folder):
     package("pkg", "cli")
     labs_vendor.vendor("flat", ["cli"])
     serve = ("-c", "import labs_cli; labs_cli.main_api()")
-    gen = ("-m", "pkg.labs_cli", "--input", "prompts.jsonl")
+    gen = ("-m", "pkg.labs_cli", "batch", "prompts.jsonl")
     for words, room, path in ((gen, "jsonl", folder), (serve, "serve", "flat")):
         done = python(*words, path=path)
         assert (done.stderr, done.returncode) == (f"Error: {lacking(room)}\n", 1)
 
 
-NEEDED = {"--input prompts.jsonl": "jsonl", "--replay prompts.jsonl": "jsonl"}
-NEEDED |= {"--index docs --docs x.db": "rag", "--prompt Hi --docs x.db": "rag"}
-NEEDED |= {"--prompt Hi --schema schema.json": "typed", "--vendor other": "vendor"}
+NEEDED = {"batch prompts.jsonl": "jsonl", "replay prompts.jsonl": "jsonl"}
+NEEDED |= {"index docs --docs x.db": "rag", "--prompt Hi --docs x.db": "rag"}
+NEEDED |= {"--prompt Hi --schema schema.json": "typed", "vendor other": "vendor"}
+NEEDED |= {"settings": "lookup", "chat": "chat", "serve": "serve"}
 NEEDED |= {"--prompt Hi --choose a --choose b": "typed", "--prompt Hi --config guard.toml": "guard"}
 
 
