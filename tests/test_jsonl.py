@@ -38,6 +38,7 @@ NO_END: dict[str, Any] = {"logit_bias": {"258": -100}}
 SAMPLED = {"temperature": 1.5}
 MARK = b"\xef\xbb\xbf"
 gen = functools.partial(invoke, "--model", "tiny", "--max-new-tokens", "6")
+again = functools.partial(invoke, "replay", "--model", "tiny")
 
 
 # ---------------------------------------------------------------- helpers
@@ -417,7 +418,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(loaded, words, text):
     os.mkdir("folder")
     with open("locked", "ab") as file:
         labs_jsonl._lock(file.fileno(), "locked")
-        done = gen(*words.split())
+        done = invoke(*words.split(), "--model", "tiny")
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, f"Error: {text}")
     assert (Path("in").read_bytes(), Path("out").exists()) == (data, False)
 
@@ -630,7 +631,7 @@ def test_json_of_the_command_can_be_replayed(loaded):
     talk = ("--messages-json", json.dumps(HELLO), "--temperature", "1")
     words = [("--prompt", "one"), talk, ("--prompt", "x", "--no-use-chat-template", "--seed", "3")]
     data = b"".join(gen("--json", *each).stdout_bytes for each in words)
-    done = gen("replay", "-", input=MARK + data)
+    done = again("-", input=MARK + data)
     assert done.stdout == "1: same\n2: same\n3: same\n"
     assert (done.exit_code, done.stderr) == (0, "[3 same, 0 differs, 0 not comparable]\n")
 
@@ -743,11 +744,11 @@ def test_an_answer_that_time_cut_is_not_compared_and_a_replay_has_time(tiny, ask
 def test_only_a_comparable_line_that_differs_is_exit_code_1(loaded):
     row = answer(loaded, {"id": "a", "prompt": "one", **ONLY_A})
     other = {**row, "id": "b", "text": "aaab", "fingerprint": {**row["fingerprint"], "dtype": "x"}}
-    done = gen("replay", written("out", [row, other, b"broken\n"]))
+    done = again(written("out", [row, other, b"broken\n"]))
     lines = done.stdout.splitlines()
     assert (done.exit_code, lines[0]) == (0, "a: same")
     assert lines[1] == "b: not comparable at token 4 (dtype was x, is fp32)"
     assert lines[2].startswith("3: not comparable (line 3 is not an answer of labs-gen")
-    done = gen("replay", written("out", [row, other, {**row, "id": "c", "text": "ab"}]))
+    done = again(written("out", [row, other, {**row, "id": "c", "text": "ab"}]))
     assert (done.exit_code, done.stdout.splitlines()[2]) == (1, "c: differs at token 2")
     assert done.stderr == "[1 same, 1 differs, 1 not comparable]\n"

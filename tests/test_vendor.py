@@ -88,7 +88,7 @@ def lacking(room: str) -> str:
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", *REQUEST)}
 COPIED |= {
     "models": files(*MODELS),
-    "api cli guard": files(*API, "cli", "flags", "shell", "guard", "apart"),
+    "api cli guard": files(*API, "cli", "flags", "commands", "past", "shell", "guard", "apart"),
 }
 
 
