@@ -40,6 +40,7 @@ import labs_message_models
 import labs_messages
 import labs_meters
 import labs_models
+import labs_names
 import labs_openai
 import labs_openapi
 import labs_pages
@@ -174,7 +175,8 @@ class Generate(Resource):
             sources |= dict.fromkeys(request.options, "request")
             found = labs_explain.explain(prepared.model, ready.inputs, prepared.generation, sources)
         shown = {name: each for name, each in found.settings.items() if name not in PATHS}
-        resp.data = labs_protocol.dumps(msgspec.structs.replace(found, settings=shown))
+        plan = msgspec.structs.replace(found, model=lease.name, settings=shown)
+        resp.data = labs_protocol.dumps(plan)
 
     def on_post_stream(self, req: falcon.Request, resp: falcon.Response) -> None:
         self.service.stream(req, resp, self._read(req), GenerateStream())
@@ -249,11 +251,13 @@ class ModelsListed(Resource):
         resp.data = labs_protocol.dumps(labs_message_models.page_of(infos, req.params))
 
     def on_get_one(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
-        if name not in self.service.kinds.kinds():
-            text = f"unknown model {name!r}; GET /v1/models lists the models of this server"
+        kinds = self.service.kinds
+        if (found := kinds.find(name)) is None:
+            text = labs_names.unknown(name, kinds.kinds())
+            text += " GET /v1/models lists the models of this server"
             raise labs_gate.Problem(404, text, "model_not_found", "model")
         card = self._card if req.get_header("anthropic-version") is None else self._info
-        resp.data = labs_protocol.dumps(card(name))
+        resp.data = labs_protocol.dumps(card(found))
 
     def _info(self, name: str) -> labs_message_models.ModelInfo:
         length = self._card(name).context_length

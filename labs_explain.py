@@ -19,6 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 import labs
+import labs_names
 import labs_settings
 
 Sources = Mapping[str, str] | None
@@ -34,6 +35,7 @@ class SettingValue(Struct, frozen=True):
 class Explanation(Struct, frozen=True):
     """How a request would run. cache_bytes: size of its KV cache. settings: with defaults."""
 
+    model: str
     prompt: str
     prompt_tokens: int
     context_left: int | None
@@ -60,6 +62,7 @@ def explain(
     stream = labs.open_request(model, 0, inputs, replace(generation, **own))
     tokens, limit = len(inputs.input_ids), model.context_length
     return Explanation(
+        model=labs_names.short(model.spec.model_name),
         prompt=inputs.prompt,
         prompt_tokens=tokens,
         context_left=None if limit is None else limit - tokens,
@@ -82,6 +85,7 @@ def described(plan: Explanation) -> str:
     same = "yes" if plan.batch_invariant else "not promised for this model on this device"
     text = f"""{plan.prompt}
 ---
+model: {plan.model}
 prompt tokens: {plan.prompt_tokens}; {room}
 runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
 forward of {plan.forward}

@@ -28,6 +28,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 from msgspec.structs import replace
 
 import labs
+import labs_names
 import labs_ready
 import labs_request
 
@@ -228,7 +229,8 @@ def count_seeds(request: labs_request.Request) -> int:
 
 
 def _check_model(config: labs.Config, name: str | None) -> None:
-    if name not in (None, config.model_id):
+    own = {config.model_id: config}
+    if name is not None and labs_names.find(name, own) is None:
         raise labs.InputError(f"unknown model {name!r}; this run uses {config.model_id} (--model)")
 
 

@@ -17,6 +17,7 @@ import labs
 import labs_apart
 import labs_asked
 import labs_embed
+import labs_names
 import labs_rerank
 import labs_turns
 from labs_desk import Desk
@@ -50,13 +51,20 @@ class Kinds:
         self._configs = config.by_name()
         self._default = config
         self._own: dict[str, Desk] = {}
-        if encoder is not None and (name := encoder.spec.model_name) not in self._configs:
+        if encoder is not None and encoder.spec.model_name not in self._configs:
+            name = labs_names.short(encoder.spec.model_name, self._configs)
             self._own[name] = Desk(encoder, config.server.max_waiting)
 
     def kinds(self) -> dict[str, Any]:
         """Return the kind of each model by its name, also of those that generate text."""
         found: dict[str, Any] = {name: each.model.kind for name, each in self._configs.items()}
         return found | dict.fromkeys(self._own, "embedding")
+
+    def find(self, asked: str) -> str | None:
+        """Return the name of the model that a request means, or None."""
+        own = {name: desk.maker.spec.model_name for name, desk in self._own.items()}
+        short = labs_names.find_in(asked, {name: name for name in own})
+        return labs_names.find(asked, self._configs) or short or labs_names.find_in(asked, own)
 
     def own(self, name: str) -> Desk | None:
         """Return the desk of the documents' embedding model, None for another name."""
@@ -78,8 +86,9 @@ class Kinds:
         """
         kinds = self.kinds()
         names = [name for name, each in kinds.items() if each == kind]
-        if asked in names:
-            return str(asked)
+        found = None if asked is None else self.find(asked)
+        if found in names:
+            return str(found)
         if not names:
             hint = f'kind = "{kind}" in [models.NAME] names one'
             text = f"this server has no model of the kind {kind}; {hint}"
@@ -87,8 +96,8 @@ class Kinds:
         if asked is None:
             return names[0]
         known = f"models of the kind {kind}: {', '.join(names)}"
-        if asked in kinds:
-            text = f"model: {asked} is of the kind {kinds[asked]}; {known}"
+        if found is not None:
+            text = f"model: {found} is of the kind {kinds[found]}; {known}"
             raise labs_asked.Refusal(text, "invalid_value", "model")
-        text = f"unknown model {asked!r:.80}; {known}"
+        text = f"{labs_names.unknown(asked, names)} {known}"
         raise labs_asked.Refusal(text, "model_not_found", "model", 404)

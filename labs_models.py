@@ -24,6 +24,7 @@ from msgspec.structs import replace
 
 import labs
 import labs_engine
+import labs_names
 from labs_engine import AnyEngine
 from labs_patterns import route as route
 from labs_sizes import context_length, system_memory, weight_bytes
@@ -77,6 +78,7 @@ class Models:
     """The engines of the configured models. All methods may be called from any thread."""
 
     def __init__(self, config: labs.Config, *, start: bool = True) -> None:
+        config = labs_names.named(config)
         self._server, self._default = config.server, config.model_id
         self._entries = {name: Entry(name, each) for name, each in config.by_name().items()}
         self._wanted = deque([self._entries[config.model_id]])  # the first one is loading
@@ -111,6 +113,10 @@ class Models:
             if entry.engine is None:
                 entry.reserved_until = math.inf
             raise Loading(f"{name} is being loaded", self._wait)
+
+    def under(self, old: str, new: str) -> Models:
+        """Return itself: it has new names from the start. Only `One` has to change its name."""
+        return self
 
     def release(self, name: str) -> None:
         with self._change:
@@ -307,7 +313,12 @@ class One:
     """Wrap one given engine in the interface of Models: always loaded, never unloaded."""
 
     def __init__(self, engine: AnyEngine, name: str | None = None) -> None:
-        self._engine, self._name = engine, name or engine.model.spec.model_name
+        self._engine = engine
+        self._name = name or labs_names.short(engine.model.spec.model_name)
+
+    def under(self, old: str, new: str) -> One:
+        """Return the engine under a new name if it has the old one."""
+        return One(self._engine, new) if self._name == old != new else self
 
     def __call__(self, name: str) -> AnyEngine:
         return self._engine

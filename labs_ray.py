@@ -283,7 +283,7 @@ def serve_replicas(config: labs.Config, address: str, cluster: Cluster) -> None:
         labs_serve.interrupt_on_signals()
         port = _free_port(config.server)
         serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
-        log.info("labs-api: %s (loading %s)", labs_gate.url_of(host, port), config.model_id)
+        labs_serve.tell_start(labs_gate.url_of(host, port), config)
         try:
             _run(config, cluster)
             log.info("labs-api: ready, replicas: %d; logs: /tmp/ray/session_latest/logs", count)

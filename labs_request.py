@@ -28,6 +28,7 @@ from msgspec.structs import asdict, replace
 
 import labs
 import labs_dialogue
+import labs_names
 import labs_ready
 from labs_asked import GenerateRequest as GenerateRequest
 from labs_asked import JsonSchema as JsonSchema
@@ -67,7 +68,7 @@ def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
 
     tell: called with (name of the filter, "input" or "output") each time a filter acts.
     """
-    filters = encoder = None
+    config, filters, encoder = labs_names.named(config), None, None
     if config.guard != labs.Guard():
         labs.require("labs_guard", "labs_screen")
         import labs_guard
@@ -105,10 +106,11 @@ def check(context: Context, request: Request) -> Request:
     prompts = tuple(_check_prompt(context, prompt) for prompt in request.prompts)
     config = context.config
     if request.model is not None and not (request.model == "auto" and config.router.rules):
-        if request.model not in context.configs:
-            text = f"unknown model {request.model!r}; known models: {', '.join(context.configs)}"
+        if (name := labs_names.find(request.model, context.configs)) is None:
+            text = labs_names.unknown(request.model, context.configs)
+            text += f" known models: {', '.join(context.configs)}"
             raise Refusal(text, "model_not_found", "model", 404)
-        config = context.configs[request.model]
+        config, request = context.configs[name], replace(request, model=name)
     if (kind := config.model.kind) != "text":
         text = f"model: {config.model_id} is of the kind {kind}, which generates no text"
         raise Refusal(f"{text}; {ELSEWHERE[kind]} answers for it", "invalid_value", "model")

@@ -25,6 +25,7 @@ import labs
 import labs_api
 import labs_gate
 import labs_models
+import labs_names
 import labs_turns
 
 HEAD_BYTES = 32_768
@@ -185,11 +186,14 @@ def _run(server: Any, models: labs_models.Models, config: labs.Config) -> None:
             stopping.start()
 
     on_signals(stop)
-    url = labs_gate.url_of(server.effective_host, server.effective_port)
-    log.info("labs-api: %s (loading %s)", url, config.model_id)
+    tell_start(labs_gate.url_of(server.effective_host, server.effective_port), config)
     models.start()
     threading.Thread(target=announce, daemon=True).start()
     server.run()
+
+
+def tell_start(url: str, config: labs.Config) -> None:
+    log.info("labs-api: %s (loading %s)", url, labs_names.named(config).model_id)
 
 
 def on_signals(stop: Callable[..., Any]) -> None:

@@ -153,9 +153,11 @@ class Service:
         quota: labs_gate.Quota,
         registry: CollectorRegistry,
     ) -> None:
-        self.config, self.models = config, models
         self.meters = labs_meters.Meters(registry)
         self.context = labs_request.open_context(config, tell=self.meters.acted)
+        models = models.under(config.model_id, self.context.config.model_id)
+        config = self.context.config  # with the short name of its model
+        self.config, self.models = config, models
         labs_request.check_documents(self.context)
         labs_patterns.check(config.router)
         self.kinds = labs_kinds.Kinds(config, self.context.encoder)

@@ -160,7 +160,7 @@ def answer_json(session: Session, request: labs_request.Request) -> None:
     if request.structured_outputs is not None:
         repeated["structured_outputs"] = request.structured_outputs
     settings = {s.key: labs_explain.value_of(config, s) for s in labs_flags.SETTINGS}
-    result = {**found, "request": repeated, "settings": settings}
+    result = {"model": config.model_id, **found, "request": repeated, "settings": settings}
     if prepared.sources is not None:
         repeated["documents"], result["documents"] = True, prepared.sources
     write(msgspec.json.encode(result).decode() + "\n")
@@ -184,12 +184,11 @@ def choose(
 
 def explain(session: Session, request: labs_request.Request) -> None:
     """Write the prompt as the model reads it, and how the request would run."""
-    sources = session.context.config.sources
-    prepared = prepare(session, request)
+    config, prepared = session.context.config, prepare(session, request)
     tell_sources(prepared)
     (ready,), generation = prepared.answers(), prepared.generation
-    plan = labs_explain.explain(session.model, ready.inputs, generation, sources)
-    write(labs_explain.described(plan))
+    plan = labs_explain.explain(session.model, ready.inputs, generation, config.sources)
+    write(labs_explain.described(msgspec.structs.replace(plan, model=config.model_id)))
 
 
 def report(session: Session, done: Any) -> None:

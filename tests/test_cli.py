@@ -219,10 +219,13 @@ def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
     used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
     rest = ("joins", "as it can", "labs: as it is", True, 8, 2 * 10**6, 10**5, used)
     for left, room in ((97, "room for 97 more"), (None, "no limit")):
-        found = labs_explain.Explanation("templated", 3, left, *rest)
+        found = labs_explain.Explanation("tiny", "templated", 3, left, *rest)
         monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
         text = invoke("explain", "Hi").stdout
-        assert text.startswith("templated\n---\nprompt tokens: 3;")
+        assert text.startswith("templated
+---
+model: smollm2-135m-instruct
+prompt tokens: 3;")
         assert (
             f"{room}\nruns: joins (as it can); up to 8 rows at once\nforward of labs: as it is\n"
             in text
