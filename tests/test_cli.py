@@ -222,10 +222,7 @@ def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
         found = labs_explain.Explanation("tiny", "templated", 3, left, *rest)
         monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
         text = invoke("explain", "Hi").stdout
-        assert text.startswith("templated
----
-model: smollm2-135m-instruct
-prompt tokens: 3;")
+        assert text.startswith("templated\n---\nmodel: smollm2-135m-instruct\nprompt tokens: 3;")
         assert (
             f"{room}\nruns: joins (as it can); up to 8 rows at once\nforward of labs: as it is\n"
             in text

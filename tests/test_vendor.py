@@ -35,7 +35,7 @@ def files(*rooms: str) -> list[str]:
 
 
 CORE, TYPED = files(), files("schema", "keywords", "structured", "typed")
-MODELS = ("checkpoints", "engine", "models", "patterns", "sizes", "turns")
+MODELS = ("checkpoints", "engine", "models", "names", "patterns", "sizes", "turns")
 REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
@@ -85,7 +85,7 @@ def lacking(room: str) -> str:
     return f"labs_{room}.py is not beside labs.py: {copy}"
 
 
-COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", *REQUEST)}
+COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "names", *REQUEST)}
 COPIED |= {
     "models": files(*MODELS),
     "api cli guard": files(*API, "cli", "flags", "commands", "past", "shell", "guard", "apart"),
