@@ -15,6 +15,7 @@ queue, which the engine empties before each step and whenever a request arrives.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import queue
@@ -134,7 +135,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}  # by ticket, which is also the id of the row
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.leave = self._abandoned.put  # cancels by ticket, without a lock or a reference here
-        self._most = server.prefix_cache_bytes
+        self._prefixes = functools.partial(labs_turns.prefixes_of, model, server)
         self._loop = self._make_loop()
         self._failures, self._closing, self._stopped = 0, False, False
         self._resting, self._rest_s = False, REST_S if model.device == "cpu" else None
@@ -215,6 +216,7 @@ class Engine:
             for job in self._jobs.values():
                 job.stream.row.cancelled = True
         self._thread.join(timeout=10)
+        labs_turns.flush(self._loop.prefixes)
         return ended
 
     def _check_room(self, owner: str) -> None:
@@ -240,7 +242,7 @@ class Engine:
     def _make_loop(self) -> labs_loop.Loop:
         import labs_loop
 
-        return labs_loop.Loop(before_step=self._poll, prefixes=labs.new_prefixes(self._most))
+        return labs_loop.Loop(before_step=self._poll, prefixes=self._prefixes())
 
     def _serve(self) -> None:
         goes_on: bool | None = False

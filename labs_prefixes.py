@@ -123,12 +123,21 @@ def _common(a: list[int], b: list[int]) -> int:
 @torch.inference_mode()
 def recall(decoder: Decoder, newcomer: Batch, prefix: Prefix, columns: int) -> Batch:
     """Fill the empty slot of a newcomer with the first columns of a prefix."""
-    row, buffers = newcomer.rows[0], iter(prefix.buffers)
-    for layer in newcomer.cache.stateful_layers:
-        states = [next(buffers)[None, :, :columns] for _ in ("keys", "values")]
-        layer.lazy_initialization(*states)
-        for buffer, first in zip(layer.buffers, states, strict=True):
-            buffer[:1, :, :columns] = first
-    row.written = columns
+    row = newcomer.rows[0]
+    fill(newcomer, [buffer[:, :columns] for buffer in prefix.buffers])
     row.exact_columns = min(columns, prefix.exact_columns) // decoder.chunk * decoder.chunk
     return newcomer
+
+
+@torch.inference_mode()
+def fill(newcomer: Batch, columns: list[Tensor]) -> None:
+    """Write columns behind those of a newcomer: [heads, columns, head_dim], layer by layer."""
+    row, tensors = newcomer.rows[0], iter(columns)
+    end = row.written + columns[0].shape[1]
+    for layer in newcomer.cache.stateful_layers:
+        states = [next(tensors)[None] for _ in ("keys", "values")]
+        if not layer.is_initialized:
+            layer.lazy_initialization(*states)
+        for buffer, each in zip(layer.buffers, states, strict=True):
+            buffer[:1, :, row.written : end] = each
+    row.written = end

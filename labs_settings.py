@@ -255,6 +255,7 @@ class Server(Strict, frozen=True, kw_only=True):
     prefix_cache_bytes: Annotated[
         Bytes | None, doc("Cache prefixes in this memory; 0: none [default: 1/8 of what is free].")
     ] = None
+    prefix_disk_bytes: Annotated[Bytes, doc("Keep prefixes on disk too, up to these bytes.")] = 0
     max_waiting: Annotated[int, doc("Queue at most this many requests.", ge=0, le=100_000)] = 64
     max_body_bytes: Annotated[int, doc("Limit the bytes of a body.", ge=1024, le=2**30)] = 4 * 2**20
     max_prompt_bytes: Annotated[int, doc("Limit the bytes of a prompt.", ge=1, le=2**30)] = 2**20
@@ -268,9 +269,7 @@ class Server(Strict, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=2**50)] | None,
         doc("Hold at most these bytes of models' weights [default: what is free]."),
     ] = None
-    keep_alive_s: Annotated[
-        Seconds | None, doc("Unload a model that is idle for this many seconds [default: never].")
-    ] = None
+    keep_alive_s: Annotated[Seconds | None, doc("Unload models idle for this long.")] = None
     max_prompts: Annotated[int, doc("Limit the prompts per request.", ge=1, le=100_000)] = 64
     connection_idle_s: Annotated[Seconds, doc("Close connections idle for this long.")] = 75.0
 

@@ -245,3 +245,18 @@ def in_time_left(generation: labs.Generation, began: float) -> labs.Generation:
     if generation.timeout_s is None or waited < WORTH_COUNTING_S:
         return generation
     return labs.evolve(generation, timeout_s=max(0.001, generation.timeout_s - waited))
+
+
+def prefixes_of(model: labs.Model, server: labs.Server) -> Any:
+    """Return the store of prefixes that an engine's rows share, on disk too if that is set."""
+    if not server.prefix_disk_bytes:
+        return labs.new_prefixes(server.prefix_cache_bytes)
+    labs.require("labs_prefix_files")
+    import labs_prefix_files
+
+    return labs_prefix_files.opened(model, server)
+
+
+def flush(prefixes: Any) -> None:
+    """Wait until the store of prefixes, if it has files, has written them."""
+    getattr(prefixes, "flush", bool)()
