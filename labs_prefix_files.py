@@ -178,8 +178,8 @@ class Folder:
     def find(self, names: Iterable[str]) -> list[Path]:
         """Return the files of these chunks, up to the first that is not there, as used now."""
         self._known = {path.name[:NAME]: path for path, _ in self._listed()}
-        found = [*itertools.takewhile(bool, (self._known.get(name) for name in names))]
-        now = time.time_ns()
+        there = itertools.takewhile(self._known.__contains__, names)
+        found, now = [self._known[name] for name in there], time.time_ns()
         for place, path in enumerate(found):
             _touch(path, now - MICROSECOND * place)
         return found
@@ -254,10 +254,10 @@ class Folder:
 
     def _make_room(self, size: int) -> None:
         """Delete files that are too old and, if all are too large, those unused for longest."""
-        self._bytes += size
-        if 0 < self._bytes - size and self._bytes <= self.max_bytes:
-            return  # the sum of other processes' files is read when the own limit is reached
-        now, files = time.time(), sorted(self._listed(), key=lambda each: each[1].st_mtime)
+        known, self._bytes = self._bytes, self._bytes + size
+        if known and self._bytes <= self.max_bytes:
+            return  # the sizes of other processes' files are read when the limit seems reached
+        now, files = time.time(), sorted(self._listed(), key=lambda each: each[1].st_mtime_ns)
         self._bytes = size + sum(state.st_size for _, state in files)
         for path, state in files:
             if self._bytes > self.max_bytes * SPARE or now - state.st_mtime > OLDEST_S:

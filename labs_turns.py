@@ -255,8 +255,3 @@ def prefixes_of(model: labs.Model, server: labs.Server) -> Any:
     import labs_prefix_files
 
     return labs_prefix_files.opened(model, server)
-
-
-def flush(prefixes: Any) -> None:
-    """Wait until the store of prefixes, if it has files, has written them."""
-    getattr(prefixes, "flush", bool)()

@@ -398,7 +398,8 @@ def test_an_engine_goes_on_after_a_restart_and_waits_for_its_files(tmp_path):
 def test_without_a_known_revision_nothing_is_written(tmp_path, caplog):
     decoder = prepare(random_model("llama", vocab_size=262))
     model = msgspec.structs.replace(
-        model_around(decoder, "tiny"), spec=labs.ModelSpec(model_name="tiny", cache_dir=str(tmp_path))
+        model_around(decoder, "tiny"),
+        spec=labs.ModelSpec(model_name="tiny", cache_dir=str(tmp_path)),
     )
     with caplog.at_level(logging.WARNING, "labs.prefixes"):
         store = files_room.opened(model, labs.Server(prefix_disk_bytes=2**20))
