@@ -269,7 +269,7 @@ class Server(Strict, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=2**50)] | None,
         doc("Hold at most these bytes of models' weights [default: what is free]."),
     ] = None
-    keep_alive_s: Annotated[Seconds | None, doc("Unload models idle for this long.")] = None
+    keep_alive_s: Annotated[Seconds | None, doc("Unload a model that is idle this long.")] = None
     max_prompts: Annotated[int, doc("Limit the prompts per request.", ge=1, le=100_000)] = 64
     connection_idle_s: Annotated[Seconds, doc("Close connections idle for this long.")] = 75.0
 
