@@ -29,6 +29,7 @@ import labs_commands
 import labs_dialogue
 import labs_explain
 import labs_flags
+import labs_hints
 import labs_past
 import labs_request
 import labs_shell
@@ -239,10 +240,12 @@ def with_text(flags: labs_flags.Values) -> labs_flags.Values:
     words = flags.get("text", ())
     rest = {name: value for name, value in flags.items() if name != "text"}
     if len(words) > 1:
-        whole = shlex.quote(" ".join(words))
+        whole = labs_flags.on_one_line(shlex.quote(" ".join(words)))
         raise click.UsageError(f"a prompt of several words needs quotes: labs-gen {whole}")
     if words and rest["prompt"] is not None:
         raise click.UsageError("--prompt and a prompt without it exclude each other; give one")
+    if words and (meant := labs_hints.like(words)) and sys.stderr.isatty():
+        tell(f"[answered as a prompt; for the command: labs-gen {meant}]")
     return {**rest, "prompt": words[0]} if words else rest
 
 

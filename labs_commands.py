@@ -4,7 +4,7 @@
     labs_commands.Commands(run)()                 # labs-gen; run(subcommand, flags)
     labs_commands.make_command(labs_flags.SUBCOMMANDS["serve"], run, "labs-api")()
 
-Needs labs.py, labs_flags.py, labs_past.py and click.
+Needs labs.py, labs_flags.py, labs_hints.py, labs_past.py and click.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 import labs
 import labs_flags
+import labs_hints
 import labs_past
 
 Run = Callable[[labs_flags.Subcommand, labs_flags.Values], None]
@@ -109,7 +110,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> None:
         """Run the command. Errors become exit codes."""
-        with exit_codes(ctx):
+        with exit_codes(ctx) if ctx.parent is None else contextlib.nullcontext():
             super().invoke(ctx)
 
 
@@ -196,9 +197,12 @@ def first_word(params: list[click.Parameter], args: list[str]) -> int:
 
 
 def argument_of(name: str, shown: str, kind: Any) -> click.Argument:
-    """Make an argument that help shows so: [X] may be left out, X... may be repeated."""
-    many = -1 if shown.endswith("...") else 1
-    return click.Argument([name], type=kind, nargs=many, required=shown[0] != "[", metavar=shown)
+    """Make an argument that help shows so. [X] may be left out; a tuple takes many of its type."""
+    many, needed = isinstance(kind, tuple), not shown.startswith("[")
+    each = kind[0] if many else kind
+    return click.Argument(
+        [name], type=each, nargs=-1 if many else 1, required=needed, metavar=shown
+    )
 
 
 def heading(title: str) -> str:
@@ -221,14 +225,21 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(err=True)
         ctx.exit(130)
+    except click.UsageError as exc:
+        raise click.UsageError(with_hint(exc, exc.format_message(), ctx), exc.ctx) from exc
     except (click.ClickException, click.exceptions.Exit):
         raise
     except Exception as exc:
         if os.environ.get("LABS_DEBUG") == "1":
             raise
-        raise click.ClickException(sentence(exc)) from exc
+        raise click.ClickException(with_hint(exc, sentence(exc), ctx)) from exc
     finally:
         settle_output()
+
+
+def with_hint(exc: Exception, text: str, ctx: click.Context) -> str:
+    """Return the sentence of an error and, where a command helps, a line that names it."""
+    return "\n".join(filter(None, (text, labs_hints.after(exc, text, ctx.obj or []))))
 
 
 def sentence(exc: Exception) -> str:

@@ -35,7 +35,7 @@ class SettingName(click.types.StringParamType):
     name = "word"
 
     def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
-        found = (each.key for each in labs.settings() if incomplete in each.key)
+        found = (each.key for each in labs.settings() if each.key.startswith(incomplete))
         return [CompletionItem(key) for key in found]
 
 
@@ -67,24 +67,12 @@ HELD: Options = (
     ("--grammar", FILE, "A file with a Lark grammar that the answer has to follow."),
 )
 ROWS_AT_ONCE: Options = (
-    (
-        "--batch-rows",
-        click.IntRange(1),
-        "Prompts computed at once [default: as many as fit in memory].",
-    ),
+    ("--batch-rows", click.IntRange(1), "Prompts at once [default: as many as fit in memory]."),
 )
 RAY: Options = (
     ("--ray", "local", "Run on this Ray cluster; auto finds one, no ADDRESS starts one."),
-    (
-        "--replicas",
-        click.IntRange(1),
-        "Number of processes, each with its own model [default: 1].",
-    ),
-    (
-        "--max-replicas",
-        click.IntRange(1),
-        "Let Ray start up to this many replicas while requests wait.",
-    ),
+    ("--replicas", click.IntRange(1), "Processes, each with its own model [default: 1]."),
+    ("--max-replicas", click.IntRange(1), "Start up to this many while requests wait."),
     ("--num-cpus", click.FloatRange(0), "CPU cores for each replica [default: 1]."),
     ("--num-gpus", click.FloatRange(0), "GPUs for each replica [default: 1 if there are any]."),
 )
@@ -104,10 +92,10 @@ class Subcommand(msgspec.Struct, frozen=True):
     """One command of labs-gen.
 
     run: "room:function", called as function(config, flags). arguments: (name, how help shows it,
-    type); [X] may be left out, X... may be repeated. options: its own flags. settings: sections
-    and keys whose flags it reads, with -KEY for one that it does not. rivals: of the flags in a row
-    at most one may be given. needs: the first flag of a row needs one of the others. loads:
-    whether the settings are loaded first; if not, `config` has the defaults.
+    type); [X] may be left out, and a tuple takes many of its type. options: its own flags.
+    settings: sections and keys whose flags it reads, with -KEY for one that it does not. rivals: of
+    the flags in a row at most one may be given. needs: the first flag of a row needs one of the
+    others. loads: whether the settings are loaded first; if not, `config` has the defaults.
     """
 
     name: str
@@ -124,7 +112,7 @@ class Subcommand(msgspec.Struct, frozen=True):
 
 ALL = "model generation quantization documents"
 PROMPTS = "prompt messages_json messages_file"
-TEXT = (("text", "[PROMPT]...", str),)
+TEXT = (("text", "[PROMPT]", (str,)),)  # words without quotes get an error of their own
 HOLDING = " ".join(name_of(flag) for flag, *_ in HELD)
 ROWS = (
     Subcommand(
@@ -136,11 +124,7 @@ ROWS = (
             *ASK,
             *SHOWN,
             *HELD,
-            (
-                "--choose",
-                tuple[str, ...],
-                "Show the probability of this answer among all --choose answers; none is written.",
-            ),
+            ("--choose", tuple[str, ...], "Show the probability of this answer among these."),
             ("--json", bool, "Write one JSON object: text, usage, timings, settings."),
         ),
         ALL,
@@ -188,7 +172,7 @@ ROWS = (
         "index",
         "Put folders or files into the database of --docs.",
         "labs_cli:index",
-        (("index", "DIR...", FILE),),
+        (("index", "DIR...", (FILE,)),),
         settings="device_map torch_dtype local_files_only cache_dir documents_database "
         "documents_embedding_model",
     ),
@@ -317,3 +301,14 @@ def flags_of(setting: labs.Setting) -> list[str]:
     """Return the flags of a setting, the shortest one first."""
     own = "--" + setting.key.removeprefix("server_").replace("_", "-")
     return [*filter(None, [ALIASES.get(setting.key)]), own]
+
+
+def all_flags(row: Subcommand) -> list[str]:
+    """Return the flags of a subcommand, those of settings too."""
+    own = [name for flag, *_ in options_of(row) for name in flag.split("/")]
+    return [*own, *(flag for setting in settings_of(row) for flag in flags_of(setting))]
+
+
+def on_one_line(text: str) -> str:
+    """Return text of the command line as a terminal may show it: without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)

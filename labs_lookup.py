@@ -22,15 +22,15 @@ import labs_shell
 
 
 def describe(config: labs.Config, flags: labs_flags.Values) -> None:
-    """Write the settings that have a word, those that have it in their name first."""
+    """Write the settings that have a word, those first whose name begins with it."""
     word = (flags["word"] or "").lower().replace("-", "_").removeprefix("labs_").strip("_")
-    named = [each for each in labs.settings() if word in each.key]
-    told = [each for each in labs.settings() if word.replace("_", " ") in each.description.lower()]
-    found = dict.fromkeys([*(each.key for each in named), *(each.key for each in told)])
-    if not found:
+    ranked = sorted(labs.settings(), key=lambda each: not each.field.startswith(word))
+    named = [each for each in ranked if word in each.key]
+    spoken = word.replace("_", " ")
+    told = [each for each in ranked if spoken in each.description.lower() and each not in named]
+    if not named + told:
         raise click.UsageError(unknown(word))
-    known = {each.key: each for each in labs.settings()}
-    labs_shell.write("\n".join(described(known[key]) for key in found))
+    labs_shell.write("\n".join(map(described, named + told)))
 
 
 def unknown(word: str) -> str:

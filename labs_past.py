@@ -73,7 +73,7 @@ def tell(row: labs_flags.Subcommand, mode: str, flags: labs_flags.Values) -> Non
     now = ["labs-gen", row.name, *(value for name in names for value in listed(flags[name]))]
     was = [word for name in names for word in spelled(name, flags[name])]
     line = f"labs-gen: {shlex.join(was)} is now: {shlex.join(now)}"
-    click.echo("".join(c if c.isprintable() else "?" for c in line), err=True)
+    click.echo(labs_flags.on_one_line(line), err=True)
 
 
 def listed(value: Any) -> list[str]:

@@ -311,7 +311,7 @@ class Documents(Strict, frozen=True, kw_only=True):
     """Settings of answers from documents, see labs_rag.py. A request cannot name a file."""
 
     database: Annotated[
-        str | None, doc("Answer from this database of documents, which --index makes.")
+        str | None, doc("Answer from this database of documents, which labs-gen index makes.")
     ] = None
     embedding_model: Annotated[
         str | None, doc("Also search by meaning, with a folder, hub id or package:NAME/FOLDER.")

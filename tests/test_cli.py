@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,12 @@ from kit import ONE_THREAD, ROOT, heed_sigint, invoke, labs_gen, read_until, sta
 
 import labs
 import labs_chat
+import labs_cli
 import labs_commands
 import labs_explain
 import labs_flags
+import labs_hints
+import labs_past
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -193,6 +197,218 @@ def test_of_two_flags_both_have_an_effect_or_they_are_refused(row):
             labs_flags.check_flags(row, params)
 
 
+# ---------------------------------------------------------------- which subcommand
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        (["Hi"], "Hi"),
+        (["two words"], "two words"),
+        (["prompt", "Hi"], "Hi"),
+        (["--prompt", "chat"], "chat"),
+        (["prompt", "chat"], "chat"),
+        (["--", "chat"], "chat"),
+        (["--seed", "1", "Hi"], "Hi"),
+        (["Hi", "--seed", "1"], "Hi"),
+        (["-"], "from a pipe"),
+        (["--seed", "1", "-"], "from a pipe"),
+        (["--system", "chat"], "from a pipe"),
+        (["Chat"], "Chat"),
+        (["bacth"], "bacth"),
+    ],
+)
+def test_a_line_without_a_subcommand_is_a_prompt(fake_labs, words, prompt):
+    assert invoke(*words, input="from a pipe\n").exit_code == 0
+    (request,) = fake_labs.requests
+    assert prompt in (request.get("prompt"), request.get("messages", [{}])[-1].get("content"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["chat", "--seed", "7"],
+        ["--seed", "7", "chat"],
+        ["--seed=7", "chat"],
+        ["--stream", "--seed", "7", "chat", "--verbose"],
+    ],
+)
+def test_flags_may_come_before_the_subcommand(fake_labs, words):
+    assert invoke(*words, input="one\n").exit_code == 0
+    assert fake_labs.overrides == {"seed": 7}
+    assert contents(fake_labs.requests[0]) == ["one"]
+
+
+def test_each_subcommand_names_a_function_that_exists():
+    for row in labs_flags.ROWS:
+        assert callable(labs_cli.function_of(row.run))
+
+
+OLD = {  # an old line, the new one, and the line that says so
+    ("--chat", "--seed", "1"): (["chat", "--seed", "1"], "--chat is now: labs-gen chat"),
+    ("--show-config",): (["config"], "--show-config is now: labs-gen config"),
+    ("--explain", "--prompt", "Hi"): (["explain", "Hi"], "--explain is now: labs-gen explain"),
+    ("--input", "my in.jsonl", "--ordered"): (
+        ["batch", "my in.jsonl", "--ordered"],
+        "--input 'my in.jsonl' is now: labs-gen batch 'my in.jsonl'",
+    ),
+    ("--batch-rows", "2", "--output", "out", "--input", "in"): (
+        ["batch", "in", "out", "--batch-rows", "2"],
+        "--input in --output out is now: labs-gen batch in out",
+    ),
+    ("--replay", "out"): (["replay", "out"], "--replay out is now: labs-gen replay out"),
+    ("--index", "a", "--index", "b", "--docs", "x"): (
+        ["index", "a", "b", "--docs", "x"],
+        "--index a --index b is now: labs-gen index a b",
+    ),
+    ("--vendor", "\x1b[2J", "--rooms", "cli"): (
+        ["vendor", "\x1b[2J", "--rooms", "cli"],
+        "--vendor '?[2J' is now: labs-gen vendor '?[2J'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OLD.items())
+def test_an_old_flag_runs_its_subcommand_and_names_it(fake_labs, monkeypatch, old, new):
+    words, told = new
+    called: list[Any] = []
+
+    def noting(name: str) -> Any:
+        return lambda config, flags: called.append((name, config, flags))
+
+    monkeypatch.setattr(labs_cli, "function_of", noting)
+    done, again = invoke(*old), invoke(*words)
+    assert (done.exit_code, again.exit_code) == (0, 0)
+    assert (done.stderr, again.stderr) == (f"labs-gen: {told}\n", "")
+    (name, config, flags), (wanted, same, others) = called
+    assert (name, config) == (wanted, same)
+    assert {key: value for key, value in others.items() if value not in (None, (), False)} == {
+        key: value for key, value in flags.items() if value not in (None, (), False)
+    }
+
+
+def test_old_flags_are_in_no_help():
+    hidden = {f"--{name.replace('_', '-')}" for name in labs_past.MODES}
+    for words in (["--help"], ["prompt", "--help"]):
+        assert hidden & {*re.findall(r"--[\w-]+", invoke(*words).stdout)} == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--output", "out", "--prompt", "Hi"], "--output needs --input"),
+        (["--batch-rows", "2", "Hi"], "--batch-rows needs --input or --replay"),
+        (["--vendor", "x", "--no-do-sample"], "--vendor and --do-sample exclude each other"),
+        (["--chat", "--continue-final-message"], "--chat and --continue-final-message exclude"),
+        (["--chat", "--json"], "--chat and --json exclude each other"),
+        (["--chat", "Hi"], "--chat and --prompt exclude each other"),
+    ],
+)
+def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words, named):
+    done = invoke(*words)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert named in done.stderr
+
+
+# ---------------------------------------------------------------- what to type next
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ([], "labs-gen --help has examples."),
+        (["bacth", "a", "b"], "If bacth is meant to be a command: labs-gen batch a b"),
+        (["bacth", "a b", "--ordered"], "labs-gen batch 'a b' --ordered"),
+        (["chat", "--json"], "--json is a flag of labs-gen prompt."),
+        (["Hi", "--port", "1"], "--port is a flag of labs-gen serve."),
+        (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
+        (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
+        (["Hi", "--config", "wrong.toml"], "labs-gen settings top_p shows similar names."),
+        (["Hi", "--device-map", "my"], "labs-gen settings device_map shows what it may be."),
+    ],
+)
+def test_an_error_names_the_command_that_helps(no_variables, folder, words, hint):
+    Path("wrong.toml").write_text("[generation]\ntopp = 1\n", encoding="utf-8")
+    done = invoke(*words, input="")
+    assert done.exit_code in (1, 2)
+    assert done.stderr.splitlines()[-1].endswith(hint)
+    assert done.stderr.splitlines()[-2].startswith("Error: ")
+
+
+def test_no_hint_names_a_subcommand_that_is_not_there():
+    for kind, _, command, _ in labs_hints.TABLE:
+        for text in ("no such model", "cannot listen on x: in use", "out of memory", "LABS_DEBUG"):
+            error = kind(text)
+            hint = labs_hints.after(error, text, [])
+            named = hint.split()[1:2]
+            assert named in ([], ["--help"]) or named[0] in labs_flags.SUBCOMMANDS, command
+
+
+# ---------------------------------------------------------------- settings and completion
+
+
+def test_settings_shows_type_bounds_default_flag_and_variable():
+    text = invoke("settings", "--", "max-new").stdout
+    assert text == (
+        "max_new_tokens in [generation]\n"
+        "  Generate at most this many tokens.\n"
+        "  type: integer, ≥ 1, ≤ 1,048,576; default: 256\n"
+        "  flag: --max-new-tokens; environment: LABS_MAX_NEW_TOKENS\n"
+    )
+    whole = invoke("settings").stdout
+    for each in labs.settings():
+        assert f"{each.field} in [{each.section}]\n  {each.description}\n" in whole
+    first = invoke("settings", "LABS_TEMP").stdout.splitlines()[0]
+    assert first == "temperature in [generation]"
+    assert "(of labs-gen serve)" in invoke("settings", "server_port").stdout
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_names():
+    done = invoke("settings", "tempratur")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "the nearest names: temperature" in done.stderr
+
+
+COMPLETED = {
+    "labs-gen ba": "batch",
+    "labs-gen --tempe": "--temperature",
+    "labs-gen --vers": "--version",
+    "labs-gen batch in --ord": "--ordered",
+    "labs-gen Hi --max-new": "--max-new-tokens",
+    "labs-gen settings max_n": "max_new_tokens",
+    "labs-gen completion b": "bash",
+    "labs-gen help expl": "explain",
+    "labs-gen chat --torch-dtype bflo": "bfloat16",
+}
+COMPLETE = """
+compopt() { :; }
+source completion
+COMP_WORDS=($1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+_labs_gen_completion labs-gen
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+def test_bash_completes_subcommands_flags_and_values(folder):
+    Path("completion").write_text(invoke("completion", "bash").stdout, encoding="utf-8")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for line, wanted in COMPLETED.items():
+        done = subprocess.run(
+            ["bash", "-c", COMPLETE, "bash", line],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PATH": path},
+        )
+        assert (done.stderr, done.stdout.decode()) == (b"", f"{wanted}\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_for_a_shell_is_written_and_help_says_where_it_goes(shell):
+    assert "_LABS_GEN_COMPLETE" in invoke("completion", shell).stdout
+    assert f"labs-gen completion {shell} > " in invoke("completion", "--help").stdout
+
+
 # ---------------------------------------------------------------- answers
 
 
@@ -272,7 +488,6 @@ def test_ctrl_c_is_exit_code_130_and_closes_the_generator(fake_labs):
         (["--prompt", "Hi", "--schema", "absent.json"], r"absent\.json: No such file"),
         (["--prompt", "Hi", "--schema", "list.json"], r"list\.json: .*expected a JSON schema"),
         (["--prompt", "\udcff"], "lone surrogate"),
-        (["--prompt", "Hi", "--temperature", "-3"], "temperature"),
         (["--prompt", "Hi", "--config", "absent.toml"], r"absent\.toml"),
         (["--messages-json", "{"], "--messages-json: .*expected a list"),
         (["--messages-json", HI.replace('"Hi"', "5")], "--messages-json: .*content"),

@@ -65,11 +65,13 @@ UNTAGGED = {
     'pip install uv && uv run labs-gen --prompt "Hello! Who are you?"': "network; .ci/run",
     "python3 -m venv .venv && . .venv/bin/activate": "network",
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
-    "labs-gen --chat ": "needs a terminal",
+    "labs-gen chat ": "needs a terminal",
     "# with a model that calls tools": "no package has one; test_tools.py",
     "curl -s localhost:8000/v1/chat/completions -H": "the same",
-    'labs-gen --prompt "Name three rivers."': "answers are long",
-    **dict.fromkeys(('eval "$(_LABS_GEN', "[Service]", "location / {"), "changes the system"),
+    'labs-gen "Name three rivers."': "answers are long",
+    **dict.fromkeys(
+        ("mkdir -p ~/.local/share/bash", "[Service]", "location / {"), "changes the system"
+    ),
     **dict.fromkeys(('default_model = "small"', "[guard]"), "names models that are not there"),
     **dict.fromkeys(("[models.minilm]", "[models.poems]"), "names models that are not there"),
     "curl -s localhost:8000/v1/embeddings": "needs these models; test_vectors.py",
@@ -157,7 +159,7 @@ class Place:
     def shell(self, command: str) -> str:
         if command == "labs-api":
             return self.serving().greeting
-        if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen( -[^|]*)?", command, re.DOTALL):
+        if found := re.fullmatch(r"(?:([^|]*) \| )?labs-gen( [^|]*)?", command, re.DOTALL):
             typed = self.bash(found[1]) if found[1] else None
             words = shlex.split(found[2] or "", comments=True)  # in this process, with its model
             return str(invoke(*words, input=typed).output)

@@ -52,6 +52,7 @@ API += (
     "tokens",
 )
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
+CLI = ("cli", "commands", "flags", "hints", "past", "shell")
 
 
 def names(place: Any = "copy") -> list[str]:
@@ -88,7 +89,7 @@ def lacking(room: str) -> str:
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "names", *REQUEST)}
 COPIED |= {
     "models": files(*MODELS),
-    "api cli guard": files(*API, "cli", "flags", "commands", "past", "shell", "guard", "apart"),
+    "api cli guard": files(*API, *CLI, "guard", "apart"),
 }
 
 
