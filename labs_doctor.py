@@ -4,8 +4,8 @@
     report = labs_doctor.examine(None, {}, measure=True)
     print(labs_doctor.described(report))  # no secrets: to be pasted into a bug report
 
-Needs labs.py, labs_cache.py, labs_faults.py, labs_machine.py, labs_progress.py, labs_pull.py,
-labs_shell.py, labs_stock.py; click. A library that is missing or broken is a line of the report.
+Needs labs_faults.py, labs_machine.py, labs_stock.py, labs_shell.py with what those need; click. A
+library that is missing or broken is a line of the report.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from msgspec import Struct
 import labs
 import labs_cache
 import labs_faults
+import labs_flags
 import labs_machine
+import labs_names
 import labs_progress
 import labs_shell
 import labs_stock
@@ -61,9 +63,8 @@ def doctor(config: labs.Config, flags: dict[str, Any]) -> None:
 
     config is not used: the files are read here, so that each of their faults is told.
     """
-    own = {setting.key for setting in labs.settings()}
-    overrides = {key: flags[key] for key in own & {*flags} if flags[key] not in (None, ())}
-    report = examine(flags.get("config"), overrides, measure=not flags.get("no_measure"))
+    measure, overrides = not flags.get("no_measure"), labs_flags.overrides_of(flags)
+    report = examine(flags.get("config"), overrides, measure=measure)
     text = msgspec.json.encode(report).decode() + "\n" if flags.get("json") else described(report)
     labs_shell.write(text)
     if report.wrong:
@@ -73,7 +74,7 @@ def doctor(config: labs.Config, flags: dict[str, Any]) -> None:
 def examine(path: str | None, overrides: Mapping[str, object], *, measure: bool) -> Report:
     """Return the report on this machine with this configuration; nothing is downloaded."""
     examined = labs_faults.examined(path, overrides)
-    config, extras = examined.config, dict(_extras())
+    config, extras = labs_names.named(examined.config), dict(_extras())
     parts = ["torch", "gpus", "device"]
     parts += ["bitsandbytes"] if "missing" not in extras.get("bitsandbytes", "missing") else []
     absent = labs_stock.is_absent(config)

@@ -124,10 +124,12 @@ def _device(config: labs.Config) -> dict[str, Any]:
 
 
 def _speed(config: labs.Config) -> dict[str, Any]:
-    """Load the model from this machine, and generate for a second."""
+    """Load the model from this machine as labs-gen does, and generate for a second."""
     import labs_explain
+    import labs_shell
 
-    model = labs.load_model(replace(config.model, local_files_only=True), cached=False)
+    spec = labs_shell.for_one_stream(config).model
+    model = labs.load_model(replace(spec, local_files_only=True), cached=False)
     inputs = labs.build_inputs(model, prompt=PROMPT)
     room = (model.context_length or MOST_TOKENS) - len(inputs.input_ids) - 1
     plain = labs.Generation(temperature=0, ignore_eos=True, max_new_tokens=PREPARED_TOKENS)

@@ -26,9 +26,16 @@ from msgspec.structs import replace
 
 import labs
 import labs_cache
+import labs_names
 import labs_pull
 import labs_shell
 import labs_sources
+
+READS = {  # the flags of each action
+    "list": ("json", "cache_dir"),
+    "rm": ("yes", "cache_dir"),
+    "pull": ("revision", "local_files_only", "trust_remote_code", "use_safetensors", "kind"),
+}
 
 
 class Kept(Struct, frozen=True, kw_only=True):
@@ -149,8 +156,10 @@ def _users_of(users: dict[int, str], folder: Path) -> tuple[int, ...]:
 
 
 def models(config: labs.Config, flags: dict[str, Any]) -> None:
-    """List the models, or download or remove one. flags: action, name, json, yes."""
+    """List the models, or download or remove one. flags: action, name, and those of READS."""
     action, name = flags.get("action") or "list", flags.get("name")
+    _check_flags(config, action, name, flags)
+    config = labs_names.named(config)
     if (action == "list") != (name is None):
         example = f"labs-gen models {action} NAME" if name is None else "labs-gen models"
         raise click.UsageError(
@@ -166,6 +175,15 @@ def models(config: labs.Config, flags: dict[str, Any]) -> None:
         done = labs_pull.pull(config, str(name))
         labs_shell.write(f"{done.place}\n")
         labs_shell.tell(f'[{human(done.bytes)} here; labs-gen {done.flags} --prompt "Hello!"]')
+
+
+def _check_flags(config: labs.Config, action: str, name: str | None, flags: dict[str, Any]) -> None:
+    """Refuse a flag that would have no effect."""
+    given = [key for row in READS.values() for key in row if flags.get(key) is not None]
+    if unread := [key for key in dict.fromkeys(given) if key not in READS[action]]:
+        raise click.UsageError(f"models {action} does not read --{unread[0].replace('_', '-')}")
+    if name in config.models and flags.get("revision") is not None:
+        raise click.UsageError(f"--revision goes with an id; set it in [models.{name}]")
 
 
 def table(found: Iterable[Kept]) -> str:
@@ -214,13 +232,10 @@ def plain(text: str) -> str:
 def remove(config: labs.Config, name: str, certain: bool) -> None:
     """Delete a conversion or a repository from its cache, after a question unless `certain`."""
     found = kept(config)
-    chosen = [each for each in found if each.name == name and each.kind in ("conversion", "hub")]
-    if not chosen:
-        raise labs.ModelError(_not_removable(found, name))
-    (each, *_) = chosen
+    each = _meant(found, name)
     if each.uses:
         processes = ", ".join(map(str, each.uses))
-        raise labs.ModelError(f"{name} is in use by process {processes}: end it first")
+        raise labs.ModelError(f"{each.name} is in use by process {processes}: end it first")
     labs_shell.tell(f"{plain(each.place)}: {human(each.bytes or 0)}")
     if not certain:
         if not sys.stdin.isatty():
@@ -235,15 +250,22 @@ def remove(config: labs.Config, name: str, certain: bool) -> None:
     labs_shell.tell(f"[{human(each.bytes or 0)} deleted]")
 
 
-def _not_removable(found: list[Kept], name: str) -> str:
-    """Return why there is nothing of this name to delete, and the nearest name that there is."""
+def _meant(found: list[Kept], name: str) -> Kept:
+    """Return the cached model of this name, in any case, or the one whose name begins so."""
+    cached = {each.name: each for each in found if each.kind in ("conversion", "hub")}
+    begun = [key for key in cached if key.casefold().startswith(f"{name.casefold()}")]
+    same = [key for key in begun if len(key) == len(name)] or begun
+    if len(same) == 1:
+        return cached[same[0]]
+    if same:
+        raise labs.ModelError(f"{name} may be {' or '.join(same)}: give the whole name")
     for each in found:
         if each.name == name:
-            return f"{name} is configured, not kept in a cache: delete {plain(each.place)} yourself"
-    names = [each.name for each in found if each.kind in ("conversion", "hub")]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            place = plain(each.place)
+            raise labs.ModelError(f"{name} is configured, not in a cache: {place} is not deleted")
+    close = difflib.get_close_matches(name, cached, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "labs-gen models lists what there is"
-    return f"no cache has a model {name}; {hint}"
+    raise labs.ModelError(f"no cache has a model {plain(name)}; {hint}")
 
 
 def _delete(each: Kept) -> None:
