@@ -15,13 +15,11 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import io
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +81,18 @@ def _convert_into(folder: Path, gguf: Path, dtype: str) -> None:
                 _flush_folder(cache)
     except OSError as error:
         raise SourceError(f"{gguf.name}: cannot be converted in {cache}") from error
+
+
+def remove(folder: Path) -> None:
+    """Delete a conversion. Raises SourceError while another process makes it anew."""
+    import filelock
+
+    scratch = folder.parent / f".converting-{folder.name}"
+    try:
+        with _locked(scratch, 0):  # which deletes what is in the temporary folder
+            os.replace(folder, scratch)
+    except filelock.Timeout:
+        raise SourceError(f"{folder.name}: another process is converting it") from None
 
 
 def _conversion(gguf: Path, cache: Path, dtype: str) -> Path:
@@ -171,22 +181,31 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     gguf_package: Any = importlib.import_module("gguf")
     log.info("converting %s once into %s", gguf.name, folder.parent)
     # transformers reads the file three times, which takes seconds each, for 49,000 tokens.
-    reader = gguf_package.GGUFReader
-    gguf_package.GGUFReader = functools.cache(reader)
+    reader = functools.cache(gguf_package.GGUFReader)
     try:
-        tensors = gguf_package.GGUFReader(str(gguf)).tensors
-        weights = sum(int(tensor.n_elements) for tensor in tensors)
-        _check_disk(folder.parent, weights * (4 if dtype == "fp32" else 2))
-        tokenizer, model = _read_gguf(gguf, dtype)
+        with _instead(gguf_package, "GGUFReader", reader):
+            tensors = reader(str(gguf)).tensors
+            weights = sum(int(tensor.n_elements) for tensor in tensors)
+            _check_disk(folder.parent, weights * (4 if dtype == "fp32" else 2))
+            tokenizer, model = _read_gguf(gguf, dtype)
     except SourceError:
         raise
     except (ValueError, KeyError, IndexError) as error:
         raise SourceError(f"{gguf}: is not a readable GGUF file") from error
-    finally:
-        gguf_package.GGUFReader = reader
     model.config.gguf_types = sorted({tensor.tensor_type.name for tensor in tensors})
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _instead(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a library's module another value for a name meanwhile."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
 
 
 def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
@@ -195,10 +214,11 @@ def _read_gguf(gguf: Path, dtype: str) -> tuple[Any, Any]:
     source, where = str(gguf.parent), {"gguf_file": gguf.name}
     quantization = transformers.GgufConfig(dequantize=True)
     options = {**where, "dtype": TORCH_NAMES[dtype], "quantization_config": quantization}
-    shown = sys.stderr and sys.stderr.isatty()  # no option hides its progress bar
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bars: Any = importlib.import_module("transformers.utils.logging")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
-        with contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
+        with _instead(reader, "tqdm", bars.tqdm):  # which can be hidden, as all other bars
             return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # Rust code below raises bare Exceptions
         raise SourceError(str(gguf)) from error

@@ -31,6 +31,7 @@ import labs_explain
 import labs_flags
 import labs_hints
 import labs_past
+import labs_progress
 import labs_request
 import labs_shell
 
@@ -172,7 +173,9 @@ def replay(config: labs.Config, flags: labs_flags.Values) -> None:
     context = labs_request.open_context(config)
     with labs_jsonl.opened(flags["replay"]) as file:
         model, lines = load_model(config), enumerate(file, 1)
-        for found in labs_replay.replay(model, context, lines, flags["batch_rows"]):
+        verdicts = labs_replay.replay(model, context, lines, flags["batch_rows"])
+        shown = not sys.stdout.isatty()  # else each verdict is a line there
+        for found in labs_progress.over(verdicts, "Comparing", "answers") if shown else verdicts:
             counts[found.verdict] += 1
             at = f" at token {found.token}" if found.token else ""
             why = f" ({found.why})" if found.why else ""
@@ -280,7 +283,7 @@ def open_session(
     """Load the model for one stream."""
     stream = sys.stdout.isatty() if flags.get("stream") is None else flags["stream"]
     began = time.perf_counter()
-    model = load_model(for_one_stream(context.config))
+    model = load_model(labs_shell.for_one_stream(context.config))
     imports_s = time.perf_counter() - began - model.load_s
     model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
     return labs_shell.Session(context, asked, model, stream, bool(flags.get("verbose")), imports_s)
@@ -319,16 +322,6 @@ def chat(config: labs.Config, flags: labs_flags.Values) -> None:
     labs_chat.chat(messages, lambda said: labs_shell.take_turn(session, said))
 
 
-def for_one_stream(config: labs.Config) -> labs.Config:
-    """Let a GGUF file keep its 4 or 8 bits, with which a single stream is faster."""
-    spec, quantization = config.model, config.model.quantization
-    if spec.torch_dtype != "auto" or quantization != labs.Quantization():
-        return config
-    quantization = msgspec.structs.replace(quantization, quant_method="gguf")
-    spec = msgspec.structs.replace(spec, quantization=quantization)
-    return msgspec.structs.replace(config, model=spec)
-
-
 def load_model(config: labs.Config) -> labs.Model:
     """Load the model without garbage collection: its objects live as long as the process."""
     gc.disable()
@@ -361,6 +354,7 @@ def start(command: click.Command) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    labs_progress.show()
     arguments = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
     command(arguments, prog_name=command.name)
 

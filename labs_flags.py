@@ -200,6 +200,26 @@ ROWS = (
         loads=False,
     ),
     Subcommand(
+        "models",
+        "List the models on this machine; pull or rm one.",
+        "labs_stock:models",
+        (("action", "[ACTION]", click.Choice(["list", "pull", "rm"])), ("name", "[NAME]", str)),
+        (("--json", bool, "List as JSON."), ("--yes", bool, "Remove without a question.")),
+        "revision local_files_only cache_dir trust_remote_code use_safetensors kind",
+        more="The action is list, pull (ORG/MODEL, ORG/MODEL:FILE.gguf or the NAME of a "
+        "[models.NAME] table) or rm (a NAME of the list).",
+    ),
+    Subcommand(
+        "doctor",
+        "Show what is installed, how it runs, what is wrong.",
+        "labs_doctor:doctor",
+        (),
+        (("--json", bool, "Write JSON."), ("--no-measure", bool, "Do not measure tokens/s.")),
+        "model quantization",
+        loads=False,
+        more="The report holds no secrets and no texts. The exit code is 1 if something is wrong.",
+    ),
+    Subcommand(
         "serve",
         "Serve a model over HTTP, as labs-api does.",
         "labs_cli:serve",

@@ -2,7 +2,7 @@
 """What libraries say while they load: errors in one sentence, progress bars, their own warnings.
 
     labs_hub.reason(error)  # "is gated: accept its terms on the hub and set HF_TOKEN"
-    with labs_hub.quiet(): ...  # no progress bars where standard error is not a terminal
+    with labs_hub.quiet(): ...  # no progress bars, unless labs_hub.show has asked for them
 
 labs.py calls both if this file is present; it needs no other file of labs.
 """
@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Words in the names or texts of other libraries' exceptions, and what the error means here.
@@ -28,6 +27,8 @@ REASONS = {
     "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (if it is private, set HF_TOKEN)",
     "RevisionNotFound": "has no such revision on the hub",
     "EntryNotFound": "the repository does not contain this file",
+    "Invalid credentials": "the hub does not know the token in HF_TOKEN: make a new one there",
+    "DisabledRepo": "the hub has disabled this repository",
     "HFValidation": f"{_NO_FOLDER} valid hub id",
     "No space left": "the disk is full",
     **dict.fromkeys(_MEMORY_WORDS, _TOO_LARGE),
@@ -65,24 +66,30 @@ def _without_advice() -> Iterator[None]:
         log.setLevel(level)
 
 
+Bars = Callable[[], contextlib.AbstractContextManager[None]]
+_asked: list[Bars] = []  # how a command shows the progress of libraries
+
+
+def show(bars: Bars) -> None:
+    """Let the progress of libraries be shown while they load; by default it is hidden."""
+    _asked[:] = [bars]
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide advice; show progress bars only if standard error is a terminal."""
-    with _without_advice(), _without_bars():
+    """Hide advice, and progress bars unless `show` has asked for them."""
+    with _without_advice(), (_asked[0] if _asked else _without_bars)():
         yield
 
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    hub: Any = importlib.import_module("huggingface_hub.utils")
-    bars: Any = importlib.import_module("transformers.utils.logging")
-    hides = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
+    bars: Any = importlib.import_module("transformers.utils.logging")  # also those of the hub
+    hides = bars.is_progress_bar_enabled()
     try:
         if hides:
             bars.disable_progress_bar()
-            hub.disable_progress_bars()
         yield
     finally:
         if hides:
             bars.enable_progress_bar()
-            hub.enable_progress_bars()

@@ -29,6 +29,7 @@ from msgspec.structs import replace
 
 import labs
 import labs_names
+import labs_progress
 import labs_ready
 import labs_request
 
@@ -494,7 +495,7 @@ def answer_file(
     """
     with opened(source, longest) as lines, _appending(source, target, tally) as write:
         answers = answer(enumerate(lines, 1))
-        with _progress(source, tally) as show:
+        with _progress(source, target, tally) as show:
             for data in answers:
                 write(data)
                 show()
@@ -589,19 +590,21 @@ def _is_torn(data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _progress(source: str, tally: Tally) -> Iterator[Callable[[], None]]:
-    """Show a progress bar if standard error is a terminal."""
-    labs.require("tqdm")
-    from tqdm import tqdm
-
-    total = None
-    if os.path.isfile(source) and sys.stderr.isatty():  # a pipe can be read only once
+def _progress(source: str, target: str, tally: Tally) -> Iterator[Callable[[], None]]:
+    """Show a progress bar where a command has asked for bars, but not among answers."""
+    if target == "-" and sys.stdout.isatty():
+        yield lambda: None
+        return
+    total, shown = None, 0
+    if os.path.isfile(source) and labs_progress.is_shown():  # a pipe can be read only once
         with open(source, "rb") as file:
             total = sum(1 for line in file if line.strip())
-    with tqdm(total=total, unit=" lines", disable=None, leave=False) as bar:
+    with labs_progress.counting("Answering", "lines", total) as advance:
 
         def show() -> None:
-            bar.set_postfix_str(f"{tally.rate:.0f} tokens/s", refresh=False)
-            bar.update(tally.done + tally.failed + tally.skipped - bar.n)
+            nonlocal shown
+            now = tally.done + tally.failed + tally.skipped
+            advance(now - shown, f"{tally.rate:.0f} tokens/s")
+            shown = now
 
         yield show

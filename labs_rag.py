@@ -26,6 +26,7 @@ from msgspec import Struct
 import labs
 import labs_asked
 import labs_nearest
+import labs_progress
 from labs_nearest import Encoder as Encoder  # callers of search need no second import
 
 PLAIN = (".txt", ".text", ".rst")
@@ -242,7 +243,8 @@ def _read_changed_files(
     base: str, roots: Iterable[str], known: Hashes, seen: Hashes, unusable: list[str]
 ) -> Iterator[File]:
     """Read all files and yield those whose hash is not in `known`; fill seen and unusable."""
-    for path in itertools.chain.from_iterable(map(_files, roots)):
+    paths = itertools.chain.from_iterable(map(_files, roots))
+    for path in labs_progress.over(paths, "Reading", "files"):
         name = os.path.relpath(path, base)
         try:
             data = Path(path).read_bytes()
@@ -289,7 +291,7 @@ def _embed(connection: sqlite3.Connection, encoder: Encoder) -> None:
             execute("UPDATE facts SET value = ? WHERE name = 'embedding_model'", (name,))
     missing = "SELECT id FROM chunks WHERE id NOT IN (SELECT chunk FROM vectors)"
     ids = [row[0] for row in connection.execute(f"{missing} ORDER BY length(text)")]
-    for start in range(0, len(ids), 64):
+    for start in labs_progress.over(range(0, len(ids), 64), "Embedding", "batches"):
         part = ids[start : start + 64]
         query = f"SELECT id, heading, text FROM chunks WHERE id IN ({', '.join('?' * len(part))})"
         rows = connection.execute(query, part).fetchall()

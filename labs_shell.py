@@ -41,6 +41,16 @@ class Session(NamedTuple):
     imports_s: float
 
 
+def for_one_stream(config: labs.Config) -> labs.Config:
+    """Let a GGUF file keep its 4 or 8 bits, with which a single stream is faster."""
+    spec, quantization = config.model, config.model.quantization
+    if spec.torch_dtype != "auto" or quantization != labs.Quantization():
+        return config
+    quantization = msgspec.structs.replace(quantization, quant_method="gguf")
+    spec = msgspec.structs.replace(spec, quantization=quantization)
+    return msgspec.structs.replace(config, model=spec)
+
+
 def write(text: str) -> None:
     """Write a piece of the answer and flush it. Raises ClickException when that fails."""
     try:

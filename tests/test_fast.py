@@ -34,7 +34,7 @@ from kit import NEW_TOKENS, PROMPTS, newcomer, prepare, random_model, row_of
 
 import labs
 import labs_calls
-import labs_cli
+import labs_shell
 import labs_decode as decode
 import labs_fast as fast
 import labs_graphs
@@ -294,7 +294,7 @@ def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkey
     for kind in ("Q4_1", "Q8_0", "F16", "F32"):
         name = str(kit.save_gguf(tmp_path / f"{kind}.gguf", kind=kind))
         spec = labs.ModelSpec(model_name=name, cache_dir=str(tmp_path))
-        config = labs_cli.for_one_stream(labs.Config(model=spec))
+        config = labs_shell.for_one_stream(labs.Config(model=spec))
         model = labs.load_model(config)
         found[kind] = model.decoder.quant_method
         used = labs.generate(model, kit.SHORT, max_new_tokens=2).fingerprint
@@ -302,7 +302,7 @@ def test_a_command_for_one_stream_keeps_the_bits_of_a_gguf_file(tmp_path, monkey
         assert labs.load_model(spec).decoder.quant_method == AUTO
     assert found == {"Q4_1": "gguf", "Q8_0": "gguf", "F16": AUTO, "F32": AUTO}
     fixed = labs.Config(model=labs.ModelSpec(torch_dtype="fp32"))
-    assert labs_cli.for_one_stream(fixed) == fixed  # whoever gives a type gets this type
+    assert labs_shell.for_one_stream(fixed) == fixed  # whoever gives a type gets this type
     monkeypatch.setattr(labs_packing, "has_quantised_kernels", lambda: False)
     labs.load_model.cache_clear()
     assert labs.load_model(config).decoder.quant_method == AUTO

@@ -86,7 +86,12 @@ def lacking(room: str) -> str:
     return f"labs_{room}.py is not beside labs.py: {copy}"
 
 
-COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "names", *REQUEST)}
+COPIED = {
+    "": CORE,
+    "decode": CORE,
+    "typed": TYPED,
+    "jsonl": files("jsonl", "names", "progress", "hub", *REQUEST),
+}
 COPIED |= {
     "models": files(*MODELS),
     "api cli guard": files(*API, *CLI, "guard", "apart"),
