@@ -88,7 +88,9 @@ def lacking(room: str) -> str:
 COPIED = {"": CORE, "decode": CORE, "typed": TYPED, "jsonl": files("jsonl", "names", *REQUEST)}
 COPIED |= {
     "models": files(*MODELS),
-    "api cli guard": files(*API, "cli", "flags", "commands", "past", "shell", "guard", "apart"),
+    "api cli guard": files(
+        *API, "cli", "flags", "commands", "past", "shell", "terminal", "guard", "apart"
+    ),
 }
 
 
