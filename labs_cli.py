@@ -281,12 +281,14 @@ def open_session(
     context: labs_request.Context, asked: labs_request.Request, flags: labs_flags.Values
 ) -> labs_shell.Session:
     """Load the model for one stream."""
-    stream = sys.stdout.isatty() if flags.get("stream") is None else flags["stream"]
-    began = time.perf_counter()
-    model = load_model(labs_shell.for_one_stream(context.config))
-    imports_s = time.perf_counter() - began - model.load_s
-    model = msgspec.structs.replace(model, prefixes=labs.new_prefixes())
-    return labs_shell.Session(context, asked, model, stream, bool(flags.get("verbose")), imports_s)
+    model, imports_s = load_for_one_stream(context.config)
+    verbose = bool(flags.get("verbose"))
+    return labs_shell.Session(context, asked, model, streams(flags), verbose, imports_s)
+
+
+def streams(flags: labs_flags.Values) -> bool:
+    """Return whether text is written while it is generated."""
+    return sys.stdout.isatty() if flags.get("stream") is None else bool(flags["stream"])
 
 
 def answer_prompt(config: labs.Config, flags: labs_flags.Values) -> None:
@@ -318,8 +320,22 @@ def chat(config: labs.Config, flags: labs_flags.Values) -> None:
     messages, context = read_messages(flags), labs_request.open_context(config)
     asked = request_of(flags, labs_request.Prompt(messages=tuple(messages)))
     labs_request.check(context, msgspec.structs.replace(asked, prompts=()))
-    session = open_session(context, asked, flags)
-    labs_chat.chat(messages, lambda said: labs_shell.take_turn(session, said))
+    ways = labs_chat.Ways(
+        load_for_one_stream,
+        read_json,
+        streams(flags),
+        bool(flags.get("verbose")),
+        keep=not flags.get("no_history"),
+    )
+    labs_chat.chat(context, asked, ways)
+
+
+def load_for_one_stream(config: labs.Config) -> tuple[labs.Model, float]:
+    """Load a model for one stream. Return it and the seconds that imports took."""
+    began = time.perf_counter()
+    model = load_model(labs_shell.for_one_stream(config))
+    imports_s = time.perf_counter() - began - model.load_s
+    return msgspec.structs.replace(model, prefixes=labs.new_prefixes()), imports_s
 
 
 def load_model(config: labs.Config) -> labs.Model:

@@ -50,11 +50,14 @@ TALK: Options = (
     ("--messages-file", FILE, "A file with the conversation; - is standard input."),
     ("--system", str, "A system message that comes before the prompt."),
 )
+TOOLS: Options = (
+    ("--tools", FILE, "A file with a JSON list of tools that the model may call."),
+    ("--tool-choice", str, "none, auto, required or the name of a tool [default: auto]."),
+)
 ASK: Options = (
     ("--prompt", str, "The prompt; - reads it from standard input, as a pipe does."),
     *TALK,
-    ("--tools", FILE, "A file with a JSON list of tools that the model may call."),
-    ("--tool-choice", str, "none, auto, required or the name of a tool [default: auto]."),
+    *TOOLS,
 )
 SHOWN: Options = (
     ("--stream/--no-stream", bool, "Write text while it is generated [default: on a terminal]."),
@@ -138,9 +141,13 @@ ROWS = (
         "chat",
         "Talk with the model; /help lists the commands.",
         "labs_cli:chat",
-        options=(*TALK, *SHOWN, *HELD),
+        options=(
+            *(*TALK, *TOOLS, *SHOWN, *HELD),
+            ("--no-history", bool, "Keep no messages for later chats."),
+        ),
         settings=f"{ALL} -continue_final_message",
         rivals=("messages_json messages_file", HOLDING),
+        needs=("tool_choice tools",),
     ),
     Subcommand(
         "batch",

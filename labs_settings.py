@@ -552,14 +552,14 @@ def check_routes(config: Config) -> None:
 
 def read_variables(names: Mapping[str, str], place: str) -> Layer:
     """Return the settings of LABS_ names. place: "environment" or ".env". Empty means unset."""
-    known = {setting.environment: setting for setting in settings()}
-    found: Layer = {}
+    known, found = {setting.environment: setting for setting in settings()}, Layer()
+    other = ("LABS_CHAT_HISTORY",) if place == "environment" else ()  # of labs_chat_input.py
     for name, text in names.items():
-        if not name.startswith("LABS_") or name in ("LABS_DEBUG", "LABS_API_KEYS") or not text:
+        if not text or name in (*other, "LABS_DEBUG", "LABS_API_KEYS") or name[:5] != "LABS_":
             continue
         if name in known:
             source = name if place == "environment" else f"{name} in {place}"
-            found[known[name].key] = (_from_text(text, known[name].type, source), source)
+            found[known[name].key] = (from_text(text, known[name].type, source), source)
         elif (close := _instead_of(name, known)) or place == ".env":
             raise ConfigError(f"unknown setting {name} in the {place}{close}")
         else:  # a platform may inject a name such as LABS_PORT
@@ -567,7 +567,7 @@ def read_variables(names: Mapping[str, str], place: str) -> Layer:
     return found
 
 
-def _from_text(text: str, kind: Any, source: str) -> object:
+def from_text(text: str, kind: Any, source: str) -> object:
     """Parse an environment variable: lists and tables are JSON, booleans true/false/1/0."""
     try:
         if text[:1] in "[{" and getattr(kind, "__origin__", kind) is not str:

@@ -11,7 +11,6 @@ labs_explain.py with what those need, labs_flags.py, click.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import sys
 from collections.abc import Generator, Iterator
@@ -25,13 +24,17 @@ import labs_explain
 import labs_flags
 import labs_ready
 import labs_request
+import labs_terminal
 
 Messages = list[labs.Message]
-tell = functools.partial(click.echo, err=True)  # messages that do not belong to the answer
+tell = labs_terminal.tell
 
 
 class Session(NamedTuple):
-    """What the answers of one run share. asked: the request of the flags, before filters."""
+    """What the answers of one run share. asked: the request of the flags, before filters.
+
+    chat: whether they are answers of a chat, on a terminal with frames around code and calls.
+    """
 
     context: labs_request.Context
     asked: labs_request.Request
@@ -39,6 +42,7 @@ class Session(NamedTuple):
     stream: bool
     verbose: bool
     imports_s: float
+    chat: bool = False
 
 
 def for_one_stream(config: labs.Config) -> labs.Config:
@@ -52,9 +56,12 @@ def for_one_stream(config: labs.Config) -> labs.Config:
 
 
 def write(text: str) -> None:
-    """Write a piece of the answer and flush it. Raises ClickException when that fails."""
+    """Write a piece of the answer and flush it. Raises ClickException when that fails.
+
+    A terminal gets no control characters; a pipe or file gets the text as it is.
+    """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(labs_terminal.shown(text, sys.stdout))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has closed the pipe, which is not a failure
         raise click.exceptions.Exit(0) from None
@@ -91,34 +98,49 @@ def parts_of(session: Session, prepared: labs_request.Prepared) -> Generator[Any
 class Paper:
     """Writes the parts of one answer: its text, then each call as a line of JSON.
 
-    stream: whether text is written as it comes. Reasoning goes to standard error.
+    stream: whether text is written as it comes. framed: whether code and calls get frames.
+    Reasoning goes to standard error.
     """
 
-    def __init__(self, stream: bool) -> None:
+    def __init__(self, stream: bool, framed: bool = False) -> None:
         self._stream, self._thinks = stream, False
+        self._frames = labs_terminal.Frames() if framed else None
         self._texts, self._calls = list[str](), list[str]()
         self._begun: Any = None
 
     def __call__(self, part: Any) -> None:
         kind = kind_of(part)
         if self._thinks and kind != "reasoning":
-            tell("")
+            tell()
         self._thinks = kind == "reasoning"
         if kind == "reasoning":
-            tell(click.style(part.text, dim=True), nl=False)  # click drops colours off a terminal
+            tell(part.text, nl=False, dim=True)
         elif kind == "delta":
             self._texts.append(part.text)
-            write(part.text if self._stream else "")
+            write(self._shown(part.text) if self._stream else "")
         elif kind == "call":
             self._begun = part
         elif kind == "arguments":
-            function = labs.FunctionCall(name=self._begun.name, arguments=part.text)
-            call = labs.ToolCall(id=self._begun.id, function=function)
-            self._calls.append(msgspec.json.encode(call).decode() + "\n")
+            self._calls.append(self._call(part.text))
         elif kind == "done":
-            text = "" if self._stream else "".join(self._texts)
+            text = "" if self._stream else self._shown("".join(self._texts))
             end = "\n" if self._texts or not self._calls else ""
-            write("".join([text, end, *self._calls]))
+            write("".join([text, self.rest(), end, *self._calls]))
+
+    def rest(self) -> str:
+        """Return what is to be written after the last piece of text."""
+        return "" if self._frames is None else self._frames.end()
+
+    def _shown(self, text: str) -> str:
+        return text if self._frames is None else self._frames.feed(text)
+
+    def _call(self, arguments: str) -> str:
+        begun = self._begun
+        if self._frames is not None:
+            return labs_terminal.card(begun.name, arguments) + "\n"
+        function = labs.FunctionCall(name=begun.name, arguments=arguments)
+        call = labs.ToolCall(id=begun.id, function=function)
+        return msgspec.json.encode(call).decode() + "\n"
 
 
 def kind_of(part: Any) -> str:
@@ -128,26 +150,18 @@ def kind_of(part: Any) -> str:
 
 def answer(session: Session, request: labs_request.Request) -> Iterator[Any]:
     """Write the answer, streamed or in one piece, and yield its parts."""
-    prepared, paper = prepare(session, request), Paper(session.stream)
+    prepared = prepare(session, request)
+    paper = Paper(session.stream, framed=session.chat and sys.stdout.isatty())
     with contextlib.closing(parts_of(session, prepared)) as parts:
-        for part in parts:
-            yield part
-            paper(part)
-            if isinstance(part, labs.Done):
-                report(session, part)
-
-
-def take_turn(session: Session, messages: Messages) -> Iterator[str]:
-    """Answer the last of these messages and yield the pieces of the answer."""
-    import labs_chat
-
-    prompt = labs_request.Prompt(messages=tuple(messages))
-    request = msgspec.structs.replace(session.asked, prompts=(prompt,))
-    for part in answer(session, labs_request.check(session.context, request)):
-        if kind_of(part) == "reasoning":
-            yield labs_chat.Thought(part.text)
-        elif isinstance(part, labs.Delta):
-            yield part.text
+        try:
+            for part in parts:
+                yield part
+                paper(part)
+                if isinstance(part, labs.Done):
+                    report(session, part)
+        finally:
+            if rest := paper.rest():  # of an answer that was stopped
+                write(rest)
 
 
 def answer_json(session: Session, request: labs_request.Request) -> None:
@@ -203,9 +217,10 @@ def explain(session: Session, request: labs_request.Request) -> None:
 
 def report(session: Session, done: Any) -> None:
     """Report whether a limit cut the answer and, with --verbose, how long each part took."""
-    flag = {"length": "--max-new-tokens", "timeout": "--timeout-s"}.get(done.finish_reason)
-    if flag and (session.verbose or sys.stderr.isatty()):
-        tell(f"[the answer was cut; {flag} sets the limit]")
+    limit = {"length": "max_new_tokens", "timeout": "timeout_s"}.get(done.finish_reason)
+    if limit and (session.verbose or sys.stderr.isatty()):
+        way = f"/settings {limit}=" if session.chat else f"--{limit.replace('_', '-')}"
+        tell(f"[the answer was cut; {way} sets the limit]")
     if done.finish_reason == "content_filter":
         tell("[a rule of [guard] cut the answer]")
     if session.verbose:

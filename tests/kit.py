@@ -839,7 +839,7 @@ class FakeLabs:
 
 
 NOTHING = dict.fromkeys(labs.Model.__struct_fields__, None)
-MODEL = labs.Model(**NOTHING | {"load_s": 1.0})  # type: ignore[arg-type]
+MODEL = labs.Model(**NOTHING | {"load_s": 1.0, "generation_defaults": {}})  # type: ignore[arg-type]
 
 
 def gen() -> Any:

@@ -12,17 +12,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from kit import ONE_THREAD, ROOT, heed_sigint, invoke, labs_gen, read_until, start
+from kit import ROOT, invoke, labs_gen, start
 
 import labs
-import labs_chat
 import labs_cli
 import labs_commands
 import labs_explain
@@ -507,97 +505,6 @@ def test_a_request_that_cannot_work_is_one_line_before_the_model_loads(
     assert re.fullmatch(f"Error: .*{reason}.*\n", result.stderr)
 
 
-# ---------------------------------------------------------------- chat
-
-SAID = "Hello there"  # by the fake
-TALK = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
-
-
-@pytest.mark.parametrize(
-    ("words", "input", "requests"),
-    [
-        ([], "one\ntwo\n", [["one"], ["one", SAID, "two"]]),
-        (["--system", "S", "--messages-json", TALK], "c\n", [["S", "a", "b", "c"]]),
-        ([], '"""one\n/exit\n\ntwo"""\n', [["one\n/exit\n\ntwo"]]),
-        ([], '\n  \n""""""\n', []),
-        (["--system", "S"], "/system T\none\n/system\ntwo\n", [["T", "one"], ["one", SAID, "two"]]),
-        (["--system", "S"], "one\n/reset\ntwo\n", [["S", "one"], ["S", "two"]]),
-        ([], "/exit\none\n", []),
-        ([], "/wat\n", []),
-        ([], " /wat\n", [["/wat"]]),
-        ([], "/help\n", []),
-    ],
-)
-def test_a_chat_sends_the_conversation_and_obeys_commands(fake_labs, words, input, requests):
-    result = invoke("chat", *words, input=input)
-    assert (result.exit_code, result.stdout) == (0, f"{SAID}\n" * len(requests))
-    assert [contents(request) for request in fake_labs.requests] == requests
-    assert ("unknown command /wat" in result.stderr) == (input == "/wat\n")
-    for name in ("/system", "/reset", "/save", "/exit") if input == "/help\n" else ():
-        assert name in result.stderr
-
-
-def test_save_writes_messages_that_messages_file_reads(fake_labs, tmp_path):
-    result = invoke("chat", input="/save no/such/folder.json\none\n/save my talk.json\n")
-    assert "no/such/folder.json" in result.stderr
-    invoke("--messages-file", "my talk.json")
-    said = [(each["role"], each["content"]) for each in fake_labs.requests[1]["messages"]]
-    assert said == [("user", "one"), ("assistant", SAID)]
-    assert [path.name for path in tmp_path.iterdir()] == ["my talk.json"]
-
-
-@pytest.fixture
-def narrow(fake_labs, monkeypatch):
-    """Return a fake whose context holds 20 characters of messages and which says "answer"."""
-    inner = fake_labs.stream_generate
-    fake_labs.pieces = ["answer"]
-
-    def stream(*arguments: Any, **words: Any) -> Any:
-        if len("".join(contents(fake_labs.requests[-1]))) > 20:
-            raise labs.PromptTooLong("the context holds 20; shorten the prompt")
-        return inner(*arguments, **words)
-
-    monkeypatch.setattr(labs, "stream_generate", stream)
-    return fake_labs
-
-
-def test_a_chat_too_long_for_the_context_leaves_out_its_oldest_turns(narrow):
-    done = invoke("chat", "--system", "Sys", input="one\ntwo\nthree\nfour\n/save t.json\n")
-    counts = re.findall(r"the oldest (\d+) messages are left out", done.stderr)
-    assert (done.stdout, counts) == ("answer\n" * 4, ["2", "2"])  # once each time
-    last = contents(narrow.requests[-1])
-    assert last == ["Sys", "three", "answer", "four"]
-    saved = [each["content"] for each in json.loads(Path("t.json").read_text())]
-    assert saved == [*last, "answer"]
-
-
-def test_a_question_too_long_for_any_context_is_refused_and_forgets_nothing(narrow):
-    done = invoke("chat", "--system", "Sys", input=f"one\n{'long ' * 9}\ntwo\n")
-    assert "Error: the context holds 20" in done.stderr
-    assert "--max-new-tokens" in done.stderr
-    assert "left out" not in done.stderr
-    assert contents(narrow.requests[-1]) == ["Sys", "one", "answer", "two"]
-
-
-def test_a_shortened_conversation_has_each_system_message_and_whole_turns():
-    roles = ["system", "user", "assistant", "assistant", "system", "user", "assistant", "user"]
-    talk = [labs.Message(role=role, content=str(n)) for n, role in enumerate(roles)]  # type: ignore
-    for left in ("04567", "047"):
-        talk = labs_chat.without_oldest(talk) or []
-        assert [each.content for each in talk] == [*left]
-    assert labs_chat.without_oldest(talk) is None
-
-
-def test_ctrl_c_in_a_chat_keeps_the_text_so_far_and_an_error_forgets_its_turn(fake_labs):
-    fake_labs.error = KeyboardInterrupt()
-    result = invoke("chat", "--stream", input="one\ntwo\n")
-    assert result.exit_code == 0
-    assert contents(fake_labs.requests[1]) == ["one", SAID, "two"]
-    fake_labs.pieces, fake_labs.error = [], labs.PromptTooLong("too long")
-    assert "Error: too long" in invoke("chat", input="one\ntwo\n").stderr
-    assert contents(fake_labs.requests[3]) == ["two"]
-
-
 # ---------------------------------------------------------------- processes
 
 ENDLESS = ("--max-new-tokens", "4000", "--logit-bias", '{"97": 100}')  # says "aaa..."
@@ -642,80 +549,6 @@ def test_standard_output_that_is_closed_or_full_is_one_line(redirection):
     done = subprocess.run(command, shell=True, capture_output=True, check=False)
     assert done.returncode == 1
     assert re.fullmatch(rb"Error: standard output(:| is) .*\n", done.stderr)
-
-
-CHAT = """
-import itertools, labs, labs_chat
-def answer(messages):
-    said = [each.content for each in messages]
-    print("GOT", repr(said), flush=True)
-    yield from itertools.repeat("so", 10**9 if said[-1] == "endless" else 1)
-labs_chat.chat([], answer)
-print("BYE", flush=True)
-"""
-
-
-@pytest.fixture
-def terminal():
-    """Return what runs Python code on a terminal and returns the other end of the terminal."""
-    pty = pytest.importorskip("pty")
-    started = []
-
-    def run(code):
-        ours, child = pty.openpty()
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), child)
-
-        def begin():  # so that its Ctrl-C reaches it, and not pytest
-            heed_sigint()
-            os.login_tty(child)
-
-        env = {**ONE_THREAD, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", code]
-        started.append((subprocess.Popen(command, env=env, preexec_fn=begin, **pipes), ours))
-        os.close(child)
-        return ours
-
-    yield run
-    for process, ours in started:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
-def end_with_ctrl_c_and_ctrl_d(place):
-    """Check that Ctrl-C stops an answer, and that Ctrl-D ends the line of the prompt."""
-    os.write(place, b"endless\r")
-    read_until(place, "'endless']")
-    os.write(place, b"\x03")
-    read_until(place, "> ", read_until(place, "[stopped]").partition("[stopped]")[2])
-    time.sleep(0.2)  # a Ctrl-D that comes before the terminal's mode has changed is lost
-    os.write(place, b"\x04")
-    seen = read_until(place, "BYE")
-    assert re.search(r"^[^\n>]*\n\r?BYE", re.sub(r"\x1b\[\?2004.|\r", "", seen))
-
-
-def test_with_readline_lines_that_are_pasted_are_one_message(terminal):
-    place = terminal(CHAT)
-    read_until(place, "\x1b[?2004h")  # asks the terminal to mark what is pasted
-    for keys, message in (
-        (b"\x1b[200~one\r/exit\r\rthree\r\x1b[201~ and more\r", r"one\n/exit\n\nthree\n and more"),
-        (b"\x1b[200~/etc/a is a file.\rIs it?\x1b[201~\r", r"/etc/a is a file.\nIs it?"),
-        (b"\x1b[A\r", r"/etc/a is a file.\nIs it?"),  # the one before, from the history
-    ):
-        os.write(place, keys)
-        seen = read_until(place, "\x1b[?2004h", read_until(place, "GOT"))
-        assert f"'{message}']" in seen
-    end_with_ctrl_c_and_ctrl_d(place)
-
-
-def test_without_readline_a_text_says_how_to_paste(terminal):
-    place = terminal(f"import sys; sys.modules['readline'] = None\n{CHAT}")
-    assert '"""' in read_until(place, "> ")
-    os.write(place, b'"""one\ntwo"""\n')
-    seen = read_until(place, "]", read_until(place, "GOT"))
-    assert r"['one\ntwo']" in seen
-    read_until(place, "> ", seen.rpartition("]")[2])
-    end_with_ctrl_c_and_ctrl_d(place)
 
 
 # ---------------------------------------------------------------- what is shipped

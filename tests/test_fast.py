@@ -34,12 +34,12 @@ from kit import NEW_TOKENS, PROMPTS, newcomer, prepare, random_model, row_of
 
 import labs
 import labs_calls
-import labs_shell
 import labs_decode as decode
 import labs_fast as fast
 import labs_graphs
 import labs_loop as loop
 import labs_packing
+import labs_shell
 
 SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
 METHODS = ("fp16", "int8", "int4")

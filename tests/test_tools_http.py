@@ -608,7 +608,7 @@ def test_the_settings_of_reasoning_are_flags_variables_and_keys(shell, monkeypat
 def test_wrong_flags_of_tools_are_refused(shell):
     for words, named in (
         (("--tool-choice", "add"), "--tool-choice needs --tools"),
-        (("chat", "--tools", "tools.json"), "--tools"),
+        (("chat", "--tools", "none.json"), "none.json"),
         (("--tools", "none.json"), "none.json"),
         (("--tools", "tools.json", "--tool-choice", "fly"), "tool_choice = 'fly'"),
     ):
@@ -617,22 +617,12 @@ def test_wrong_flags_of_tools_are_refused(shell):
         assert named in done.stderr
 
 
-def test_a_chat_shows_reasoning_beside_the_answer_and_gives_it_back(shell, monkeypatch):
-    import labs_chat
-
-    kept: list[Any] = []
-    take = labs_chat.take_turn
-
-    def noted(history: Any, text: str, answer: Any) -> Any:
-        kept.append(take(history, text, answer))
-        return kept[-1]
-
-    monkeypatch.setattr(labs_chat, "take_turn", noted)
-    done = shell(f"{THOUGHT}Hi", "chat", stdin="hello\n")
+def test_a_chat_shows_reasoning_beside_the_answer_and_gives_it_back(shell):
+    done = shell(f"{THOUGHT}Hi", "chat", stdin="hello\n/save talk.json\n")
     assert done.stdout == "Hi\n"
     assert "hm\n" in done.stderr
-    assert kept[-1][-1].reasoning_content == "hm"
-    assert kept[-1][-1].content == "Hi"
+    said = json.loads(Path("talk.json").read_text())[-1]
+    assert said == {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}
 
 
 # ---------------------------------------------------------------- filters

@@ -52,7 +52,7 @@ API += (
     "tokens",
 )
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
-CLI = ("cli", "commands", "flags", "hints", "past", "shell")
+CLI = ("terminal", "cli", "commands", "flags", "hints", "past", "shell")
 
 
 def names(place: Any = "copy") -> list[str]:
