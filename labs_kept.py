@@ -1,106 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of the chat page's script that holds its settings and conversations."""
+"""The part of the chat page's script that holds its settings and its conversations."""
 
 SCRIPT = r"""
-// ------------------------------------------------ settings: fields made from /openapi.json
+// ---------------- settings: fields made from /openapi.json
 const USUAL = ["max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-  "frequency_penalty", "presence_penalty", "stop", "seed", "thinking_budget", "tools"];
+  "frequency_penalty", "presence_penalty", "stop", "seed", "tools", "documents"];
 const SENT = { max_new_tokens: "max_tokens", min_new_tokens: "min_tokens",
   template_options: "chat_template_kwargs" };  // OpenAI's names of some of labs' settings
-const HELD = ["model", "messages", "logprobs", "add_generation_prompt", "continue_final_message",
-  "tool_choice"];  // the page itself sets these
-function fields({ GenerateRequest: { properties }, ChatRequest }) {
-  const known = Object.keys(properties).filter((name) => !HELD.includes(name));
-  const names = known.filter((name) => Object.hasOwn(ChatRequest.properties, SENT[name] ?? name));
-  kinds.set("logprobs", { type: "integer" });
-  for (const name of USUAL.filter((each) => names.includes(each))) field(at.usual, name, properties[name]);
-  for (const name of names) if (!kinds.has(name)) field(at.rest, name, properties[name]);
+const HELD = ["model", "messages", "add_generation_prompt", "continue_final_message",
+  "tool_choice"];  // not settings of a conversation here
+function fields({ GenerateRequest: { properties }, ChatRequest: { properties: taken } }) {
+  const names = Object.keys(properties).filter((name) =>
+    Object.hasOwn(taken, SENT[name] ?? name) && !HELD.includes(name));
+  kinds.set("logprobs", {});  // of the switch
+  for (const name of [...USUAL.filter((each) => names.includes(each)), ...names])
+    if (!kinds.has(name)) field(USUAL.includes(name) ? at.usual : at.rest, name, properties[name]);
 }
 function field(parent, name, schema) {
-  const kind = schema.anyOf?.find(({ type }) => type !== "null") ?? schema;
-  const choices = kind.enum ?? (kind.type === "boolean" ? [true, false] : null);
-  const number = ["number", "integer"].includes(kind.type), box = add(parent, "div", "field");
-  const label = Object.assign(add(box, "label", "", name), { htmlFor: `of-${name}` });
-  const reset = { "aria-label": `Reset ${name}` };
-  button(box, "Reset", () => { input.value = ""; changed(); input.focus(); }, reset);
-  const input = add(box, choices ? "select" : number ? "input" : "textarea");
+  const kind = schema.anyOf?.find(({ type }) => type !== "null") ?? schema, id = `of-${name}`;
+  const most = Math.min(kind.maximum, Number.MAX_SAFE_INTEGER), number = most >= 0;
+  const choices = kind.enum ?? (kind.type === "boolean" && [true, false]);
+  const standard = JSON.stringify(schema.default ?? null), box = add(parent, "div.field");
+  add(box, "label", name, { htmlFor: id });
+  const reset = () => { input.value = ""; input.focus(); settings.onchange({}); };
+  button(box, "Reset", reset, { ariaLabel: `Reset ${name}` });
+  const input = add(box, choices ? "select" : number ? "input" : "textarea", "", { id, name });
   if (choices) input.append(new Option("default", ""), ...choices.map((each) =>
-    new Option(each === true ? "yes" : each === false ? "no" : each, JSON.stringify(each))));
-  const most = Math.min(kind.maximum ?? Infinity, Number.MAX_SAFE_INTEGER);
-  if (number) Object.assign(input, { type: "number", min: kind.minimum ?? "", max: most,
-    step: kind.type === "integer" ? 1 : "any", title: label.textContent });
-  const usual = schema.default ?? null, described = add(box, "small", "", schema.description ?? "");
-  const shown = usual === null ? "" : JSON.stringify(usual);
-  input.placeholder = number ? shown || "default" : kind.type === "array" ? "[ ], a JSON list" : "JSON";
-  if (number) described.append(` From ${kind.minimum} to ${most}.`);
-  if (shown.length > 2) described.append(` Default: ${shown}.`);
-  add(box, "small", "error").id = `why-${name}`; described.id = `about-${name}`;
+    new Option({ true: "yes", false: "no" }[each] ?? each, JSON.stringify(each))));
+  else input.placeholder = number ? "default" : name === "stop" ? "text, or a JSON list" : "JSON";
+  if (number) Object.assign(input, { type: "number", min: kind.minimum, max: most,
+    step: kind.type === "integer" ? 1 : "any" });
+  const about = [schema.description, number && `From ${kind.minimum} to ${most}.`,
+    standard !== "null" && `Default: ${standard}.`].filter(Boolean).join(" ");
+  add(box, "small", about, { id: `about-${name}` });
+  at[`why-${name}`] = add(box, "small.error", "", { id: `why-${name}` });
   input.setAttribute("aria-describedby", `about-${name} why-${name}`);
-  kinds.set(name, kind); input.name = name; input.id = `of-${name}`;
+  kinds.set(name, { ...kind, most });
 }
-function valueOf(name, entered) {  // a stop text needs no quotes
-  try { return JSON.parse(entered); } catch { if (name === "stop") return [entered]; throw Error(); }
+function valueOf(name, given) {
+  try { return JSON.parse(given); } catch (error) {
+    if (name === "stop") return [given];
+    throw error;
+  }
 }
-function fault(input) {  // one sentence, or ""
-  const { type, minimum, maximum } = kinds.get(input.name) ?? {};
-  if (!type && !kinds.has(input.name)) return "";
-  if (input.type === "number") return input.validity.valid ? "" : `${input.name} has to be a ` +
-    `${type === "integer" ? "whole " : ""}number from ${minimum} to ${Math.min(maximum, input.max)}.`;
-  try { if (input.value) valueOf(input.name, input.value); return ""; }
-  catch { return `${input.name} has to be JSON.`; }
+function fault({ type, name, value, validity }) {  // one sentence, or ""
+  const kind = kinds.get(name), whole = kind?.type === "integer" ? "whole " : "";
+  if (type === "number")
+    return validity.valid ? "" : `Give a ${whole}number from ${kind.minimum} to ${kind.most}.`;
+  try { if (kind && value) valueOf(name, value); return ""; } catch { return "This is not JSON."; }
 }
 const inputs = () => [...settings.elements].filter(({ name }) => name);
-const entered = (input) => input.type === "checkbox" && !input.checked ? "" : input.value;
+const given = (input) => input.type === "checkbox" && !input.checked ? "" : input.value;
 function valid() {  // whether all settings are; else the first bad one is shown
   const bad = inputs().find(fault);
-  if (bad) { panel.showPopover(); bad.closest("details")?.setAttribute("open", ""); bad.focus(); }
+  if (bad) { panel.showPopover(); at.more.open ||= at.more.contains(bad); bad.focus(); }
   return !bad;
 }
 function changed() {  // marks what differs from the default, and what is wrong
   let count = 0;
   for (const input of inputs()) {
-    const box = input.closest(".field"), why = fault(input), differs = entered(input) !== "";
-    if (box) { box.classList.toggle("changed", differs || why !== ""); count += differs; }
-    if (at[`why-${input.name}`] ??= document.getElementById(`why-${input.name}`))
-      at[`why-${input.name}`].textContent = why;
-    if (box && !why) chat.settings[input.name] = entered(input);
+    const box = input.closest(".field"), why = fault(input), differs = why || given(input);
+    if (!box) continue;
+    box.classList.toggle("changed", differs); count += differs ? 1 : 0;
+    if (!why) chat.settings[input.name] = given(input);
+    if (kinds.has(input.name) && at[`why-${input.name}`]) at[`why-${input.name}`].textContent = why;
   }
-  at.gear.textContent = count ? `Settings · ${count} changed` : "Settings";
+  at.gear.textContent = `Settings${count ? ` (${count} changed)` : ""}`;
 }
-function fill() {  // shows the settings of the conversation
+function fill(values = chat.settings) {  // shows the settings of the conversation
   for (const input of inputs()) {
-    const value = Object.hasOwn(chat.settings, input.name) ? chat.settings[input.name] : "";
-    if (input.type === "checkbox") input.checked = value !== "";
-    else if (input !== model || context.has(value)) input.value = value;
-    if (input === rival && !context.has(value)) input.value = "";
+    const value = Object.hasOwn(values, input.name) ? values[input.name] : "";
+    if (input.type === "checkbox") input.checked = value;
+    else if (context.has(value) || (input !== model && input !== rival)) input.value = value;
+    else input.selectedIndex = 0;
   }
   changed();
 }
-function valuesOf({ settings: given }) {  // by labs' own names
-  const names = [...kinds.keys()].filter((name) => Object.hasOwn(given, name) && given[name]);
-  return Object.fromEntries(names.map((name) => [name, valueOf(name, given[name])]));
+function valuesOf(owner) {  // by labs' own names
+  const names = [...kinds.keys()].filter((name) => owner.settings[name]);
+  return Object.fromEntries(names.map((name) => [name, valueOf(name, owner.settings[name])]));
 }
 function bodyOf(owner) {  // by OpenAI's names
   const { logprobs, ...values } = valuesOf(owner), body = { stream: true };
-  for (const [name, value] of Object.entries(values)) body[SENT[name] ?? name] = value;
+  for (const name of Object.keys(values)) body[SENT[name] ?? name] = values[name];
   if (logprobs) Object.assign(body, { logprobs: true, top_logprobs: logprobs });
-  return Object.assign(body, { stream_options: { include_usage: true } });
+  return { ...body, stream_options: { include_usage: true } };
 }
 
-// ------------------------------------------------ conversations: one key of localStorage each
+// ---------------- conversations: one key of localStorage each
 const draw = () => Date.now().toString(36) + Math.random().toString(36).slice(2);
 const empty = () => ({ id: draw(), name: "", turns: [], settings: { ...chat?.settings } });
-const isText = (value) => typeof value === "string";
-function turnOf(given) {  // a turn of a file or of the storage, with nothing unknown; or an error
-  const { role, content, reasoning_content, tool_calls, tool_call_id, page } = Object(given);
-  const calls = tool_calls?.map(({ id, function: { name, arguments: more } }) =>
-    ({ id, type: "function", function: { name: `${name}`, arguments: `${more}` } }));
-  if (!["user", "assistant", "tool"].includes(role) || !isText(content ?? "")) throw Error("no turn");
-  const turn = { role, content: content ?? "", page: page ? { ...page } : {} };
+function turnOf({ role, content, reasoning_content, tool_calls, tool_call_id, page }) {
+  const turn = { role, content: content ?? "", page: { ...page } };  // with nothing unknown
+  if (!["user", "assistant", "tool"].includes(role)) throw Error("unknown role");
   if (page?.other) turn.page.other = turnOf(page.other);
-  if (isText(reasoning_content)) turn.reasoning_content = reasoning_content;
-  if (calls?.length) turn.tool_calls = calls;
-  return isText(tool_call_id) ? { ...turn, tool_call_id } : turn;
+  if (reasoning_content) turn.reasoning_content = reasoning_content;
+  if (tool_calls) turn.tool_calls = tool_calls.map(({ id, function: { name, arguments: more } }) =>
+    ({ id, type: "function", function: { name: `${name}`, arguments: `${more}` } }));
+  if (tool_call_id) turn.tool_call_id = tool_call_id;
+  for (const each of [turn.content, reasoning_content, tool_call_id])
+    if (each && typeof each !== "string") throw Error("not a text");
+  return turn;
 }
 function session(name, value) {  // kept until the tab is closed, if the browser allows it
   try {
@@ -110,24 +110,9 @@ function session(name, value) {  // kept until the tab is closed, if the browser
 }
 function read(name) {  // a stored conversation, or null if it cannot be read
   try {
-    const { turns, settings: given, ...rest } = JSON.parse(localStorage.getItem(name));
-    return { ...rest, id: name.slice(memory.length), turns: turns.map(turnOf), settings: { ...given } };
+    const found = JSON.parse(localStorage.getItem(name));
+    return { ...found, turns: found.turns.map(turnOf), settings: { ...found.settings } };
   } catch { return null; }
-}
-function save(owner = chat) {
-  owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
-  if (!owner.turns.length && !owner.name) return;
-  try {
-    const there = read(memory + owner.id);
-    if (there && there.version !== owner.version) {
-      Object.assign(owner, { id: draw(), name: `${owner.name} (copy)` });
-      say("Another tab changed this conversation too. Both versions are kept.");
-    }
-    Object.assign(owner, { version: draw(), at: Date.now() });
-    const without = (name, value) => name === "tokens" ? undefined : value;  // these are large
-    localStorage.setItem(memory + owner.id, JSON.stringify(owner, without));
-  } catch { say("This browser stores nothing more: export this conversation, or delete others."); }
-  showList();
 }
 function stored() {
   try {
@@ -135,24 +120,37 @@ function stored() {
     return names.map(read).filter(Boolean).sort((a, b) => b.at - a.at);
   } catch { return []; }
 }
+function save(owner = chat) {
+  owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
+  const there = read(memory + owner.id);
+  if (there && there.version !== owner.version) {
+    Object.assign(owner, { id: draw(), name: `${owner.name} (copy)` });
+    say("Another tab changed this conversation too. Both versions are kept.");
+  }
+  Object.assign(owner, { version: draw(), at: Date.now() });
+  const written = JSON.stringify(owner, (name, value) => name === "tokens" ? undefined : value);
+  try { if (owner.name) localStorage.setItem(memory + owner.id, written); }
+  catch { say("This browser stores nothing more. Export this conversation, or delete others."); }
+  showList();
+}
 function showList() {
   const sought = find.value.toLowerCase(), all = stored();
-  if (!all.some(({ id }) => id === chat.id) && chat.turns.length) all.unshift(chat);
+  if (chat.name && !all.some(({ id }) => id === chat.id)) all.unshift(chat);  // it is not stored
   list.replaceChildren();
-  for (const each of all) if (!sought || JSON.stringify([each.name, each.turns.map((turn) =>
-    turn.content)]).toLowerCase().includes(sought)) {
-    const row = add(list, "li"), open_ = button(row, each.name || "Untitled", () => open(each));
-    if (each.id !== chat.id) continue;
-    open_.setAttribute("aria-current", "true");
-    const more = add(row, "div", "actions");
-    button(more, "Rename", () => rename(open_)); button(more, "Delete", remove);
-    button(more, "Export", () => download([chat]));
+  for (const each of all) {
+    const texts = [each.name, ...each.turns.map(({ content }) => content)];
+    if (!texts.some((text) => text.toLowerCase().includes(sought))) continue;
+    const row = add(list, "li"), mine = each.id === chat.id;
+    const shown = button(row, each.name, () => open(each), { ariaCurrent: mine });
+    const more = mine && add(row, "div.actions");
+    if (more) for (const [label, action] of [["Rename", () => rename(shown)], ["Delete", remove],
+      ["Export", () => download([chat])]]) button(more, label, action);
   }
-  if (!list.children.length) add(list, "li", "quiet", sought ? "Nothing found" : "No conversations yet");
+  if (!list.firstChild) add(list, "li.quiet", sought ? "Nothing found" : "No conversations yet");
 }
 function rename(shown) {
-  const input = Object.assign(add(shown.parentElement, "input"), { value: chat.name, maxLength: 200 });
-  shown.replaceWith(input); input.setAttribute("aria-label", "Name"); input.select();
+  const input = add(shown.parentElement, "input", "", { value: chat.name, ariaLabel: "Name" });
+  shown.replaceWith(input); input.select();
   input.onkeydown = ({ key: pressed, isComposing }) => {
     if (pressed === "Escape") input.value = chat.name;
     if (["Enter", "Escape"].includes(pressed) && !isComposing) input.blur();
@@ -166,36 +164,33 @@ function remove() {
   say("The conversation was deleted.", "Undo", () => { save(gone); open(gone); });
 }
 function open(next) {
-  request?.abort(); [chat, edited] = [next, null];
-  session("chat", chat.id);
+  request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);
   fill(); show(); showList(); text.focus();
   if (chats.matches(":popover-open")) chats.hidePopover();
+}
+function messagesOf({ settings: { system: content } }, turns) {
+  const first = content ? [{ role: "system", content }] : [];
+  return [...first, ...turns.map(({ page, tokens, ...message }) => message)];
 }
 function download(conversations) {  // lines that labs-gen batch reads
   const lines = conversations.map((each) => JSON.stringify({
     id: `${each.name} #${each.id}`, messages: messagesOf(each, each.turns), ...valuesOf(each) }));
-  const url = URL.createObjectURL(new Blob([lines.join("\n"), "\n"], { type: "application/jsonl" }));
-  Object.assign(document.createElement("a"), { href: url, download: "conversations.jsonl" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60000);
+  const href = URL.createObjectURL(new Blob([lines.join("\n"), "\n"]));
+  add(document.body, "a", "", { href, download: "conversations.jsonl", hidden: true }).click();
 }
-async function take(file) {
+async function take(file) {  // reads such lines again
   const wrong = [];
   let count = 0;
   for (const [i, line] of (await file.text()).split("\n").entries()) if (line.trim())
     try {
-      const { id, messages, ...given } = JSON.parse(line), made = { ...empty(), settings: {} };
-      const [first, ...rest] = messages, held = first.role === "system";
-      made.name = `${id ?? file.name}`.replace(/ #\w+$/, "");
-      for (const name of kinds.keys()) if (Object.hasOwn(given, name) && given[name] !== null)
-        made.settings[name] = JSON.stringify(given[name]);
-      if (held) made.settings.system = first.content;
-      made.turns = (held ? rest : messages).map((each) => turnOf({ ...each, page: null }));
+      const { id = file.name, messages, ...values } = JSON.parse(line), made = empty();
+      const system = messages[0].role === "system" ? messages.shift().content : "";
+      Object.assign(made, { name: `${id}`.replace(/ #\w+$/, ""), settings: { system },
+        turns: messages.map(({ page, ...each }) => turnOf(each)) });
+      for (const name of kinds.keys())
+        if (Object.hasOwn(values, name)) made.settings[name] = JSON.stringify(values[name]);
       save(made); count++;
     } catch { wrong.push(i + 1); }
-  say(`${count} conversations were imported.${wrong.length ? ` These lines hold none: ${wrong}.` : ""}`);
-}
-function messagesOf(owner, turns) {
-  const first = owner.settings.system ? [{ role: "system", content: owner.settings.system }] : [];
-  return [...first, ...turns.map(({ page, tokens, ...message }) => message)];
+  say(`${count} conversations imported.${wrong.length ? ` Lines without one: ${wrong}.` : ""}`);
 }
 """

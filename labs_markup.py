@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of the chat page's script that shows Markdown as it streams.
+"""The part of the chat page's script that shows texts: Markdown as it streams, and tokens.
 
-Every text of a model becomes a text node; each place of a text is read a bounded number of times.
+Every text becomes a text node, never markup. Each place of a text is read a bounded number of
+times, and a text that grows is drawn again from its last block on.
 """
 
 SCRIPT = r"""
-// ------------------------------------------------ elements: every text becomes a text node
-function add(parent, tag, className = "", textContent = "") {
-  return parent.appendChild(Object.assign(document.createElement(tag), { className, textContent }));
+function add(parent, name, textContent = "", more = {}) {  // name: tag, or tag.class
+  const [tag, className = ""] = name.split(".");
+  const made = Object.assign(document.createElement(tag), { className, textContent }, more);
+  return parent.appendChild(made);
 }
-function button(parent, label, onclick, more) {
-  const made = Object.assign(add(parent, "button", "", label), { type: "button", onclick });
-  for (const [name, value] of Object.entries(more ?? {})) made.setAttribute(name, value);
-  return made;
-}
-function say(words, label, action) {
-  notice.replaceChildren(words);
-  if (label) button(notice, label, () => { notice.replaceChildren(); action(); }).before(" ");
-}
+const button = (parent, label, onclick, more) =>
+  add(parent, "button", label, { type: "button", onclick, ...more });
 async function copy(content, source, shown) {  // without https, only the reader may copy
   try { await navigator.clipboard.writeText(content); source.textContent = "Copied"; }
-  catch { getSelection().selectAllChildren(shown); source.textContent = "Selected: press Ctrl+C"; }
+  catch { getSelection().selectAllChildren(shown); source.textContent = "Press Ctrl+C"; }
 }
 
-// ------------------------------------------------ Markdown: each place of a text is read once
+// ---------------- Markdown
 const FENCE = /^ *(```+|~~~+)([^`]*)$/, HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/, DASHES = /^[ |:-]*-[ |:-]*$/;
 const LINK = /(!?)\[([^[\]]{0,300})\]\(([^()\s]{1,2000}(?:\([^()\s]{0,200}\)[^()\s]{0,200})?)\)/y;
@@ -33,44 +28,45 @@ const MARKS = { "**": "strong", __: "strong", "~~": "del", "*": "em", _: "em" };
 const match = (pattern, words, place) => { pattern.lastIndex = place; return pattern.exec(words); };
 const ruled = (line, bare = line.replaceAll(" ", "")) =>
   bare.length > 2 && "-*_".includes(bare[0]) && bare === bare[0].repeat(bare.length);
-const begins = (line) => FENCE.test(line) || HEADING.test(line) || ITEM.test(line) || line[0] === ">";
+const begins = (line) => line[0] === ">" || line[0] === "|" || ruled(line) ||
+  [FENCE, HEADING, ITEM].some((each) => each.test(line));
 
 function writer(parent, cite) {  // returns a function that shows a text which only grows
-  let done = 0, tail = [];
+  let done = 0, kept = 0;
   return (words) => {
     const end = settled(words, done);
-    for (const each of tail) each.remove();
-    if (end > done) blocks(words.slice(done, end).split("\n"), parent, cite);
-    const first = parent.childNodes.length;
+    while (parent.childNodes.length > kept) parent.lastChild.remove();
+    blocks(words.slice(done, end).split("\n"), parent, cite);
+    kept = parent.childNodes.length;
     blocks(words.slice(done = end).split("\n"), parent, cite);
-    tail = [...parent.childNodes].slice(first);
   };
 }
 function settled(words, start) {  // where the last block begins: only that one may still change
   let fence = "", blank = false, found = start;
   for (let i = start, end; (end = words.indexOf("\n", i)) >= 0; i = end + 1) {
-    const line = words.slice(i, end), [, mark] = FENCE.exec(line) ?? [];
+    const line = words.slice(i, end), [, mark = ""] = FENCE.exec(line) ?? [];
     if (blank && !fence && line.trim() && line[0] !== " " && !ITEM.test(line)) found = i;
-    if (!fence) fence = mark ?? ""; else if (line.trim() === mark && mark.startsWith(fence)) fence = "";
+    if (!fence) fence = mark;
+    else if (mark.startsWith(fence) && line.trim() === mark) fence = "";
     blank = !line.trim();
   }
   return found;
 }
 function blocks(lines, parent, cite, depth = 0) {
   for (let i = 0, end; i < lines.length; i = end) {
-    const line = lines[i], fence = FENCE.exec(line), heading = HEADING.exec(line);
+    const line = lines[i], [, mark, language] = FENCE.exec(line) ?? [], head = HEADING.exec(line);
     const take = (stops) => {
       for (end = i + 1; end < lines.length && !stops(lines[end]); end++);
       return lines.slice(i, end);
     };
     end = i + 1;
     if (!line.trim()) continue;
-    if (fence) {
-      const [, mark, language] = fence, closes = (each) => each.trim().startsWith(mark) &&
-        !each.trim().replaceAll(mark[0], "");
-      code(parent, language.trim().split(" ")[0].slice(0, 40), take(closes).slice(1).join("\n"));
+    if (mark) {
+      const inner = take((each) => FENCE.exec(each)?.[1].startsWith(mark) && !each.trim().replaceAll(
+        mark[0], ""));
+      code(parent, language.trim().split(" ")[0].slice(0, 40), inner.slice(1).join("\n"));
       end++;
-    } else if (heading) inline(add(parent, "h3", `level${heading[1].length}`), heading[2], cite);
+    } else if (head) inline(add(parent, `h3.level${head[1].length}`), head[2], cite);
     else if (ruled(line)) add(parent, "hr");
     else if (line[0] === ">" && depth < 8) {
       const inner = take((each) => each[0] !== ">").map((each) => each.replace(/^> ?/, ""));
@@ -78,82 +74,75 @@ function blocks(lines, parent, cite, depth = 0) {
     } else if (ITEM.test(line) && depth < 8) end = items(lines, i, parent, cite, depth);
     else if (line.includes("|") && lines[i + 1]?.includes("|") && DASHES.test(lines[i + 1]))
       table(parent, take((each) => !each.includes("|")), cite);
-    else {
-      const inner = take((each) => !each.trim() || begins(each) || ruled(each));
-      inline(add(parent, "p"), inner.join("\n"), cite);
-    }
+    else inline(add(parent, "p"), take((each) => !each.trim() || begins(each)).join("\n"), cite);
   }
 }
-function items(lines, start, parent, cite, depth) {  // returns the number of the line after the list
-  const [, indent, sign] = ITEM.exec(lines[start]), ordered = /\d/.test(sign);
-  const made = add(parent, ordered ? "ol" : "ul"), deep = (line) => line.search(/[^ ]|$/);
-  if (ordered) made.start = parseInt(sign, 10);
+function items(lines, start, parent, cite, depth) {  // returns the number of the line after them
+  const [, indent, sign] = ITEM.exec(lines[start]), number = parseInt(sign, 10);
+  const made = add(parent, number >= 0 ? "ol" : "ul"), deep = (line) => line.search(/[^ ]|$/);
+  if (number >= 0) made.start = number;
   for (let i = start; ;) {
-    const item = ITEM.exec(lines[i]), inner = [lines[i].slice(item[0].length)];
+    const [{ length }] = ITEM.exec(lines[i]), inner = [lines[i].slice(length)];
     let blank = false;
     for (i++; i < lines.length; blank = !lines[i++].trim()) {
-      const line = lines[i], own = deep(line) > indent.length;
-      if (line.trim() && !own && (blank || begins(line))) break;
-      inner.push(line.slice(Math.min(item[0].length, deep(line))));
+      const line = lines[i];
+      if (line.trim() && deep(line) <= indent.length && (blank || begins(line))) break;
+      inner.push(line.slice(Math.min(length, deep(line))));
     }
     blocks(inner, add(made, "li"), cite, depth + 1);
     const next = ITEM.exec(lines[i] ?? "");
-    if (!next || /\d/.test(next[2]) !== ordered || ruled(lines[i])) return i;
+    if (!next || ruled(lines[i]) || parseInt(next[2], 10) >= 0 !== number >= 0) return i;
   }
 }
-function table(parent, lines, cite) {
-  const cells = (line) => line.trim().replace(/^\|/, "").replace(/\|$/, "").split(/(?<!\\)\|/);
-  const box = add(parent, "div", "table"), made = add(box, "table"), head = cells(lines[0]);
-  box.tabIndex = 0;  // so that the arrow keys scroll it
-  lines.forEach((line, i) => {
-    const row = i !== 1 && add(made, "tr");
-    if (row) for (const cell of cells(line).slice(0, head.length))
+function table(parent, lines, cite) {  // tabIndex: the arrow keys scroll it
+  const made = add(add(parent, "div.table", "", { tabIndex: 0 }), "table");
+  const rows = lines.map((line) =>
+    line.trim().replace(/^\|/, "").replace(/\|$/, "").split(/(?<!\\)\|/));
+  rows.splice(1, 1);
+  rows.forEach((cells, i) => {
+    const row = add(made, "tr");
+    for (const cell of cells.slice(0, rows[0].length))
       inline(add(row, i ? "td" : "th"), cell.trim().replaceAll("\\|", "|"), cite);
   });
 }
 function code(parent, language, content) {
-  const box = add(parent, "figure"), head = add(box, "figcaption");
-  add(head, "span", "", language || "text");
-  const shown = add(box, "pre");
-  button(head, "Copy", ({ target }) => copy(content, target, shown), { "aria-label": "Copy code" });
-  add(shown, "code", "", content); shown.tabIndex = 0;
+  const box = add(parent, "figure"), head = add(box, "figcaption", `${language || "text"} `);
+  button(head, "Copy", ({ target }) => copy(content, target, shown), { ariaLabel: "Copy code" });
+  const shown = add(box, "pre", "", { tabIndex: 0 }); add(shown, "code", content);
 }
 function inline(parent, words, cite, inLink) {
-  const stack = [], missing = new Set();  // missing: lengths of ` runs that nothing closes any more
+  const stack = [], missing = new Set();  // missing: lengths of ` runs that nothing closes
   let start = 0, here = parent, from = 0;
   const put = (end, next) => { here.append(words.slice(start, end)); start = from = next; };
   for (let found; (found = match(SPECIAL, words, from)); ) {
-    const i = found.index, char = words[i], [run = ""] = match(RUN, words, i) ?? [];
-    const link = !inLink && match(LINK, words, i), url = link && safe(link[3]);
-    const cited = match(CITED, words, i), address = !inLink && match(ADDRESS, words, i);
+    const i = found.index, [run = ""] = match(RUN, words, i) ?? [], cited = match(CITED, words, i);
+    const link = !inLink && (match(LINK, words, i) ?? match(ADDRESS, words, i));
+    const url = link && safe(link[3] ?? link[0]);
     from = i + Math.max(run.length, 1);
-    if (char === "\\" && /[!-/:-@[-`{-~]/.test(words[i + 1] ?? "")) { put(i, i + 1); from++; }
-    else if (char === "`") {
-      const end = missing.has(run) ? -1 : closing(words, run, from);
-      if (end < 0) { missing.add(run); continue; }
-      const inner = words.slice(from, end);
-      put(i, end + run.length); add(here, "code", "", inner);
-    } else if (url) { put(i, i + link[0].length); anchor(here, url, link[2], link[1]); }
+    if (url) { put(i, i + link[0].length); anchor(here, url, link[2] ?? link[0], link[1]); }
     else if (cited && cite?.(cited[1])) {
-      put(i, i + cited[0].length); button(here, cited[0], cite(cited[1]), { class: "cite" });
-    } else if (address && safe(address[0])) {
-      put(i, i + address[0].length); anchor(here, safe(address[0]), address[0]);
+      put(i, i + cited[0].length); button(here, cited[0], cite(cited[1]), { className: "cite" });
+    } else if (words[i] === "\\" && /[!-/:-@[-`{-~]/.test(words[i + 1] ?? "")) {
+      put(i, i + 1); from++;
+    } else if (run[0] === "`") {
+      const first = from, end = missing.has(run) ? -1 : closing(words, run, first);
+      if (end < 0) { missing.add(run); continue; }
+      put(i, end + run.length); add(here, "code", words.slice(first, end));
     } else if (run && run.length < 4) emphasis(i);
   }
   put(words.length); while (stack.length) unwrap(stack.pop());
   function emphasis(i) {
-    const top = stack.at(-1)?.mark, fits = (each) => each && words.startsWith(each, i);
+    const fits = (each) => each && words.startsWith(each, i), top = stack.at(-1)?.mark;
     const mark = fits(top) ? top : Object.keys(MARKS).find(fits), letter = /[\p{L}\p{N}]/u;
     if (!mark) return;
     const before = words[i - 1] ?? " ", after = words[i + mark.length] ?? " ";
     const inside = mark[0] === "_", open = stack.find((each) => each.mark === mark);
     from = i + mark.length;
-    if (open) {
-      if (open.end === i || /\s/.test(before) || (inside && letter.test(after))) return;
+    if (!open && /\S/.test(after) && !(inside && letter.test(before))) {
+      put(i, from); stack.push({ mark, end: from, node: here = add(here, MARKS[mark]) });
+    } else if (open && open.end < i && /\S/.test(before) && !(inside && letter.test(after))) {
       put(i, from); while (stack.at(-1) !== open) unwrap(stack.pop());
       stack.pop(); here = stack.at(-1)?.node ?? parent;
-    } else if (!/\s/.test(after) && !(inside && letter.test(before))) {
-      put(i, from); stack.push({ mark, node: here = add(here, MARKS[mark]), end: from });
     }
   }
 }
@@ -169,13 +158,55 @@ function closing(words, run, from) {
 }
 function safe(address) {
   const url = URL.canParse(address) && new URL(address);
-  return url && ["http:", "https:", "mailto:"].includes(url.protocol) ? url : null;
+  return url && ["http:", "https:", "mailto:"].includes(url.protocol) && url;
 }
 function anchor(parent, url, label, image) {  // an image is not loaded: its server would see it
-  const link = Object.assign(add(parent, "a"), { href: url.href, target: "_blank" });
-  link.rel = "noopener noreferrer"; link.referrerPolicy = "no-referrer";
-  inline(link, image ? `Image: ${label}` : label, null, true);
-  if (label !== url.href && label !== url.href.replace(/\/$/, ""))
-    add(link, "small", "host", ` (${url.host || url.pathname})`);
+  const link = add(parent, "a", "", { href: url.href, target: "_blank", rel: "noopener noreferrer",
+    referrerPolicy: "no-referrer" });
+  inline(link, image ? `Image: ${label}` : label || url.href, null, true);
+  if (label && safe(label).href !== url.href)
+    add(link, "small.host", ` (${url.host || url.pathname})`);
+}
+
+// ---------------- tokens with their probabilities
+function spell({ bytes, token }) {  // a token may end inside a character
+  try { return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes)) || token; }
+  catch { return `‹${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`; }
+}
+function tokens(parent) {  // returns a function that shows the tokens so far
+  const label = "Tokens of the answer; the arrow keys tell of each";
+  const box = add(parent, "div", "", { tabIndex: 0, role: "group", ariaLabel: label });
+  let found = [], here = 0;
+  const hide = () => { tip.hidden = true; box.children[here]?.classList.remove("at"); };
+  const tell = (next) => {
+    hide(); here = Math.max(0, Math.min(next, found.length - 1));
+    if (found[here]) rivals(box.children[here], found[here]);
+  };
+  box.onpointerover = box.onclick = ({ target }) =>
+    target !== box && tell([...box.children].indexOf(target));
+  box.onfocus = () => tell(here); box.onpointerleave = box.onblur = hide;
+  box.onkeydown = (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step) tell(here + step); else if (event.key === "Escape") hide();
+  };
+  return (_, turn) => {
+    for (const each of (turn.tokens ?? []).slice(found.length)) {
+      const level = [.9, .5, .2].filter((share) => Math.exp(each.logprob) < share).length;
+      add(box, `span.p${level}`, spell(each));
+    }
+    found = [...turn.tokens ?? []];
+  };
+}
+function rivals(span, one) {  // what else the model thought of at this place, with bars
+  span.classList.add("at"); tip.replaceChildren(); tip.hidden = false;
+  for (const each of [one, ...one.top_logprobs.filter(({ token }) => token !== one.token)]) {
+    const row = add(tip, "div"), value = Math.exp(each.logprob);
+    add(row, each === one ? "strong" : "span", JSON.stringify(spell(each)).slice(1, -1));
+    add(row, "meter", "", { value, ariaLabel: "Probability" });
+    add(row, "span", `${(100 * value).toFixed(1)} %`);
+  }
+  const { left, bottom, top } = span.getBoundingClientRect(), { offsetWidth, offsetHeight } = tip;
+  tip.style.top = `${bottom + offsetHeight < innerHeight ? bottom : top - offsetHeight}px`;
+  tip.style.left = `${Math.max(0, Math.min(left, innerWidth - offsetWidth))}px`;
 }
 """
