@@ -56,13 +56,12 @@ function valid() {  // whether all settings are; else the first bad one is shown
   if (bad) { panel.showPopover(); at.more.open ||= at.more.contains(bad); bad.focus(); }
   return !bad;
 }
-function changed() {  // marks what differs from the default, and what is wrong
+function changed(keep) {  // marks what differs from the default, and what is wrong
   let count = 0;
   for (const input of inputs()) {
     const box = input.closest(".field"), why = fault(input), differs = why || given(input);
-    if (!box) continue;
     box.classList.toggle("changed", differs); count += differs ? 1 : 0;
-    if (!why) chat.settings[input.name] = given(input);
+    if (keep && !why) chat.settings[input.name] = given(input);
     if (kinds.has(input.name) && at[`why-${input.name}`]) at[`why-${input.name}`].textContent = why;
   }
   at.gear.textContent = `Settings${count ? ` (${count} changed)` : ""}`;
@@ -71,9 +70,10 @@ function fill(values = chat.settings) {  // shows the settings of the conversati
   for (const input of inputs()) {
     const value = Object.hasOwn(values, input.name) ? values[input.name] : "";
     if (input.type === "checkbox") input.checked = value;
-    else if (context.has(value) || (input !== model && input !== rival)) input.value = value;
+    else if (input !== rival || context.has(value)) input.value = value;
     else input.selectedIndex = 0;
   }
+  if (context.has(values.model)) model.value = values.model;
   changed();
 }
 function valuesOf(owner) {  // by labs' own names

@@ -62,8 +62,8 @@ function blocks(lines, parent, cite, depth = 0) {
     end = i + 1;
     if (!line.trim()) continue;
     if (mark) {
-      const inner = take((each) => FENCE.exec(each)?.[1].startsWith(mark) && !each.trim().replaceAll(
-        mark[0], ""));
+      const closes = (each) => each.trim() === FENCE.exec(each)?.[1] && each.includes(mark);
+      const inner = take(closes);
       code(parent, language.trim().split(" ")[0].slice(0, 40), inner.slice(1).join("\n"));
       end++;
     } else if (head) inline(add(parent, `h3.level${head[1].length}`), head[2], cite);
@@ -128,12 +128,12 @@ function inline(parent, words, cite, inLink) {
       const first = from, end = missing.has(run) ? -1 : closing(words, run, first);
       if (end < 0) { missing.add(run); continue; }
       put(i, end + run.length); add(here, "code", words.slice(first, end));
-    } else if (run && run.length < 4) emphasis(i);
+    } else if (run && run.length < 4) emphasis(i, run);
   }
   put(words.length); while (stack.length) unwrap(stack.pop());
-  function emphasis(i) {
+  function emphasis(i, { length }) {
     const fits = (each) => each && words.startsWith(each, i), top = stack.at(-1)?.mark;
-    const mark = fits(top) ? top : Object.keys(MARKS).find(fits), letter = /[\p{L}\p{N}]/u;
+    const mark = [length > 2 && top, ...Object.keys(MARKS)].find(fits), letter = /[\p{L}\p{N}]/u;
     if (!mark) return;
     const before = words[i - 1] ?? " ", after = words[i + mark.length] ?? " ";
     const inside = mark[0] === "_", open = stack.find((each) => each.mark === mark);

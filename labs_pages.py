@@ -26,7 +26,8 @@ main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } 
 #log:not(:empty) + #hint, .field:not(.changed) > button { display: none }
 button, select, input, textarea { padding: 5px 10px; border: 1px solid var(--line);
   border-radius: 8px; background: var(--ground); flex: none } button { cursor: pointer }
-:focus-visible { outline: 2px solid var(--accent) } select { max-width: 30%; flex: 0 1 auto }
+:focus-visible { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
+  min-width: 0; text-overflow: ellipsis }
 textarea, .field > :is(input, select) { width: 100%; max-width: none; max-height: 30dvh;
   flex: 1; resize: none; field-sizing: content }
 #send { background: #2457b8; border-color: #2457b8; color: #fff; align-self: end }
@@ -52,7 +53,7 @@ small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !i
 .card, figure, .pair > * { border: 1px solid var(--line); border-radius: 10px }
 .card, .pair > * { padding: .6rem; margin: .5rem 0 }
 p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
-.text > :first-child, li > p { margin-top: 0 } li > p { margin-bottom: 0 }
+.text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
 .level1 { font-size: 1.35rem } .level2 { font-size: 1.2rem } .level3 { font-size: 1.08rem }
 del { text-decoration: line-through } code, a { unicode-bidi: isolate }
 code, pre { font: 13px/1.5 ui-monospace, monospace } :not(pre) > code { background: var(--soft) }
@@ -70,30 +71,36 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 #tip { position: fixed; padding: .5rem; border: 1px solid; background: var(--ground) }
 #tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
 #tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
-.field { margin: .7rem 0 } .changed label { color: var(--accent) } .field button { float: right }
+.field { margin: .7rem 0 } .changed label { color: var(--accent) }
+.field button { float: right; padding: 0 8px }
 .skip:not(:focus), .said { position: fixed; left: -99rem }
 """
 
 BODY = r"""
-<a class="skip" href="#text">Skip to the message</a><nav id="chats" popover
-aria-label="Conversations"><button id="fresh">New chat</button><input id="find" type="search"
-placeholder="Search" aria-label="Search conversations"><ul id="list"></ul><div class="row">
-<button id="exportAll">Export all</button><button id="importer">Import</button><input id="file"
-type="file" hidden></div></nav><div id="page"><header><button class="narrow" popovertarget="chats"
-aria-label="Conversations">☰</button><h1>labs</h1><select id="model" aria-label="Model"></select>
-<select id="rival" aria-label="Second model"></select><button id="gear" popovertarget="panel">
-Settings</button></header><main tabindex="0" aria-label="Conversation"><div id="log" role="log"
-aria-live="off"></div><p id="hint" class="quiet">Ask something. The model runs on this server;
-conversations are kept in this browser only.</p></main><footer><div id="notice" role="status">
-</div><div class="row"><textarea id="text" aria-label="Message" placeholder="Message">
-</textarea><button id="send">Send</button></div></footer></div><section id="panel" popover
-aria-label="Settings"><form id="settings"><div class="row"><strong>Settings</strong><button
-type="button" id="reset">Reset all</button><button type="button" popovertarget="panel">Close
-</button></div><div class="field"><label for="system">System message</label><textarea id="system"
-name="system"></textarea></div><div class="field"><label><input type="checkbox" name="logprobs"
-value="5"> Probabilities</label><small>Show how likely each token was, and its rivals.</small></div>
-<div id="usual"></div><details id="more"><summary>More settings</summary><div id="rest"></div>
-</details><div class="field"><label for="key">API key</label><input id="key" type="password"
+<a class="skip" href="#text">Skip to the message</a>
+<nav id="chats" popover aria-label="Conversations"><button id="fresh">New chat</button>
+<input id="find" type="search" placeholder="Search" aria-label="Search conversations">
+<ul id="list"></ul><div class="row"><button id="exportAll">Export all</button>
+<button id="importer">Import</button><input id="file" type="file" hidden></div></nav>
+<div id="page"><header><button class="narrow" popovertarget="chats" aria-label="Conversations">☰
+</button><h1>labs</h1><select id="model" aria-label="Model"></select>
+<button id="gear" popovertarget="panel">Settings</button></header>
+<main tabindex="0" aria-label="Conversation"><div id="log" role="log" aria-live="off"></div>
+<p id="hint" class="quiet">Ask something. The model runs on this server; conversations are kept
+in this browser only.</p></main><footer><div id="notice" role="status"></div><div class="row">
+<textarea id="text" aria-label="Message" placeholder="Message"></textarea>
+<button id="send">Send</button></div></footer></div>
+<section id="panel" popover aria-label="Settings"><form id="settings"><div class="row">
+<strong>Settings</strong><button type="button" id="reset">Reset all</button>
+<button type="button" popovertarget="panel">Close</button></div>
+<div class="field"><label for="system">System message</label>
+<textarea id="system" name="system"></textarea></div>
+<div class="field"><label><input type="checkbox" name="logprobs" value="5"> Probabilities</label>
+<small>Show how likely each token was, and its rivals.</small></div>
+<div class="field"><label for="rival">Second model, side by side</label>
+<select id="rival" name="rival"></select></div><div id="usual"></div>
+<details id="more"><summary>More settings</summary><div id="rest"></div></details>
+<div class="field"><label for="key">API key</label><input id="key" type="password"
 autocomplete="off"><small>Kept until this tab is closed.</small></div></form></section>
 <div id="tip" role="status" hidden></div><div class="said" id="said" aria-live="polite"></div>
 """
@@ -128,7 +135,7 @@ async function start() {
     context = new Map(chats.map(({ id, context_length }) => [id, context_length]));
     const options = () => chats.map(({ id }) => new Option(id));
     model.replaceChildren(...options());
-    rival.replaceChildren(new Option("No second model", ""), ...options());
+    rival.replaceChildren(new Option("none", ""), ...options());
     fill(); say(chats.length ? "" : "This server has no model that writes text.");
   } catch (error) { say(error.message, "Try again", start); }
 }
@@ -201,7 +208,7 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
     if (!mode || (!over && mode !== first)) set(first); else write(turn.content, turn);
     figures.textContent = [...page.notes ?? [], page.figures, page.problem].filter(Boolean)
       .join(" · ");
-    figures.classList.toggle("error", page.problem); box.classList.toggle("busy", !over);
+    figures.classList.toggle("error", !!page.problem); box.classList.toggle("busy", !over);
     more.replaceChildren(); sources(more, turn, held); cards(more, turn, over); act(over);
   };
   views.set(turn, () => {  // drawing takes a fifth of the time at most, however long the text
@@ -240,7 +247,8 @@ function cards(parent, turn, over) {  // calls of tools, and fields for their re
 function sources(parent, { page }, held) {  // the passages that [n] cites
   for (const { n, path, heading } of page.documents ?? []) {
     const box = add(parent, "details.source"), where = [path, heading].filter(Boolean);
-    add(box, "summary", `[${n}] ${where.join(" › ")}`); const passage = add(box, "div.raw", "…");
+    add(box, "summary", `[${n}] ${where.join(" › ")}`);
+    const passage = add(box, "div.raw", "…");
     box.ontoggle = async () => {  // /explain shows the prompt, and in it the passages
       const messages = messagesOf(chat, chat.turns.slice(0, chat.turns.indexOf(held)));
       const body = JSON.stringify({ messages, model: page.model || null, documents: true });
@@ -374,11 +382,11 @@ at.fresh.onclick = () => { say(""); open(empty()); };
 find.oninput = showList; at.exportAll.onclick = () => download(stored());
 at.importer.onclick = () => at.file.click(); at.file.onchange = () => take(at.file.files[0]);
 settings.onsubmit = () => false; settings.oninput = changed;
-settings.onchange = model.onchange = rival.onchange = () => {
-  Object.assign(chat.settings, { model: model.value, rival: rival.value });
-  changed(); chat.skip = 0; if (chat.turns.length && !request) save();
+settings.onchange = model.onchange = () => {
+  chat.settings.model = model.value; chat.skip = 0; changed(true);
+  if (chat.turns.length && !request) save();
 };
-at.reset.onclick = () => { fill({ model: model.value, rival: rival.value }); settings.onchange(); };
+at.reset.onclick = () => { fill({}); settings.onchange(); };
 key.onchange = () => { session("key", key.value); start(); };
 addEventListener("pagehide", () => { if (request) save(); });
 addEventListener("storage", ({ key: name }) => {  // another tab changed something
