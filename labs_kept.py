@@ -129,8 +129,10 @@ function save(owner = chat) {
   }
   Object.assign(owner, { version: draw(), at: Date.now() });
   const written = JSON.stringify(owner, (name, value) => name === "tokens" ? undefined : value);
-  try { if (owner.name) localStorage.setItem(memory + owner.id, written); }
-  catch { say("This browser stores nothing more. Export this conversation, or delete others."); }
+  try {
+    if (owner.turns.length) localStorage.setItem(memory + owner.id, written);
+    else { owner.name = ""; localStorage.removeItem(memory + owner.id); }
+  } catch { say("This browser stores nothing more. Export this conversation, or delete others."); }
   showList();
 }
 function showList() {

@@ -136,7 +136,7 @@ async function start() {
     const options = () => chats.map(({ id }) => new Option(id));
     model.replaceChildren(...options());
     rival.replaceChildren(new Option("none", ""), ...options());
-    fill(); say(chats.length ? "" : "This server has no model that writes text.");
+    fill(); if (!chats.length) say("This server has no model that writes text.");
   } catch (error) { say(error.message, "Try again", start); }
 }
 async function* events({ body }) {  // yields each data line; a chunk may end inside a line
@@ -387,7 +387,7 @@ settings.onchange = model.onchange = () => {
   if (chat.turns.length && !request) save();
 };
 at.reset.onclick = () => { fill({}); settings.onchange(); };
-key.onchange = () => { session("key", key.value); start(); };
+key.onchange = () => { say(""); session("key", key.value); start(); };
 addEventListener("pagehide", () => { if (request) save(); });
 addEventListener("storage", ({ key: name }) => {  // another tab changed something
   const there = name === memory + chat.id && !request && read(name);

@@ -113,7 +113,7 @@ class Tab:
         self.text = page.get_by_label("Message", exact=True)
         self.stop = page.get_by_role("button", name="Stop")
         self.send = page.get_by_role("button", name="Send")
-        self.models = page.get_by_label("Model").locator("option")
+        self.models = page.locator("#model option")
         self.log = page.get_by_role("log")
         self.answer = page.locator("article.model").last
         self.notes = page.locator("article.model > small")
