@@ -26,8 +26,8 @@ function field(parent, name, schema) {
   button(box, "Reset", reset, { ariaLabel: `Reset ${name}` });
   const input = add(box, choices ? "select" : number ? "input" : "textarea", "", { id, name });
   if (choices) input.append(new Option("default", ""), ...choices.map((each) =>
-    new Option({ true: "yes", false: "no" }[each] ?? each, JSON.stringify(each))));
-  else input.placeholder = number ? "default" : name === "stop" ? "text, or a JSON list" : "JSON";
+    new Option(each, JSON.stringify(each))));
+  else input.placeholder = number ? "default" : "JSON";
   if (number) Object.assign(input, { type: "number", min: kind.minimum, max: most,
     step: kind.type === "integer" ? 1 : "any" });
   const about = [schema.description, number && `From ${kind.minimum} to ${most}.`,
@@ -53,7 +53,7 @@ const inputs = () => [...settings.elements].filter(({ name }) => name);
 const given = (input) => input.type === "checkbox" && !input.checked ? "" : input.value;
 function valid() {  // whether all settings are; else the first bad one is shown
   const bad = inputs().find(fault);
-  if (bad) { panel.showPopover(); at.more.open ||= at.more.contains(bad); bad.focus(); }
+  if (bad) { panel.togglePopover(true); at.more.open ||= at.more.contains(bad); bad.focus(); }
   return !bad;
 }
 function changed(keep) {  // marks what differs from the default, and what is wrong
@@ -88,7 +88,7 @@ function bodyOf(owner) {  // by OpenAI's names
 }
 
 // ---------------- conversations: one key of localStorage each
-const draw = () => Date.now().toString(36) + Math.random().toString(36).slice(2);
+const draw = () => `${Date.now()}${Math.random()}`;
 const empty = () => ({ id: draw(), name: "", turns: [], settings: { ...chat?.settings } });
 function turnOf({ role, content, reasoning_content, tool_calls, tool_call_id, page }) {
   const turn = { role, content: content ?? "", page: { ...page } };  // with nothing unknown
@@ -114,11 +114,12 @@ function read(name) {  // a stored conversation, or null if it cannot be read
     return { ...found, turns: found.turns.map(turnOf), settings: { ...found.settings } };
   } catch { return null; }
 }
-function stored() {
-  try {
-    const names = Object.keys(localStorage).filter((name) => name.startsWith(memory));
-    return names.map(read).filter(Boolean).sort((a, b) => b.at - a.at);
-  } catch { return []; }
+function stored() {  // all conversations, the newest first; the open one need not be stored
+  let names = [];
+  try { names = Object.keys(localStorage).filter((name) => name.startsWith(memory)); } catch {}
+  const found = names.map(read).filter(Boolean).sort((a, b) => b.at - a.at);
+  const all = found.map((each) => each.id === chat.id ? chat : each);
+  return !chat.name || all.includes(chat) ? all : [chat, ...all];
 }
 function save(owner = chat) {
   owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
@@ -127,22 +128,22 @@ function save(owner = chat) {
     Object.assign(owner, { id: draw(), name: `${owner.name} (copy)` });
     say("Another tab changed this conversation too. Both versions are kept.");
   }
-  Object.assign(owner, { version: draw(), at: Date.now() });
-  const written = JSON.stringify(owner, (name, value) => name === "tokens" ? undefined : value);
+  const next = { ...owner, version: draw(), at: Date.now() };
+  const written = JSON.stringify(next, (name, value) => name === "tokens" ? undefined : value);
   try {
     if (owner.turns.length) localStorage.setItem(memory + owner.id, written);
     else { owner.name = ""; localStorage.removeItem(memory + owner.id); }
+    owner.version = next.version;
   } catch { say("This browser stores nothing more. Export this conversation, or delete others."); }
   showList();
 }
 function showList() {
-  const sought = find.value.toLowerCase(), all = stored();
-  if (chat.name && !all.some(({ id }) => id === chat.id)) all.unshift(chat);  // it is not stored
+  const sought = find.value.toLowerCase();
   list.replaceChildren();
-  for (const each of all) {
+  for (const each of stored()) {
     const texts = [each.name, ...each.turns.map(({ content }) => content)];
     if (!texts.some((text) => text.toLowerCase().includes(sought))) continue;
-    const row = add(list, "li"), mine = each.id === chat.id;
+    const row = add(list, "li"), mine = each === chat;
     const shown = button(row, each.name, () => open(each), { ariaCurrent: mine });
     const more = mine && add(row, "div.actions");
     if (more) for (const [label, action] of [["Rename", () => rename(shown)], ["Delete", remove],
@@ -161,14 +162,13 @@ function rename(shown) {
 }
 function remove() {
   const gone = chat;
-  try { localStorage.removeItem(memory + gone.id); } catch { /* it was never stored */ }
+  try { localStorage.removeItem(memory + gone.id); } catch {}  // it was never stored
   open(empty());
   say("The conversation was deleted.", "Undo", () => { save(gone); open(gone); });
 }
 function open(next) {
   request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);
-  fill(); show(); showList(); text.focus();
-  if (chats.matches(":popover-open")) chats.hidePopover();
+  fill(); show(); showList(); chats.togglePopover(false); text.focus();
 }
 function messagesOf({ settings: { system: content } }, turns) {
   const first = content ? [{ role: "system", content }] : [];
@@ -187,10 +187,10 @@ async function take(file) {  // reads such lines again
     try {
       const { id = file.name, messages, ...values } = JSON.parse(line), made = empty();
       const system = messages[0].role === "system" ? messages.shift().content : "";
-      Object.assign(made, { name: `${id}`.replace(/ #\w+$/, ""), settings: { system },
+      Object.assign(made, { name: `${id}`.replace(/ #[\d.]+$/, ""), settings: { system },
         turns: messages.map(({ page, ...each }) => turnOf(each)) });
       for (const name of kinds.keys())
-        if (Object.hasOwn(values, name)) made.settings[name] = JSON.stringify(values[name]);
+        if (name in values) made.settings[name] = JSON.stringify(values[name]);
       save(made); count++;
     } catch { wrong.push(i + 1); }
   say(`${count} conversations imported.${wrong.length ? ` Lines without one: ${wrong}.` : ""}`);

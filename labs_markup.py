@@ -97,7 +97,7 @@ function items(lines, start, parent, cite, depth) {  // returns the number of th
 function table(parent, lines, cite) {  // tabIndex: the arrow keys scroll it
   const made = add(add(parent, "div.table", "", { tabIndex: 0 }), "table");
   const rows = lines.map((line) =>
-    line.trim().replace(/^\|/, "").replace(/\|$/, "").split(/(?<!\\)\|/));
+    line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/));
   rows.splice(1, 1);
   rows.forEach((cells, i) => {
     const row = add(made, "tr");
@@ -161,8 +161,8 @@ function safe(address) {
   return url && ["http:", "https:", "mailto:"].includes(url.protocol) && url;
 }
 function anchor(parent, url, label, image) {  // an image is not loaded: its server would see it
-  const link = add(parent, "a", "", { href: url.href, target: "_blank", rel: "noopener noreferrer",
-    referrerPolicy: "no-referrer" });
+  const more = { href: url.href, target: "_blank", rel: "noopener noreferrer" };
+  const link = add(parent, "a", "", more);
   inline(link, image ? `Image: ${label}` : label || url.href, null, true);
   if (label && safe(label).href !== url.href)
     add(link, "small.host", ` (${url.host || url.pathname})`);
@@ -171,7 +171,7 @@ function anchor(parent, url, label, image) {  // an image is not loaded: its ser
 // ---------------- tokens with their probabilities
 function spell({ bytes, token }) {  // a token may end inside a character
   try { return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes)) || token; }
-  catch { return `‹${bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ")}›`; }
+  catch { return `‹${bytes.map((byte) => byte.toString(16)).join(" ")}›`; }
 }
 function tokens(parent) {  // returns a function that shows the tokens so far
   const label = "Tokens of the answer; the arrow keys tell of each";

@@ -16,11 +16,11 @@ STYLE = r"""
   background: var(--ground); color: light-dark(#1c1e21, #e6e8eb); font: 15px/1.55 system-ui }
 * { box-sizing: border-box; font: inherit; color: inherit } [hidden] { display: none !important }
 body { display: flex; height: 100dvh; margin: 0 } h1 { margin: 0 auto 0 0 }
-h1, h3, strong, th { font-weight: 650 } em { font-style: italic } [hidden] { display: none }
+h1, h3, strong, th { font-weight: 650 } em { font-style: italic }
 #page { flex: 1; min-width: 0; display: flex; flex-direction: column }
 header, .row { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem }
 header { border-bottom: 1px solid var(--line) } .row { padding: 0 }
-main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } /* stay at end */
+main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse }
 #log, footer { width: min(100%, 50rem); margin: 0 auto auto; padding: .5rem 1rem 1rem }
 #hint { margin: auto; padding: 1rem; max-width: 30rem; text-align: center }
 #log:not(:empty) + #hint, .field:not(.changed) > button { display: none }
@@ -54,7 +54,7 @@ small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !i
 .card, .pair > * { padding: .6rem; margin: .5rem 0 }
 p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
 .text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
-.level1 { font-size: 1.35rem } .level2 { font-size: 1.2rem } .level3 { font-size: 1.08rem }
+.level1 { font-size: 1.35rem } .level2 { font-size: 1.2rem }
 del { text-decoration: line-through } code, a { unicode-bidi: isolate }
 code, pre { font: 13px/1.5 ui-monospace, monospace } :not(pre) > code { background: var(--soft) }
 pre { margin: 0; padding: .6rem .8rem; overflow-wrap: normal } pre, .table { overflow: auto }
@@ -79,13 +79,13 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 BODY = r"""
 <a class="skip" href="#text">Skip to the message</a>
 <nav id="chats" popover aria-label="Conversations"><button id="fresh">New chat</button>
-<input id="find" type="search" placeholder="Search" aria-label="Search conversations">
+<input id="find" type="search" placeholder="Search">
 <ul id="list"></ul><div class="row"><button id="exportAll">Export all</button>
 <button id="importer">Import</button><input id="file" type="file" hidden></div></nav>
 <div id="page"><header><button class="narrow" popovertarget="chats" aria-label="Conversations">☰
 </button><h1>labs</h1><select id="model" aria-label="Model"></select>
 <button id="gear" popovertarget="panel">Settings</button></header>
-<main tabindex="0" aria-label="Conversation"><div id="log" role="log" aria-live="off"></div>
+<main tabindex="0"><div id="log" role="log" aria-live="off"></div>
 <p id="hint" class="quiet">Ask something. The model runs on this server; conversations are kept
 in this browser only.</p></main><footer><div id="notice" role="status"></div><div class="row">
 <textarea id="text" aria-label="Message" placeholder="Message"></textarea>
@@ -123,7 +123,7 @@ async function call(path, options) {
     throw error.name === "AbortError" ? error : Error("The server does not answer. Does it run?");
   });
   if (response.ok) return response;
-  if (response.status === 401) { panel.showPopover(); key.focus(); }
+  if (response.status === 401) { panel.togglePopover(true); key.focus(); }
   const { error } = await response.json().catch(() => ({}));
   throw Object.assign(Error(error?.message ?? `HTTP ${response.status}`), { code: error?.code });
 }
@@ -165,7 +165,8 @@ function showTurn(turn) {
   const { role, content, page: { other } } = turn, asked = role === "user";
   if (role === "assistant") {
     const box = other ? add(log, "div.pair") : log;
-    for (const each of other ? [turn, other] : [turn]) showAnswer(box, each, turn);
+    showAnswer(box, turn, turn);
+    if (other) showAnswer(box, other, turn);
     return;
   }
   const box = add(log, `article.${role}`);
@@ -206,15 +207,15 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
     thought.hidden = !turn.reasoning_content; reason.textContent = turn.reasoning_content ?? "";
     summary.textContent = page.thought ? `Thought for ${page.thought} s` : "Thinking …";
     if (!mode || (!over && mode !== first)) set(first); else write(turn.content, turn);
-    figures.textContent = [...page.notes ?? [], page.figures, page.problem].filter(Boolean)
-      .join(" · ");
-    figures.classList.toggle("error", !!page.problem); box.classList.toggle("busy", !over);
+    const wrong = over && page.problem, told = [...page.notes ?? [], page.figures, wrong];
+    figures.textContent = told.filter(Boolean).join(" · ");
+    figures.className = wrong ? "error" : "";
     more.replaceChildren(); sources(more, turn, held); cards(more, turn, over); act(over);
   };
   views.set(turn, () => {  // drawing takes a fifth of the time at most, however long the text
     timer ||= setTimeout(() => {
-      const began = performance.now();
-      timer = 0; update(); cost = box.offsetHeight && performance.now() - began;
+      const began = Date.now();
+      timer = 0; update(); cost = box.offsetHeight && Date.now() - began;
     }, live.has(turn) ? 16 + 4 * cost : 0);
   });
   update();
@@ -232,7 +233,7 @@ function cards(parent, turn, over) {  // calls of tools, and fields for their re
   for (const { id, function: { name, arguments: written } } of calls) {
     const box = add(parent, "section.card", "", { ariaLabel: `Call of ${name}` });
     let pretty = written;
-    try { pretty = JSON.stringify(JSON.parse(written), null, 2); } catch { /* it is not whole */ }
+    try { pretty = JSON.stringify(JSON.parse(written), null, 2); } catch {}  // it is not whole
     add(box, "strong", name); add(box, "pre", pretty, { tabIndex: 0 });
     const input = last && add(box, "textarea", "", { placeholder: `Result of ${name}`,
       value: results[id] ?? "", oninput: () => { results[id] = input.value; } });
@@ -298,8 +299,8 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   return said;
 }
 async function stream(owner, turn, { messages, signal, goesOn }) {  // returns what went wrong
-  const { page } = turn, began = performance.now(), whole = messages.length, sent = { messages };
-  const clock = { pieces: 0, seconds: () => (performance.now() - began) / 1000 };
+  const { page } = turn, whole = messages.length, sent = { messages };
+  const clock = { pieces: 0, began: Date.now() };
   if (page.model) sent.model = page.model;  // none until the list of models has arrived
   if (goesOn) Object.assign(sent, { continue_final_message: true, add_generation_prompt: false });
   Object.assign(page, { notes: [], problem: "The connection was lost", cut: false });
@@ -319,7 +320,8 @@ async function stream(owner, turn, { messages, signal, goesOn }) {  // returns w
 }
 function gather(turn, { error, choices: [choice] = [], usage, documents }, clock) {
   const { page } = turn, { content, tool_calls: calls = [], ...delta } = choice?.delta ?? {};
-  const thought = delta.reasoning_content ?? delta.reasoning, now = clock.seconds();
+  const thought = delta.reasoning_content ?? delta.reasoning;
+  const now = (Date.now() - clock.began) / 1000;
   if (error) throw Error(error.message);
   page.documents = documents ?? page.documents;
   if (thought) turn.reasoning_content = (turn.reasoning_content ?? "") + thought;
@@ -360,11 +362,10 @@ function drop(turn) {  // leaves out a turn and what came after it
     owner.turns = before; open(owner); save(owner);
   });
 }
-function edit(turn) {
-  [edited, text.value] = [turn, turn.content]; text.focus();
-  say("Sending replaces this message and all that follows it.", "Cancel", () => {
-    [edited, text.value] = [null, ""]; text.focus();
-  });
+function edit(turn, content = turn.content) {
+  edited = turn; text.value = content; text.focus();
+  if (turn) say("Sending replaces this message and all that follows it.", "Cancel",
+    () => edit(null, ""));
 }
 function retry(turn) {
   const before = [...chat.turns];

@@ -766,7 +766,9 @@ ROOMS = {
     "labs_meters.py": (140, "labs engine"),
     "labs_answers.py": (180, "labs engine meters parts protocol ready request turns"),
     "labs_openapi.py": (140, ""),
-    "labs_pages.py": (420, ""),
+    "labs_markup.py": (240, ""),
+    "labs_kept.py": (240, ""),
+    "labs_pages.py": (420, "markup kept"),
     "labs_site.py": (80, "openapi pages"),
     "labs_service.py": (
         450,

@@ -168,9 +168,9 @@ class Tab:
 @pytest.fixture
 def tab(browser, site):
     """Open the page; at the end, check that it logged no error and called no other server."""
-    tab = Tab(browser.new_page(), site.url)
+    tab = Tab(browser.new_context().new_page(), site.url)
     yield tab
-    tab.page.close()
+    tab.page.context.close()
     refused = "Failed to load resource"  # the browser's own line about a status that is an error
     assert [line for line in tab.complaints if not line.startswith(refused)] == []
     assert [url for url in tab.addresses if not url.startswith((site.url, "data:"))] == []

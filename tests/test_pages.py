@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ import labs_pages
 pytest_plugins = ["kit_pages"]
 pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api").expect
+axe_playwright_python = pytest.importorskip("axe_playwright_python")
 WAIT_S = 10
 
 
@@ -397,3 +399,80 @@ def test_the_keyboard_alone_reaches_everything(tab):
     assert {outline for *_, outline in seen if outline} <= {"solid", "auto", "none"}
     first = names.index("Skip to the message")
     assert seen[first][2] == "solid"
+
+
+EVERYTHING = (
+    """# Title
+
+Text with **bold**, `code` and [a link](https://a.example). See [1].
+
+1. one
+   - two
+
+> quoted
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("a long line" + "!" * 100)  # """
+    + "x" * 200
+    + """
+```
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def axe():
+    return (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_axe_finds_no_violation(tab, site, axe, width, scheme):
+    def check(state):
+        found = tab.page.evaluate("async () => (await axe.run()).violations")
+        told = [(each["id"], [node["html"][:90] for node in each["nodes"]]) for each in found]
+        assert told == [], state
+
+    tab.page.emulate_media(color_scheme=scheme)
+    tab.page.set_viewport_size({"width": width, "height": 800})
+    expect(tab.models).to_have_count(1)
+    tab.page.evaluate(axe)
+    check("empty")
+    top = [{"token": "b", "logprob": -2.0, "bytes": [98]}]
+    tokens = [
+        {"token": "a", "logprob": -n / 2, "bytes": [97], "top_logprobs": top} for n in range(6)
+    ]
+    call = {"index": 0, "id": "a", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    source = {"n": 1, "path": "a.md", "heading": "H"}
+    tab.answers(
+        {"reasoning_content": "Well."}, {"content": EVERYTHING},
+        {"delta": {"tool_calls": [call]}, "finish_reason": "length"}, documents=[source],
+    )  # fmt: skip
+    tab.ask("Everything?")
+    tab.done()
+    for each in tab.answer.locator("details").all():
+        each.locator("summary").click()
+    tab.press("Edit")
+    check("answer")
+    tab.answers({"delta": {"content": "aaaaaa"}, "logprobs": {"content": tokens}})
+    tab.press("Cancel")
+    tab.press("Go on with the results")
+    tab.done()
+    tab.page.get_by_role("group", name="Tokens").focus()
+    check("tokens")
+    tab.page.keyboard.press("Escape")
+    tab.set(top_p="7")
+    tab.page.locator("#gear").click()
+    tab.page.get_by_text("More settings").click()
+    check("settings")
+    tab.page.keyboard.press("Escape")
+    if width == 375:
+        tab.press("Conversations")
+        expect(tab.page.get_by_role("button", name="New chat")).to_be_visible()
+    tab.press("Rename")
+    check("conversations")
+    assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= width
