@@ -171,7 +171,7 @@ function anchor(parent, url, label, image) {  // an image is not loaded: its ser
 // ---------------- tokens with their probabilities
 function spell({ bytes, token }) {  // a token may end inside a character
   try { return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes)) || token; }
-  catch { return `‹${bytes.map((byte) => byte.toString(16)).join(" ")}›`; }
+  catch { return `<${bytes.map((byte) => byte.toString(16)).join(" ")}>`; }
 }
 function tokens(parent) {  // returns a function that shows the tokens so far
   const label = "Tokens of the answer; the arrow keys tell of each";

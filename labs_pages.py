@@ -248,7 +248,7 @@ function cards(parent, turn, over) {  // calls of tools, and fields for their re
 function sources(parent, { page }, held) {  // the passages that [n] cites
   for (const { n, path, heading } of page.documents ?? []) {
     const box = add(parent, "details.source"), where = [path, heading].filter(Boolean);
-    add(box, "summary", `[${n}] ${where.join(" › ")}`);
+    add(box, "summary", `[${n}] ${where.join(" > ")}`);
     const passage = add(box, "div.raw", "…");
     box.ontoggle = async () => {  // /explain shows the prompt, and in it the passages
       const messages = messagesOf(chat, chat.turns.slice(0, chat.turns.indexOf(held)));

@@ -26,7 +26,8 @@ WAIT_S = 10
 class Engine(kit.FakeEngine):
     """An engine that answers as a test says, and sees the messages as they were sent.
 
-    pieces: texts or Deltas; an Event among them holds the rest back until it is set, an error ends them.
+    pieces: texts or Deltas; an Event among them holds the rest back until it is set, and an error
+    ends them.
     cuts: the answer arrives byte by byte, with carriage returns.
     """
 
