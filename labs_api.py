@@ -16,7 +16,7 @@
 `create_app(config, models)` returns a WSGI callable that any server can mount; labs_serve.py serves
 it. A parameter takes effect or is refused by name. labs_service.py takes a request to its answers.
 
-Needs labs_pages.py and labs_service.py with what those need; falcon, prometheus-client.
+Needs labs_site.py and labs_service.py with what those need; falcon, prometheus-client.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ import labs_models
 import labs_names
 import labs_openai
 import labs_openapi
-import labs_pages
 import labs_parts
 import labs_protocol
 import labs_ready
@@ -51,6 +50,7 @@ import labs_replies
 import labs_request
 import labs_response_items
 import labs_responses
+import labs_site
 import labs_tokenize
 import labs_turns
 import labs_vectors
@@ -430,7 +430,7 @@ def create_app(
     app.add_route("/v1/responses/{name:path}", NotStored(service))
     secured, error = bool(config.api_keys), labs_protocol.Error
     document = labs_openapi.openapi(table, error, labs.__version__, secured=secured)
-    pages = labs_pages.pages(document)
+    pages = labs_site.pages(document)
     for path, page in pages.items():
         app.add_route(path, page)
     app.add_sink(labs_gate.not_found((*document["paths"], *pages)), "/")

@@ -10,12 +10,16 @@ model. Needs labs.py and labs_dialogue.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 import labs
 import labs_dialogue
+
+
+def doc(text: str) -> Meta:
+    return Meta(description=text)
 
 
 class Source(Struct, frozen=True):
@@ -69,17 +73,17 @@ class GenerateRequest(labs.Generation, frozen=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    documents: bool | None = None
+    response_format: Annotated[ResponseFormat | None, doc("Answer in this format.")] = None
+    structured_outputs: Annotated[StructuredOutputs | None, doc("Answer by one of these.")] = None
+    documents: Annotated[bool | None, doc("Answer from the server's documents.")] = None
     messages: tuple[labs.Message, ...] | None = None
     use_chat_template: bool | None = None
     add_generation_prompt: bool | None = None
-    template_options: dict[str, Any] | None = None
+    template_options: Annotated[dict[str, Any] | None, doc("Give this to the template.")] = None
     continue_final_message: bool | None = None
-    tools: tuple[labs_dialogue.Tool, ...] | None = None
+    tools: Annotated[tuple[labs_dialogue.Tool, ...] | None, doc("Let these be called.")] = None
     tool_choice: str | None = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Annotated[bool | None, doc("Allow several calls in an answer.")] = None
 
 
 class Prompt(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,100 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the pages for browsers: the chat page, the OpenAPI document and the API reference.
+"""The chat page: one text without outside requests, which labs_site.py serves.
 
-No page loads anything from another server. Needs labs_openapi.py, falcon and msgspec.
+Needs labs_markup.py and labs_kept.py, which hold parts of its script.
 """
 
-from __future__ import annotations
-
-import base64
-import hashlib
 import re
-from typing import Any
 
-import falcon
-import msgspec
+import labs_kept
+import labs_markup
 
-import labs_openapi
+STYLE = r"""
+:root { color-scheme: light dark; --ground: light-dark(#fcfbf9, #15171b);
+  --soft: light-dark(#f2f0ec, #1e2127); --line: light-dark(#d9d6cf, #3a3f48);
+  --quiet: light-dark(#595e66, #a9afb9); --accent: light-dark(#2457b8, #94b6fa);
+  background: var(--ground); color: light-dark(#1c1e21, #e6e8eb); font: 15px/1.55 system-ui }
+* { box-sizing: border-box; font: inherit; color: inherit } [hidden] { display: none !important }
+body { display: flex; height: 100dvh; margin: 0 } h1 { margin: 0 auto 0 0 }
+h1, h3, strong, th { font-weight: 650 } em { font-style: italic }
+#page { flex: 1; min-width: 0; display: flex; flex-direction: column }
+header, .row { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem }
+header { border-bottom: 1px solid var(--line) } .row { padding: 0 }
+main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse }
+#log, footer { width: min(100%, 50rem); margin: 0 auto auto; padding: .5rem 1rem 1rem }
+#hint { margin: auto; padding: 1rem; max-width: 30rem; text-align: center }
+#log:not(:empty) + #hint, .field:not(.changed) > button { display: none }
+button, select, input, textarea { padding: 5px 10px; border: 1px solid var(--line);
+  border-radius: 8px; background: var(--ground); flex: none } button { cursor: pointer }
+:focus-visible { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
+  min-width: 0; text-overflow: ellipsis }
+textarea, .field > :is(input, select) { width: 100%; max-width: none; max-height: 30dvh;
+  flex: 1; resize: none; field-sizing: content }
+#send { background: #2457b8; border-color: #2457b8; color: #fff; align-self: end }
+[popover] { inset: 0 auto 0 0; height: 100dvh; max-width: 100vw; margin: 0; border: 0;
+  background: var(--soft); color: inherit }
+nav, nav:popover-open { width: 17rem; padding: .6rem; flex-direction: column; gap: .5rem }
+nav:popover-open { display: flex } #panel { inset: 0 0 0 auto; width: min(25rem, 100vw);
+  padding: 1rem; border-left: 1px solid var(--line) }
+@media (min-width: 800px) { nav[popover] { position: static; display: flex }
+  .narrow { display: none } }
+nav ul { flex: 1; overflow: auto; list-style: none; margin: 0; padding: 2px }
+nav li > button { width: 100%; text-align: left; border-color: transparent; background: none }
+nav li > button, h2 { overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+[aria-current=true] { background: light-dark(#e2dfd8, #2e333b) !important }
+article { margin: 1.1rem 0; overflow-wrap: anywhere; min-width: 0 } h2 { margin: 0 }
+h2, small, summary, .quiet, figcaption, .actions button { color: var(--quiet); font-size: 13px }
+small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !important }
+.user { margin-left: 12%; padding: .5rem .9rem; border-radius: 14px; background: var(--soft) }
+.raw, .tokens, p { white-space: pre-wrap } .actions { display: flex; flex-wrap: wrap }
+.actions button, figure button, .cite { padding: 0 8px 0 0; border: 0; background: none }
+.error { color: light-dark(#a81c1c, #ff9f9f) } .pair { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
+.card, figure, .pair > * { border: 1px solid var(--line); border-radius: 10px }
+.card, .pair > * { padding: .6rem; margin: .5rem 0 }
+p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
+.text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
+.level1 { font-size: 1.35rem } .level2 { font-size: 1.2rem }
+del { text-decoration: line-through } code, a { unicode-bidi: isolate }
+code, pre { font: 13px/1.5 ui-monospace, monospace } :not(pre) > code { background: var(--soft) }
+pre { margin: 0; padding: .6rem .8rem; overflow-wrap: normal } pre, .table { overflow: auto }
+figcaption { display: flex; justify-content: space-between; padding: 4px 4px 4px 12px;
+  background: var(--soft); border-radius: 10px 10px 0 0 }
+hr { border: 0; border-top: 1px solid var(--line) } ul, ol { padding-left: 1.6rem }
+blockquote { border-left: 3px solid var(--line); padding-left: .8rem; margin-left: 0 }
+table { border-collapse: collapse } .host { display: inline }
+td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
+.tokens span { border-bottom: 2px solid #0000 } .tokens .p1 { border-bottom: 2px dotted }
+.tokens .p2 { background: light-dark(#fdf0c8, #40370f); border-bottom: 2px dashed }
+.tokens .p3 { background: light-dark(#fbd9cf, #57241a); border-bottom: 3px double }
+.at { outline: 2px solid var(--accent) } meter { width: 100% }
+#tip { position: fixed; padding: .5rem; border: 1px solid; background: var(--ground) }
+#tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
+#tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
+.field { margin: .7rem 0 } .changed label { color: var(--accent) }
+.field button { float: right; padding: 0 8px }
+.skip:not(:focus), .said { position: fixed; left: -99rem }
+"""
 
+BODY = r"""
+<a class="skip" href="#text">Skip to the message</a>
+<nav id="chats" popover aria-label="Conversations"><button id="fresh">New chat</button>
+<input id="find" type="search" placeholder="Search">
+<ul id="list"></ul><div class="row"><button id="exportAll">Export all</button>
+<button id="importer">Import</button><input id="file" type="file" hidden></div></nav>
+<div id="page"><header><button class="narrow" popovertarget="chats" aria-label="Conversations">☰
+</button><h1>labs</h1><select id="model" aria-label="Model"></select>
+<button id="gear" popovertarget="panel">Settings</button></header>
+<main tabindex="0"><div id="log" role="log" aria-live="off"></div>
+<p id="hint" class="quiet">Ask something. The model runs on this server; conversations are kept
+in this browser only.</p></main><footer><div id="notice" role="status"></div><div class="row">
+<textarea id="text" aria-label="Message" placeholder="Message"></textarea>
+<button id="send">Send</button></div></footer></div>
+<section id="panel" popover aria-label="Settings"><form id="settings"><div class="row">
+<strong>Settings</strong><button type="button" id="reset">Reset all</button>
+<button type="button" popovertarget="panel">Close</button></div>
+<div class="field"><label for="system">System message</label>
+<textarea id="system" name="system"></textarea></div>
+<div class="field"><label><input type="checkbox" name="logprobs" value="5"> Probabilities</label>
+<small>Show how likely each token was, and its rivals.</small></div>
+<div class="field"><label for="rival">Second model, side by side</label>
+<select id="rival" name="rival"></select></div><div id="usual"></div>
+<details id="more"><summary>More settings</summary><div id="rest"></div></details>
+<div class="field"><label for="key">API key</label><input id="key" type="password"
+autocomplete="off"><small>Kept until this tab is closed.</small></div></form></section>
+<div id="tip" role="status" hidden></div><div class="said" id="said" aria-live="polite"></div>
+"""
 
-class StaticPage:
-    """A resource with constant content, for which no API key is needed."""
+SCRIPT = r"""
+const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((e) => [e.id, e]));
+const { chats, find, list, model, rival, log, notice, text, send, panel, settings, key, tip } = at;
+const memory = "labs.chat.", views = new WeakMap(), live = new Set();  // answers; those that grow
+let chat, request, edited, context = new Map(), kinds = new Map();
 
-    public = True
+function say(words, label, action) {
+  notice.replaceChildren(words, " ");
+  if (label) button(notice, label, () => { notice.replaceChildren(); action(); });
+}
 
-    def __init__(self, data: bytes, content_type: str, policy: str = "default-src 'none'") -> None:
-        self._data, self._type, self._policy = data, content_type, policy
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        path = req.env.get("PATH_INFO", "")  # links in a page are relative to its exact path
-        if not path or path.rstrip("/") not in (path, ""):
-            raise falcon.HTTPMovedPermanently(f"{req.root_path}{req.path}")
-        resp.data, resp.content_type = self._data, self._type
-        resp.set_header("Content-Security-Policy", self._policy)
-        resp.set_header("Referrer-Policy", "no-referrer")
-
-
-def policy_of(page: str) -> str:
-    """Return a Content-Security-Policy that allows only the page's inline style and script."""
-    sources = []
-    for kind, inner in re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        sources.append(f"{kind}-src 'sha256-{digest}'; ")
-    rest = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"default-src 'none'; {''.join(sources)}connect-src 'self'; img-src data:; {rest}"
-
-
-def pages(document: dict[str, Any]) -> dict[str, StaticPage]:
-    """Return the pages by path. document: from `openapi`."""
-    found = {"/openapi.json": StaticPage(msgspec.json.encode(document), "application/json")}
-    for path, page in (("/docs", labs_openapi.docs(document)), ("/", PAGE)):
-        found[path] = StaticPage(page.encode(), "text/html; charset=utf-8", policy_of(page))
-    return found
-
-
-# ---------------------------------------------------------------- the chat page
-
-
-PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; background: light-dark(#faf9f6, #16181c) }
-* { box-sizing: border-box; font: inherit } h1 { flex: 1; margin: 0; font-weight: 650 }
-body { display: flex; flex-direction: column; height: 100dvh; margin: 0; font: 16px/1.6 system-ui }
-body > :not(main), #log { width: min(100%, 46rem); margin: 0 auto auto; padding: .5rem 1rem }
-main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse } /* stay at end */
-header, footer { display: flex; align-items: center; gap: .6rem } select { min-width: 0 }
-form { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .6rem }
-input, select, textarea, button { padding: 6px 11px; border: 1px solid #8886; border-radius: 9px }
-input, textarea { width: 100%; max-height: 30dvh; resize: none; field-sizing: content }
-article { margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere } button { flex: none }
-.user { margin-left: 15%; padding: .5rem .9rem; border-radius: 1rem; background: #4f83e82b }
-small { display: block; font-size: 14px; opacity: .8 } .error { color: light-dark(#b22, #f99) }
-#send { background: #2b5fc7; color: #fff } .model:empty::after { content: "…" }
-</style><header><h1>labs</h1><select id="model" aria-label="Model"></select>
-<button id="fresh">New chat</button></header><details id="panel">
-<summary>Settings <span id="notice" class="error" role="status"></span></summary>
-<form id="settings"><label>System message<textarea name="system"></textarea></label>
-<label>max_tokens<input type="number"></label><label>top_p<input type="number" step="any"></label>
-<label>temperature<input type="number" step="any"></label><label>seed<input type="number"></label>
-<label>API key<input name="key" type="password" autocomplete="off"></label></form></details>
-<main><div id="log" role="log"></div></main><footer><textarea id="text" aria-label="Message"
-autofocus></textarea><button id="send">Send</button></footer><script>
-const [model, fresh, panel, notice, settings, log, text, send] = document.querySelectorAll("[id]");
-const { key, system } = settings.elements; let turns = [], request;
-const add = (parent, tag, className, textContent) =>  // textContent: markup is shown as text
-  parent.appendChild(Object.assign(document.createElement(tag), { className, textContent }));
+// ---------------- the server
 async function call(path, options) {
   const headers = { Authorization: `Bearer ${key.value}`, "Content-Type": "application/json" };
-  const response = await fetch(path, { ...options, headers });
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : Error("The server does not answer. Does it run?");
+  });
   if (response.ok) return response;
-  panel.open ||= response.status === 401;
-  const { error } = await response.json().catch(() => 0);
+  if (response.status === 401) { panel.togglePopover(true); key.focus(); }
+  const { error } = await response.json().catch(() => ({}));
   throw Object.assign(Error(error?.message ?? `HTTP ${response.status}`), { code: error?.code });
 }
-const list = () => call("v1/models").then((response) => response.json()).then(({ data }) => {
-  const chats = data.filter(({ kind }) => kind === "text");
-  model.replaceChildren(...chats.map(({ id }) => new Option(id))); notice.textContent = "";
-}).catch((error) => { notice.textContent = error.message; });
+async function start() {
+  try {
+    if (!kinds.size) fields((await (await call("openapi.json")).json()).components.schemas);
+    const { data } = await (await call("v1/models")).json();
+    const chats = data.filter(({ kind }) => kind === "text");
+    context = new Map(chats.map(({ id, context_length }) => [id, context_length]));
+    const options = () => chats.map(({ id }) => new Option(id));
+    model.replaceChildren(...options());
+    rival.replaceChildren(new Option("none", ""), ...options());
+    fill(); if (!chats.length) say("This server has no model that writes text.");
+  } catch (error) { say(error.message, "Try again", start); }
+}
 async function* events({ body }) {  // yields each data line; a chunk may end inside a line
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let part, lines = [""]; !(part = await reader.read()).done;) {
@@ -102,51 +146,262 @@ async function* events({ body }) {  // yields each data line; a chunk may end in
     for (const line of lines.slice(0, -1)) if (line.startsWith("data:")) yield line.slice(5).trim();
   }
 }
-async function fitting(sent, chat, options) {  // drops the oldest turns until the prompt fits
-  for (const first = sent.messages.length - chat.length; ; sent.messages.splice(first, 2))
-    try { return await call("v1/chat/completions", { ...options, body: JSON.stringify(sent) }); }
-    catch (error) {
-      if (error.code !== "context_length_exceeded" || sent.messages.length < first + 3) throw error;
+async function fitting(sent, signal) {  // drops the oldest turns until the prompt fits
+  const { messages } = sent, first = messages[0].role === "system" ? 1 : 0;
+  for (;;)
+    try {
+      const body = JSON.stringify(sent);
+      return await call("v1/chat/completions", { method: "POST", signal, body });
+    } catch (error) {
+      const next = messages.findIndex(({ role }, i) => i > first && role === "user");
+      if (error.code !== "context_length_exceeded" || next < 0) throw error;
+      messages.splice(first, next - first);
     }
+}
+
+// ---------------- what a conversation looks like
+function show() { log.replaceChildren(); chat.turns.forEach(showTurn); }
+function showTurn(turn) {
+  const { role, content, page: { other } } = turn, asked = role === "user";
+  if (role === "assistant") {
+    const box = other ? add(log, "div.pair") : log;
+    showAnswer(box, turn, turn);
+    if (other) showAnswer(box, other, turn);
+    return;
+  }
+  const box = add(log, `article.${role}`);
+  add(box, asked ? "h2.said" : "h2", asked ? "You" : "Result");
+  add(box, "div.raw", content);
+  if (asked) button(add(box, "div.actions"), "Edit", () => edit(turn));
+}
+function showAnswer(parent, turn, held) {  // held: the turn that the conversation goes on from
+  const box = add(parent, "article.model"), { page } = turn;
+  add(box, "h2", page.model || "Answer");
+  const thought = add(box, "details"), summary = add(thought, "summary");
+  const reason = add(thought, "div.raw"), body = add(box, "div"), more = add(box, "div");
+  const figures = add(box, "small"), actions = add(box, "div.actions");
+  let mode, write, timer = 0, cost = 0;
+  const set = (next) => {
+    mode = body.className = next; body.replaceChildren();
+    write = next === "text" ? writer(body, (n) => cited(page, n, more))
+      : next === "tokens" ? tokens(body) : (content) => { body.textContent = content; };
+    write(turn.content, turn);
+  };
+  const act = (over) => {  // the buttons under a whole answer
+    actions.replaceChildren();
+    if (!over) return;
+    button(actions, "Copy", ({ target }) => copy(turn.content, target, body));
+    for (const [name, label] of [["raw", "Raw text"], ["tokens", "Probabilities"]])
+      if (name === "raw" || turn.tokens) button(actions, label, () => {
+        set(mode === name ? "text" : name); act(true);
+        [...actions.children].find((each) => each.textContent === label).focus();
+      }, { ariaPressed: mode === name });
+    if (held.page.other) button(actions, "Go on with this", () => choose(held, turn),
+      { ariaPressed: turn === held });
+    else button(actions, "Retry", () => retry(turn));
+    if (page.cut && turn === chat.turns.at(-1))
+      button(actions, "Continue", () => request || run([...chat.turns], turn));
+  };
+  const update = () => {
+    const over = !live.has(turn), first = turn.tokens ? "tokens" : "text";
+    thought.hidden = !turn.reasoning_content; reason.textContent = turn.reasoning_content ?? "";
+    summary.textContent = page.thought ? `Thought for ${page.thought} s` : "Thinking …";
+    if (!mode || (!over && mode !== first)) set(first); else write(turn.content, turn);
+    const wrong = over && page.problem, told = [...page.notes ?? [], page.figures, wrong];
+    figures.textContent = told.filter(Boolean).join(" · ");
+    figures.className = wrong ? "error" : "";
+    more.replaceChildren(); sources(more, turn, held); cards(more, turn, over); act(over);
+  };
+  views.set(turn, () => {  // drawing takes a fifth of the time at most, however long the text
+    timer ||= setTimeout(() => {
+      const began = Date.now();
+      timer = 0; update(); cost = box.offsetHeight && Date.now() - began;
+    }, live.has(turn) ? 16 + 4 * cost : 0);
+  });
+  update();
+}
+function choose(held, turn) {
+  const { other, ...page } = held.page;
+  if (request || turn === held) return;
+  other.page.other = Object.assign(held, { page });
+  chat.turns[chat.turns.indexOf(held)] = other;
+  save(); show();
+}
+function cards(parent, turn, over) {  // calls of tools, and fields for their results
+  const { tool_calls: calls = [], page } = turn, results = page.results ??= {};
+  const last = over && turn === chat.turns.at(-1);
+  for (const { id, function: { name, arguments: written } } of calls) {
+    const box = add(parent, "section.card", "", { ariaLabel: `Call of ${name}` });
+    let pretty = written;
+    try { pretty = JSON.stringify(JSON.parse(written), null, 2); } catch {}  // it is not whole
+    add(box, "strong", name); add(box, "pre", pretty, { tabIndex: 0 });
+    const input = last && add(box, "textarea", "", { placeholder: `Result of ${name}`,
+      value: results[id] ?? "", oninput: () => { results[id] = input.value; } });
+  }
+  if (last && calls.length) button(parent, "Go on with the results", () => {
+    const before = [...chat.turns];
+    for (const { id } of calls) chat.turns.push(
+      { role: "tool", content: results[id] ?? "", tool_call_id: id, page: {} });
+    show(); run(before);
+  });
+}
+function sources(parent, { page }, held) {  // the passages that [n] cites
+  for (const { n, path, heading } of page.documents ?? []) {
+    const box = add(parent, "details.source"), where = [path, heading].filter(Boolean);
+    add(box, "summary", `[${n}] ${where.join(" > ")}`);
+    const passage = add(box, "div.raw", "…");
+    box.ontoggle = async () => {  // /explain shows the prompt, and in it the passages
+      const messages = messagesOf(chat, chat.turns.slice(0, chat.turns.indexOf(held)));
+      const body = JSON.stringify({ messages, model: page.model || null, documents: true });
+      try {
+        const { prompt } = await (await call("explain", { method: "POST", body })).json();
+        const lines = prompt.split("\n"), first = lines.lastIndexOf(`[${n}]`) + 2;
+        const end = lines.findIndex((line, i) => i >= first && !line.startsWith("> "));
+        passage.textContent = lines.slice(first, end).map((line) => line.slice(2)).join("\n");
+      } catch (error) { passage.textContent = error.message; }
+    };
+  }
+}
+function cited({ documents = [] }, n, parent) {  // what a click on [n] does, if it has a passage
+  const place = documents.findIndex((each) => `${each.n}` === n);
+  return place >= 0 && (() => {
+    const box = parent.querySelectorAll(".source")[place];
+    box.open = true; box.firstChild.focus();
+  });
+}
+
+// ---------------- answers
+async function run(before, goesOn) {  // before: the turns to return to if no answer comes
+  const owner = chat, mine = request = new AbortController();
+  const names = new Set(goesOn ? [goesOn.page.model] : [model.value, rival.value || model.value]);
+  const turns = goesOn ? [goesOn] : [...names].map((name) =>
+    ({ role: "assistant", content: "", page: { model: name } })), [first, second] = turns;
+  const messages = messagesOf(owner, owner.turns.slice(owner.skip));
+  for (const each of turns) live.add(each);
+  if (second) first.page.other = second;
+  if (!goesOn) { owner.turns.push(first); showTurn(first); }
+  send.textContent = "Stop"; save(owner);
+  const wrong = await Promise.all(turns.map((turn) =>
+    stream(owner, turn, { messages: [...messages], signal: mine.signal, goesOn })));
+  if (request === mine) { request = null; send.textContent = "Send"; }
+  const place = owner.turns.indexOf(first), said = turns.some((turn, i) =>
+    turn.content || turn.tool_calls || turn.reasoning_content || !wrong[i]);
+  if (said || place < 0) owner.skip = (owner.skip ?? 0) + (first.page.dropped ?? 0);
+  else if (chat === owner) owner.turns = before;  // the question returns to its field
+  else owner.turns.splice(place, 1);
+  save(owner);
+  if (chat !== owner) return true;
+  show();
+  at.said.textContent = first.content.slice(0, 2000);  // read out once, not token by token
+  if (!said) say(wrong[0]);
+  else if (first.page.full > .8) say("The model's context is nearly full. When it is, the oldest " +
+    "messages are left out.");
+  return said;
+}
+async function stream(owner, turn, { messages, signal, goesOn }) {  // returns what went wrong
+  const { page } = turn, whole = messages.length, sent = { messages };
+  const clock = { pieces: 0, began: Date.now() };
+  if (page.model) sent.model = page.model;  // none until the list of models has arrived
+  if (goesOn) Object.assign(sent, { continue_final_message: true, add_generation_prompt: false });
+  Object.assign(page, { notes: [], problem: "The connection was lost", cut: false });
+  try {
+    if (!kinds.size) await start();
+    const response = await fitting({ ...bodyOf(owner), ...sent }, signal);
+    page.dropped = whole - messages.length;
+    if (page.dropped)
+      page.notes.push(`The oldest ${page.dropped} messages did not fit and were left out`);
+    for await (const data of events(response)) {
+      if (data === "[DONE]") { page.problem = ""; break; }
+      gather(turn, JSON.parse(data), clock); views.get(turn)();
+    }
+  } catch (error) { page.problem = signal.aborted ? "Stopped" : error.message; }
+  live.delete(turn); views.get(turn)();
+  return page.problem;
+}
+function gather(turn, { error, choices: [choice] = [], usage, documents }, clock) {
+  const { page } = turn, { content, tool_calls: calls = [], ...delta } = choice?.delta ?? {};
+  const thought = delta.reasoning_content ?? delta.reasoning;
+  const now = (Date.now() - clock.began) / 1000;
+  if (error) throw Error(error.message);
+  page.documents = documents ?? page.documents;
+  if (thought) turn.reasoning_content = (turn.reasoning_content ?? "") + thought;
+  else if (turn.reasoning_content) page.thought ??= now.toFixed(1);
+  turn.content += content ?? "";
+  for (const { index = 0, id, function: { name, arguments: more = "" } } of calls) {
+    const made = { id, type: "function", function: { name, arguments: "" } };
+    ((turn.tool_calls ??= [])[index] ??= made).function.arguments += more;
+  }
+  if (choice?.logprobs) (turn.tokens ??= []).push(...choice.logprobs.content);
+  page.cut ||= choice?.finish_reason === "length";
+  if (page.cut && choice?.finish_reason) page.notes.push("The answer reached its token limit");
+  if (choice?.finish_reason === "content_filter") page.notes.push("A filter ended the answer");
+  if (content || thought || calls.length) { clock.pieces++; clock.first ??= now; }
+  page.figures = figures(page, clock, usage, now);
+}
+function figures(page, { first, pieces }, usage, now) {
+  const { completion_tokens: count = pieces, prompt_tokens_details: found } = usage ?? {};
+  const speed = ((count - 1) / (now - first)).toFixed(1), limit = context.get(page.model);
+  page.full = usage?.total_tokens / limit;
+  return [first && `first token ${first.toFixed(2)} s`, speed > 0 && isFinite(speed) &&
+    `${usage ? "" : "about "}${speed} tokens/s`, usage && `${count} tokens`,
+    found?.cached_tokens && `${found.cached_tokens} cached`,
+    limit && usage && `context ${usage.total_tokens} of ${limit}`].filter(Boolean).join(" · ");
 }
 async function ask() {
-  const content = text.value, chat = turns, started = performance.now();
-  if (request || !content.trim()) return;
-  chat.push({ role: "user", content });
-  const sent = { stream: true, stream_options: { include_usage: true } };
-  if (model.value) sent.model = model.value;  // empty until the list of models has arrived
-  sent.messages = system.value ? [{ role: "system", content: system.value }, ...chat] : [...chat];
-  const whole = sent.messages.length;
-  for (const { valueAsNumber: value, labels } of settings)
-    if (isFinite(value)) sent[labels[0].textContent] = value;
-  const question = add(log, "article", "user", content), answer = add(log, "article", "model", "");
-  let problem = "The connection was lost", notes = [];
-  request = new AbortController(); send.textContent = "Stop"; text.value = "";
-  try {
-    const response = await fitting(sent, chat, { method: "POST", signal: request.signal });
-    const dropped = whole - sent.messages.length;
-    if (dropped) notes.push(`The oldest ${dropped} messages did not fit and were left out`);
-    chat.splice(0, dropped);
-    for await (const data of events(response)) {
-      if (data === "[DONE]") { problem = ""; break; }
-      const { error, choices: [choice] = [], usage } = JSON.parse(data);
-      if (error) throw Error(error.message);
-      answer.append(choice?.delta.content ?? "");
-      if (choice?.finish_reason === "length") notes.push("The answer reached its token limit");
-      const count = usage?.completion_tokens, seconds = (performance.now() - started) / 1000;
-      if (usage) notes.push(`${count} tokens, ${(count / seconds).toFixed(1)} tokens/s`);
-    }
-  } catch (error) { problem = request.signal.aborted ? "Stopped" : error.message; }
-  if (answer.textContent || !problem) chat.push({ role: "assistant", content: answer.textContent });
-  else { chat.pop(); question.remove(); text.value ||= content; }
-  add(answer, "small", problem && "error", [...notes, problem].filter(Boolean).join(" · "));
-  request = null; send.textContent = "Send";
+  const content = text.value, before = [...chat.turns], turn = { role: "user", content, page: {} };
+  if (request || !content.trim() || !valid()) return;
+  say("");
+  if (edited) drop(edited);
+  chat.turns.push(turn); showTurn(turn); [text.value, edited] = ["", null];
+  if (!await run(before)) text.value ||= content;
 }
+function drop(turn) {  // leaves out a turn and what came after it
+  const owner = chat, before = owner.turns;
+  owner.turns = before.slice(0, before.indexOf(turn)); owner.skip = 0; show();
+  say("What was there before is left out.", "Undo", () => {
+    owner.turns = before; open(owner); save(owner);
+  });
+}
+function edit(turn, content = turn.content) {
+  edited = turn; text.value = content; text.focus();
+  if (turn) say("Sending replaces this message and all that follows it.", "Cancel",
+    () => edit(null, ""));
+}
+function retry(turn) {
+  const before = [...chat.turns];
+  if (!request && valid()) { drop(turn); run(before); }
+}
+
+// ---------------- keys and buttons
 text.onkeydown = (event) =>  // false: Enter adds no line break
   event.key !== "Enter" || event.shiftKey || event.isComposing || !ask();
 send.onclick = () => { if (request) request.abort(); else ask(); };
-fresh.onclick = () => { request?.abort(); turns = []; log.replaceChildren(); text.focus(); };
-key.onchange = () => { sessionStorage.setItem("key", key.value); list(); };
-key.value = sessionStorage.getItem("key") ?? ""; list();
-</script>
+document.onkeydown = ({ key: pressed }) => {
+  if (pressed === "Escape" && !document.querySelector(":popover-open")) request?.abort();
+};
+at.fresh.onclick = () => { say(""); open(empty()); };
+find.oninput = showList; at.exportAll.onclick = () => download(stored());
+at.importer.onclick = () => at.file.click(); at.file.onchange = () => take(at.file.files[0]);
+settings.onsubmit = () => false; settings.oninput = changed;
+settings.onchange = model.onchange = () => {
+  chat.settings.model = model.value; chat.skip = 0; changed(true);
+  if (chat.turns.length && !request) save();
+};
+at.reset.onclick = () => { fill({}); settings.onchange(); };
+key.onchange = () => { say(""); session("key", key.value); start(); };
+addEventListener("pagehide", () => { if (request) save(); });
+addEventListener("storage", ({ key: name }) => {  // another tab changed something
+  const there = name === memory + chat.id && !request && read(name);
+  if (there) { chat = there; fill(); show(); }
+  showList();
+});
+key.value = session("key") ?? ""; chat = empty();
+open(read(memory + session("chat")) ?? chat); start();
 """
+
+WHOLE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>{STYLE}</style>{BODY}<script>{labs_markup.SCRIPT}{labs_kept.SCRIPT}{SCRIPT}</script>
+"""
+# Browsers need neither the comments nor the indentation.
+PAGE = re.sub(r"(?m)(^|  )// .*|^ +|^\n", "", WHOLE)

@@ -774,7 +774,10 @@ ROOMS = {
     "labs_meters.py": (140, "labs engine"),
     "labs_answers.py": (180, "labs engine meters parts protocol ready request turns"),
     "labs_openapi.py": (140, ""),
-    "labs_pages.py": (420, "openapi"),
+    "labs_markup.py": (240, ""),
+    "labs_kept.py": (240, ""),
+    "labs_pages.py": (420, "markup kept"),
+    "labs_site.py": (80, "openapi pages"),
     "labs_service.py": (
         450,
         "labs gate meters models desk kinds engine request ready answers openai patterns protocol "
@@ -786,7 +789,7 @@ ROOMS = {
     ),
     "labs_api.py": (
         600,
-        "labs gate meters openapi pages models engine request ready parts explain openai replies "
+        "labs gate meters openapi site models engine request ready parts explain openai replies "
         "service protocol turns messages message_events message_models response_items responses "
         "tokenize vectors names",
     ),

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the chat page's script that holds its settings and its conversations."""
+
+SCRIPT = r"""
+// ---------------- settings: fields made from /openapi.json
+const USUAL = ["max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+  "frequency_penalty", "presence_penalty", "stop", "seed", "tools", "documents"];
+const SENT = { max_new_tokens: "max_tokens", min_new_tokens: "min_tokens",
+  template_options: "chat_template_kwargs" };  // OpenAI's names of some of labs' settings
+const HELD = ["model", "messages", "add_generation_prompt", "continue_final_message",
+  "tool_choice"];  // not settings of a conversation here
+function fields({ GenerateRequest: { properties }, ChatRequest: { properties: taken } }) {
+  const names = Object.keys(properties).filter((name) =>
+    Object.hasOwn(taken, SENT[name] ?? name) && !HELD.includes(name));
+  kinds.set("logprobs", {});  // of the switch
+  for (const name of [...USUAL.filter((each) => names.includes(each)), ...names])
+    if (!kinds.has(name)) field(USUAL.includes(name) ? at.usual : at.rest, name, properties[name]);
+}
+function field(parent, name, schema) {
+  const kind = schema.anyOf?.find(({ type }) => type !== "null") ?? schema, id = `of-${name}`;
+  const most = Math.min(kind.maximum, Number.MAX_SAFE_INTEGER), number = most >= 0;
+  const choices = kind.enum ?? (kind.type === "boolean" && [true, false]);
+  const standard = JSON.stringify(schema.default ?? null), box = add(parent, "div.field");
+  add(box, "label", name, { htmlFor: id });
+  const reset = () => { input.value = ""; input.focus(); settings.onchange({}); };
+  button(box, "Reset", reset, { ariaLabel: `Reset ${name}` });
+  const input = add(box, choices ? "select" : number ? "input" : "textarea", "", { id, name });
+  if (choices) input.append(new Option("default", ""), ...choices.map((each) =>
+    new Option(each, JSON.stringify(each))));
+  else input.placeholder = number ? "default" : "JSON";
+  if (number) Object.assign(input, { type: "number", min: kind.minimum, max: most,
+    step: kind.type === "integer" ? 1 : "any" });
+  const about = [schema.description, number && `From ${kind.minimum} to ${most}.`,
+    standard !== "null" && `Default: ${standard}.`].filter(Boolean).join(" ");
+  add(box, "small", about, { id: `about-${name}` });
+  at[`why-${name}`] = add(box, "small.error", "", { id: `why-${name}` });
+  input.setAttribute("aria-describedby", `about-${name} why-${name}`);
+  kinds.set(name, { ...kind, most });
+}
+function valueOf(name, given) {
+  try { return JSON.parse(given); } catch (error) {
+    if (name === "stop") return [given];
+    throw error;
+  }
+}
+function fault({ type, name, value, validity }) {  // one sentence, or ""
+  const kind = kinds.get(name), whole = kind?.type === "integer" ? "whole " : "";
+  if (type === "number")
+    return validity.valid ? "" : `Give a ${whole}number from ${kind.minimum} to ${kind.most}.`;
+  try { if (kind && value) valueOf(name, value); return ""; } catch { return "This is not JSON."; }
+}
+const inputs = () => [...settings.elements].filter(({ name }) => name);
+const given = (input) => input.type === "checkbox" && !input.checked ? "" : input.value;
+function valid() {  // whether all settings are; else the first bad one is shown
+  const bad = inputs().find(fault);
+  if (bad) { panel.togglePopover(true); at.more.open ||= at.more.contains(bad); bad.focus(); }
+  return !bad;
+}
+function changed(keep) {  // marks what differs from the default, and what is wrong
+  let count = 0;
+  for (const input of inputs()) {
+    const box = input.closest(".field"), why = fault(input), differs = why || given(input);
+    box.classList.toggle("changed", differs); count += differs ? 1 : 0;
+    if (keep && !why) chat.settings[input.name] = given(input);
+    if (kinds.has(input.name) && at[`why-${input.name}`]) at[`why-${input.name}`].textContent = why;
+  }
+  at.gear.textContent = `Settings${count ? ` (${count} changed)` : ""}`;
+}
+function fill(values = chat.settings) {  // shows the settings of the conversation
+  for (const input of inputs()) {
+    const value = Object.hasOwn(values, input.name) ? values[input.name] : "";
+    if (input.type === "checkbox") input.checked = value;
+    else if (input !== rival || context.has(value)) input.value = value;
+    else input.selectedIndex = 0;
+  }
+  if (context.has(values.model)) model.value = values.model;
+  changed();
+}
+function valuesOf(owner) {  // by labs' own names
+  const names = [...kinds.keys()].filter((name) => owner.settings[name]);
+  return Object.fromEntries(names.map((name) => [name, valueOf(name, owner.settings[name])]));
+}
+function bodyOf(owner) {  // by OpenAI's names
+  const { logprobs, ...values } = valuesOf(owner), body = { stream: true };
+  for (const name of Object.keys(values)) body[SENT[name] ?? name] = values[name];
+  if (logprobs) Object.assign(body, { logprobs: true, top_logprobs: logprobs });
+  return { ...body, stream_options: { include_usage: true } };
+}
+
+// ---------------- conversations: one key of localStorage each
+const draw = () => `${Date.now()}${Math.random()}`;
+const empty = () => ({ id: draw(), name: "", turns: [], settings: { ...chat?.settings } });
+function turnOf({ role, content, reasoning_content, tool_calls, tool_call_id, page }) {
+  const turn = { role, content: content ?? "", page: { ...page } };  // with nothing unknown
+  if (!["user", "assistant", "tool"].includes(role)) throw Error("unknown role");
+  if (page?.other) turn.page.other = turnOf(page.other);
+  if (reasoning_content) turn.reasoning_content = reasoning_content;
+  if (tool_calls) turn.tool_calls = tool_calls.map(({ id, function: { name, arguments: more } }) =>
+    ({ id, type: "function", function: { name: `${name}`, arguments: `${more}` } }));
+  if (tool_call_id) turn.tool_call_id = tool_call_id;
+  for (const each of [turn.content, reasoning_content, tool_call_id])
+    if (each && typeof each !== "string") throw Error("not a text");
+  return turn;
+}
+function session(name, value) {  // kept until the tab is closed, if the browser allows it
+  try {
+    if (value !== undefined) sessionStorage.setItem(name, value);
+    return sessionStorage.getItem(name);
+  } catch { return null; }
+}
+function read(name) {  // a stored conversation, or null if it cannot be read
+  try {
+    const found = JSON.parse(localStorage.getItem(name));
+    return { ...found, turns: found.turns.map(turnOf), settings: { ...found.settings } };
+  } catch { return null; }
+}
+function stored() {  // all conversations, the newest first; the open one need not be stored
+  let names = [];
+  try { names = Object.keys(localStorage).filter((name) => name.startsWith(memory)); } catch {}
+  const found = names.map(read).filter(Boolean).sort((a, b) => b.at - a.at);
+  const all = found.map((each) => each.id === chat.id ? chat : each);
+  return !chat.name || all.includes(chat) ? all : [chat, ...all];
+}
+function save(owner = chat) {
+  owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
+  const there = read(memory + owner.id);
+  if (there && there.version !== owner.version) {
+    Object.assign(owner, { id: draw(), name: `${owner.name} (copy)` });
+    say("Another tab changed this conversation too. Both versions are kept.");
+  }
+  const next = { ...owner, version: draw(), at: Date.now() };
+  const written = JSON.stringify(next, (name, value) => name === "tokens" ? undefined : value);
+  try {
+    if (owner.turns.length) localStorage.setItem(memory + owner.id, written);
+    else { owner.name = ""; localStorage.removeItem(memory + owner.id); }
+    owner.version = next.version;
+  } catch { say("This browser stores nothing more. Export this conversation, or delete others."); }
+  showList();
+}
+function showList() {
+  const sought = find.value.toLowerCase();
+  list.replaceChildren();
+  for (const each of stored()) {
+    const texts = [each.name, ...each.turns.map(({ content }) => content)];
+    if (!texts.some((text) => text.toLowerCase().includes(sought))) continue;
+    const row = add(list, "li"), mine = each === chat;
+    const shown = button(row, each.name, () => open(each), { ariaCurrent: mine });
+    const more = mine && add(row, "div.actions");
+    if (more) for (const [label, action] of [["Rename", () => rename(shown)], ["Delete", remove],
+      ["Export", () => download([chat])]]) button(more, label, action);
+  }
+  if (!list.firstChild) add(list, "li.quiet", sought ? "Nothing found" : "No conversations yet");
+}
+function rename(shown) {
+  const input = add(shown.parentElement, "input", "", { value: chat.name, ariaLabel: "Name" });
+  shown.replaceWith(input); input.select();
+  input.onkeydown = ({ key: pressed, isComposing }) => {
+    if (pressed === "Escape") input.value = chat.name;
+    if (["Enter", "Escape"].includes(pressed) && !isComposing) input.blur();
+  };
+  input.onblur = () => { chat.name = input.value.trim() || chat.name; save(); };
+}
+function remove() {
+  const gone = chat;
+  try { localStorage.removeItem(memory + gone.id); } catch {}  // it was never stored
+  open(empty());
+  say("The conversation was deleted.", "Undo", () => { save(gone); open(gone); });
+}
+function open(next) {
+  request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);
+  fill(); show(); showList(); chats.togglePopover(false); text.focus();
+}
+function messagesOf({ settings: { system: content } }, turns) {
+  const first = content ? [{ role: "system", content }] : [];
+  return [...first, ...turns.map(({ page, tokens, ...message }) => message)];
+}
+function download(conversations) {  // lines that labs-gen batch reads
+  const lines = conversations.map((each) => JSON.stringify({
+    id: `${each.name} #${each.id}`, messages: messagesOf(each, each.turns), ...valuesOf(each) }));
+  const href = URL.createObjectURL(new Blob([lines.join("\n"), "\n"]));
+  add(document.body, "a", "", { href, download: "conversations.jsonl", hidden: true }).click();
+}
+async function take(file) {  // reads such lines again
+  const wrong = [];
+  let count = 0;
+  for (const [i, line] of (await file.text()).split("\n").entries()) if (line.trim())
+    try {
+      const { id = file.name, messages, ...values } = JSON.parse(line), made = empty();
+      const system = messages[0].role === "system" ? messages.shift().content : "";
+      Object.assign(made, { name: `${id}`.replace(/ #[\d.]+$/, ""), settings: { system },
+        turns: messages.map(({ page, ...each }) => turnOf(each)) });
+      for (const name of kinds.keys())
+        if (name in values) made.settings[name] = JSON.stringify(values[name]);
+      save(made); count++;
+    } catch { wrong.push(i + 1); }
+  say(`${count} conversations imported.${wrong.length ? ` Lines without one: ${wrong}.` : ""}`);
+}
+"""
