@@ -170,15 +170,27 @@ class Commands(click.Group):
 
     def _named(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args[:1] == ["help"]:
+            if args[1:] and args[1] not in labs_flags.SUBCOMMANDS:
+                meant = labs_hints.like(args[1:])
+                hint = f"; did you mean {meant}?" if meant else ""
+                raise click.UsageError(f"there is no command {args[1]!r}{hint}", ctx)
             return [*args[1:2], "--help"]
         if not args and ctx.resilient_parsing:  # the first word is being completed
             return args
         if args and args[0] in (*labs_flags.SUBCOMMANDS, *VERSION):
             return args
-        first = first_word(self._prompt(ctx).params, args)
+        first = first_word(args)
         if args[first : first + 1] and args[first] in labs_flags.SUBCOMMANDS:
             return [args[first], *args[:first], *args[first + 1 :]]
         return [DEFAULT, *args]
+
+
+def flags_with_value() -> set[str]:
+    """Return all flags, of any subcommand, after which a value comes."""
+    own = {each for row in labs_flags.ROWS for each in row.options} | {*labs_past.OPTIONS}
+    found = [make_option([flag], kind, help) for flag, kind, help in own | {*labs_flags.CONFIG}]
+    found += map(option_of, labs.settings())
+    return {name for option in found if not option.is_flag for name in option.opts}
 
 
 def with_version(command: click.Command) -> click.Command:
@@ -186,11 +198,9 @@ def with_version(command: click.Command) -> click.Command:
     return click.version_option(labs.__version__, message="%(prog)s %(version)s")(command)
 
 
-def first_word(params: list[click.Parameter], args: list[str]) -> int:
+def first_word(args: list[str]) -> int:
     """Return the place of the first word that is no flag and no value of one."""
-    options = (each for each in params if isinstance(each, click.Option) and not each.is_flag)
-    with_value = {name for option in options for name in option.opts}
-    place = 0
+    place, with_value = 0, flags_with_value() if args and args[0].startswith("-") else ()
     while place < len(args) and args[place].startswith("-") and args[place] not in ("-", "--"):
         place += 2 if args[place] in with_value else 1
     return place

@@ -36,7 +36,7 @@ TABLE = (
 def after(error: Exception, sentence: str, words: list[str]) -> str:
     """Return a sentence with the command that helps, or "". words: those of the command line."""
     if isinstance(error, click.NoSuchOption) and (rows := owners(error.option_name)):
-        return f"{error.option_name} is a flag of {rows}."
+        return f"{error.option_name} is a flag of labs-gen {rows}."
     if isinstance(error, click.UsageError) and (meant := like(words[:1])):
         whole = labs_flags.on_one_line(shlex.join(["labs-gen", meant, *words[1:]]))
         return f"If {words[0]} is meant to be a command: {whole}"
@@ -52,8 +52,8 @@ def after(error: Exception, sentence: str, words: list[str]) -> str:
 
 def owners(flag: str) -> str:
     """Return the subcommands that have this flag, in words."""
-    found = [row.name for row in labs_flags.ROWS if flag in labs_flags.all_flags(row)]
-    return ", ".join(f"labs-gen {name}" for name in found)
+    *most, last = ["", *(row.name for row in labs_flags.ROWS if flag in labs_flags.all_flags(row))]
+    return " and ".join(filter(None, (", ".join(most[1:]), last)))
 
 
 def like(words: list[str]) -> str:

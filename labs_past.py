@@ -3,7 +3,7 @@
 
     row, flags = labs_past.renamed(flags)  # of the default command
 
-To end this, delete this file and its two uses in labs_commands.py and labs_cli.py.
+To end this, delete this file and what names it in labs_commands.py and labs_cli.py.
 """
 
 from __future__ import annotations

@@ -237,6 +237,20 @@ def test_flags_may_come_before_the_subcommand(fake_labs, words):
     assert contents(fake_labs.requests[0]) == ["one"]
 
 
+def test_a_flag_of_any_subcommand_may_come_before_it(fake_labs):
+    done = invoke("--port", "1", "--sticky", "serve")
+    assert (done.exit_code, "--sticky needs --ray" in done.stderr) == (2, True)
+    done = invoke("--docs", "chat", "index")
+    assert "Missing argument 'DIR...'" in done.stderr
+
+
+def test_help_of_a_command_that_is_not_there_names_the_nearest():
+    for word, hint in (("bacth", "; did you mean batch?"), ("nonsense", "")):
+        done = invoke("help", word)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.endswith(f"Error: there is no command '{word}'{hint}\n")
+
+
 def test_each_subcommand_names_a_function_that_exists():
     for row in labs_flags.ROWS:
         assert callable(labs_cli.function_of(row.run))
@@ -319,6 +333,7 @@ def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words,
         (["bacth", "a b", "--ordered"], "labs-gen batch 'a b' --ordered"),
         (["chat", "--json"], "--json is a flag of labs-gen prompt."),
         (["Hi", "--port", "1"], "--port is a flag of labs-gen serve."),
+        (["chat", "--tools", "x"], "--tools is a flag of labs-gen prompt and explain."),
         (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--config", "wrong.toml"], "labs-gen settings top_p shows similar names."),
