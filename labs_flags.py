@@ -213,8 +213,7 @@ ROWS = (
         (("action", "[ACTION]", click.Choice(["list", "pull", "rm"])), ("name", "[NAME]", str)),
         (("--json", bool, "List as JSON."), ("--yes", bool, "Remove without a question.")),
         "revision local_files_only cache_dir trust_remote_code use_safetensors kind",
-        more="The action is list, pull (ORG/MODEL, ORG/MODEL:FILE.gguf or the NAME of a "
-        "[models.NAME] table) or rm (a NAME of the list).",
+        more="ACTION: list, pull (ORG/MODEL, ORG/MODEL:FILE.gguf or a table) or rm (a NAME).",
     ),
     Subcommand(
         "doctor",

@@ -40,7 +40,7 @@ REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
 API += ("service", "tokenize", "vectors", "desk", "kinds", "embed", "padded", "pooling")
-API += ("recipe", "rerank")
+API += ("recipe", "rerank", "kept", "markup", "site")
 API += (
     "openapi",
     "pages",
@@ -52,7 +52,7 @@ API += (
     "tokens",
 )
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
-CLI = ("terminal", "cli", "commands", "flags", "hints", "past", "shell")
+CLI = ("terminal", "hub", "progress", "cli", "commands", "flags", "hints", "past", "shell")
 
 
 def names(place: Any = "copy") -> list[str]:
