@@ -67,6 +67,7 @@ def chat(context: labs_request.Context, asked: labs_request.Request, ways: Ways)
     history = labs_chat_input.History(labs_chat_input.history_file() if ways.keep else None)
     keyboard = labs_chat_input.Keyboard(history, complete)
     talk = labs_chat_turns.chat(talk, host, keyboard)
+    getattr(talk.model.prefixes, "flush", bool)()  # files of what prompts began with, if any
     if talk.failed and not keyboard.person:
         raise click.exceptions.Exit(1)
 

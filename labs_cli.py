@@ -321,7 +321,7 @@ def chat(config: labs.Config, flags: labs_flags.Values) -> None:
     asked = request_of(flags, labs_request.Prompt(messages=tuple(messages)))
     labs_request.check(context, msgspec.structs.replace(asked, prompts=()))
     ways = labs_chat.Ways(
-        load_for_one_stream,
+        load_for_chat,
         read_json,
         streams(flags),
         bool(flags.get("verbose")),
@@ -336,6 +336,15 @@ def load_for_one_stream(config: labs.Config) -> tuple[labs.Model, float]:
     model = load_model(labs_shell.for_one_stream(config))
     imports_s = time.perf_counter() - began - model.load_s
     return msgspec.structs.replace(model, prefixes=labs.new_prefixes()), imports_s
+
+
+def load_for_chat(config: labs.Config) -> tuple[labs.Model, float]:
+    """Load a model for a chat, whose prompts may begin with columns on disk."""
+    import labs_turns
+
+    model, imports_s = load_for_one_stream(config)
+    prefixes = labs_turns.prefixes_of(model, config.server)
+    return msgspec.structs.replace(model, prefixes=prefixes), imports_s
 
 
 def load_model(config: labs.Config) -> labs.Model:

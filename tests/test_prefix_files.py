@@ -17,9 +17,10 @@ import time
 import msgspec
 import pytest
 import torch
-from kit import model_around, options, prepare, prompt, random_model, read, row_of
+from kit import model_around, options, prepare, prompt, random_model, read, row_of, unfrozen
 
 import labs
+import labs_cli
 import labs_decode as decode
 import labs_engine
 import labs_prefix_files as files_room
@@ -405,3 +406,16 @@ def test_without_a_known_revision_nothing_is_written(tmp_path, caplog):
         store = files_room.opened(model, labs.Server(prefix_disk_bytes=2**20))
     assert isinstance(store, labs_prefixes.Prefixes)
     assert "the revision of the model is not known" in caplog.text
+
+
+def test_a_chat_keeps_prefixes_on_disk_where_that_is_set_and_a_single_prompt_does_not(
+    tiny_folder, tmp_path
+):
+    spec = labs.ModelSpec(model_name=str(tiny_folder), cache_dir=str(tmp_path))
+    config = labs.Config(model=spec)
+    on_disk = msgspec.structs.replace(config, server=labs.Server(prefix_disk_bytes=2**20))
+    loads = (labs_cli.load_for_chat, labs_cli.load_for_one_stream)
+    with unfrozen():
+        kinds = [type(load(each)[0].prefixes) for load in loads for each in (config, on_disk)]
+    memory = labs_prefixes.Prefixes
+    assert kinds == [memory, files_room.PrefixFiles, memory, memory]
