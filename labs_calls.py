@@ -26,8 +26,8 @@ NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
 
 
 def speed_up(decoder: Decoder) -> Decoder:
-    """Add guesses and splitting; add packed prompts if the cache holds only keys and values."""
-    decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom)
+    """Add guesses, splitting and growth; packed prompts if the cache has only keys and values."""
+    decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom, grow=grow)
     if decoder.mode != "joins":
         return decoder
     layers = DynamicCache(config=decoder.config).layers
@@ -173,6 +173,8 @@ def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_l
         return labs_loop.step(decoder, batch)
     ids = torch.tensor([[row.ids[-1]], *([token] for token in guess)], device=decoder.device)
     places = [row.written + i for i in range(len(ids))]
+    if decoder.grow:
+        grow(batch, len(ids))
     logits = labs_decode.forward_slots(decoder, batch, ids, places)
     for line, token in zip(logits, (*guess, None), strict=True):
         choices += labs_loop.choose(line[None], batch.rows)
@@ -210,6 +212,15 @@ def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
         return [replace(batch, at_once=half)]
     batch.cache.layers.clear()
     return [_rewrite(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
+
+
+def grow(batch: Batch, tokens: int = 1) -> None:
+    """Have columns for the next tokens of all rows: twice as many, or as many as they may need."""
+    cache, most = batch.cache, max(row.columns for row in batch.rows)
+    needed = max(row.written for row in batch.rows) + tokens
+    if needed > cache.cursor.columns and batch.stepwise is None:
+        columns = max(needed, min(2 * cache.cursor.columns, most))
+        cache.resize(len(batch.rows), cache.cursor.rows, labs_decode.blocks(columns))
 
 
 def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:

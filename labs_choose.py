@@ -103,7 +103,7 @@ class Options:
         decoder = self.model.decoder
         prefixes = prefixes if decoder.can_reuse_prefix else None
         row.exact_prefix = True  # a stored prefix must not change the shares
-        batch = labs_decode.new_batch(decoder, row)
+        batch = labs_decode.new_batch(replace(decoder, grow=None), row)
         if prefixes is not None:
             prefixes.load(decoder, batch)
         while batch.pending:

@@ -41,12 +41,11 @@ from transformers.masking_utils import sdpa_mask
 LONE_ROW_COPIES = 4  # a lone row runs as 4 equal rows: 1 rounds differently, 2 take longer
 CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows wait for it
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
-COLUMNS = 64  # attention reads whole blocks of columns, see `_blocks`
+FIRST_COLUMNS = 256  # for new tokens, in slots that grow
+COLUMNS = 64  # attention reads whole blocks of columns, see `blocks`
 SUMMED = 256  # columns that one product sums: libraries cut longer sums by their length
-KEPT_SHARE = 0.125  # the share of free memory for stored prefixes and for unused slots
 MEMORY_SHARE = 0.5  # the share of free memory for slots
 OOM_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
-UNKNOWN_BUDGET = 2**30  # bytes, assumed if the system does not report its free memory
 
 Tensor = torch.Tensor
 Pair = tuple[Tensor, Tensor]
@@ -326,7 +325,7 @@ class Slots(cache_utils.Cache):
     """A transformers cache whose rows are slots, with a layer for each layer of its own cache."""
 
     def __init__(self, config: PretrainedConfig, columns: int) -> None:
-        self.cursor = Cursor(rows=1, columns=_blocks(columns))
+        self.cursor = Cursor(rows=1, columns=blocks(columns))
         self.captured: dict[tuple[int, int], object] = {}  # CUDA graphs that read these slots
         super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
@@ -374,7 +373,7 @@ def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
     return list(DynamicCache(config=config).layers)
 
 
-def _blocks(columns: int) -> int:
+def blocks(columns: int) -> int:
     """Round up to 64, 128, or a multiple of SUMMED: with few lengths, sums round alike."""
     if columns <= SUMMED:
         return max(COLUMNS, 1 << (columns - 1).bit_length())
@@ -587,7 +586,8 @@ class Decoder:
     configuration in the model and its attention before labs changed it. forward: replaces the
     model's own; why_forward: why it does or not. quant_method: how weights are packed.
     prefill_packed: None if each prompt is prefilled alone. step_alone: steps a lone row by one
-    token and guessed ones. halves: splits a batch in two after memory ran out.
+    token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
+    before a step that needs them; None if slots have all columns from the beginning.
     """
 
     model: PretrainedModel
@@ -608,6 +608,7 @@ class Decoder:
     prefill_packed: PrefillPacked | None = None
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
+    grow: Callable[[Batch], None] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -746,7 +747,8 @@ def new_batch(decoder: Decoder, row: Row) -> Batch:
     """Return a batch of one newcomer for which nothing is computed yet."""
     if decoder.mode == "alone":
         return Batch((row,), Slots(None, 0), _generate_stepwise(decoder, row))
-    return Batch((row,), Slots(decoder.config, row.columns))
+    least = len(row.ids) + FIRST_COLUMNS if decoder.grow else row.columns
+    return Batch((row,), Slots(decoder.config, min(least, row.columns)))
 
 
 @torch.inference_mode()
@@ -843,7 +845,7 @@ def forward_slots(
     at, live = batch.cache.cursor, len(ids)
     positions = upload(written, ids.device)[:, None]
     at.speculative = live > len(batch.rows)
-    at.first_row, at.positions, at.read_to = first, positions[:, 0], _blocks(max(written) + 1)
+    at.first_row, at.positions, at.read_to = first, positions[:, 0], blocks(max(written) + 1)
     slots = [0] * live if at.speculative else range(first, first + live)
     at.index = upload(slots, ids.device)
     if live == 1 and decoder.duplicates_lone_row:
@@ -931,9 +933,3 @@ def release_memory() -> None:
 def slot_budget(device: torch.device) -> int:
     """Return the bytes that slots may still take on a device."""
     return int(MEMORY_SHARE * available_bytes(device))
-
-
-def keepable_bytes(cache: Slots, held: int) -> int:
-    """Return how many bytes may be stored beside `cache` for later; `held` are stored already."""
-    free = available_bytes(cache.buffers[0].device)
-    return UNKNOWN_BUDGET if free == sys.maxsize else int(KEPT_SHARE * (free + held))

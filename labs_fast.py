@@ -56,6 +56,8 @@ def speed_up(
         )
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
+    if captures:  # slots that grow would lose their graphs
+        decoder = replace(decoder, grow=None)
     exact = batch_invariant and (not has_fp32 or torch.float32 in labs_packing.packed_types())
     decoder = labs_decode.with_invariance(decoder, exact)
     return replace(

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 
 import labs_decode
+import labs_memory
 from labs_decode import Batch, Decoder, Slots, Tensor
 
 MIN_GRAPH_COLUMNS = 512  # columns of the smallest slots whose steps are captured
@@ -55,7 +56,7 @@ class Graphs:
     def take_slots(self, cache: Slots) -> None:
         """Keep the slots of a batch that has ended for the next batch, if enough memory is free."""
         size = sum(buffer.nbytes for buffer in cache.buffers)
-        if size <= labs_decode.keepable_bytes(cache, size):
+        if size <= labs_memory.keepable_bytes(cache, size):
             self.spare_slots[:] = [cache]
 
     def begin(self, newcomer: Batch) -> Batch:

@@ -274,6 +274,8 @@ def step(decoder: Decoder, batch: Batch) -> tuple[Batch, list[Choice]]:
     A newcomer's first step chooses from the logits of its prompt. If a step fails, it may be
     repeated, unless the model has recurrent states.
     """
+    if decoder.grow and batch.logits is None:
+        decoder.grow(batch)
     logits = labs_decode.forward(decoder, batch) if batch.logits is None else batch.logits
     choices = choose(logits, batch.rows)
     for row, choice in zip(batch.rows, choices, strict=True):
@@ -323,12 +325,15 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     """Return whether the newcomers' slots fit in memory; without a batch, one is always tried."""
     if not batches and len(newcomers) == 1:
         return True
-    own = [newcomer.cache.cursor.columns for newcomer in newcomers]
+    own = [labs_decode.blocks(newcomer.rows[0].columns) for newcomer in newcomers]
     at = batches[0].cache.cursor if batches else labs_decode.Cursor(0, 0)
     rows, live = max(at.rows, 1), len(batches[0].rows) if batches else 0
     while rows < live + len(newcomers):
         rows *= 2  # a batch doubles its slots until all fit; newcomers have their own until then
-    grown = rows * max(at.columns, *own) - at.rows * at.columns
+    owed = [labs_decode.blocks(max(row.columns for row in b.rows)) for b in batches]  # if they grow
+    grown = rows * max(at.columns, *owed[:1], *own) - at.rows * at.columns
+    for batch, columns in zip(batches[1:], owed[1:], strict=True):
+        grown += batch.cache.cursor.rows * max(columns - batch.cache.cursor.columns, 0)
     per_column = batches[0].cache.bytes_per_column if batches else decoder.column_bytes
     return (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device)
 

@@ -31,8 +31,9 @@ import msgspec
 import safetensors.torch
 
 import labs_cache
+import labs_memory
 import labs_prefixes
-from labs_decode import Batch, Decoder, PrefixStore, Row, Tensor, keepable_bytes
+from labs_decode import Batch, Decoder, PrefixStore, Row, Tensor
 
 FORMAT = 1
 NAME = 40  # characters of a file's name that tell which chunk it holds
@@ -140,7 +141,7 @@ class PrefixFiles:
         self._next.pop(row, None)
         if len(cache.buffers) != 2 * len(cache.stateful_layers):
             return
-        most, now = keepable_bytes(cache, 0), time.time_ns()
+        most, now = labs_memory.keepable_bytes(cache, 0), time.time_ns()
         exact = row.ids[: row.exact_columns]
         for place, name in enumerate(self._names(decoder, row.owner, exact)):
             if not self.folder.has(name) and self.folder.pending_bytes < most:

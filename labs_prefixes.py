@@ -4,7 +4,7 @@
     loop = labs_loop.Loop(prefixes=labs_prefixes.Prefixes())
 
 A later prompt of the same owner that begins with the same token ids starts from these columns.
-This file needs labs_decode.py.
+This file needs labs_decode.py and labs_memory.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import labs_decode
+import labs_memory
 from labs_decode import Batch, Decoder, Slots, Tensor
 
 
@@ -111,7 +112,7 @@ class Prefixes:
     def _most(self, cache: Slots) -> int:
         if self.max_bytes is not None:
             return self.max_bytes
-        return labs_decode.keepable_bytes(cache, self.nbytes)
+        return labs_memory.keepable_bytes(cache, self.nbytes)
 
 
 def _common(a: list[int], b: list[int]) -> int:

@@ -16,6 +16,7 @@ Needs labs.py, labs_decode.py, labs_calls.py and labs_turns.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ class Scores:
         import labs_decode
 
         decoder, ids = self.model.decoder, self.inputs.input_ids
-        batch = labs_decode.new_batch(decoder, row)
+        batch = labs_decode.new_batch(dataclasses.replace(decoder, grow=None), row)
         size = max(1, min(decoder.chunk, LOGITS // decoder.config.vocab_size))
         for start in range(0, len(ids) - 1, size):
             text = ids[start : min(start + size, len(ids) - 1)]  # nothing follows the last token

@@ -292,7 +292,7 @@ def test_a_slow_disk_holds_back_no_prompt_and_its_queue_is_bounded(decoder, tmp_
     one = sum(each.nbytes for each in asked(decoder, store)[0].cache.buffers)
     held = store.folder.pending_bytes
     assert 0 < held <= one
-    monkeypatch.setattr(files_room, "keepable_bytes", lambda cache, kept: held)
+    monkeypatch.setattr(files_room.labs_memory, "keepable_bytes", lambda cache, kept: held)
     asked(decoder, store, [201, *PROMPT[1:]])
     assert store.folder.pending_bytes == held
     gate.set()
