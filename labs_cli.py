@@ -34,6 +34,7 @@ import labs_past
 import labs_progress
 import labs_request
 import labs_shell
+import labs_together
 
 tell = labs_shell.tell
 
@@ -230,7 +231,7 @@ def run(row: labs_flags.Subcommand, flags: labs_flags.Values) -> None:
     flags = with_text(flags)
     if row.name == "prompt":
         row, flags = labs_past.renamed(flags)
-    labs_flags.check_flags(row, flags)
+    labs_together.check_flags(row, flags)
     config = labs.Config()
     if row.loads:
         overrides = labs_flags.overrides_of(flags)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The subcommands of labs-gen and their flags: which there are, and which go together.
+"""The subcommands of labs-gen and the flags that each has.
 
     row = labs_flags.SUBCOMMANDS["batch"]
-    labs_flags.check_flags(row, flags)          # raises UsageError for a flag without effect
     overrides = labs_flags.overrides_of(flags)  # for labs.load_config
 
 A new subcommand is one more row of ROWS. Flags of settings are made from labs.settings(), so their
@@ -286,35 +285,6 @@ def settings_of(row: Subcommand) -> list[labs.Setting]:
 def options_of(row: Subcommand) -> Options:
     """Return the flags of a subcommand that are not settings."""
     return (*row.options, *(CONFIG if row.settings else ()))
-
-
-def check_flags(row: Subcommand, flags: Values) -> None:
-    """Refuse a flag that would have no effect, because of another flag or without another one."""
-    for names in row.rivals:
-        given = [name for name in names.split() if is_given(flags.get(name))]
-        if len(given) > 1:
-            raise rivals(*given)
-    check_needs(flags, row.needs)
-
-
-def rivals(*names: str) -> click.UsageError:
-    """Return the error for flags that exclude each other."""
-    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-    return click.UsageError(f"{flags} exclude each other; give one of them")
-
-
-def is_given(value: Any) -> bool:
-    """Return whether a flag with this value was given."""
-    return value not in (None, ()) and value is not False  # 0 counts as given, but 0 == False
-
-
-def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
-    """Refuse the first flag of a row if it is given without one of the others in the row."""
-    for row in rows:
-        name, *modes = row.split()
-        if is_given(flags.get(name)) and not any(is_given(flags.get(mode)) for mode in modes):
-            flag, needed = name.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
-            raise click.UsageError(f"--{flag} needs {needed}")
 
 
 def overrides_of(flags: Values) -> Values:

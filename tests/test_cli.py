@@ -27,6 +27,7 @@ import labs_explain
 import labs_flags
 import labs_hints
 import labs_past
+import labs_together
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -190,9 +191,9 @@ def test_of_two_flags_both_have_an_effect_or_they_are_refused(row):
         alone = [each for each in ALONE.get(row.name, ()) if {*pair, *needed} & {*each.split()}]
         if any(len({*pair, *needed} & {*each.split()}) > 1 for each in alone):
             with pytest.raises(click.UsageError, match="exclude"):
-                labs_flags.check_flags(row, params)
+                labs_together.check_flags(row, params)
         else:
-            labs_flags.check_flags(row, params)
+            labs_together.check_flags(row, params)
 
 
 # ---------------------------------------------------------------- which subcommand
