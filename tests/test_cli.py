@@ -107,7 +107,7 @@ def test_the_help_is_one_screen_with_examples_that_parse():
 @pytest.mark.parametrize("name", labs_flags.SUBCOMMANDS)
 def test_each_subcommand_shows_its_own_flags_before_those_of_settings(name):
     text = invoke(name, "--help").stdout
-    assert text == invoke("help", name).stdout
+    assert text == invoke("help", name).stdout == invoke(name, "-h").stdout
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 80
     titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
@@ -334,7 +334,7 @@ def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words,
         (["bacth", "a b", "--ordered"], "labs-gen batch 'a b' --ordered"),
         (["chat", "--choose", "a"], "--choose is a flag of labs-gen prompt."),
         (["Hi", "--port", "1"], "--port is a flag of labs-gen serve."),
-        (["chat", "--tools", "x"], "--tools is a flag of labs-gen prompt and explain."),
+        (["chat", "--prompt", "x"], "--prompt is a flag of labs-gen prompt and explain."),
         (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--config", "wrong.toml"], "labs-gen settings top_p shows similar names."),
@@ -347,6 +347,13 @@ def test_an_error_names_the_command_that_helps(no_variables, folder, words, hint
     assert done.exit_code in (1, 2)
     assert done.stderr.splitlines()[-1].endswith(hint)
     assert done.stderr.splitlines()[-2].startswith("Error: ")
+
+
+def test_a_name_that_is_no_setting_gets_no_hint():
+    for text in ("tool_choice = 'fly': no such tool", "messages[0]: role = 5", "x: y"):
+        assert labs_hints.after(labs.InputError(text), text, []) == ""
+    wrong = "server.port = 0: too low"
+    assert "labs-gen settings port " in labs_hints.after(labs.ConfigError(wrong), wrong, [])
 
 
 def test_no_hint_names_a_subcommand_that_is_not_there():
