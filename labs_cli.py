@@ -244,7 +244,7 @@ def with_text(flags: labs_flags.Values) -> labs_flags.Values:
     words = flags.get("text", ())
     rest = {name: value for name, value in flags.items() if name != "text"}
     if len(words) > 1:
-        whole = labs_flags.on_one_line(shlex.quote(" ".join(words)))
+        whole = shlex.quote(" ".join(words))
         raise click.UsageError(f"a prompt of several words needs quotes: labs-gen {whole}")
     if words and rest["prompt"] is not None:
         raise click.UsageError("--prompt and a prompt without it exclude each other; give one")

@@ -303,8 +303,3 @@ def all_flags(row: Subcommand) -> list[str]:
     """Return the flags of a subcommand, those of settings too."""
     own = [name for flag, *_ in options_of(row) for name in flag.split("/")]
     return [*own, *(flag for setting in settings_of(row) for flag in flags_of(setting))]
-
-
-def on_one_line(text: str) -> str:
-    """Return text of the command line as a terminal may show it: without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)

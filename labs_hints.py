@@ -38,7 +38,7 @@ def after(error: Exception, sentence: str, words: list[str]) -> str:
     if isinstance(error, click.NoSuchOption) and (rows := owners(error.option_name)):
         return f"{error.option_name} is a flag of labs-gen {rows}."
     if isinstance(error, click.UsageError) and (meant := like(words[:1])):
-        whole = labs_flags.on_one_line(shlex.join(["labs-gen", meant, *words[1:]]))
+        whole = shlex.join(["labs-gen", meant, *words[1:]])
         return f"If {words[0]} is meant to be a command: {whole}"
     for kind, pattern, command, how in TABLE:
         found = re.search(pattern, sentence) if isinstance(error, kind) else None

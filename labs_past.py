@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import labs_flags
+import labs_terminal
 import labs_together
 
 # The old flag and the subcommand that it became. The first that is given counts.
@@ -74,7 +75,7 @@ def tell(row: labs_flags.Subcommand, mode: str, flags: labs_flags.Values) -> Non
     now = ["labs-gen", row.name, *(value for name in names for value in listed(flags[name]))]
     was = [word for name in names for word in spelled(name, flags[name])]
     line = f"labs-gen: {shlex.join(was)} is now: {shlex.join(now)}"
-    click.echo(labs_flags.on_one_line(line), err=True)
+    labs_terminal.tell(line)
 
 
 def listed(value: Any) -> list[str]:

@@ -27,7 +27,9 @@ import labs_explain
 import labs_flags
 import labs_hints
 import labs_past
+import labs_terminal
 import labs_together
+import labs_vendor
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -274,9 +276,9 @@ OLD = {  # an old line, the new one, and the line that says so
         ["index", "a", "b", "--docs", "x"],
         "--index a --index b is now: labs-gen index a b",
     ),
-    ("--vendor", "\x1b[2J", "--rooms", "cli"): (
-        ["vendor", "\x1b[2J", "--rooms", "cli"],
-        "--vendor '?[2J' is now: labs-gen vendor '?[2J'",
+    ("--vendor", "x", "--rooms", "cli"): (
+        ["vendor", "x", "--rooms", "cli"],
+        "--vendor x is now: labs-gen vendor x",
     ),
 }
 
@@ -354,6 +356,16 @@ def test_a_name_that_is_no_setting_gets_no_hint():
         assert labs_hints.after(labs.InputError(text), text, []) == ""
     wrong = "server.port = 0: too low"
     assert "labs-gen settings port " in labs_hints.after(labs.ConfigError(wrong), wrong, [])
+
+
+@pytest.mark.parametrize("words", [["batch", "\x07"], ["\x07", "b"], ["--vendor", "\x07"]])
+def test_a_terminal_gets_no_control_characters_of_an_error(fake_labs, monkeypatch, words):
+    monkeypatch.setattr(labs_vendor, "vendor", lambda *_: 0)
+    assert "\x07" in invoke(*words).stderr
+    monkeypatch.setattr(labs_terminal, "shown", lambda text, _: labs_terminal.safe(text))
+    done = invoke(*words)
+    assert "\x07" not in done.stderr
+    assert "␇" in done.stderr
 
 
 def test_no_hint_names_a_subcommand_that_is_not_there():
