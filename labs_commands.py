@@ -96,8 +96,8 @@ class Command(click.Command):
             context_settings=CONTEXT,
             callback=lambda **flags: run(row, flags),
             params=[*arguments, *options],
-            help=row.summary,
-            epilog=row.more,
+            help=f"{row.summary}\n\n{row.more}",
+            short_help=row.summary,
         )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -109,7 +109,7 @@ class Subcommand(msgspec.Struct, frozen=True):
     rivals: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     loads: bool = True
-    more: str = ""  # at the end of its help
+    more: str = ""  # of its help
 
 
 ALL = "model generation quantization documents"
@@ -135,6 +135,13 @@ ROWS = (
             *(f"choose {name}" for name in ("tools stream verbose " + HOLDING).split()),
         ),
         ("tool_choice tools",),
+        more="""\b
+Examples:
+  labs-gen "Name a city." --schema city.json
+  labs-gen "Is it Paris?" --choose yes --choose no
+  labs-gen "Is it cold in Rome?" --tools tools.json
+  labs-gen "How is it installed?" --docs docs.db
+  labs-gen --prompt - --temperature 0 --json < question.txt""",
     ),
     Subcommand(
         "chat",
@@ -161,8 +168,13 @@ ROWS = (
         ALL,
         ("ray ordered",),
         RAY_NEEDS,
-        more="Answers are appended to OUT; prompts that are answered there are skipped.\n"
-        "- is standard input or output; without OUT, answers go to standard output.",
+        more="""Answers are appended to OUT; prompts that are answered there are skipped.
+IN may be - for standard input. Without OUT, answers go to standard output.
+
+\b
+Examples:
+  labs-gen batch prompts.jsonl answers.jsonl --temperature 0
+  labs-gen batch 's3://bucket/*.jsonl' answers --ray --replicas 4""",
     ),
     Subcommand(
         "replay",
@@ -226,17 +238,19 @@ ROWS = (
     ),
     Subcommand(
         "serve",
-        "Serve a model over HTTP, as labs-api does.",
+        "Serve a model over HTTP; labs-api is the same.",
         "labs_cli:serve",
         options=(*RAY, *STICKY),
         settings=" ".join({setting.section: "" for setting in labs.settings()} | {"model": ""}),
         needs=RAY_NEEDS,
-        more="\b\nExamples:\n"
-        "  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32\n"
-        "  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0\n"
-        "  labs-api --ray --replicas 2\n\n"
-        "API keys are read from LABS_API_KEYS (separated by commas) or from the file "
-        "--api-keys-file, never from a flag. After SIGTERM the server finishes running answers.",
+        more="""\b
+Examples:
+  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
+  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
+  labs-api --ray --replicas 2
+
+API keys are read from LABS_API_KEYS (separated by commas) or from the file
+--api-keys-file, never from a flag. After SIGTERM running answers are finished.""",
     ),
     Subcommand(
         "vendor",
@@ -256,11 +270,12 @@ ROWS = (
         "labs_commands:complete",
         (("shell", "SHELL", click.Choice(["bash", "zsh", "fish"])),),
         loads=False,
-        more="\b\nPut it where the shell reads it at its start:\n"
-        "  cd ~/.local/share/bash-completion/completions\n"
-        "  labs-gen completion bash > labs-gen\n"
-        '  labs-gen completion zsh > "${fpath[1]}/_labs-gen"\n'
-        "  labs-gen completion fish > ~/.config/fish/completions/labs-gen.fish",
+        more="""\b
+Put it where the shell reads it at its start:
+  cd ~/.local/share/bash-completion/completions  # or where yours are
+  labs-gen completion bash > labs-gen
+  labs-gen completion zsh > "${fpath[1]}/_labs-gen"
+  labs-gen completion fish > ~/.config/fish/completions/labs-gen.fish""",
     ),
 )
 SUBCOMMANDS = {row.name: row for row in ROWS}

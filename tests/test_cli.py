@@ -100,8 +100,11 @@ def test_the_help_is_one_screen_with_examples_that_parse():
         assert re.search(rf"^  {re.escape(labs_commands.shown(row))} +{row.summary}$", text, re.M)
     examples = re.findall(r"labs-gen (.*)", labs_commands.EXAMPLES)
     assert len(examples) == 4
+    for row in labs_flags.ROWS:
+        examples += re.findall(r"^  .*?labs-gen (.*)", row.more, re.MULTILINE)
+    assert len(examples) > 10
     for example in examples:
-        name, *words = shlex.split(example)
+        name, *words = shlex.split(re.split(" [<>] ", example)[0])
         row = labs_flags.SUBCOMMANDS.get(name, labs_flags.SUBCOMMANDS["prompt"])
         labs_commands.Command(row, print).make_context(row.name, words)
 
@@ -116,7 +119,7 @@ def test_each_subcommand_shows_its_own_flags_before_those_of_settings(name):
     assert titles[0] == "Options"
     row = labs_flags.SUBCOMMANDS[name]
     assert len(titles) == (1 + bool(row.settings) if name != "serve" else 9)
-    own, _, settings = text.partition("\nSettings")
+    own, _, settings = text.partition("\nOptions:\n")[2].partition("\nSettings")
     for flag, *_ in labs_flags.options_of(row):
         assert flag.partition("/")[0] in own
     for setting in labs_flags.settings_of(row):
