@@ -228,6 +228,15 @@ def test_a_line_without_a_subcommand_is_a_prompt(fake_labs, words, prompt):
     assert prompt in (request.get("prompt"), request.get("messages", [{}])[-1].get("content"))
 
 
+def test_on_a_terminal_a_prompt_that_looks_like_a_subcommand_is_told(monkeypatch, capsys):
+    note = "[answered as a prompt; for the command: labs-gen batch]\n"
+    for word, told in (("bacth", note), ("a whole sentence", "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        flags = labs_cli.with_text({"text": (word,), "prompt": None})
+        assert flags == {"prompt": word}
+        assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(
     "words",
     [
