@@ -34,6 +34,7 @@ import labs_past
 import labs_progress
 import labs_request
 import labs_shell
+import labs_together
 
 tell = labs_shell.tell
 
@@ -230,7 +231,7 @@ def run(row: labs_flags.Subcommand, flags: labs_flags.Values) -> None:
     flags = with_text(flags)
     if row.name == "prompt":
         row, flags = labs_past.renamed(flags)
-    labs_flags.check_flags(row, flags)
+    labs_together.check_flags(row, flags)
     config = labs.Config()
     if row.loads:
         overrides = labs_flags.overrides_of(flags)
@@ -243,7 +244,7 @@ def with_text(flags: labs_flags.Values) -> labs_flags.Values:
     words = flags.get("text", ())
     rest = {name: value for name, value in flags.items() if name != "text"}
     if len(words) > 1:
-        whole = labs_flags.on_one_line(shlex.quote(" ".join(words)))
+        whole = shlex.quote(" ".join(words))
         raise click.UsageError(f"a prompt of several words needs quotes: labs-gen {whole}")
     if words and rest["prompt"] is not None:
         raise click.UsageError("--prompt and a prompt without it exclude each other; give one")

@@ -24,6 +24,7 @@ import labs
 import labs_flags
 import labs_hints
 import labs_past
+import labs_terminal
 
 Run = Callable[[labs_flags.Subcommand, labs_flags.Values], None]
 DEFAULT = "prompt"  # the subcommand of a line that names none
@@ -95,8 +96,8 @@ class Command(click.Command):
             context_settings=CONTEXT,
             callback=lambda **flags: run(row, flags),
             params=[*arguments, *options],
-            help=row.summary,
-            epilog=row.more,
+            help=f"{row.summary}\n\n{row.more}",
+            short_help=row.summary,
         )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -248,8 +249,12 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
 
 
 def with_hint(exc: Exception, text: str, ctx: click.Context) -> str:
-    """Return the sentence of an error and, where a command helps, a line that names it."""
-    return "\n".join(filter(None, (text, labs_hints.after(exc, text, ctx.obj or []))))
+    """Return the sentence of an error and, where a command helps, a line that names it.
+
+    It may hold words of files and servers, of which a terminal gets no control characters.
+    """
+    lines = filter(None, (text, labs_hints.after(exc, text, ctx.obj or [])))
+    return labs_terminal.shown("\n".join(lines), sys.stderr)
 
 
 def sentence(exc: Exception) -> str:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The subcommands of labs-gen and their flags: which there are, and which go together.
+"""The subcommands of labs-gen and the flags that each has.
 
     row = labs_flags.SUBCOMMANDS["batch"]
-    labs_flags.check_flags(row, flags)          # raises UsageError for a flag without effect
     overrides = labs_flags.overrides_of(flags)  # for labs.load_config
 
 A new subcommand is one more row of ROWS. Flags of settings are made from labs.settings(), so their
@@ -110,7 +109,7 @@ class Subcommand(msgspec.Struct, frozen=True):
     rivals: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     loads: bool = True
-    more: str = ""  # at the end of its help
+    more: str = ""  # of its help
 
 
 ALL = "model generation quantization documents"
@@ -136,6 +135,13 @@ ROWS = (
             *(f"choose {name}" for name in ("tools stream verbose " + HOLDING).split()),
         ),
         ("tool_choice tools",),
+        more="""\b
+Examples:
+  labs-gen "Name a city." --schema city.json
+  labs-gen "Is it Paris?" --choose yes --choose no
+  labs-gen "Is it cold in Rome?" --tools tools.json
+  labs-gen "How is it installed?" --docs docs.db
+  labs-gen --prompt - --temperature 0 --json < question.txt""",
     ),
     Subcommand(
         "chat",
@@ -162,8 +168,13 @@ ROWS = (
         ALL,
         ("ray ordered",),
         RAY_NEEDS,
-        more="Answers are appended to OUT; prompts that are answered there are skipped.\n"
-        "- is standard input or output; without OUT, answers go to standard output.",
+        more="""Answers are appended to OUT; prompts that are answered there are skipped.
+IN may be - for standard input. Without OUT, answers go to standard output.
+
+\b
+Examples:
+  labs-gen batch prompts.jsonl answers.jsonl --temperature 0
+  labs-gen batch 's3://bucket/*.jsonl' answers --ray --replicas 4""",
     ),
     Subcommand(
         "replay",
@@ -227,17 +238,19 @@ ROWS = (
     ),
     Subcommand(
         "serve",
-        "Serve a model over HTTP, as labs-api does.",
+        "Serve a model over HTTP; labs-api is the same.",
         "labs_cli:serve",
         options=(*RAY, *STICKY),
         settings=" ".join({setting.section: "" for setting in labs.settings()} | {"model": ""}),
         needs=RAY_NEEDS,
-        more="\b\nExamples:\n"
-        "  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32\n"
-        "  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0\n"
-        "  labs-api --ray --replicas 2\n\n"
-        "API keys are read from LABS_API_KEYS (separated by commas) or from the file "
-        "--api-keys-file, never from a flag. After SIGTERM the server finishes running answers.",
+        more="""\b
+Examples:
+  labs-api --port 8080 --model your-org/your-model --max-batch-rows 32
+  LABS_API_KEYS=$(openssl rand -hex 24) labs-api --host 0.0.0.0
+  labs-api --ray --replicas 2
+
+API keys are read from LABS_API_KEYS (separated by commas) or from the file
+--api-keys-file, never from a flag. After SIGTERM running answers are finished.""",
     ),
     Subcommand(
         "vendor",
@@ -257,11 +270,12 @@ ROWS = (
         "labs_commands:complete",
         (("shell", "SHELL", click.Choice(["bash", "zsh", "fish"])),),
         loads=False,
-        more="\b\nPut it where the shell reads it at its start:\n"
-        "  cd ~/.local/share/bash-completion/completions\n"
-        "  labs-gen completion bash > labs-gen\n"
-        '  labs-gen completion zsh > "${fpath[1]}/_labs-gen"\n'
-        "  labs-gen completion fish > ~/.config/fish/completions/labs-gen.fish",
+        more="""\b
+Put it where the shell reads it at its start:
+  cd ~/.local/share/bash-completion/completions  # or where yours are
+  labs-gen completion bash > labs-gen
+  labs-gen completion zsh > "${fpath[1]}/_labs-gen"
+  labs-gen completion fish > ~/.config/fish/completions/labs-gen.fish""",
     ),
 )
 SUBCOMMANDS = {row.name: row for row in ROWS}
@@ -288,35 +302,6 @@ def options_of(row: Subcommand) -> Options:
     return (*row.options, *(CONFIG if row.settings else ()))
 
 
-def check_flags(row: Subcommand, flags: Values) -> None:
-    """Refuse a flag that would have no effect, because of another flag or without another one."""
-    for names in row.rivals:
-        given = [name for name in names.split() if is_given(flags.get(name))]
-        if len(given) > 1:
-            raise rivals(*given)
-    check_needs(flags, row.needs)
-
-
-def rivals(*names: str) -> click.UsageError:
-    """Return the error for flags that exclude each other."""
-    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-    return click.UsageError(f"{flags} exclude each other; give one of them")
-
-
-def is_given(value: Any) -> bool:
-    """Return whether a flag with this value was given."""
-    return value not in (None, ()) and value is not False  # 0 counts as given, but 0 == False
-
-
-def check_needs(flags: Values, rows: tuple[str, ...]) -> None:
-    """Refuse the first flag of a row if it is given without one of the others in the row."""
-    for row in rows:
-        name, *modes = row.split()
-        if is_given(flags.get(name)) and not any(is_given(flags.get(mode)) for mode in modes):
-            flag, needed = name.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
-            raise click.UsageError(f"--{flag} needs {needed}")
-
-
 def overrides_of(flags: Values) -> Values:
     """Return the settings among these flags that were given."""
     keys = (setting.key for setting in labs.settings())
@@ -333,8 +318,3 @@ def all_flags(row: Subcommand) -> list[str]:
     """Return the flags of a subcommand, those of settings too."""
     own = [name for flag, *_ in options_of(row) for name in flag.split("/")]
     return [*own, *(flag for setting in settings_of(row) for flag in flags_of(setting))]
-
-
-def on_one_line(text: str) -> str:
-    """Return text of the command line as a terminal may show it: without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -38,13 +38,13 @@ def after(error: Exception, sentence: str, words: list[str]) -> str:
     if isinstance(error, click.NoSuchOption) and (rows := owners(error.option_name)):
         return f"{error.option_name} is a flag of labs-gen {rows}."
     if isinstance(error, click.UsageError) and (meant := like(words[:1])):
-        whole = labs_flags.on_one_line(shlex.join(["labs-gen", meant, *words[1:]]))
+        whole = shlex.join(["labs-gen", meant, *words[1:]])
         return f"If {words[0]} is meant to be a command: {whole}"
     for kind, pattern, command, how in TABLE:
         found = re.search(pattern, sentence) if isinstance(error, kind) else None
         if not found or command.split()[0] not in (*labs_flags.SUBCOMMANDS, "--help"):
             continue
-        name = setting_of(found[1]) if "{}" in command else ""
+        name = setting_of(found[1], 0.6 if "similar" in how else 1.0) if "{}" in command else ""
         if name or "{}" not in command:
             return f"labs-gen {command.format(name)} {how}"
     return ""
@@ -63,8 +63,11 @@ def like(words: list[str]) -> str:
     return "" if not found or words[0] in names else found[0]
 
 
-def setting_of(name: str) -> str:
-    """Return a word for labs-gen settings that finds this name, or "" where there is none."""
+def setting_of(name: str, like: float) -> str:
+    """Return a word for labs-gen settings that finds this name, or "" where there is none.
+
+    like: how much the names have to have in common, from 0 to 1.
+    """
     name = name.rpartition(".")[2].lower().replace("-", "_").removeprefix("labs_")
     known = [part for each in labs.settings() for part in (each.key, each.field)]
-    return next(iter(difflib.get_close_matches(name, known, 1, 0.6)), "")
+    return next(iter(difflib.get_close_matches(name, known, 1, like)), "")

@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 import labs_flags
+import labs_terminal
+import labs_together
 
 # The old flag and the subcommand that it became. The first that is given counts.
 MODES = {
@@ -50,7 +52,7 @@ def hidden(make: Callable[..., click.Option]) -> list[click.Option]:
 
 def renamed(flags: labs_flags.Values) -> tuple[labs_flags.Subcommand, labs_flags.Values]:
     """Return the subcommand that these flags of the default command mean, and its flags."""
-    given = [name for name in flags if labs_flags.is_given(flags[name])]
+    given = [name for name in flags if labs_together.is_given(flags[name])]
     given += [name for name in labs_flags.KEYS if flags[name] is False]  # --no-do-sample
     mode = next((name for name in MODES if name in given), None)
     row = labs_flags.SUBCOMMANDS[MODES.get(mode or "", "prompt")]
@@ -60,8 +62,8 @@ def renamed(flags: labs_flags.Values) -> tuple[labs_flags.Subcommand, labs_flags
         known |= {each for each in SETTINGS if f"-{each}" not in row.settings.split()}
     unread = [name for name in given if mode and name not in {mode, *known}]
     if unread:
-        raise labs_flags.rivals(mode or "", unread[0])
-    labs_flags.check_needs(flags, NEEDS)
+        raise labs_together.rivals(mode or "", unread[0])
+    labs_together.check_needs(flags, NEEDS)
     if mode:
         tell(row, mode, flags)
     return row, {name: value for name, value in flags.items() if name in known}
@@ -73,7 +75,7 @@ def tell(row: labs_flags.Subcommand, mode: str, flags: labs_flags.Values) -> Non
     now = ["labs-gen", row.name, *(value for name in names for value in listed(flags[name]))]
     was = [word for name in names for word in spelled(name, flags[name])]
     line = f"labs-gen: {shlex.join(was)} is now: {shlex.join(now)}"
-    click.echo(labs_flags.on_one_line(line), err=True)
+    labs_terminal.tell(line)
 
 
 def listed(value: Any) -> list[str]:

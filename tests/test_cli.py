@@ -27,6 +27,9 @@ import labs_explain
 import labs_flags
 import labs_hints
 import labs_past
+import labs_terminal
+import labs_together
+import labs_vendor
 
 HI = '[{"role": "user", "content": "Hi"}]'
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -97,8 +100,11 @@ def test_the_help_is_one_screen_with_examples_that_parse():
         assert re.search(rf"^  {re.escape(labs_commands.shown(row))} +{row.summary}$", text, re.M)
     examples = re.findall(r"labs-gen (.*)", labs_commands.EXAMPLES)
     assert len(examples) == 4
+    for row in labs_flags.ROWS:
+        examples += re.findall(r"^  .*?labs-gen (.*)", row.more, re.MULTILINE)
+    assert len(examples) > 10
     for example in examples:
-        name, *words = shlex.split(example)
+        name, *words = shlex.split(re.split(" [<>] ", example)[0])
         row = labs_flags.SUBCOMMANDS.get(name, labs_flags.SUBCOMMANDS["prompt"])
         labs_commands.Command(row, print).make_context(row.name, words)
 
@@ -106,14 +112,14 @@ def test_the_help_is_one_screen_with_examples_that_parse():
 @pytest.mark.parametrize("name", labs_flags.SUBCOMMANDS)
 def test_each_subcommand_shows_its_own_flags_before_those_of_settings(name):
     text = invoke(name, "--help").stdout
-    assert text == invoke("help", name).stdout
+    assert text == invoke("help", name).stdout == invoke(name, "-h").stdout
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 80
     titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert titles[0] == "Options"
     row = labs_flags.SUBCOMMANDS[name]
     assert len(titles) == (1 + bool(row.settings) if name != "serve" else 9)
-    own, _, settings = text.partition("\nSettings")
+    own, _, settings = text.partition("\nOptions:\n")[2].partition("\nSettings")
     for flag, *_ in labs_flags.options_of(row):
         assert flag.partition("/")[0] in own
     for setting in labs_flags.settings_of(row):
@@ -190,9 +196,9 @@ def test_of_two_flags_both_have_an_effect_or_they_are_refused(row):
         alone = [each for each in ALONE.get(row.name, ()) if {*pair, *needed} & {*each.split()}]
         if any(len({*pair, *needed} & {*each.split()}) > 1 for each in alone):
             with pytest.raises(click.UsageError, match="exclude"):
-                labs_flags.check_flags(row, params)
+                labs_together.check_flags(row, params)
         else:
-            labs_flags.check_flags(row, params)
+            labs_together.check_flags(row, params)
 
 
 # ---------------------------------------------------------------- which subcommand
@@ -220,6 +226,15 @@ def test_a_line_without_a_subcommand_is_a_prompt(fake_labs, words, prompt):
     assert invoke(*words, input="from a pipe\n").exit_code == 0
     (request,) = fake_labs.requests
     assert prompt in (request.get("prompt"), request.get("messages", [{}])[-1].get("content"))
+
+
+def test_on_a_terminal_a_prompt_that_looks_like_a_subcommand_is_told(monkeypatch, capsys):
+    note = "[answered as a prompt; for the command: labs-gen batch]\n"
+    for word, told in (("bacth", note), ("a whole sentence", "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        flags = labs_cli.with_text({"text": (word,), "prompt": None})
+        assert flags == {"prompt": word}
+        assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(
@@ -273,9 +288,9 @@ OLD = {  # an old line, the new one, and the line that says so
         ["index", "a", "b", "--docs", "x"],
         "--index a --index b is now: labs-gen index a b",
     ),
-    ("--vendor", "\x1b[2J", "--rooms", "cli"): (
-        ["vendor", "\x1b[2J", "--rooms", "cli"],
-        "--vendor '?[2J' is now: labs-gen vendor '?[2J'",
+    ("--vendor", "x", "--rooms", "cli"): (
+        ["vendor", "x", "--rooms", "cli"],
+        "--vendor x is now: labs-gen vendor x",
     ),
 }
 
@@ -333,7 +348,7 @@ def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words,
         (["bacth", "a b", "--ordered"], "labs-gen batch 'a b' --ordered"),
         (["chat", "--choose", "a"], "--choose is a flag of labs-gen prompt."),
         (["Hi", "--port", "1"], "--port is a flag of labs-gen serve."),
-        (["chat", "--tools", "x"], "--tools is a flag of labs-gen prompt and explain."),
+        (["chat", "--prompt", "x"], "--prompt is a flag of labs-gen prompt and explain."),
         (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--config", "wrong.toml"], "labs-gen settings top_p shows similar names."),
@@ -346,6 +361,23 @@ def test_an_error_names_the_command_that_helps(no_variables, folder, words, hint
     assert done.exit_code in (1, 2)
     assert done.stderr.splitlines()[-1].endswith(hint)
     assert done.stderr.splitlines()[-2].startswith("Error: ")
+
+
+def test_a_name_that_is_no_setting_gets_no_hint():
+    for text in ("tool_choice = 'fly': no such tool", "messages[0]: role = 5", "x: y"):
+        assert labs_hints.after(labs.InputError(text), text, []) == ""
+    wrong = "server.port = 0: too low"
+    assert "labs-gen settings port " in labs_hints.after(labs.ConfigError(wrong), wrong, [])
+
+
+@pytest.mark.parametrize("words", [["batch", "\x07"], ["\x07", "b"], ["--vendor", "\x07"]])
+def test_a_terminal_gets_no_control_characters_of_an_error(fake_labs, monkeypatch, words):
+    monkeypatch.setattr(labs_vendor, "vendor", lambda *_: 0)
+    assert "\x07" in invoke(*words).stderr
+    monkeypatch.setattr(labs_terminal, "shown", lambda text, _: labs_terminal.safe(text))
+    done = invoke(*words)
+    assert "\x07" not in done.stderr
+    assert "␇" in done.stderr
 
 
 def test_no_hint_names_a_subcommand_that_is_not_there():

@@ -52,7 +52,8 @@ API += (
     "tokens",
 )
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
-CLI = ("terminal", "hub", "progress", "cli", "commands", "flags", "hints", "past", "shell")
+CLI = ("cli", "commands", "flags", "hints", "past", "together", "shell", "terminal")
+CLI += ("hub", "progress")
 
 
 def names(place: Any = "copy") -> list[str]:
