@@ -54,9 +54,6 @@ class Kept(Struct, frozen=True, kw_only=True):
     uses: tuple[int, ...] = ()
 
 
-# ---------------------------------------------------------------- what is here
-
-
 def kept(config: labs.Config) -> list[Kept]:
     """Return what is configured, then what the caches hold. Nothing is downloaded or loaded."""
     stored = [*conversions(config), *repositories()]
@@ -226,9 +223,6 @@ def plain(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
-# ---------------------------------------------------------------- removed, after a question
-
-
 def remove(config: labs.Config, name: str, certain: bool) -> None:
     """Delete a conversion or a repository from its cache, after a question unless `certain`."""
     found = kept(config)
@@ -263,8 +257,9 @@ def _meant(found: list[Kept], name: str) -> Kept:
         if each.name == name:
             place = plain(each.place)
             raise labs.ModelError(f"{name} is configured, not in a cache: {place} is not deleted")
-    close = difflib.get_close_matches(name, cached, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "labs-gen models lists what there is"
+    starts = {key[: len(name)].casefold(): key for key in cached}
+    close = difflib.get_close_matches(name.casefold(), starts, n=1)
+    hint = f"did you mean {starts[close[0]]}?" if close else "labs-gen models lists them"
     raise labs.ModelError(f"no cache has a model {plain(name)}; {hint}")
 
 
