@@ -192,21 +192,8 @@ def table(found: Iterable[Kept]) -> str:
         place = each.place + (f" ({', '.join(each.revisions)})" if each.kind == "hub" else "")
         place += " (in use)" if each.uses else ""
         rows.append((plain(each.name), each.kind, size, date, plain(place)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    sides = ("<", "<", ">", "<")
-    lines = [
-        "  ".join(
-            [
-                *(
-                    f"{cell:{side}{width}}"
-                    for cell, side, width in zip(row, sides, widths, strict=False)
-                ),
-                row[4],
-            ]
-        )
-        for row in rows
-    ]
-    return "\n".join([*lines, ""])
+    a, b, c, d = (max(len(row[column]) for row in rows) for column in range(4))
+    return "".join(f"{n:{a}}  {k:{b}}  {s:>{c}}  {t:{d}}  {p}\n" for n, k, s, t, p in rows)
 
 
 def human(count: float) -> str:
