@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 DELAY_S = 0.5  # what takes less is not worth a line
 WIDE_COLUMNS = 60
+RIGHT = 3  # columns that stay free: a terminal writes ^C there, and may begin a line after the last
+ERASE = "\x1b[K"  # the rest of the line
 WIDE = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {unit} {remaining}{postfix}"
 NARROW = "{percentage:3.0f}% {desc}"
 ENDLESS = "{desc} {n_fmt} {unit} {elapsed}{postfix}"  # of a work whose size is not known
@@ -66,9 +68,11 @@ class Bar(tqdm):  # type: ignore[misc]
 
     def close(self) -> None:
         took, whole = self.format_dict["elapsed"], not self.total or self.n >= self.total
-        reports = self.reports and whole and took >= DELAY_S and not self.disable
+        was_seen = took >= DELAY_S and not self.disable
         super().close()
-        if reports:
+        if was_seen and not is_plain():
+            print(ERASE, end="", flush=True, file=sys.stderr)
+        if was_seen and whole and self.reports:
             title, unit = self.words
             size = f" of {tqdm.format_sizeof(self.n, 'B')}" if unit == "B" else ""
             print(f"{title}{size} took {took:.1f} s", file=sys.stderr)
@@ -96,10 +100,10 @@ def is_plain() -> bool:
 
 
 def columns() -> int:
-    """Return the columns that a bar may take: in the last one, a terminal may begin a new line."""
+    """Return the columns that a bar may take now."""
     with contextlib.suppress(OSError, ValueError):
-        return max(1, os.get_terminal_size(2).columns - 1)
-    return 79
+        return max(1, os.get_terminal_size(2).columns - RIGHT)
+    return 80 - RIGHT
 
 
 def words_of(title: str, unit: str) -> tuple[str, str]:

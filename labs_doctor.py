@@ -38,6 +38,7 @@ PACKAGES = ("transformers", "tokenizers", "huggingface-hub", "accelerate", "msgs
 NOT_EXTRAS = ("bench", "test")  # they are for those who change labs
 COUNTED_S = 3.0  # seconds that the files of a cache are counted
 SLOW_LOAD = 1.5  # other programs' share of the cores from which a measurement says little
+QUANTISED = ("gguf", ".gguf", "int8", "int4")
 GPU_BUILD = "install a build of PyTorch for it, as docs/install.md says"
 Facts = dict[str, Any]
 
@@ -158,8 +159,7 @@ def _cache(place: Path) -> Facts:
     """Return the size of a folder, as far as it was counted, and whether it can be written to."""
     size, whole, end = 0, True, time.monotonic() + COUNTED_S
     for folder, _, names in os.walk(place):
-        whole = time.monotonic() < end
-        if not whole:
+        if not (whole := time.monotonic() < end):
             break
         for name in names:
             with contextlib.suppress(OSError):
@@ -191,8 +191,8 @@ def _faster(config: labs.Config, computer: Facts, found: Facts) -> Iterator[str]
         yield "device_map = auto: this machine has a GPU that is not used"
     if isinstance(device, dict) and device["bf16"] and device["dtype"] == "fp32":
         yield "torch_dtype = auto: takes bf16, which this device computes natively"
-    plain = spec.quantization == labs.Quantization()
-    if on_cpu and plain and "avx512f" in computer["instructions"]:
+    weights = speed["weights"] if isinstance(speed, dict) else spec.model_name[-5:]
+    if on_cpu and weights not in QUANTISED and "avx512f" in computer["instructions"]:
         yield "quant_method = int8 (or int4): faster for one to four streams, with another text"
     if not spec.cuda_graphs and isinstance(device, dict) and device["device"] == "cuda":
         yield "cuda_graphs = true: a step on one GPU waits less for Python"

@@ -3,17 +3,19 @@
 
     done = labs_pull.pull(config, "your-org/your-model")  # or "your-org/your-model:file.gguf"
 
-A download that was cut continues where it ended. Needs labs.py, labs_cache.py, labs_hub.py,
+The next download keeps the files that are whole. Needs labs.py, labs_cache.py, labs_hub.py,
 labs_apart.py, labs_progress.py; huggingface_hub.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import glob
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import labs_hub
 import labs_progress
 from labs_cache import SourceError
 
+STALE_S = 60  # without a write
 ANSWER_S = 10  # seconds that the hub may take to list the files of a repository
 FOREIGN = ("onnx/", "openvino/", "original/", "coreml/", "flax/")  # folders for other libraries
 TEXTS = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # configuration and tokenizer
@@ -57,6 +60,7 @@ def pull(config: labs.Config, name: str) -> Pulled:
     try:
         files = listed(repository, spec)
         chosen = [_one(files, file)] if file else of_model(repository, files, spec)
+        _sweep(repository)
         _check_disk(repository, {each: files[each] for each in chosen}, spec)
         place = labs_apart.run(_download, repository, chosen, spec)  # Ctrl-C does not wait for it
     except SourceError as error:
@@ -67,7 +71,7 @@ def pull(config: labs.Config, name: str) -> Pulled:
     revision = f" --revision {spec.revision}" if spec.revision else ""
     total = sum(files[each] for each in chosen)
     used = name if name in config.models else source + revision
-    return Pulled(os.path.join(place, file), total, f"{flag} {used}")
+    return Pulled(os.path.join(place, file) if file else place, total, f"{flag} {used}")
 
 
 def listed(repository: str, spec: labs.ModelSpec) -> Sizes:
@@ -137,5 +141,20 @@ def _download(repository: str, files: list[str], spec: labs.ModelSpec) -> str:
     try:
         exact = [glob.escape(name) for name in files]
         return str(huggingface_hub.snapshot_download(repository, allow_patterns=exact, **options))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{labs_hub.reason(error)}; the same command continues") from error
+    except Exception as error:  # connection errors depend on the hub's HTTP library
+        why = f"{labs_hub.reason(error)}; what is whole is kept for the next try"
+        raise SourceError(why) from error
+
+
+def _sweep(repository: str) -> None:
+    """Delete the parts of files that ended processes left; the hub does not continue them."""
+    import filelock
+    from huggingface_hub import constants
+
+    cache, name = Path(constants.HF_HUB_CACHE), f"models--{repository.replace('/', '--')}"
+    for part in (cache / name / "blobs").glob("*.incomplete"):
+        lock = cache / ".locks" / name / f"{part.name.partition('.')[0]}.lock"
+        with contextlib.suppress(OSError, filelock.Timeout):  # another process downloads it
+            if time.time() - part.stat().st_mtime > STALE_S:
+                with filelock.FileLock(lock, 0):
+                    part.unlink()

@@ -54,9 +54,6 @@ class Kept(Struct, frozen=True, kw_only=True):
     uses: tuple[int, ...] = ()
 
 
-# ---------------------------------------------------------------- what is here
-
-
 def kept(config: labs.Config) -> list[Kept]:
     """Return what is configured, then what the caches hold. Nothing is downloaded or loaded."""
     stored = [*conversions(config), *repositories()]
@@ -195,21 +192,8 @@ def table(found: Iterable[Kept]) -> str:
         place = each.place + (f" ({', '.join(each.revisions)})" if each.kind == "hub" else "")
         place += " (in use)" if each.uses else ""
         rows.append((plain(each.name), each.kind, size, date, plain(place)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    sides = ("<", "<", ">", "<")
-    lines = [
-        "  ".join(
-            [
-                *(
-                    f"{cell:{side}{width}}"
-                    for cell, side, width in zip(row, sides, widths, strict=False)
-                ),
-                row[4],
-            ]
-        )
-        for row in rows
-    ]
-    return "\n".join([*lines, ""])
+    a, b, c, d = (max(len(row[column]) for row in rows) for column in range(4))
+    return "".join(f"{n:{a}}  {k:{b}}  {s:>{c}}  {t:{d}}  {p}\n" for n, k, s, t, p in rows)
 
 
 def human(count: float) -> str:
@@ -224,9 +208,6 @@ def human(count: float) -> str:
 def plain(text: str) -> str:
     """Return a text without characters that could steer a terminal."""
     return "".join(each if each.isprintable() else "?" for each in text)
-
-
-# ---------------------------------------------------------------- removed, after a question
 
 
 def remove(config: labs.Config, name: str, certain: bool) -> None:
@@ -263,8 +244,9 @@ def _meant(found: list[Kept], name: str) -> Kept:
         if each.name == name:
             place = plain(each.place)
             raise labs.ModelError(f"{name} is configured, not in a cache: {place} is not deleted")
-    close = difflib.get_close_matches(name, cached, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "labs-gen models lists what there is"
+    starts = {key[: len(name)].casefold(): key for key in cached}
+    close = difflib.get_close_matches(name.casefold(), starts, n=1)
+    hint = f"did you mean {starts[close[0]]}?" if close else "labs-gen models lists them"
     raise labs.ModelError(f"no cache has a model {plain(name)}; {hint}")
 
 

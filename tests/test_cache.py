@@ -27,7 +27,10 @@ import transformers
 from kit import ROOT, SHORT, answer, conversions, is_one_sentence, load, python, save_gguf, write
 
 import labs
+import labs_bar
 import labs_cache
+import labs_hub
+import labs_progress
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +147,21 @@ def test_other_users_may_read_a_conversion_as_the_umask_allows(packed):
     assert {stat.S_IMODE(each.stat().st_mode) for each in inside} == {0o640}
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_conversion_shows_its_progress_only_on_a_terminal(terminal, packed, monkeypatch):
+@pytest.mark.parametrize(("terminal", "asked"), [(False, True), (True, False), (True, True)])
+def test_a_conversion_shows_its_progress_on_a_terminal_if_asked(
+    terminal, asked, packed, monkeypatch
+):
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(labs_progress, "_asked", [])
+    monkeypatch.setattr(labs_hub, "_asked", [])
+    monkeypatch.setattr(labs_bar, "DELAY_S", 0.0)
+    if asked:
+        labs_progress.show()
     answer(packed)
-    assert ("%" in screen.getvalue()) == terminal == bool(screen.getvalue())
+    assert ("Converting the GGUF file" in screen.getvalue()) == (terminal and asked)
+    assert bool(screen.getvalue()) == (terminal and asked)
 
 
 # ---------------------------------------------------------------- failures

@@ -25,7 +25,9 @@ import pytest
 from kit import CHAT, COMPLETIONS, answers, invoke, line, openai_line, replayed, whole
 
 import labs
+import labs_bar
 import labs_jsonl
+import labs_progress
 import labs_protocol
 import labs_replay
 import labs_request
@@ -451,10 +453,14 @@ def test_a_disk_that_fills_up_leaves_a_line_that_the_next_run_repairs(tiny):
     assert sorted(names_in("out")) == [f"p{n}" for n in range(8)]
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_an_input_may_be_a_named_pipe_and_a_terminal_shows_a_bar(tiny, monkeypatch, terminal):
+@pytest.mark.parametrize(("terminal", "asked"), [(True, True), (True, False), (False, True)])
+def test_an_input_may_be_a_named_pipe_and_a_terminal_shows_a_bar(
+    tiny, monkeypatch, terminal, asked
+):
     stderr = io.StringIO()
     monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(labs_progress, "_asked", [True] * asked)
+    monkeypatch.setattr(labs_bar, "DELAY_S", 0.0)
     monkeypatch.setattr(sys, "stderr", stderr)
     os.mkfifo("pipe")
     data = MARK + b"".join(map(line, prompts(3)))
@@ -463,7 +469,8 @@ def test_an_input_may_be_a_named_pipe_and_a_terminal_shows_a_bar(tiny, monkeypat
     assert counts(run(tiny, "pipe", "out")) == (3, 0, 0)
     writer.join()
     run(tiny, written("in", [*prompts(4), b"\n"]), "out")
-    assert ("/4 " in stderr.getvalue()) == terminal
+    assert ("/4 lines" in stderr.getvalue()) == (terminal and asked)
+    assert bool(stderr.getvalue()) == (terminal and asked)
 
 
 # ---------------------------------------------------------------- runs that are cut short
