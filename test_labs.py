@@ -801,7 +801,7 @@ ROOMS = {
     ),
     "labs_replay.py": (220, "labs jsonl ready request"),
     "labs_flags.py": (340, "labs"),
-    "labs_commands.py": (340, "labs flags hints past"),
+    "labs_commands.py": (340, "labs flags hints past terminal"),
     "labs_hints.py": (120, "labs flags"),
     "labs_past.py": (120, "flags"),
     "labs_lookup.py": (120, "labs flags shell"),

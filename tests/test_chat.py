@@ -372,6 +372,11 @@ def test_tools_come_from_a_file_and_go_again(fake_labs):
     ]
 
 
+def test_tools_of_a_flag_can_be_called_in_a_chat(fake_labs):
+    Path("t.json").write_text('[{"type": "function", "function": {"name": "add"}}]')
+    assert "[tools: add;" in invoke("chat", "--tools", "t.json", input="/tools\n").stderr
+
+
 def test_completion_knows_commands_models_settings_and_files(tmp_path):
     host = host_of(models=("big", "base"))
     for name in ("notes.json", "nothing", ".hidden"):
@@ -454,17 +459,23 @@ def test_a_terminal_gets_no_control_characters_and_all_else_gets_each():
 
 def test_answers_on_a_terminal_are_safe_in_a_chat_and_without(monkeypatch):
     parts = [labs.Delta("\x1b]0;x\x07\n"), labs.Delta("```\n"), labs.Delta("\x9b"), DONE]
-    parts = [labs_parts.Reasoning("\x1b[2J"), *parts]
+    parts = [labs_parts.Reasoning("\x1b[2J"), *parts[:-1], *CALLS[:2], DONE]
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for framed, end in ((False, "```\n<U+009B>\n"), (True, f"{'─' * 79}\n<U+009B>\n{'─' * 79}\n")):
+    line = "─" * 79
+    for framed, end in ((False, "```\n<U+009B>\n"), (True, f"{line}\n<U+009B>\n{line}\n")):
         out, err = Screen(), Screen()
         monkeypatch.setattr("sys.stdout", out)
         monkeypatch.setattr("sys.stderr", err)
         paper = labs_shell.Paper(True, framed)
         for part in parts:
             paper(part)
-        assert out.getvalue() == f"␛]0;x␇\n{end}"
+        assert out.getvalue().startswith(f"␛]0;x␇\n{end}")
+        call = out.getvalue().removeprefix(f"␛]0;x␇\n{end}")
+        if framed:
+            assert call == f'── call: add {line[13:]}\n{{\n  "a": 1\n}}\n{line}\n'
+        else:
+            assert json.loads(call)["function"]["name"] == "add"
         assert err.getvalue() == "\x1b[2m␛[2J\x1b[0m\n"
 
 
@@ -741,7 +752,9 @@ def test_with_readline_lines_that_are_pasted_are_one_message(terminal):
 def test_without_readline_a_text_says_how_to_paste(terminal):
     there = terminal(f"import sys; sys.modules['readline'] = None\n{CHAT}")
     assert '"""' in there.until("> ")
-    assert r"['one\ntwo']" in there.type(b'"""one\ntwo"""\n', "> ", after="GOT")
+    there.type(b"one\n", "> ", after="GOT")
+    assert "set VISUAL or EDITOR" in there.type(b"/edit\n", "> ", after="Error")
+    assert r"'one\ntwo']" in there.type(b'"""one\ntwo"""\n', "> ", after="GOT")
     end_with_ctrl_c_and_ctrl_d(there)
 
 
