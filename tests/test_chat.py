@@ -674,6 +674,8 @@ class Terminal:
 
     def type(self, keys: bytes, until: str = READY, after: str = "") -> str:
         """Type keys. Return what is seen then, up to a text that comes after another."""
+        if keys in (b"\x03", b"\x04"):  # which may be lost before readline waits for keys
+            time.sleep(0.2)
         os.write(self.place, keys)
         seen = self.until(after).partition(after)[2] if after else ""
         return self.until(until, seen)
@@ -732,7 +734,6 @@ def end_with_ctrl_c_and_ctrl_d(there: Terminal) -> None:
     """Check that Ctrl-C stops an answer, and that Ctrl-D ends the line of the prompt."""
     there.type(b"endless\r", "'endless']")
     there.type(b"\x03", "> ", after="[stopped]")
-    time.sleep(0.2)  # a Ctrl-D that comes before the terminal's mode has changed is lost
     seen = there.type(b"\x04", "BYE")
     assert re.search(r"^[^\n>]*\n\r?BYE", re.sub(r"\x1b\[\?2004.|\r", "", seen))
 
