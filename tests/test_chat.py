@@ -850,3 +850,29 @@ def test_a_chat_with_a_model_on_a_terminal(terminal, tiny_folder):
     assert "OSC 52" in there.type(b"/copy\r")
     there.type(b"\x04", "\n")
     assert there.end() == 0
+
+
+@pytest.mark.real
+def test_the_transcript_of_the_page_is_what_a_person_sees(terminal):
+    """LABS_README=1 writes it anew."""
+    page = ROOT / "docs" / "chat.md"
+    text = page.read_text(encoding="utf-8")
+    block = re.search(r"```console\n\$ labs-gen (.*)\n((?:.*\n)*?)```", text)
+    assert block
+    there = terminal(GEN, *block[1].split(), "--no-history", **kept_cache())
+    seen = there.until(READY)
+    for line in re.findall(r"^> (.*)$", block[2], re.MULTILINE):
+        time.sleep(0.2)
+        seen += there.type(line.encode() + b"\r", READY if line != "/exit" else "/exit\r\n")
+    shown = re.sub(r"\x1b\[\?2004.|\r", "", seen)
+    shown = shown[shown.index("smollm2") :]  # after the progress of loading
+    if os.environ.get("LABS_README") == "1":
+        page.write_text(text.replace(block[2], shown), encoding="utf-8")
+    else:
+        assert shown == block[2]
+
+
+def kept_cache() -> dict[str, str]:
+    """Return where converted models are, which a changed HOME would hide."""
+    place = os.environ.get("LABS_CACHE_DIR") or str(Path.home() / ".cache" / "labs")
+    return {"LABS_CACHE_DIR": place}
