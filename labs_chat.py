@@ -26,6 +26,8 @@ import labs_request
 import labs_shell
 from labs_talk import Host, Talk
 
+NO_MODEL: Any = None  # the model is that of the talk
+
 
 class Ways(NamedTuple):
     """How a chat loads, reads and writes.
@@ -47,12 +49,8 @@ def chat(context: labs_request.Context, asked: labs_request.Request, ways: Ways)
     Exits with code 1 if something failed without a person at a terminal who saw it.
     """
     model, imports_s = ways.load(context.config)
-    (prompt,) = asked.prompts
-    messages, tools = prompt.messages or (), prompt.tools
-    talk = Talk(config=context.config, model=model, messages=messages, tools=tools)
-    nothing: Any = None  # the model is that of the talk
     session = labs_shell.Session(
-        context, asked, nothing, ways.stream, ways.verbose, imports_s, True
+        context, asked, NO_MODEL, ways.stream, ways.verbose, imports_s, True
     )
     host = Host(
         answer=functools.partial(answer, session),
@@ -62,11 +60,14 @@ def chat(context: labs_request.Context, asked: labs_request.Request, ways: Ways)
         samples=samples,
         read=ways.read,
     )
-    del model  # so that /model can free it
     complete = functools.partial(labs_chat_commands.completions, host=host)
     history = labs_chat_input.History(labs_chat_input.history_file() if ways.keep else None)
     keyboard = labs_chat_input.Keyboard(history, complete)
-    talk = labs_chat_turns.chat(talk, host, keyboard)
+    (prompt,) = asked.prompts
+    messages, tools = prompt.messages or (), prompt.tools
+    first = [Talk(config=context.config, model=model, messages=messages, tools=tools)]
+    del model  # only the conversation holds it, so that /model can free it
+    talk = labs_chat_turns.chat(first.pop(), host, keyboard)
     getattr(talk.model.prefixes, "flush", bool)()  # files of what prompts began with, if any
     if talk.failed and not keyboard.person:
         raise click.exceptions.Exit(1)
@@ -83,6 +84,9 @@ def asked_of(asked: labs_request.Request, talk: Talk) -> labs_request.Request:
 
 def answer(session: labs_shell.Session, talk: Talk, messages: list[labs.Message]) -> Iterator[Any]:
     """Write the answer to the last of these messages and yield its parts."""
+    if gc.get_freeze_count() == 0:  # `switched` has loaded a model: free the one before it
+        gc.collect()
+        gc.freeze()
     context = replace(session.context, config=talk.config)
     session = session._replace(context=context, model=talk.model)
     request = asked_of(session.asked, replace(talk, messages=tuple(messages)))
@@ -119,5 +123,5 @@ def switched(
     labs_request.check(replace(context, config=config), labs_request.Request(prompts=()))
     model, _ = ways.load(config)
     labs.load_model.cache_clear()  # type: ignore[attr-defined]
-    gc.unfreeze()  # so that what it leaves is collected
+    gc.unfreeze()  # so that `answer` can free that one
     return config, model

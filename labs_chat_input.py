@@ -172,13 +172,14 @@ class Keyboard:
         self.person = labs_terminal.is_for_person()
         self._history, self._interrupts = history, 0
         self._readline = _readline() if self.person else None
+        self.edits = self._readline is not None
         self.pastes = self._readline is not None and _begin(self._readline, complete)
         if self._readline is not None:
             for text in history.read():
                 self._readline.add_history(text)
 
     def message(self, prompt: str, fill: str = "") -> str:
-        """Return a message. fill: what stands at the prompt at first, if `pastes`.
+        """Return a message. fill: what stands at the prompt at first, if it `edits`.
 
         After three quotes, lines belong to it up to the next three; it begins with a space then,
         so that it is no command. Raises EOFError at the end and when Ctrl-C is typed twice at an
@@ -255,7 +256,7 @@ def _begin(readline: ModuleType, complete: Complete) -> bool:
         return False
     readline.parse_and_bind("tab: complete")
     readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
-    return True
+    return os.environ.get("TERM") not in (None, "dumb")  # which mark nothing
 
 
 def completer(readline: Any, complete: Complete) -> Callable[[str, int], str | None]:

@@ -47,6 +47,7 @@ def switch_model(talk: Talk, name: str, host: Host) -> Talk:
         raise labs.ModelError(f"{error}{instead_of(like)} ({now} still answers)") from error
     changed = replace(talk, config=config, model=model)
     host.check(changed)
+    getattr(talk.model.prefixes, "flush", bool)()  # files of what its prompts began with, if any
     hint(f"[{config.model_id} answers from now on]")
     return changed
 

@@ -54,6 +54,8 @@ def step(talk: Talk, host: Host, keyboard: Keyboard) -> Talk:
         talk = replace(talk, fill="")
         if is_command(line):
             talk = labs_chat_commands.run(line, replace(talk, base=None), host)
+            if talk.fill and not keyboard.edits:
+                raise labs.InputError("a prompt cannot be edited here: set VISUAL or EDITOR")
             if talk.say is None:
                 return talk
             line = talk.say
@@ -66,7 +68,7 @@ def step(talk: Talk, host: Host, keyboard: Keyboard) -> Talk:
         if (command := WORDS.get(line.strip().lower())) is not None:
             hint(f"[that was a message; the command is {command}]")
         return talk
-    return replace(talk, base=None, say=None, failed=bool(failed))
+    return replace(talk, base=None, say=None, fill="", failed=bool(failed))
 
 
 def is_command(line: str) -> bool:

@@ -4,7 +4,7 @@
     labs_commands.Commands(run)()                 # labs-gen; run(subcommand, flags)
     labs_commands.make_command(labs_flags.SUBCOMMANDS["serve"], run, "labs-api")()
 
-Needs labs.py, labs_flags.py, labs_hints.py, labs_past.py and click.
+Needs labs.py, labs_flags.py, labs_hints.py, labs_past.py, labs_terminal.py and click.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
     except Exception as exc:
         if os.environ.get("LABS_DEBUG") == "1":
             raise
-        raise click.ClickException(with_hint(exc, sentence(exc), ctx)) from exc
+        text = labs_terminal.shown(with_hint(exc, sentence(exc), ctx), sys.stderr)
+        raise click.ClickException(text) from exc
     finally:
         settle_output()
 

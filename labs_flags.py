@@ -62,6 +62,7 @@ SHOWN: Options = (
     ("--stream/--no-stream", bool, "Write text while it is generated [default: on a terminal]."),
     ("--verbose", bool, "Report tokens/s and how long each part took."),
 )
+HISTORY: Options = (("--no-history", bool, "Keep no messages for later chats."),)
 HELD: Options = (
     ("--schema", FILE, "A file with a JSON schema that the answer has to match."),
     ("--regex", str, "A regular expression that the whole answer has to match."),
@@ -147,10 +148,7 @@ Examples:
         "chat",
         "Talk with the model; /help lists the commands.",
         "labs_cli:chat",
-        options=(
-            *(*TALK, *TOOLS, *SHOWN, *HELD),
-            ("--no-history", bool, "Keep no messages for later chats."),
-        ),
+        options=(*TALK, *TOOLS, *SHOWN, *HELD, *HISTORY),
         settings=f"{ALL} -continue_final_message",
         rivals=("messages_json messages_file", HOLDING),
         needs=("tool_choice tools",),

@@ -372,6 +372,11 @@ def test_tools_come_from_a_file_and_go_again(fake_labs):
     ]
 
 
+def test_tools_of_a_flag_can_be_called_in_a_chat(fake_labs):
+    Path("t.json").write_text('[{"type": "function", "function": {"name": "add"}}]')
+    assert "[tools: add;" in invoke("chat", "--tools", "t.json", input="/tools\n").stderr
+
+
 def test_completion_knows_commands_models_settings_and_files(tmp_path):
     host = host_of(models=("big", "base"))
     for name in ("notes.json", "nothing", ".hidden"):
@@ -454,17 +459,23 @@ def test_a_terminal_gets_no_control_characters_and_all_else_gets_each():
 
 def test_answers_on_a_terminal_are_safe_in_a_chat_and_without(monkeypatch):
     parts = [labs.Delta("\x1b]0;x\x07\n"), labs.Delta("```\n"), labs.Delta("\x9b"), DONE]
-    parts = [labs_parts.Reasoning("\x1b[2J"), *parts]
+    parts = [labs_parts.Reasoning("\x1b[2J"), *parts[:-1], *CALLS[:2], DONE]
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for framed, end in ((False, "```\n<U+009B>\n"), (True, f"{'─' * 79}\n<U+009B>\n{'─' * 79}\n")):
+    line = "─" * 79
+    for framed, end in ((False, "```\n<U+009B>\n"), (True, f"{line}\n<U+009B>\n{line}\n")):
         out, err = Screen(), Screen()
         monkeypatch.setattr("sys.stdout", out)
         monkeypatch.setattr("sys.stderr", err)
         paper = labs_shell.Paper(True, framed)
         for part in parts:
             paper(part)
-        assert out.getvalue() == f"␛]0;x␇\n{end}"
+        assert out.getvalue().startswith(f"␛]0;x␇\n{end}")
+        call = out.getvalue().removeprefix(f"␛]0;x␇\n{end}")
+        if framed:
+            assert call == f'── call: add {line[13:]}\n{{\n  "a": 1\n}}\n{line}\n'
+        else:
+            assert json.loads(call)["function"]["name"] == "add"
         assert err.getvalue() == "\x1b[2m␛[2J\x1b[0m\n"
 
 
@@ -663,6 +674,8 @@ class Terminal:
 
     def type(self, keys: bytes, until: str = READY, after: str = "") -> str:
         """Type keys. Return what is seen then, up to a text that comes after another."""
+        if keys in (b"\x03", b"\x04"):  # which may be lost before readline waits for keys
+            time.sleep(0.2)
         os.write(self.place, keys)
         seen = self.until(after).partition(after)[2] if after else ""
         return self.until(until, seen)
@@ -721,7 +734,6 @@ def end_with_ctrl_c_and_ctrl_d(there: Terminal) -> None:
     """Check that Ctrl-C stops an answer, and that Ctrl-D ends the line of the prompt."""
     there.type(b"endless\r", "'endless']")
     there.type(b"\x03", "> ", after="[stopped]")
-    time.sleep(0.2)  # a Ctrl-D that comes before the terminal's mode has changed is lost
     seen = there.type(b"\x04", "BYE")
     assert re.search(r"^[^\n>]*\n\r?BYE", re.sub(r"\x1b\[\?2004.|\r", "", seen))
 
@@ -741,7 +753,9 @@ def test_with_readline_lines_that_are_pasted_are_one_message(terminal):
 def test_without_readline_a_text_says_how_to_paste(terminal):
     there = terminal(f"import sys; sys.modules['readline'] = None\n{CHAT}")
     assert '"""' in there.until("> ")
-    assert r"['one\ntwo']" in there.type(b'"""one\ntwo"""\n', "> ", after="GOT")
+    there.type(b"one\n", "> ", after="GOT")
+    assert "set VISUAL or EDITOR" in there.type(b"/edit\n", "> ", after="Error")
+    assert r"'one\ntwo']" in there.type(b'"""one\ntwo"""\n', "> ", after="GOT")
     end_with_ctrl_c_and_ctrl_d(there)
 
 
@@ -836,3 +850,29 @@ def test_a_chat_with_a_model_on_a_terminal(terminal, tiny_folder):
     assert "OSC 52" in there.type(b"/copy\r")
     there.type(b"\x04", "\n")
     assert there.end() == 0
+
+
+@pytest.mark.real
+def test_the_transcript_of_the_page_is_what_a_person_sees(terminal):
+    """LABS_README=1 writes it anew."""
+    page = ROOT / "docs" / "chat.md"
+    text = page.read_text(encoding="utf-8")
+    block = re.search(r"```console\n\$ labs-gen (.*)\n((?:.*\n)*?)```", text)
+    assert block
+    there = terminal(GEN, *block[1].split(), "--no-history", **kept_cache())
+    seen = there.until(READY)
+    for line in re.findall(r"^> (.*)$", block[2], re.MULTILINE):
+        time.sleep(0.2)
+        seen += there.type(line.encode() + b"\r", READY if line != "/exit" else "/exit\r\n")
+    shown = re.sub(r"\x1b\[\?2004.|\r", "", seen)
+    shown = shown[shown.index("smollm2") :]  # after the progress of loading
+    if os.environ.get("LABS_README") == "1":
+        page.write_text(text.replace(block[2], shown), encoding="utf-8")
+    else:
+        assert shown == block[2]
+
+
+def kept_cache() -> dict[str, str]:
+    """Return where converted models are, which a changed HOME would hide."""
+    place = os.environ.get("LABS_CACHE_DIR") or str(Path.home() / ".cache" / "labs")
+    return {"LABS_CACHE_DIR": place}
