@@ -46,6 +46,16 @@ def test_the_fields_are_those_of_the_openapi_document(tab, site):
     assert tab.page.locator("#usual .field").count() == 12
 
 
+def test_the_defaults_are_the_configured_ones(tab, site):
+    settings = labs.Generation(max_new_tokens=77, top_p=0.25, stop=("END",))
+    document = kit.Site(site, kit.configured(generation=settings)).get("/openapi.json").json
+    tab.page.route("**/openapi.json", lambda route: route.fulfill(json=document))
+    tab.page.reload()
+    for name, shown in (("max_new_tokens", "77"), ("top_p", "0.25"), ("stop", '["END"]')):
+        expect(tab.page.locator(f"#about-{name}")).to_contain_text(f"Default: {shown}.")
+    expect(tab.page.locator("#about-top_k")).not_to_contain_text("Default")
+
+
 def test_every_setting_that_the_page_shows_reaches_the_engine(tab, site):
     tab.set(
         max_new_tokens="9", temperature="0.5", top_p="0.9", top_k="7", min_p="0.1", seed="3",
