@@ -122,6 +122,7 @@ function stored() {  // all conversations, the newest first; the open one need n
   return !chat.name || all.includes(chat) ? all : [chat, ...all];
 }
 function save(owner = chat) {
+  if (owner.gone) return;  // it was deleted amid an answer
   owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
   const there = read(memory + owner.id);
   if (there && there.version !== owner.version) {
@@ -162,9 +163,10 @@ function rename(shown) {
 }
 function remove() {
   const gone = chat;
+  gone.gone = true;
   try { localStorage.removeItem(memory + gone.id); } catch {}  // it was never stored
   open(empty());
-  say("The conversation was deleted.", "Undo", () => { save(gone); open(gone); });
+  say("The conversation was deleted.", "Undo", () => { gone.gone = false; save(gone); open(gone); });
 }
 function open(next) {
   request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);

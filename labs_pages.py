@@ -26,14 +26,14 @@ main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse }
 #log:not(:empty) + #hint, .field:not(.changed) > button { display: none }
 button, select, input, textarea { padding: 5px 10px; border: 1px solid var(--line);
   border-radius: 8px; background: var(--ground); flex: none } button { cursor: pointer }
-:focus-visible { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
+:focus-visible, .at { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
   min-width: 0; text-overflow: ellipsis }
 textarea, .field > :is(input, select) { width: 100%; max-width: none; max-height: 30dvh;
   flex: 1; resize: none; field-sizing: content }
 #send { background: #2457b8; border-color: #2457b8; color: #fff; align-self: end }
-[popover] { inset: 0 auto 0 0; height: 100dvh; max-width: 100vw; margin: 0; border: 0;
+[popover] { inset: 0 auto 0 0; height: 100%; max-width: 100vw; margin: 0; border: 0;
   background: var(--soft); color: inherit }
-nav, nav:popover-open { width: 17rem; padding: .6rem; flex-direction: column; gap: .5rem }
+nav { width: 17rem; padding: .6rem; flex-direction: column; gap: .5rem }
 nav:popover-open { display: flex } #panel { inset: 0 0 0 auto; width: min(25rem, 100vw);
   padding: 1rem; border-left: 1px solid var(--line) }
 @media (min-width: 800px) { nav[popover] { position: static; display: flex }
@@ -67,13 +67,13 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 .tokens span { border-bottom: 2px solid #0000 } .tokens .p1 { border-bottom: 2px dotted }
 .tokens .p2 { background: light-dark(#fdf0c8, #40370f); border-bottom: 2px dashed }
 .tokens .p3 { background: light-dark(#fbd9cf, #57241a); border-bottom: 3px double }
-.at { outline: 2px solid var(--accent) } meter { width: 100% }
+meter { width: 100% }
 #tip { position: fixed; padding: .5rem; border: 1px solid; background: var(--ground) }
 #tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
 #tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
 .field { margin: .7rem 0 } .changed label { color: var(--accent) }
 .field button { float: right; padding: 0 8px }
-.skip:not(:focus), .said { position: fixed; left: -99rem }
+.skip:not(:focus), .said { position: fixed; right: 100vw }
 """
 
 BODY = r"""
@@ -96,7 +96,7 @@ in this browser only.</p></main><footer><div id="notice" role="status"></div><di
 <div class="field"><label for="system">System message</label>
 <textarea id="system" name="system"></textarea></div>
 <div class="field"><label><input type="checkbox" name="logprobs" value="5"> Probabilities</label>
-<small>Show how likely each token was, and its rivals.</small></div>
+<small>Show how likely each token and its rivals were.</small></div>
 <div class="field"><label for="rival">Second model, side by side</label>
 <select id="rival" name="rival"></select></div><div id="usual"></div>
 <details id="more"><summary>More settings</summary><div id="rest"></div></details>
@@ -294,8 +294,8 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   show();
   at.said.textContent = first.content.slice(0, 2000);  // read out once, not token by token
   if (!said) say(wrong[0]);
-  else if (first.page.full > .8) say("The model's context is nearly full. When it is, the oldest " +
-    "messages are left out.");
+  else if (first.page.full > .8)
+    say("The context is nearly full. The oldest messages will be left out.");
   return said;
 }
 async function stream(owner, turn, { messages, signal, goesOn }) {  // returns what went wrong

@@ -14,6 +14,7 @@ import labs_jsonl
 
 pytest_plugins = ["kit_pages"]
 pytestmark = pytest.mark.browser
+WAIT_S = 10
 expect = pytest.importorskip("playwright.sync_api").expect
 
 
@@ -149,6 +150,18 @@ def test_conversations_are_listed_searched_renamed_and_deleted(tab, site):
     tab.press("Undo")
     expect(tab.list).to_have_text(["__proto__", "about rivers"])
     expect(tab.page.locator("article.user .raw")).to_have_text("about kings")
+
+
+def test_a_conversation_that_is_deleted_amid_an_answer_stays_deleted(tab, site):
+    site.pieces = ["Once upon", threading.Event()]
+    tab.ask("A story")
+    expect(tab.answer).to_contain_text("Once upon")
+    tab.press("Delete")
+    tab.done()
+    assert site.gone.wait(WAIT_S)
+    assert tab.stored() == []
+    tab.press("Undo")
+    expect(tab.answer).to_contain_text("Once upon")
 
 
 def test_a_reload_returns_to_the_conversation_even_amid_an_answer(tab, site):
