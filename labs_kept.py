@@ -166,7 +166,9 @@ function remove() {
   gone.gone = true;
   try { localStorage.removeItem(memory + gone.id); } catch {}  // it was never stored
   open(empty());
-  say("The conversation was deleted.", "Undo", () => { gone.gone = false; save(gone); open(gone); });
+  say("The conversation was deleted.", "Undo", () => {
+    gone.gone = false; save(gone); open(gone);
+  });
 }
 function open(next) {
   request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);
