@@ -44,13 +44,14 @@ nav li > button, h2 { overflow: hidden; white-space: nowrap; text-overflow: elli
 [aria-current=true] { background: light-dark(#e2dfd8, #2e333b) !important }
 article { margin: 1.1rem 0; overflow-wrap: anywhere; min-width: 0 } h2 { margin: 0 }
 h2, small, summary, .quiet, figcaption, .actions button { color: var(--quiet); font-size: 13px }
-small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !important }
+small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !important;
+  text-decoration: underline }
 .user { margin-left: 12%; padding: .5rem .9rem; border-radius: 14px; background: var(--soft) }
 .raw, .tokens, p { white-space: pre-wrap } .actions { display: flex; flex-wrap: wrap }
 .actions button, figure button, .cite { padding: 0 8px 0 0; border: 0; background: none }
 .error { color: light-dark(#a81c1c, #ff9f9f) } .pair { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
-.card, figure, .pair > * { border: 1px solid var(--line); border-radius: 10px }
+.card, figure, .pair > *, #tip { border: 1px solid var(--line); border-radius: 10px }
 .card, .pair > * { padding: .6rem; margin: .5rem 0 }
 p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
 .text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
@@ -68,7 +69,7 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 .tokens .p2 { background: light-dark(#fdf0c8, #40370f); border-bottom: 2px dashed }
 .tokens .p3 { background: light-dark(#fbd9cf, #57241a); border-bottom: 3px double }
 meter { width: 100% }
-#tip { position: fixed; padding: .5rem; border: 1px solid; background: var(--ground) }
+#tip { position: fixed; padding: .5rem; background: var(--ground) }
 #tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
 #tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
 .field { margin: .7rem 0 } .changed label { color: var(--accent) }
@@ -86,8 +87,8 @@ BODY = r"""
 </button><h1>labs</h1><select id="model" aria-label="Model"></select>
 <button id="gear" popovertarget="panel">Settings</button></header>
 <main tabindex="0"><div id="log" role="log" aria-live="off"></div>
-<p id="hint" class="quiet">Ask something. The model runs on this server; conversations are kept
-in this browser only.</p></main><footer><div id="notice" role="status"></div><div class="row">
+<p id="hint" class="quiet">Ask something. Conversations are kept in this browser only.</p></main>
+<footer><div id="notice" role="status"></div><div class="row">
 <textarea id="text" aria-label="Message" placeholder="Message"></textarea>
 <button id="send">Send</button></div></footer></div>
 <section id="panel" popover aria-label="Settings"><form id="settings"><div class="row">

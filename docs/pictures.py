@@ -78,7 +78,7 @@ def chat(page: Any) -> None:
 def tokens(page: Any) -> None:
     """Show the probabilities of an answer's tokens, and the rivals of one of them."""
     open_page(page, 1120, 420)
-    settings(page, temperature="1", seed="3", max_new_tokens="60")
+    settings(page, temperature="0.7", seed="3", max_new_tokens="60")
     page.get_by_label("Probabilities").check()
     page.keyboard.press("Escape")
     ask(page, "Tell me one thing about the moon.")
