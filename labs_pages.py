@@ -281,7 +281,7 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   for (const each of turns) live.add(each);
   if (second) first.page.other = second;
   if (!goesOn) { owner.turns.push(first); showTurn(first); }
-  send.textContent = "Stop"; save(owner);
+  send.textContent = "Stop"; text.focus(); save(owner);
   const wrong = await Promise.all(turns.map((turn) =>
     stream(owner, turn, { messages: [...messages], signal: mine.signal, goesOn })));
   if (request === mine) { request = null; send.textContent = "Send"; }
