@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat page: one text without outside requests, which labs_site.py serves.
 
-Needs labs_markup.py and labs_kept.py, which hold parts of its script.
+Needs labs_markup.py and labs_kept.py, which hold parts of its script. What is sent has 40,000 bytes
+at most.
 """
 
 import re
@@ -377,8 +378,9 @@ function retry(turn) {
 text.onkeydown = (event) =>  // false: Enter adds no line break
   event.key !== "Enter" || event.shiftKey || event.isComposing || !ask();
 send.onclick = () => { if (request) request.abort(); else ask(); };
-document.onkeydown = ({ key: pressed }) => {
-  if (pressed === "Escape" && !document.querySelector(":popover-open")) request?.abort();
+document.onkeydown = ({ key: pressed, target }) => {  // a field for a name is gone by now
+  const open = document.querySelector(":popover-open");
+  if (pressed === "Escape" && target.isConnected && !open) request?.abort();
 };
 at.fresh.onclick = () => { say(""); open(empty()); };
 find.oninput = showList; at.exportAll.onclick = () => download(stored());

@@ -237,6 +237,31 @@ def test_a_full_or_forbidden_storage_is_told_and_nothing_is_lost(tab, site):
     assert "yyyy" in download.value.path().read_text(encoding="utf-8")
 
 
+def test_a_browser_that_keeps_nothing_still_chats(tab, site):
+    for name in ("localStorage", "sessionStorage"):
+        tab.page.add_init_script(
+            f"Object.defineProperty(window, '{name}', {{ get() {{ throw Error('denied'); }} }})"
+        )
+    tab.page.reload()
+    for text in ("one", "two"):
+        tab.ask(text)
+        tab.done()
+    expect(tab.notice).to_contain_text("This browser stores nothing more.")
+    expect(tab.list).to_have_text(["one"])
+    assert len(site.asked[1][0]) == 3
+
+
+def test_escape_in_the_field_for_a_name_stops_no_answer(tab, site):
+    rest = threading.Event()
+    site.pieces = ["Once", rest, " upon"]
+    tab.ask("A story")
+    expect(tab.answer).to_contain_text("Once")
+    tab.press("Rename")
+    tab.page.keyboard.press("Escape")
+    rest.set()
+    expect(tab.answer).to_contain_text("Once upon")
+
+
 @pytest.mark.parametrize(
     "bad", ["no JSON", "null", "[]", '{"turns": 3}', '{"turns": [{"role": "user", "content": 3}]}',
             '{"turns": [null]}', '{"turns": [{"role": "assistant", "tool_calls": [3]}]}'],
