@@ -32,9 +32,8 @@ function field(parent, name, schema) {
     step: kind.type === "integer" ? 1 : "any" });
   const about = [schema.description, number && `From ${kind.minimum} to ${most}.`,
     standard !== "null" && `Default: ${standard}.`].filter(Boolean).join(" ");
-  add(box, "small", about, { id: `about-${name}` });
-  at[`why-${name}`] = add(box, "small.error", "", { id: `why-${name}` });
-  input.setAttribute("aria-describedby", `about-${name} why-${name}`);
+  add(add(box, "small", `${about} `, { id: `about-${name}` }), "span.error");
+  input.setAttribute("aria-describedby", `about-${name}`);
   kinds.set(name, { ...kind, most });
 }
 function valueOf(name, given) {
@@ -62,7 +61,8 @@ function changed(keep) {  // marks what differs from the default, and what is wr
     const box = input.closest(".field"), why = fault(input), differs = why || given(input);
     box.classList.toggle("changed", differs); count += differs ? 1 : 0;
     if (keep && !why) chat.settings[input.name] = given(input);
-    if (kinds.has(input.name) && at[`why-${input.name}`]) at[`why-${input.name}`].textContent = why;
+    const told = box.querySelector(".error");
+    if (told) told.textContent = why;
   }
   at.gear.textContent = `Settings${count ? ` (${count} changed)` : ""}`;
 }

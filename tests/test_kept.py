@@ -103,7 +103,7 @@ def test_what_differs_from_the_default_is_marked_and_reset(tab):
 def test_a_bad_setting_is_named_in_its_place_and_nothing_is_sent(tab, site, name, value, fault):
     tab.set(**{name: value})
     tab.ask("Hello?")
-    expect(tab.page.locator(f"#why-{name}")).to_have_text(fault)
+    expect(tab.page.locator(f"#about-{name} .error")).to_have_text(fault)
     expect(tab.page.get_by_label(name, exact=True)).to_be_focused()
     expect(tab.text).to_have_value("Hello?")
     assert site.asked == []
