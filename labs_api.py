@@ -430,6 +430,8 @@ def create_app(
     app.add_route("/v1/responses/{name:path}", NotStored(service))
     secured, error = bool(config.api_keys), labs_protocol.Error
     document = labs_openapi.openapi(table, error, labs.__version__, secured=secured)
+    defaults = msgspec.to_builtins(config.generation, str_keys=True)
+    document = labs_openapi.with_defaults(document, "GenerateRequest", defaults)
     pages = labs_site.pages(document)
     for path, page in pages.items():
         app.add_route(path, page)

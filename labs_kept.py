@@ -32,9 +32,8 @@ function field(parent, name, schema) {
     step: kind.type === "integer" ? 1 : "any" });
   const about = [schema.description, number && `From ${kind.minimum} to ${most}.`,
     standard !== "null" && `Default: ${standard}.`].filter(Boolean).join(" ");
-  add(box, "small", about, { id: `about-${name}` });
-  at[`why-${name}`] = add(box, "small.error", "", { id: `why-${name}` });
-  input.setAttribute("aria-describedby", `about-${name} why-${name}`);
+  add(add(box, "small", `${about} `, { id: `about-${name}` }), "span.error");
+  input.setAttribute("aria-describedby", `about-${name}`);
   kinds.set(name, { ...kind, most });
 }
 function valueOf(name, given) {
@@ -62,7 +61,8 @@ function changed(keep) {  // marks what differs from the default, and what is wr
     const box = input.closest(".field"), why = fault(input), differs = why || given(input);
     box.classList.toggle("changed", differs); count += differs ? 1 : 0;
     if (keep && !why) chat.settings[input.name] = given(input);
-    if (kinds.has(input.name) && at[`why-${input.name}`]) at[`why-${input.name}`].textContent = why;
+    const told = box.querySelector(".error");
+    if (told) told.textContent = why;
   }
   at.gear.textContent = `Settings${count ? ` (${count} changed)` : ""}`;
 }
@@ -122,6 +122,7 @@ function stored() {  // all conversations, the newest first; the open one need n
   return !chat.name || all.includes(chat) ? all : [chat, ...all];
 }
 function save(owner = chat) {
+  if (owner.gone) return;  // it was deleted amid an answer
   owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
   const there = read(memory + owner.id);
   if (there && there.version !== owner.version) {
@@ -162,9 +163,12 @@ function rename(shown) {
 }
 function remove() {
   const gone = chat;
+  gone.gone = true;
   try { localStorage.removeItem(memory + gone.id); } catch {}  // it was never stored
   open(empty());
-  say("The conversation was deleted.", "Undo", () => { save(gone); open(gone); });
+  say("The conversation was deleted.", "Undo", () => {
+    gone.gone = false; save(gone); open(gone);
+  });
 }
 function open(next) {
   request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);

@@ -174,7 +174,7 @@ function spell({ bytes, token }) {  // a token may end inside a character
   catch { return `<${bytes.map((byte) => byte.toString(16)).join(" ")}>`; }
 }
 function tokens(parent) {  // returns a function that shows the tokens so far
-  const label = "Tokens of the answer; the arrow keys tell of each";
+  const label = "Tokens; the arrow keys tell of each";
   const box = add(parent, "div", "", { tabIndex: 0, role: "group", ariaLabel: label });
   let found = [], here = 0;
   const hide = () => { tip.hidden = true; box.children[here]?.classList.remove("at"); };

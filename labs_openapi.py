@@ -61,6 +61,17 @@ def openapi(
     }
 
 
+def with_defaults(document: dict[str, Any], name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the document with these defaults, such as configured ones, in the schema `name`."""
+    known = document["components"]["schemas"][name]
+    properties = {
+        key: {**each, "default": values[key]} if key in values else each
+        for key, each in known["properties"].items()
+    }
+    schemas = document["components"]["schemas"] | {name: {**known, "properties": properties}}
+    return {**document, "components": {**document["components"], "schemas": schemas}}
+
+
 def _operation(route: Route, error: type[Struct]) -> dict[str, Any]:
     def content(kind: Any) -> dict[str, Any]:
         if isinstance(kind, str):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat page: one text without outside requests, which labs_site.py serves.
 
-Needs labs_markup.py and labs_kept.py, which hold parts of its script.
+Needs labs_markup.py and labs_kept.py, which hold parts of its script. What is sent has 40,000 bytes
+at most.
 """
 
 import re
@@ -26,14 +27,14 @@ main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse }
 #log:not(:empty) + #hint, .field:not(.changed) > button { display: none }
 button, select, input, textarea { padding: 5px 10px; border: 1px solid var(--line);
   border-radius: 8px; background: var(--ground); flex: none } button { cursor: pointer }
-:focus-visible { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
+:focus-visible, .at { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
   min-width: 0; text-overflow: ellipsis }
 textarea, .field > :is(input, select) { width: 100%; max-width: none; max-height: 30dvh;
   flex: 1; resize: none; field-sizing: content }
 #send { background: #2457b8; border-color: #2457b8; color: #fff; align-self: end }
-[popover] { inset: 0 auto 0 0; height: 100dvh; max-width: 100vw; margin: 0; border: 0;
+[popover] { inset: 0 auto 0 0; height: 100%; max-width: 100vw; margin: 0; border: 0;
   background: var(--soft); color: inherit }
-nav, nav:popover-open { width: 17rem; padding: .6rem; flex-direction: column; gap: .5rem }
+nav { width: 17rem; padding: .6rem; flex-direction: column; gap: .5rem }
 nav:popover-open { display: flex } #panel { inset: 0 0 0 auto; width: min(25rem, 100vw);
   padding: 1rem; border-left: 1px solid var(--line) }
 @media (min-width: 800px) { nav[popover] { position: static; display: flex }
@@ -44,13 +45,14 @@ nav li > button, h2 { overflow: hidden; white-space: nowrap; text-overflow: elli
 [aria-current=true] { background: light-dark(#e2dfd8, #2e333b) !important }
 article { margin: 1.1rem 0; overflow-wrap: anywhere; min-width: 0 } h2 { margin: 0 }
 h2, small, summary, .quiet, figcaption, .actions button { color: var(--quiet); font-size: 13px }
-small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !important }
+small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !important;
+  text-decoration: underline }
 .user { margin-left: 12%; padding: .5rem .9rem; border-radius: 14px; background: var(--soft) }
 .raw, .tokens, p { white-space: pre-wrap } .actions { display: flex; flex-wrap: wrap }
 .actions button, figure button, .cite { padding: 0 8px 0 0; border: 0; background: none }
 .error { color: light-dark(#a81c1c, #ff9f9f) } .pair { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
-.card, figure, .pair > * { border: 1px solid var(--line); border-radius: 10px }
+.card, figure, .pair > *, #tip { border: 1px solid var(--line); border-radius: 10px }
 .card, .pair > * { padding: .6rem; margin: .5rem 0 }
 p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
 .text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
@@ -67,13 +69,13 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 .tokens span { border-bottom: 2px solid #0000 } .tokens .p1 { border-bottom: 2px dotted }
 .tokens .p2 { background: light-dark(#fdf0c8, #40370f); border-bottom: 2px dashed }
 .tokens .p3 { background: light-dark(#fbd9cf, #57241a); border-bottom: 3px double }
-.at { outline: 2px solid var(--accent) } meter { width: 100% }
-#tip { position: fixed; padding: .5rem; border: 1px solid; background: var(--ground) }
+meter { width: 100% }
+#tip { position: fixed; padding: .5rem; background: var(--ground) }
 #tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
 #tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
 .field { margin: .7rem 0 } .changed label { color: var(--accent) }
 .field button { float: right; padding: 0 8px }
-.skip:not(:focus), .said { position: fixed; left: -99rem }
+.skip:not(:focus), .said { position: fixed; right: 100vw }
 """
 
 BODY = r"""
@@ -86,8 +88,8 @@ BODY = r"""
 </button><h1>labs</h1><select id="model" aria-label="Model"></select>
 <button id="gear" popovertarget="panel">Settings</button></header>
 <main tabindex="0"><div id="log" role="log" aria-live="off"></div>
-<p id="hint" class="quiet">Ask something. The model runs on this server; conversations are kept
-in this browser only.</p></main><footer><div id="notice" role="status"></div><div class="row">
+<p id="hint" class="quiet">Ask something. Conversations are kept in this browser only.</p></main>
+<footer><div id="notice" role="status"></div><div class="row">
 <textarea id="text" aria-label="Message" placeholder="Message"></textarea>
 <button id="send">Send</button></div></footer></div>
 <section id="panel" popover aria-label="Settings"><form id="settings"><div class="row">
@@ -96,7 +98,7 @@ in this browser only.</p></main><footer><div id="notice" role="status"></div><di
 <div class="field"><label for="system">System message</label>
 <textarea id="system" name="system"></textarea></div>
 <div class="field"><label><input type="checkbox" name="logprobs" value="5"> Probabilities</label>
-<small>Show how likely each token was, and its rivals.</small></div>
+<small>Show how likely each token and its rivals were.</small></div>
 <div class="field"><label for="rival">Second model, side by side</label>
 <select id="rival" name="rival"></select></div><div id="usual"></div>
 <details id="more"><summary>More settings</summary><div id="rest"></div></details>
@@ -280,7 +282,7 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   for (const each of turns) live.add(each);
   if (second) first.page.other = second;
   if (!goesOn) { owner.turns.push(first); showTurn(first); }
-  send.textContent = "Stop"; save(owner);
+  send.textContent = "Stop"; text.focus(); save(owner);
   const wrong = await Promise.all(turns.map((turn) =>
     stream(owner, turn, { messages: [...messages], signal: mine.signal, goesOn })));
   if (request === mine) { request = null; send.textContent = "Send"; }
@@ -294,8 +296,8 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   show();
   at.said.textContent = first.content.slice(0, 2000);  // read out once, not token by token
   if (!said) say(wrong[0]);
-  else if (first.page.full > .8) say("The model's context is nearly full. When it is, the oldest " +
-    "messages are left out.");
+  else if (first.page.full > .8)
+    say("The context is nearly full. The oldest messages will be left out.");
   return said;
 }
 async function stream(owner, turn, { messages, signal, goesOn }) {  // returns what went wrong
@@ -376,8 +378,9 @@ function retry(turn) {
 text.onkeydown = (event) =>  // false: Enter adds no line break
   event.key !== "Enter" || event.shiftKey || event.isComposing || !ask();
 send.onclick = () => { if (request) request.abort(); else ask(); };
-document.onkeydown = ({ key: pressed }) => {
-  if (pressed === "Escape" && !document.querySelector(":popover-open")) request?.abort();
+document.onkeydown = ({ key: pressed, target }) => {  // a field for a name is gone by now
+  const open = document.querySelector(":popover-open");
+  if (pressed === "Escape" && target.isConnected && !open) request?.abort();
 };
 at.fresh.onclick = () => { say(""); open(empty()); };
 find.oninput = showList; at.exportAll.onclick = () => download(stored());

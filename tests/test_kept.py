@@ -14,6 +14,7 @@ import labs_jsonl
 
 pytest_plugins = ["kit_pages"]
 pytestmark = pytest.mark.browser
+WAIT_S = 10
 expect = pytest.importorskip("playwright.sync_api").expect
 
 
@@ -44,6 +45,16 @@ def test_the_fields_are_those_of_the_openapi_document(tab, site):
             for limit in limits:
                 assert float(field.get_attribute(attribute)) == min(limit, 2**53 - 1)
     assert tab.page.locator("#usual .field").count() == 12
+
+
+def test_the_defaults_are_the_configured_ones(tab, site):
+    settings = labs.Generation(max_new_tokens=77, top_p=0.25, stop=("END",))
+    document = kit.Site(site, kit.configured(generation=settings)).get("/openapi.json").json
+    tab.page.route("**/openapi.json", lambda route: route.fulfill(json=document))
+    tab.page.reload()
+    for name, shown in (("max_new_tokens", "77"), ("top_p", "0.25"), ("stop", '["END"]')):
+        expect(tab.page.locator(f"#about-{name}")).to_contain_text(f"Default: {shown}.")
+    expect(tab.page.locator("#about-top_k")).not_to_contain_text("Default")
 
 
 def test_every_setting_that_the_page_shows_reaches_the_engine(tab, site):
@@ -92,7 +103,7 @@ def test_what_differs_from_the_default_is_marked_and_reset(tab):
 def test_a_bad_setting_is_named_in_its_place_and_nothing_is_sent(tab, site, name, value, fault):
     tab.set(**{name: value})
     tab.ask("Hello?")
-    expect(tab.page.locator(f"#why-{name}")).to_have_text(fault)
+    expect(tab.page.locator(f"#about-{name} .error")).to_have_text(fault)
     expect(tab.page.get_by_label(name, exact=True)).to_be_focused()
     expect(tab.text).to_have_value("Hello?")
     assert site.asked == []
@@ -139,6 +150,18 @@ def test_conversations_are_listed_searched_renamed_and_deleted(tab, site):
     tab.press("Undo")
     expect(tab.list).to_have_text(["__proto__", "about rivers"])
     expect(tab.page.locator("article.user .raw")).to_have_text("about kings")
+
+
+def test_a_conversation_that_is_deleted_amid_an_answer_stays_deleted(tab, site):
+    site.pieces = ["Once upon", threading.Event()]
+    tab.ask("A story")
+    expect(tab.answer).to_contain_text("Once upon")
+    tab.press("Delete")
+    tab.done()
+    assert site.gone.wait(WAIT_S)
+    assert tab.stored() == []
+    tab.press("Undo")
+    expect(tab.answer).to_contain_text("Once upon")
 
 
 def test_a_reload_returns_to_the_conversation_even_amid_an_answer(tab, site):
@@ -212,6 +235,31 @@ def test_a_full_or_forbidden_storage_is_told_and_nothing_is_lost(tab, site):
     with tab.page.expect_download() as download:
         tab.press("Export all")
     assert "yyyy" in download.value.path().read_text(encoding="utf-8")
+
+
+def test_a_browser_that_keeps_nothing_still_chats(tab, site):
+    for name in ("localStorage", "sessionStorage"):
+        tab.page.add_init_script(
+            f"Object.defineProperty(window, '{name}', {{ get() {{ throw Error('denied'); }} }})"
+        )
+    tab.page.reload()
+    for text in ("one", "two"):
+        tab.ask(text)
+        tab.done()
+    expect(tab.notice).to_contain_text("This browser stores nothing more.")
+    expect(tab.list).to_have_text(["one"])
+    assert len(site.asked[1][0]) == 3
+
+
+def test_escape_in_the_field_for_a_name_stops_no_answer(tab, site):
+    rest = threading.Event()
+    site.pieces = ["Once", rest, " upon"]
+    tab.ask("A story")
+    expect(tab.answer).to_contain_text("Once")
+    tab.press("Rename")
+    tab.page.keyboard.press("Escape")
+    rest.set()
+    expect(tab.answer).to_contain_text("Once upon")
 
 
 @pytest.mark.parametrize(

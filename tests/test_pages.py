@@ -250,6 +250,44 @@ def test_a_cut_answer_is_continued(tab, site):
     assert sent[0]["continue_final_message"] is True
     assert sent[0]["messages"][-1] == {"role": "assistant", "content": "Once"}
     expect(tab.page.get_by_role("button", name="Continue")).to_have_count(0)
+    expect(tab.text).to_be_focused()  # the button is gone
+
+
+def test_a_server_without_a_model_for_texts_says_so(tab):
+    models = [{"id": "c", "kind": "embedding"}]
+    tab.page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
+    tab.page.reload()
+    expect(tab.notice).to_contain_text("This server has no model that writes text.")
+    expect(tab.models).to_have_count(0)
+
+
+def test_answers_and_code_are_copied_and_without_https_selected(tab, site):
+    site.pieces = ["**a**\n\n```py\nb\n```"]
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.ask("?")
+    tab.done()
+    clipboard = "() => navigator.clipboard.readText()"
+    tab.press("Copy", exact=True)
+    expect(tab.page.get_by_role("button", name="Copied")).to_be_visible()
+    assert tab.page.evaluate(clipboard) == "**a**\n\n```py\nb\n```"
+    tab.press("Copy code")
+    tab.page.wait_for_function("async () => await navigator.clipboard.readText() === 'b'")
+    tab.page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(); }")
+    tab.press("Copied", exact=True)
+    expect(tab.page.get_by_role("button", name="Press Ctrl+C")).to_be_visible()
+    assert tab.page.evaluate("() => getSelection().toString().includes('b')")
+
+
+def test_the_raw_text_is_one_click_away(tab, site):
+    site.pieces = ["**a** <b>"]
+    tab.ask("?")
+    tab.done()
+    expect(tab.answer.locator(".text")).to_have_text("a <b>")
+    tab.press("Raw text")
+    expect(tab.answer.locator(".raw:visible")).to_have_text("**a** <b>")
+    expect(tab.page.get_by_role("button", name="Raw text")).to_be_focused()
+    tab.press("Raw text")
+    expect(tab.answer.locator(".text")).to_have_text("a <b>")
 
 
 def test_escape_stops_an_answer(tab, site):
@@ -371,13 +409,14 @@ def test_a_citation_opens_its_passage(tab):
 
 def test_an_answer_is_read_out_once_and_not_token_by_token(tab, site):
     rest = threading.Event()
-    site.pieces = ["Hello", rest, " there"]
+    site.pieces = ["Hello", rest, " there" * 300]
     tab.ask("?")
     expect(tab.answer).to_contain_text("Hello")
     expect(tab.log).to_have_attribute("aria-live", "off")
     expect(tab.page.locator("#said")).to_have_text("")
     rest.set()
-    expect(tab.page.locator("#said")).to_have_text("Hello there")
+    expect(tab.page.locator("#said")).to_contain_text("Hello there there")
+    tab.press("New chat")  # which what is read out does not cover
 
 
 def test_the_keyboard_alone_reaches_everything(tab):
