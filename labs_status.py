@@ -19,8 +19,8 @@ import labs_engine
 import labs_history
 import labs_meters
 import labs_openapi
-import labs_site
 import labs_protocol
+import labs_site
 from labs_service import Resource, Service
 
 
