@@ -72,7 +72,7 @@ class Answers:
     def __iter__(self) -> Iterator[tuple[int, Any] | None]:
         """Yield (choice, part), or None to send a comment. Raises the error that ended a row."""
         choices = {answer.ticket: index for index, answer in enumerate(self._answers)}
-        last = dict.fromkeys(choices, 0.0)
+        last, pieces = dict.fromkeys(choices, 0.0), dict.fromkeys(choices, 0)
         silent = time.perf_counter()
         while len(self.dones) < len(choices):
             ticket, events = self._next()
@@ -86,11 +86,10 @@ class Answers:
                     raise event.error
                 silent = now = time.perf_counter()
                 if isinstance(event, labs.Done):
-                    event = self._end(choices[ticket], event)
-                elif last[ticket]:
-                    self._meters.gap.labels(self.name).observe(now - last[ticket])
+                    event = self._end(choices[ticket], event, pieces[ticket])
                 else:
-                    self._meters.first.labels(self.name).observe(now - self._began)
+                    self._meters.piece(self.name, now, last[ticket], self._began)
+                    pieces[ticket] += 1
                 last[ticket] = now
                 yield choices[ticket], event
 
@@ -121,12 +120,12 @@ class Answers:
             return -1, []
         return ticket, self._take[ticket](event)
 
-    def _end(self, choice: int, done: labs.Done) -> labs.Done:
+    def _end(self, choice: int, done: labs.Done, pieces: int) -> labs.Done:
         if done.fingerprint is not None:  # clients see the model's name, not its folder
             shown = msgspec.structs.replace(done.fingerprint, model=self.name)
             done = msgspec.structs.replace(done, fingerprint=shown)
         self.dones.append(done)
-        self._meters.done(self.name, done, time.perf_counter() - self._began)
+        self._meters.done(self.name, done, time.perf_counter() - self._began, pieces)
         if done.finish_reason == "content_filter":  # the row itself may still be generating
             self._answers[choice].close()
         return done

@@ -11,7 +11,7 @@
     POST /v1/chat/completions /v1/completions /v1/responses /v1/embeddings
     POST /v1/rerank /v2/rerank /rerank                   Jina's and Cohere's
     POST /v1/messages /v1/messages/count_tokens          Anthropic's
-    GET  /metrics /openapi.json /docs /
+    GET  /metrics /status.json /status /openapi.json /docs /
 
 `create_app(config, models)` returns a WSGI callable that any server can mount; labs_serve.py serves
 it. A parameter takes effect or is refused by name. labs_service.py takes a request to its answers.
@@ -51,6 +51,7 @@ import labs_request
 import labs_response_items
 import labs_responses
 import labs_site
+import labs_status
 import labs_tokenize
 import labs_turns
 import labs_vectors
@@ -404,6 +405,7 @@ def routes(service: Service) -> tuple[labs_openapi.Route, ...]:
         ),
         post("/v1/responses", responses, "Answer items", response, items, streams=True),
         *labs_tokenize.routes(service),
+        *labs_status.routes(service),
         get("/metrics", metrics, "Return metrics for Prometheus", plain),
     )
 
@@ -432,7 +434,7 @@ def create_app(
     document = labs_openapi.openapi(table, error, labs.__version__, secured=secured)
     defaults = msgspec.to_builtins(config.generation, str_keys=True)
     document = labs_openapi.with_defaults(document, "GenerateRequest", defaults)
-    pages = labs_site.pages(document)
+    pages = labs_site.pages(document) | labs_status.pages()
     for path, page in pages.items():
         app.add_route(path, page)
     app.add_sink(labs_gate.not_found((*document["paths"], *pages)), "/")

@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 import labs
 import labs_engine
+import labs_history
 
 LABEL = ("model_name",)  # of metrics that exist once per model
 
@@ -26,7 +27,7 @@ class Meters:
     """Count requests, tokens and latencies in a registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
+        self.registry, self.history = registry, labs_history.History()
         waits = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
         gaps = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
@@ -52,7 +53,18 @@ class Meters:
     def acted(self, rule: str, side: str) -> None:
         self.guard.labels(rule, side).inc()
 
-    def done(self, name: str, event: labs.Done, seconds: float) -> None:
+    def piece(self, name: str, now: float, last: float, began: float) -> None:
+        """Count a piece of text. last: when the one before came, 0 for the first; perf_counter."""
+        if last:
+            self.gap.labels(name).observe(now - last)
+        else:
+            self.first.labels(name).observe(now - began)
+            self.history.first(name, now - began)
+        self.history.add(name, tokens=1)
+
+    def done(self, name: str, event: labs.Done, seconds: float, pieces: int = 0) -> None:
+        """Count a finished answer. pieces: how many of its pieces `piece` has counted."""
+        self.history.add(name, tokens=event.usage.completion_tokens - pieces, answers=1)
         self.success.labels(name, event.finish_reason).inc()
         self.prompt.labels(name).inc(event.usage.prompt_tokens)
         self.cached.labels(name).inc(event.usage.cached_tokens)

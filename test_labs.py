@@ -772,7 +772,8 @@ ROOMS = {
     "labs_response_items.py": (320, "labs loop parts protocol replies tokens"),
     "labs_tokens.py": (120, "labs"),
     "labs_gate.py": (320, "labs engine request"),
-    "labs_meters.py": (140, "labs engine"),
+    "labs_history.py": (120, ""),
+    "labs_meters.py": (140, "labs engine history"),
     "labs_answers.py": (180, "labs engine meters parts protocol ready request turns"),
     "labs_openapi.py": (140, ""),
     "labs_markup.py": (240, ""),
@@ -792,8 +793,9 @@ ROOMS = {
         600,
         "labs gate meters openapi site models engine request ready parts explain openai replies "
         "service protocol turns messages message_events message_models response_items responses "
-        "tokenize vectors names",
+        "tokenize vectors names status",
     ),
+    "labs_status.py": (300, "labs engine history meters openapi site protocol service"),
     "labs_serve.py": (260, "labs api gate models request wire turns names"),
     "labs_wire.py": (160, ""),
     "labs_jsonl.py": (
