@@ -939,7 +939,7 @@ CHECKS = [
     openapi_checks.content_type_conformance,
     openapi_checks.response_schema_conformance,
 ]
-GETS = ("/health", "/readyz", "/v1/models", "/v1/models/{name}", "/metrics")
+GETS = ("/health", "/readyz", "/v1/models", "/v1/models/{name}", "/metrics", "/status.json")
 MESSAGES = ("/v1/messages", "/v1/messages/count_tokens")
 POSTS = (*BODIES, *MESSAGES, *labs_vectors.ENDPOINTS)
 OPERATIONS = [*(("GET", path) for path in GETS), *(("POST", path) for path in POSTS)]

@@ -40,7 +40,7 @@ REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
 API += ("service", "tokenize", "vectors", "desk", "kinds", "embed", "padded", "pooling")
-API += ("recipe", "rerank", "kept", "markup", "site")
+API += ("recipe", "rerank", "kept", "markup", "site", "history", "status")
 API += (
     "openapi",
     "pages",
