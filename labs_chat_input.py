@@ -255,8 +255,10 @@ def _begin(readline: ModuleType, complete: Complete) -> bool:
         readline.parse_and_bind("bind ^I rl_complete")
         return False
     readline.parse_and_bind("tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
-    return os.environ.get("TERM") not in (None, "dumb")  # which mark nothing
+    marks = os.environ.get("TERM") not in (None, "dumb")
+    how = "on" if marks else "off"  # Python turns it off, and perhaps ~/.inputrc on
+    readline.parse_and_bind(f"set enable-bracketed-paste {how}")
+    return marks
 
 
 def completer(readline: Any, complete: Complete) -> Callable[[str, int], str | None]:

@@ -759,6 +759,16 @@ def test_without_readline_a_text_says_how_to_paste(terminal):
     end_with_ctrl_c_and_ctrl_d(there)
 
 
+def test_a_terminal_that_knows_no_escapes_gets_none(terminal):
+    there = terminal(CHAT, TERM="dumb")
+    seen = there.until("> ")
+    assert '"""' in seen  # how to type several lines
+    seen += there.type(b"one\r", "> ", after="GOT")
+    seen += there.type(b"\x04", "BYE")
+    assert "\x1b" not in seen
+    assert re.search(r"> \r*\n\r?BYE", seen)
+
+
 def test_messages_are_found_again_in_the_next_chat_unless_a_space_is_before_them(
     terminal, tmp_path
 ):
