@@ -48,6 +48,7 @@ class Bar(tqdm):  # type: ignore[misc]
         options = {name: given[name] for name in given if name in ("total", "initial")}
         options |= {"desc": self.words[0], "unit": self.words[1], "delay": DELAY_S, "leave": False}
         options["unit_scale"] = self.words[1] == "B"
+        options["ascii"] = "utf" not in (getattr(sys.stderr, "encoding", None) or "utf-8").lower()
         hidden = self.hides or title.startswith(HIDDEN) or not (sys.stderr and sys.stderr.isatty())
         options["disable"] = bool(given.get("disable") or hidden)
         super().__init__(*args, file=io.StringIO() if is_plain() else sys.stderr, **options)
@@ -65,6 +66,11 @@ class Bar(tqdm):  # type: ignore[misc]
         """Keep our words for the work."""
 
     set_description_str = set_postfix_str = set_description
+
+    def refresh(self, *args: Any, **options: Any) -> None:
+        """Draw the bar, if its time has come: libraries call this at once."""
+        if self.format_dict["elapsed"] >= DELAY_S:
+            super().refresh(*args, **options)
 
     def close(self) -> None:
         took, whole = self.format_dict["elapsed"], not self.total or self.n >= self.total

@@ -161,6 +161,12 @@ def test_ctrl_c_during_a_load_leaves_a_clean_line(tiny_folder):
     assert screen(text) == "ended"
 
 
+def test_a_library_that_draws_at_once_waits_as_well():
+    code = "labs_bar.DELAY_S = 0.5\nbar = labs_bar.Bar(total=0, desc='Reconstructing', unit='B')\n"
+    code += "bar.total = 100; bar.refresh(); bar.update(50); bar.refresh(); bar.close_all()"
+    assert on_terminal(BEGIN + code) == ""
+
+
 def test_words_of_libraries_become_ours_and_cannot_steer_the_terminal():
     assert labs_bar.words_of("Loading weights", "it") == ("Loading the weights", "tensors")
     assert labs_bar.words_of("a\x1b[2J.bin", "B") == ("Downloading a?[2J.bin", "B")
