@@ -72,7 +72,7 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 meter { width: 100% }
 #tip { position: fixed; padding: .5rem; background: var(--ground) }
 #tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
-#tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
+#tip :is(span, strong) { overflow: hidden; white-space: pre; text-overflow: ellipsis }
 .field { margin: .7rem 0 } .changed label { color: var(--accent) }
 .field button { float: right; padding: 0 8px }
 .skip:not(:focus), .said { position: fixed; right: 100vw }
