@@ -173,7 +173,7 @@ function remove() {
   });
 }
 function open(next) {
-  request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);
+  request?.abort(); say(""); [chat, edited] = [next, null]; session("chat", chat.id);
   fill(); show(); showList(); chats.togglePopover(false); text.focus();
 }
 function messagesOf({ settings: { system: content } }, turns) {

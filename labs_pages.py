@@ -385,7 +385,7 @@ document.onkeydown = ({ key: pressed, target }) => {  // a field for a name is g
   const open = document.querySelector(":popover-open");
   if (pressed === "Escape" && target.isConnected && !open) request?.abort();
 };
-at.fresh.onclick = () => { say(""); open(empty()); };
+at.fresh.onclick = () => open(empty());
 find.oninput = showList; at.exportAll.onclick = () => download(stored());
 at.importer.onclick = () => at.file.click(); at.file.onchange = () => take(at.file.files[0]);
 settings.onsubmit = () => false; settings.oninput = changed;
