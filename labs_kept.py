@@ -12,9 +12,9 @@ const HELD = ["model", "messages", "add_generation_prompt", "continue_final_mess
 function fields({ GenerateRequest: { properties }, ChatRequest: { properties: taken } }) {
   const names = Object.keys(properties).filter((name) =>
     Object.hasOwn(taken, SENT[name] ?? name) && !HELD.includes(name));
-  kinds.set("logprobs", {});  // of the switch
+  known.add("logprobs");  // of the switch
   for (const name of [...USUAL.filter((each) => names.includes(each)), ...names])
-    if (!kinds.has(name)) field(USUAL.includes(name) ? at.usual : at.rest, name, properties[name]);
+    if (!known.has(name)) field(USUAL.includes(name) ? at.usual : at.rest, name, properties[name]);
 }
 function field(parent, name, schema) {
   const kind = schema.anyOf?.find(({ type }) => type !== "null") ?? schema, id = `of-${name}`;
@@ -34,7 +34,7 @@ function field(parent, name, schema) {
     standard !== "null" && `Default: ${standard}.`].filter(Boolean).join(" ");
   add(add(box, "small", `${about} `, { id: `about-${name}` }), "span.error");
   input.setAttribute("aria-describedby", `about-${name}`);
-  kinds.set(name, { ...kind, most });
+  known.add(name);
 }
 function valueOf(name, given) {
   try { return JSON.parse(given); } catch (error) {
@@ -42,11 +42,11 @@ function valueOf(name, given) {
     throw error;
   }
 }
-function fault({ type, name, value, validity }) {  // one sentence, or ""
-  const kind = kinds.get(name), whole = kind?.type === "integer" ? "whole " : "";
-  if (type === "number")
-    return validity.valid ? "" : `Give a ${whole}number from ${kind.minimum} to ${kind.most}.`;
-  try { if (kind && value) valueOf(name, value); return ""; } catch { return "This is not JSON."; }
+function fault({ type, name, value, validity, step, min, max }) {  // one sentence, or ""
+  const number = step === "1" ? "whole number" : "number";
+  if (type === "number") return validity.valid ? "" : `Give a ${number} from ${min} to ${max}.`;
+  try { if (known.has(name) && value) valueOf(name, value); return ""; }
+  catch { return "This is not JSON."; }
 }
 const inputs = () => [...settings.elements].filter(({ name }) => name);
 const given = (input) => input.type === "checkbox" && !input.checked ? "" : input.value;
@@ -77,7 +77,7 @@ function fill(values = chat.settings) {  // shows the settings of the conversati
   changed();
 }
 function valuesOf(owner) {  // by labs' own names
-  const names = [...kinds.keys()].filter((name) => owner.settings[name]);
+  const names = [...known].filter((name) => owner.settings[name]);
   return Object.fromEntries(names.map((name) => [name, valueOf(name, owner.settings[name])]));
 }
 function bodyOf(owner) {  // by OpenAI's names
@@ -92,14 +92,15 @@ const draw = () => `${Date.now()}${Math.random()}`;
 const empty = () => ({ id: draw(), name: "", turns: [], settings: { ...chat?.settings } });
 function turnOf({ role, content, reasoning_content, tool_calls, tool_call_id, page }) {
   const turn = { role, content: content ?? "", page: { ...page } };  // with nothing unknown
-  if (!["user", "assistant", "tool"].includes(role)) throw Error("unknown role");
+  const texts = [turn.content, reasoning_content ?? "", tool_call_id ?? ""];
+  const wrong = texts.some((each) => typeof each !== "string");
+  if (wrong || !["user", "assistant", "tool"].includes(role))
+    throw Error("no turn");
   if (page?.other) turn.page.other = turnOf(page.other);
   if (reasoning_content) turn.reasoning_content = reasoning_content;
   if (tool_calls) turn.tool_calls = tool_calls.map(({ id, function: { name, arguments: more } }) =>
     ({ id, type: "function", function: { name: `${name}`, arguments: `${more}` } }));
   if (tool_call_id) turn.tool_call_id = tool_call_id;
-  for (const each of [turn.content, reasoning_content, tool_call_id])
-    if (each && typeof each !== "string") throw Error("not a text");
   return turn;
 }
 function session(name, value) {  // kept until the tab is closed, if the browser allows it
@@ -111,7 +112,8 @@ function session(name, value) {  // kept until the tab is closed, if the browser
 function read(name) {  // a stored conversation, or null if it cannot be read
   try {
     const found = JSON.parse(localStorage.getItem(name));
-    return { ...found, turns: found.turns.map(turnOf), settings: { ...found.settings } };
+    const turns = found.turns.map(turnOf);
+    return { ...found, name: `${found.name}`, turns, settings: { ...found.settings } };
   } catch { return null; }
 }
 function stored() {  // all conversations, the newest first; the open one need not be stored
@@ -171,7 +173,7 @@ function remove() {
   });
 }
 function open(next) {
-  request?.abort(); [chat, edited] = [next, null]; session("chat", chat.id);
+  request?.abort(); say(""); [chat, edited] = [next, null]; session("chat", chat.id);
   fill(); show(); showList(); chats.togglePopover(false); text.focus();
 }
 function messagesOf({ settings: { system: content } }, turns) {
@@ -193,7 +195,7 @@ async function take(file) {  // reads such lines again
       const system = messages[0].role === "system" ? messages.shift().content : "";
       Object.assign(made, { name: `${id}`.replace(/ #[\d.]+$/, ""), settings: { system },
         turns: messages.map(({ page, ...each }) => turnOf(each)) });
-      for (const name of kinds.keys())
+      for (const name of known)
         if (name in values) made.settings[name] = JSON.stringify(values[name]);
       save(made); count++;
     } catch { wrong.push(i + 1); }

@@ -56,7 +56,7 @@ small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !i
 .card, .pair > * { padding: .6rem; margin: .5rem 0 }
 p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
 .text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
-.level1 { font-size: 1.35rem } .level2 { font-size: 1.2rem }
+.level1, .level2 { font-size: 1.2rem }
 del { text-decoration: line-through } code, a { unicode-bidi: isolate }
 code, pre { font: 13px/1.5 ui-monospace, monospace } :not(pre) > code { background: var(--soft) }
 pre { margin: 0; padding: .6rem .8rem; overflow-wrap: normal } pre, .table { overflow: auto }
@@ -72,7 +72,7 @@ td, th { border: 1px solid var(--line); padding: 3px 9px; text-align: left }
 meter { width: 100% }
 #tip { position: fixed; padding: .5rem; background: var(--ground) }
 #tip div { display: grid; grid-template-columns: 7rem 6rem 3.5rem; gap: .5rem }
-#tip span { overflow: hidden; white-space: pre; text-overflow: ellipsis }
+#tip :is(span, strong) { overflow: hidden; white-space: pre; text-overflow: ellipsis }
 .field { margin: .7rem 0 } .changed label { color: var(--accent) }
 .field button { float: right; padding: 0 8px }
 .skip:not(:focus), .said { position: fixed; right: 100vw }
@@ -111,7 +111,7 @@ SCRIPT = r"""
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((e) => [e.id, e]));
 const { chats, find, list, model, rival, log, notice, text, send, panel, settings, key, tip } = at;
 const memory = "labs.chat.", views = new WeakMap(), live = new Set();  // answers; those that grow
-let chat, request, edited, context = new Map(), kinds = new Map();
+let chat, request, edited, context = new Map(), known = new Set();
 
 function say(words, label, action) {
   notice.replaceChildren(words, " ");
@@ -131,7 +131,7 @@ async function call(path, options) {
 }
 async function start() {
   try {
-    if (!kinds.size) fields((await (await call("openapi.json")).json()).components.schemas);
+    if (!known.size) fields((await (await call("openapi.json")).json()).components.schemas);
     const { data } = await (await call("v1/models")).json();
     const chats = data.filter(({ kind }) => kind === "text");
     context = new Map(chats.map(({ id, context_length }) => [id, context_length]));
@@ -182,7 +182,7 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
   const thought = add(box, "details"), summary = add(thought, "summary");
   const reason = add(thought, "div.raw"), body = add(box, "div"), more = add(box, "div");
   const figures = add(box, "small"), actions = add(box, "div.actions");
-  let mode, write, timer = 0, cost = 0;
+  let mode, write;
   const set = (next) => {
     mode = body.className = next; body.replaceChildren();
     write = next === "text" ? writer(body, (n) => cited(page, n, more))
@@ -214,13 +214,16 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
     figures.className = wrong ? "error" : "";
     more.replaceChildren(); sources(more, turn, held); cards(more, turn, over); act(over);
   };
-  views.set(turn, () => {  // drawing takes a fifth of the time at most, however long the text
+  views.set(turn, sparing(turn, box, update)); update();
+}
+function sparing(turn, box, update) {  // drawing takes a fifth of the time at most
+  let timer = 0, cost = 0;
+  return () => {
     timer ||= setTimeout(() => {
       const began = Date.now();
       timer = 0; update(); cost = box.offsetHeight && Date.now() - began;
     }, live.has(turn) ? 16 + 4 * cost : 0);
-  });
-  update();
+  };
 }
 function choose(held, turn) {
   const { other, ...page } = held.page;
@@ -307,7 +310,7 @@ async function stream(owner, turn, { messages, signal, goesOn }) {  // returns w
   if (goesOn) Object.assign(sent, { continue_final_message: true, add_generation_prompt: false });
   Object.assign(page, { notes: [], problem: "The connection was lost", cut: false });
   try {
-    if (!kinds.size) await start();
+    if (!known.size) await start();
     const response = await fitting({ ...bodyOf(owner), ...sent }, signal);
     page.dropped = whole - messages.length;
     if (page.dropped)
@@ -382,7 +385,7 @@ document.onkeydown = ({ key: pressed, target }) => {  // a field for a name is g
   const open = document.querySelector(":popover-open");
   if (pressed === "Escape" && target.isConnected && !open) request?.abort();
 };
-at.fresh.onclick = () => { say(""); open(empty()); };
+at.fresh.onclick = () => open(empty());
 find.oninput = showList; at.exportAll.onclick = () => download(stored());
 at.importer.onclick = () => at.file.click(); at.file.onchange = () => take(at.file.files[0]);
 settings.onsubmit = () => false; settings.oninput = changed;

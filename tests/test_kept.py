@@ -264,7 +264,8 @@ def test_escape_in_the_field_for_a_name_stops_no_answer(tab, site):
 
 @pytest.mark.parametrize(
     "bad", ["no JSON", "null", "[]", '{"turns": 3}', '{"turns": [{"role": "user", "content": 3}]}',
-            '{"turns": [null]}', '{"turns": [{"role": "assistant", "tool_calls": [3]}]}'],
+            '{"turns": [{"role": "user", "content": {"trim": 1}}]}', '{"turns": [null]}',
+            '{"turns": [{"role": "assistant", "tool_calls": [3]}]}'],
 )  # fmt: skip
 def test_a_stored_conversation_that_cannot_be_read_is_left_as_it_is(tab, bad):
     tab.ask("one")
@@ -276,6 +277,13 @@ def test_a_stored_conversation_that_cannot_be_read_is_left_as_it_is(tab, bad):
     tab.ask("two")
     tab.done()
     assert tab.page.evaluate("() => localStorage.getItem('labs.chat.bad')") == bad
+
+
+def test_a_stored_conversation_without_a_name_does_not_break_the_list(tab):
+    tab.page.evaluate("() => localStorage.setItem('labs.chat.x', JSON.stringify({turns: []}))")
+    tab.ask("one")
+    tab.done()
+    expect(tab.list).to_have_count(2)
 
 
 def test_two_tabs_lose_nothing_of_one_conversation(tab, site):

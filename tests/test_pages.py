@@ -220,6 +220,11 @@ def test_a_turn_is_edited_and_what_followed_comes_back_with_undo(tab, site):
     expect(tab.page.locator("article.user")).to_have_count(1)
     tab.press("Undo")
     expect(tab.page.locator("article.user .raw")).to_have_text(["one", "two"])
+    tab.page.get_by_role("button", name="Edit").first.click()
+    expect(tab.notice).to_contain_text("Sending replaces this message")
+    tab.press("New chat")
+    expect(tab.notice).to_have_text("")
+    tab.page.locator("#list li > button").click()
     assert [turn["content"] for turn in tab.stored()[0]["turns"]][::2] == ["one", "two"]
 
 
