@@ -144,10 +144,12 @@ def answer_file(config: labs.Config, flags: labs_flags.Values) -> None:
 
             def answer(lines: labs_jsonl.Lines) -> Iterator[bytes]:
                 model = load_model(config) if config.model.kind == "text" else None
+                begin()
                 return labs_jsonl.answer_lines(model, context, lines, tally, batching)
 
             longest = config.server.max_body_bytes
-            labs_jsonl.answer_file(answer, source, target, tally, longest)
+            with reported(flags.get("report"), (source, target), tally) as begin:
+                labs_jsonl.answer_file(answer, source, target, tally, longest)
         else:
             labs.require("labs_ray", "ray", "a2wsgi")
             import labs_ray
@@ -162,6 +164,20 @@ def answer_file(config: labs.Config, flags: labs_flags.Values) -> None:
             tell(f"[{tally}]")
     if tally.failed or tally.errors:
         raise click.exceptions.Exit(1)
+
+
+@contextlib.contextmanager
+def reported(report: str | None, files: tuple[str, str], tally: Any) -> Iterator[Any]:
+    """Write the file of --report at the end, if there is one. Yield what starts its clock."""
+    if report is None:
+        yield lambda: None
+        return
+    labs.require("labs_report")
+    import labs_report
+
+    with labs_report.written(report, files) as findings:
+        tally.watch = findings.add
+        yield findings.begin
 
 
 def replay(config: labs.Config, flags: labs_flags.Values) -> None:

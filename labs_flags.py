@@ -161,10 +161,11 @@ Examples:
         (
             *ROWS_AT_ONCE,
             ("--ordered", bool, "Write answers in the order of the prompts, not as they finish."),
+            ("--report", FILE, "Write lengths, tokens/s and errors of this run as one HTML file."),
             *RAY,
         ),
         ALL,
-        ("ray ordered",),
+        ("ray ordered", "ray report"),
         RAY_NEEDS,
         more="""Answers are appended to OUT; prompts that are answered there are skipped.
 IN may be - for standard input. Without OUT, answers go to standard output.

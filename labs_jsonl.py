@@ -66,10 +66,10 @@ class Batching(Struct, frozen=True, kw_only=True):
 class Task(Struct, eq=False):
     """One line and the completions of its rows.
 
-    order: its position in the run. repeated: the request as its answer repeats it. endpoint
-    and body: of OpenAI's API. seeds: number of rows whose seeds differ. missing: rows that have
-    not ended. work: of a request for vectors or scores, with the name of its model. made: the
-    answer to it, which needs no row.
+    order: its position in the run. line: its number in the file. repeated: the request as its
+    answer repeats it. endpoint and body: of OpenAI's API. seeds: number of rows whose seeds
+    differ. missing: rows that have not ended. work: of a request for vectors or scores, with the
+    name of its model. made: the answer to it, which needs no row.
     """
 
     id: str | int
@@ -80,6 +80,7 @@ class Task(Struct, eq=False):
     endpoint: Any = None
     body: Any = None
     order: int = 0
+    line: int | str = 0
     prepared: labs_request.Prepared | None = None
     events: dict[int, list[labs.Event]] = field(default_factory=dict)
     found: dict[int, labs_ready.Found] = field(default_factory=dict)
@@ -250,7 +251,7 @@ def _tasks(
             tally.answered.remove(key)
             tally.skipped += 1
             continue
-        task.order = next(order)
+        task.order, task.line = next(order), number
         prepare(model, context, task)
         yield task
 
@@ -359,7 +360,10 @@ def answer_lines(
 
 
 class Tally(Struct, eq=False):
-    """Counts of a run. answered: keys of the ids of earlier answers. errors: failed ones there."""
+    """Counts of a run. answered: keys of the ids of earlier answers. errors: failed ones there.
+
+    watch: is called with each task of this run that has ended.
+    """
 
     answered: set[int] = field(default_factory=set)
     errors: int = 0
@@ -368,6 +372,7 @@ class Tally(Struct, eq=False):
     skipped: int = 0
     tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
+    watch: Callable[[Task], None] | None = None
 
     def learn(self, data: bytes, number: int, name: str) -> None:
         """Record a line of the answers of an earlier run. name: of the file, for errors."""
@@ -377,6 +382,8 @@ class Tally(Struct, eq=False):
             self.errors += old.failed
 
     def count(self, task: Task) -> None:
+        if self.watch is not None:
+            self.watch(task)
         self.done += task.error is None
         self.failed += task.error is not None
         self.tokens += sum(each.usage.completion_tokens for each in task.found.values())

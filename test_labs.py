@@ -802,6 +802,7 @@ ROOMS = {
         650,
         "labs openai progress protocol request ready responses tokens vectors vector_lines names",
     ),
+    "labs_report.py": (260, "labs"),
     "labs_replay.py": (220, "labs jsonl ready request"),
     "labs_flags.py": (340, "labs"),
     "labs_commands.py": (340, "labs flags hints past terminal"),
