@@ -602,7 +602,7 @@ def test_a_chat_continues_after_a_filtered_message(fake_labs):
     configure(deny=["bad"])
     fake_labs.pieces = ["so bad"]
     result = kit.invoke("chat", input="bad\nhello\n/exit\n")
-    assert (result.exit_code, result.stdout) == (0, "so \n")
+    assert (result.exit_code, result.stdout) == (1, "so \n")  # as one was refused
     assert "Error: the prompt is refused by [guard] deny[0]" in result.stderr
     assert [each["messages"][0]["content"] for each in fake_labs.requests] == ["hello"]
 

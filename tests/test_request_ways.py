@@ -89,7 +89,7 @@ def by_shell(world: World, asked: Asked, *more: str) -> Outcome:
     done = invoke("--model", "tiny", *more, *flags_of(asked))
     if done.exit_code:
         assert done.stdout == ""
-        return Outcome(error=done.stderr.rpartition("Error: ")[2].removesuffix("\n"))
+        return Outcome(error=done.stderr.rpartition("Error: ")[2].partition("\n")[0])
     if more:
         return outcome_of(json.loads(done.stdout))
     sources = re.findall(r"^\[\d+\] (.*)$", done.stderr, re.MULTILINE)
