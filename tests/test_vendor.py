@@ -95,7 +95,7 @@ COPIED = {
 }
 COPIED |= {
     "models": files(*MODELS),
-    "api cli guard": files("progress", "hub", *API, *CLI, "guard", "apart"),
+    "api cli guard": files(*API, *CLI, "guard", "apart"),
 }
 
 
