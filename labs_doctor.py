@@ -37,7 +37,7 @@ import labs_stock
 PACKAGES = ("transformers", "tokenizers", "huggingface-hub", "accelerate", "msgspec", "gguf")
 NOT_EXTRAS = ("bench", "test")  # they are for those who change labs
 COUNTED_S = 3.0  # seconds that the files of a cache are counted
-SLOW_LOAD = 1.5  # other programs' share of the cores from which a measurement says little
+SLOW_LOAD = 1.5  # of the cores, from which a measurement says little
 QUANTISED = ("gguf", ".gguf", "int8", "int4")
 GPU_BUILD = "install a build of PyTorch for it, as docs/install.md says"
 Facts = dict[str, Any]
@@ -251,8 +251,7 @@ def _run_lines(report: Report) -> Iterator[str]:
         yield f"forward of {speed['forward']}"
         yield f"same text in any batch: {'yes' if speed['batch_invariant'] else 'not promised'}"
         yield f"measured: {speed['tokens_per_s']} tokens/s; loaded in {speed['load_s']} s"
-    elif not speed:
-        yield "not measured"
+    yield from [] if speed else ["not measured"]
 
 
 def _cache_line(cache: Facts) -> str:

@@ -50,6 +50,7 @@ def pull(config: labs.Config, name: str) -> Pulled:
 
     Raises ModelError when the hub, the repository or the disk does not allow it.
     """
+    labs.require("labs_bar", "huggingface_hub")
     spec = config.models[name].model if name in config.models else config.model
     source = spec.model_name if name in config.models else name
     repository, _, file = source.rpartition(":") if source.endswith(".gguf") else (source, "", "")
@@ -70,8 +71,8 @@ def pull(config: labs.Config, name: str) -> Pulled:
     flag = "--adapter" if "adapter_config.json" in chosen else "--model"
     revision = f" --revision {spec.revision}" if spec.revision else ""
     total = sum(files[each] for each in chosen)
-    used = name if name in config.models else source + revision
-    return Pulled(os.path.join(place, file) if file else place, total, f"{flag} {used}")
+    flags = f"{flag} {name if name in config.models else source + revision}"
+    return Pulled(os.path.join(place, file) if file else place, total, flags)
 
 
 def listed(repository: str, spec: labs.ModelSpec) -> Sizes:
@@ -120,8 +121,7 @@ def _check_disk(repository: str, files: Sizes, spec: labs.ModelSpec) -> None:
     """Raise SourceError when the files that are not here yet do not fit on the disk."""
     import huggingface_hub
 
-    where = {"revision": spec.revision}
-    known: Any = huggingface_hub.try_to_load_from_cache
+    where, known = {"revision": spec.revision}, huggingface_hub.try_to_load_from_cache
     sizes = (
         size for n, size in files.items() if not isinstance(known(repository, n, **where), str)
     )
