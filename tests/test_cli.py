@@ -173,7 +173,7 @@ ALONE = {  # the flags of each subcommand that do not go with another; others go
         *(f"--choose {flag}" for flag in f"--tools --stream --verbose {HELD}".split()),
     ],
     "chat": ["--messages-json --messages-file", HELD],
-    "batch": ["--ray --ordered"],
+    "batch": ["--ray --ordered", "--ray --report"],
     "explain": ["--prompt --messages-json --messages-file"],
     "vendor": ["--rooms --check"],
 }
