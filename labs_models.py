@@ -92,13 +92,18 @@ class Models:
         """Start the loading thread; needed only after Models(..., start=False)."""
         self._thread.start()
 
+    def _entry(self, name: str) -> Entry:
+        """Return the entry of a model by any of its names. Raises KeyError for an unknown one."""
+        known = {each: entry.config for each, entry in self._entries.items()}
+        return self._entries[name if name in known else labs_names.find(name, known) or name]
+
     def __call__(self, name: str) -> AnyEngine:
         """Return the engine of a configured model; the caller must release it.
 
         Raises Loading before it is loaded, NotLoaded if that failed, Busy when closing.
         """
         with self._change:
-            entry = self._entries[name]
+            entry = self._entry(name)
             if self._closed:
                 raise labs_engine.Busy("the server is shutting down")
             if entry.engine is not None and not entry.draining:
@@ -120,7 +125,7 @@ class Models:
 
     def release(self, name: str) -> None:
         with self._change:
-            self._entries[name].holders -= 1
+            self._entry(name).holders -= 1
             self._change.notify_all()
 
     def loaded(self) -> dict[str, AnyEngine]:
@@ -129,7 +134,7 @@ class Models:
 
     def context_length(self, name: str) -> int | None:
         """Return the context length in tokens without loading the model; None if unknown."""
-        entry = self._entries[name]
+        entry = self._entry(name)
         return entry.context_length if entry.reader is None else entry.reader.context_length
 
     def account(self, nbytes: Callable[[], int]) -> None:
@@ -138,7 +143,7 @@ class Models:
 
     def reader(self, name: str) -> labs.Model:
         """Return the model without weights, to build inputs. Raises as a call before the load."""
-        if (reader := self._entries[name].reader) is None:
+        if (reader := self._entry(name).reader) is None:
             self(name)
             self.release(name)
             return self.reader(name)
@@ -319,6 +324,11 @@ class One:
     def under(self, old: str, new: str) -> One:
         """Return the engine under a new name if it has the old one."""
         return One(self._engine, new) if self._name == old != new else self
+
+    def _entry(self, name: str) -> Entry:
+        """Return the entry of a model by any of its names. Raises KeyError for an unknown one."""
+        known = {each: entry.config for each, entry in self._entries.items()}
+        return self._entries[name if name in known else labs_names.find(name, known) or name]
 
     def __call__(self, name: str) -> AnyEngine:
         return self._engine

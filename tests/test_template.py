@@ -87,10 +87,10 @@ def test_each_model_of_a_server_has_the_template_of_its_own_table(tiny_folder, f
     config = labs.load_config(env={})
     models, ends = labs_models.Models(config), dict[str, str]()
     try:
-        for name in (config.model_id, "own"):
+        for number, name in enumerate((config.model_id, "own"), 1):
             with contextlib.suppress(labs_models.Loading):
-                models(name)
-            until(lambda name=name: name in models.loaded() or None)
+                models(name)  # the first one by its long name
+            until(lambda number=number: len(models.loaded()) == number or None)
             prompt = labs.build_inputs(models.reader(name), messages=TALK).prompt
             ends[name] = prompt.rpartition("<|assistant|>")[2]
     finally:
