@@ -25,7 +25,7 @@ REASONS = {
     "no file named model.safetensors": "has no safetensors; use_safetensors = false reads pickles",
     "GatedRepo": "is gated: accept its terms on the hub and set HF_TOKEN",
     "RepositoryNotFound": f"{_NO_FOLDER} model on the hub (if it is private, set HF_TOKEN)",
-    "401 Unauthorized": "is private, or there is no such model: check the name and HF_TOKEN",
+    "401 Unauthorized": "is private or does not exist: check the name and HF_TOKEN",
     "RevisionNotFound": "has no such revision on the hub",
     "EntryNotFound": "the repository does not contain this file",
     "Invalid credentials": "the hub does not know the token in HF_TOKEN: make a new one there",

@@ -160,7 +160,7 @@ def test_a_download_that_was_cut_is_told_and_whole_files_are_kept(hub, files, tm
 
 REFUSED = [
     (404, "RepoNotFound", "is neither a folder here nor a model on the hub"),
-    (401, "", "is private, or there is no such model: check the name and HF_TOKEN"),
+    (401, "", "is private or does not exist: check the name and HF_TOKEN"),
     (403, "GatedRepo", "is gated: accept its terms on the hub and set HF_TOKEN"),
     (404, "RevisionNotFound", "has no such revision on the hub"),
 ]
