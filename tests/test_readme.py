@@ -66,6 +66,7 @@ UNTAGGED = {
     "python3 -m venv .venv && . .venv/bin/activate": "network",
     "[[tool.mypy.overrides]]": "test_examples.py checks with it",
     "labs-gen chat ": "needs a terminal",
+    "labs-gen models ": "network; tests/test_stock.py",
     "$ labs-gen chat ": "needs a terminal; test_chat.py types it",
     "# with a model that calls tools": "no package has one; test_tools.py",
     "curl -s localhost:8000/v1/chat/completions -H": "the same",
