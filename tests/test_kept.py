@@ -7,12 +7,13 @@ import json
 import threading
 
 import kit
+import kit_pages
 import pytest
 
 import labs
 import labs_jsonl
 
-pytest_plugins = ["kit_pages"]
+browser, site, tab = kit_pages.browser, kit_pages.site, kit_pages.tab  # fixtures
 pytestmark = pytest.mark.browser
 WAIT_S = 10
 expect = pytest.importorskip("playwright.sync_api").expect

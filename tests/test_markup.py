@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 
+import kit_pages
 import pytest
 
 import labs_pages
 
-pytest_plugins = ["kit_pages"]
+browser, site, tab = kit_pages.browser, kit_pages.site, kit_pages.tab  # fixtures
 pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api").expect
 ATTRIBUTES = re.compile(r' (?!href|start)[a-z-]+="[^"]*"')

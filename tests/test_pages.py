@@ -7,12 +7,13 @@ import re
 import threading
 from pathlib import Path
 
+import kit_pages
 import pytest
 
 import labs
 import labs_pages
 
-pytest_plugins = ["kit_pages"]
+browser, site, tab = kit_pages.browser, kit_pages.site, kit_pages.tab  # fixtures
 pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api").expect
 axe_playwright_python = pytest.importorskip("axe_playwright_python")
