@@ -325,11 +325,6 @@ class One:
         """Return the engine under a new name if it has the old one."""
         return One(self._engine, new) if self._name == old != new else self
 
-    def _entry(self, name: str) -> Entry:
-        """Return the entry of a model by any of its names. Raises KeyError for an unknown one."""
-        known = {each: entry.config for each, entry in self._entries.items()}
-        return self._entries[name if name in known else labs_names.find(name, known) or name]
-
     def __call__(self, name: str) -> AnyEngine:
         return self._engine
 
