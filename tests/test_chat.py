@@ -845,6 +845,7 @@ def test_closing_the_terminal_ends_the_chat(terminal):
 GEN = "import sys; sys.argv[0] = 'labs-gen'; import labs_cli; labs_cli.main()"
 
 
+@pytest.mark.real
 def test_a_chat_with_a_model_on_a_terminal(terminal, tiny_folder):
     words = ("chat", "--model", str(tiny_folder), "--logit-bias", '{"27": 100}')  # Escape
     there = terminal(GEN, *words, "--max-new-tokens", "3", "--temperature", "0")

@@ -141,6 +141,7 @@ spec = labs.ModelSpec(model_name={place!r})
 """
 
 
+@pytest.mark.real
 def test_a_load_on_a_terminal_has_bars_in_this_style_only(tiny_folder):
     load = "labs.load_model(spec, cached=False)\n"
     code = BEGIN.replace("labs_progress.show()", "") + LOAD.format(place=str(tiny_folder)) + load
@@ -149,6 +150,7 @@ def test_a_load_on_a_terminal_has_bars_in_this_style_only(tiny_folder):
     assert "it/s" not in text
 
 
+@pytest.mark.real
 def test_ctrl_c_during_a_load_leaves_a_clean_line(tiny_folder):
     slow = "import transformers, threading\nfrom transformers.utils import logging\n"
     slow += "def wait(*_, **__):\n for _ in logging.tqdm(range(500), desc='Loading weights'):\n"
