@@ -4,15 +4,14 @@
     for each in labs_stock.kept(config): print(each.name, each.bytes)
     labs_stock.models(config, {"action": "pull", "name": "your-org/your-model"})  # labs-gen models
 
-Only caches are changed: that of conversions, and the hub's. Needs labs.py, labs_cache.py,
-labs_sources.py, labs_pull.py, labs_shell.py; huggingface_hub, click.
+Only caches are changed: labs' own, and the hub's. Needs labs.py, labs_cache.py, labs_sources.py,
+labs_prefix_folder.py, labs_mapped.py, labs_pull.py, labs_shell.py; huggingface_hub, click.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,9 @@ from msgspec.structs import replace
 
 import labs
 import labs_cache
+import labs_mapped
 import labs_names
+import labs_prefix_folder
 import labs_pull
 import labs_shell
 import labs_sources
@@ -36,27 +37,29 @@ READS = {  # the flags of each action
     "rm": ("yes", "cache_dir"),
     "pull": ("revision", "local_files_only", "trust_remote_code", "use_safetensors", "kind"),
 }
+IN_CACHES = ("conversion", "prefixes", "hub")  # the kinds that can be deleted
 
 
 class Kept(Struct, frozen=True, kw_only=True):
-    """A model, or an adapter, that is configured or kept in a cache.
+    """A model or adapter that is configured or kept in a cache, or the prefixes of prompts.
 
     kind: a configured one may also be in a cache, as another entry. bytes and changed (seconds
-    since 1970) are None where it is not on this machine. uses: processes that read it now.
+    since 1970) are None where it is not here. uses: processes that read it. files: of prefixes.
     """
 
     name: str
-    kind: Literal["configured", "adapter", "conversion", "hub"]
+    kind: Literal["configured", "adapter", "conversion", "prefixes", "hub"]
     place: str
     bytes: int | None = None
     changed: float | None = None
     revisions: tuple[str, ...] = ()
     uses: tuple[int, ...] = ()
+    files: int | None = None
 
 
 def kept(config: labs.Config) -> list[Kept]:
     """Return what is configured, then what the caches hold. Nothing is downloaded or loaded."""
-    stored = [*conversions(config), *repositories()]
+    stored = [*conversions(config), *prefixes(config), *repositories()]
     return [*configured(config, stored), *stored]
 
 
@@ -90,11 +93,30 @@ def _configured(name: str, kind: Any, source: str, on_hub: dict[str, Kept]) -> K
     return Kept(name=name, kind=kind, place=source, bytes=here[0], changed=here[1])
 
 
+def _caches(config: labs.Config) -> list[Path]:
+    """Return the cache folders of all configured models."""
+    folders = (each.model.cache_dir for each in config.by_name().values())
+    return [*dict.fromkeys(map(labs_cache.cache_folder, folders))]
+
+
+def prefixes(config: labs.Config) -> Iterator[Kept]:
+    """Yield the prefixes of prompts on disk, which each cache folder has in one folder."""
+    for number, folder in enumerate(map(labs_prefix_folder.place, _caches(config))):
+        if states := [state for _, state in labs_prefix_folder.listed(folder)]:
+            yield Kept(
+                name="prefixes" if not number else f"prefixes of {folder.parent}",
+                kind="prefixes",
+                place=str(folder),
+                bytes=sum(state.st_size for state in states),
+                changed=max(state.st_mtime for state in states),
+                files=len(states),
+            )
+
+
 def conversions(config: labs.Config) -> Iterator[Kept]:
     """Yield the converted GGUF files in the caches of all configured models."""
-    folders = {each.model.cache_dir: None for each in config.by_name().values()}
-    users = _users()
-    for cache in dict.fromkeys(labs_cache.cache_folder(each) for each in folders):
+    files = labs_mapped.files()
+    for cache in _caches(config):
         for marker in sorted(cache.glob("*/complete.json")):
             folder = marker.parent
             if folder.name.startswith(".") or folder.is_symlink():
@@ -106,7 +128,7 @@ def conversions(config: labs.Config) -> Iterator[Kept]:
                 place=str(folder),
                 bytes=size,
                 changed=changed,
-                uses=_users_of(users, folder),
+                uses=labs_mapped.users(files, folder),
             )
 
 
@@ -114,7 +136,7 @@ def repositories() -> Iterator[Kept]:
     """Yield the models in the hub's cache, with the branches or commits that are there."""
     import huggingface_hub
 
-    users = _users()
+    files = labs_mapped.files()
     with contextlib.suppress(huggingface_hub.CacheNotFound):
         for repo in sorted(huggingface_hub.scan_cache_dir().repos, key=lambda each: each.repo_id):
             if repo.repo_type == "model":
@@ -126,27 +148,13 @@ def repositories() -> Iterator[Kept]:
                     bytes=repo.size_on_disk,
                     changed=repo.last_modified,
                     revisions=tuple(name for names in revisions for name in names),
-                    uses=_users_of(users, repo.repo_path),
+                    uses=labs_mapped.users(files, repo.repo_path),
                 )
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
     return sum(each.stat().st_size for each in files), path.stat().st_mtime
-
-
-def _users() -> dict[int, str]:
-    """Return the mapped files of each process that this user may look at; on Linux only."""
-    found = {}
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            found[int(maps.parent.name)] = maps.read_text("utf-8", "replace")
-    return found
-
-
-def _users_of(users: dict[int, str], folder: Path) -> tuple[int, ...]:
-    inside = f" {folder.resolve()}{os.sep}"
-    return tuple(pid for pid, maps in users.items() if inside in maps)
 
 
 # ---------------------------------------------------------------- the command
@@ -190,6 +198,7 @@ def table(found: Iterable[Kept]) -> str:
         date = time.strftime("%Y-%m-%d", time.localtime(each.changed)) if each.changed else "-"
         size = "not here" if each.bytes is None else human(each.bytes)
         place = each.place + (f" ({', '.join(each.revisions)})" if each.kind == "hub" else "")
+        place += f" ({each.files} files)" if each.files else ""
         place += " (in use)" if each.uses else ""
         rows.append((plain(each.name), each.kind, size, date, plain(place)))
     a, b, c, d = (max(len(row[column]) for row in rows) for column in range(4))
@@ -233,7 +242,7 @@ def remove(config: labs.Config, name: str, certain: bool) -> None:
 
 def _meant(found: list[Kept], name: str) -> Kept:
     """Return the cached model of this name, in any case, or the one whose name begins so."""
-    cached = {each.name: each for each in found if each.kind in ("conversion", "hub")}
+    cached = {each.name: each for each in found if each.kind in IN_CACHES}
     begun = [key for key in cached if key.casefold().startswith(f"{name.casefold()}")]
     same = [key for key in begun if len(key) == len(name)] or begun
     if len(same) == 1:
@@ -251,8 +260,9 @@ def _meant(found: list[Kept], name: str) -> Kept:
 
 
 def _delete(each: Kept) -> None:
-    if each.kind == "conversion":
-        labs_cache.remove(Path(each.place))
+    if each.kind != "hub":
+        clear = labs_cache.remove if each.kind == "conversion" else labs_prefix_folder.clear
+        clear(Path(each.place))
         return
     import filelock
     import huggingface_hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import itertools
+import functools
 import logging
 import os
 import random
@@ -16,6 +16,7 @@ import time
 
 import msgspec
 import pytest
+import safetensors.torch
 import torch
 from kit import model_around, options, prepare, prompt, random_model, read, row_of, unfrozen
 
@@ -24,6 +25,7 @@ import labs_cli
 import labs_decode as decode
 import labs_engine
 import labs_prefix_files as files_room
+import labs_prefix_folder as folder_room
 import labs_prefixes
 
 CHUNK = 8
@@ -44,7 +46,7 @@ def decoder():
 def restarted(folder, most=2**30, mark=b"a", memory=2**30):
     """Return a store with an empty memory, as a new process has it."""
     kept = labs_prefixes.Prefixes(memory)
-    return files_room.PrefixFiles(kept, files_room.Folder(folder / "prefixes", most), mark)
+    return files_room.PrefixFiles(kept, folder_room.Folder(folder / "prefixes", most), mark)
 
 
 def asked(decoder, store, ids=PROMPT, owner=""):
@@ -151,17 +153,30 @@ def test_between_two_reads_of_a_long_prefix_other_rows_have_their_step(
     decoder, tmp_path, monkeypatch
 ):
     first, _ = asked(decoder, restarted(tmp_path))
-    clock = itertools.count()
-    monkeypatch.setattr(files_room, "READ_S", 2)  # of a clock that each look moves by one
-    monkeypatch.setattr(files_room.time, "perf_counter", lambda: next(clock))
-    batch = decode.new_batch(decoder, row_of(PROMPT))
+    now, read = [0.0], folder_room.Folder.read
+
+    def slowly(folder, path):
+        now[0] += 0.3
+        return read(folder, path)
+
+    monkeypatch.setattr(folder_room.Folder, "read", slowly)
+    monkeypatch.setattr(files_room.time, "perf_counter", lambda: now[0])
+    batches = [decode.new_batch(decoder, row_of(PROMPT)) for _ in range(2)]
     store, known = restarted(tmp_path), []
-    while batch.pending:
+    store.load(decoder, batches[0])
+    store.load(decoder, batches[1])  # at once, so no time is left for it
+    known = [(batch.rows[0].written, batch.rows[0].cached) for batch in batches]
+    assert known == [(16, 16), (0, 0)]
+    decode.prefill(decoder, batches[1])
+    now[0] += 10.0  # which come back as half a second
+    for batch in batches:
         store.load(decoder, batch)
         known.append((batch.rows[0].written, batch.rows[0].cached))
-        batch = decode.prefill(decoder, batch)
-    assert known == [(8, 8), (24, 16)]  # the second chunk is computed in between
-    assert same_bits(first, batch)
+    assert known[2:] == [(24, 24), (16, 8)]  # a chunk was computed in between
+    for batch in batches:
+        while batch.pending:
+            batch = decode.prefill(decoder, batch)
+        assert same_bits(first, batch)
 
 
 # ---------------------------------------------------------------- damaged files
@@ -204,9 +219,9 @@ def test_a_damaged_file_ends_the_prefix_and_is_written_again(how, place, decoder
 def test_a_file_under_the_name_of_another_chunk_is_not_read(decoder, tmp_path):
     asked(decoder, restarted(tmp_path))
     first, second, _ = paths(tmp_path)
-    name = second.name[: files_room.NAME]
+    name = second.name[: folder_room.NAME]
     second.unlink()
-    first.rename(first.with_name(name + first.name[files_room.NAME :]))
+    first.rename(first.with_name(name + first.name[folder_room.NAME :]))
     # The contents are whole, so only whoever may write into the folder can do this: the folder is
     # its owner's. What is there no longer is computed.
     assert asked(decoder, restarted(tmp_path))[1] == 0
@@ -245,10 +260,10 @@ def test_the_prefix_used_longest_ago_goes_first_and_each_loses_its_end_first(dec
 
 def test_files_that_nobody_used_for_a_month_and_torn_ones_are_deleted(decoder, tmp_path):
     asked(decoder, restarted(tmp_path))
-    long_ago = time.time() - files_room.OLDEST_S - 60
+    long_ago = time.time() - folder_room.OLDEST_S - 60
     for path in paths(tmp_path):
         os.utime(path, (long_ago, long_ago))
-    torn = [tmp_path / "prefixes" / f"{name}.part" for name in ("old", "new")]
+    torn = [tmp_path / "prefixes" / f"{number:032x}.part" for number in range(2)]
     for path in torn:
         path.write_bytes(b"half")
     os.utime(torn[0], (long_ago, long_ago))
@@ -267,14 +282,14 @@ def test_a_disk_that_refuses_costs_a_warning_and_no_answer(
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files_room.os, "replace", refuse)
+    monkeypatch.setattr(folder_room.os, "replace", refuse)
     with caplog.at_level(logging.WARNING, "labs.prefixes"):
         asked(decoder, store)
         asked(decoder, store, [201, *PROMPT[1:]])
     assert [each.getMessage() for each in caplog.records if "for a minute" in each.getMessage()]
     assert len(caplog.records) == 1
     assert [*(tmp_path / "prefixes").iterdir()] == []
-    monkeypatch.setattr(files_room.os, "replace", real)
+    monkeypatch.setattr(folder_room.os, "replace", real)
     store.folder._rests_until = 0.0
     asked(decoder, store)
     assert len(paths(tmp_path)) == 3
@@ -287,7 +302,7 @@ def test_a_slow_disk_holds_back_no_prompt_and_its_queue_is_bounded(decoder, tmp_
         gate.wait(30)
         real(*names)
 
-    monkeypatch.setattr(files_room.os, "replace", wait)
+    monkeypatch.setattr(folder_room.os, "replace", wait)
     monkeypatch.setattr(store, "flush", lambda: None)
     one = sum(each.nbytes for each in asked(decoder, store)[0].cache.buffers)
     held = store.folder.pending_bytes
@@ -299,6 +314,106 @@ def test_a_slow_disk_holds_back_no_prompt_and_its_queue_is_bounded(decoder, tmp_
     store.folder.flush(30)
     assert store.folder.pending_bytes == 0
     assert len(paths(tmp_path)) == 3
+
+
+def test_a_file_from_the_future_does_not_stay_for_ever(decoder, tmp_path):
+    asked(decoder, restarted(tmp_path))
+    one, next_year = paths(tmp_path)[0].stat().st_size, time.time() + 365 * 86_400
+    for path in paths(tmp_path):  # before the clock was set back
+        os.utime(path, (next_year, next_year))
+    store = restarted(tmp_path, most=4 * one)
+    asked(decoder, store, [201, *PROMPT[1:]])
+    assert asked(decoder, restarted(tmp_path), [201, *PROMPT[1:]])[1] == 24
+    assert asked(decoder, restarted(tmp_path))[1] == 0
+
+
+def test_the_files_of_another_process_are_counted_after_a_minute(decoder, tmp_path, monkeypatch):
+    asked(decoder, restarted(tmp_path))
+    one = paths(tmp_path)[0].stat().st_size
+    stores = [restarted(tmp_path, most=12 * one) for _ in range(2)]
+    for number, each in enumerate((0, 1, 1, 0)):
+        asked(decoder, stores[each], [201 + number, *PROMPT[1:]])
+    assert len(paths(tmp_path)) == 15  # the first process has counted nine
+    later = time.monotonic() + folder_room.LISTED_S
+    monkeypatch.setattr(folder_room.time, "monotonic", lambda: later)
+    asked(decoder, stores[0], [209, *PROMPT[1:]])
+    assert len(paths(tmp_path)) <= 12
+
+
+def test_a_folder_in_which_others_may_write_is_neither_read_nor_written(decoder, tmp_path, caplog):
+    asked(decoder, restarted(tmp_path))
+    (tmp_path / "prefixes").chmod(0o770)
+    with caplog.at_level(logging.WARNING, "labs.prefixes"):
+        assert asked(decoder, restarted(tmp_path))[1] == 0
+    assert "other users may write into" in caplog.text
+    (tmp_path / "prefixes").chmod(0o700)
+    assert asked(decoder, restarted(tmp_path))[1] == 24
+    me = os.geteuid()
+    for name in ("stat", "lstat"):  # of the folder, of a file
+        real = getattr(os, name)
+
+        def foreign(*given, real=real, **words):
+            found = list(real(*given, **words))
+            found[stat.ST_UID] = me + 1
+            return os.stat_result(found)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(folder_room.os, name, foreign)
+            assert asked(decoder, restarted(tmp_path))[1] == 0
+
+
+def test_a_link_in_place_of_a_file_is_not_followed_and_one_for_the_folder_is(decoder, tmp_path):
+    asked(decoder, restarted(tmp_path))
+    path = paths(tmp_path)[0]
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert asked(decoder, restarted(tmp_path))[1] == 0
+    assert not paths(tmp_path)[0].is_symlink()
+    assert (tmp_path / "elsewhere").exists()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/prefixes").symlink_to(tmp_path / "prefixes")
+    assert asked(decoder, restarted(tmp_path / "else"))[1] == 24
+
+
+def test_an_unreadable_file_ends_the_prefix_and_stays(decoder, tmp_path, monkeypatch):
+    asked(decoder, restarted(tmp_path))
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_room, "_contents", refuse)
+        assert asked(decoder, restarted(tmp_path))[1] == 0
+    assert asked(decoder, restarted(tmp_path))[1] == 24
+
+
+def test_whole_files_that_hold_no_tensors_end_the_prefix(decoder, tmp_path):
+    asked(decoder, restarted(tmp_path))
+    for data in (b"", b"{}", safetensors.torch.save({"1": torch.zeros(2, 8, 16)})):
+        path = paths(tmp_path)[0]
+        path.unlink()
+        path.with_name(folder_room._title(path.name[: folder_room.NAME], data)).write_bytes(data)
+        assert asked(decoder, restarted(tmp_path))[1] == 0
+
+
+def test_a_disk_that_hangs_keeps_neither_a_request_nor_the_end(
+    decoder, tmp_path, monkeypatch, caplog
+):
+    store, gate = restarted(tmp_path), threading.Event()
+    monkeypatch.setattr(folder_room.os, "replace", lambda *_: gate.wait(60))
+    monkeypatch.setattr(store, "flush", lambda: None)
+    asked(decoder, store)
+    assert store.folder.pending_bytes
+    thread = store.folder._thread
+    assert thread.daemon
+    with caplog.at_level(logging.WARNING, "labs.prefixes"):
+        store.folder.flush(0.01)
+    assert "3 prefixes are not kept: the disk is too slow" in caplog.text
+    assert store.folder.pending_bytes == 0
+    store.folder.flush(60)  # nothing is left to wait for
+    gate.set()
+    thread.join(60)
+    assert store.folder.pending_bytes == 0
 
 
 # ---------------------------------------------------------------- several at once
@@ -318,15 +433,16 @@ def test_threads_on_one_folder_read_only_what_was_written(tmp_path):
     wrong, over = [], time.monotonic() + 1.5
 
     def work(number):
-        folder, chance = files_room.Folder(tmp_path, most), random.Random(number)
+        folder, chance = folder_room.Folder(tmp_path, most), random.Random(number)
         while time.monotonic() < over:
             own = chunks(chance.randrange(8))
             for place, (name, chunk) in enumerate(own):
-                folder.write(name, time.time_ns() - place, chunk)
+                make = functools.partial(files_room.packed, chunk)
+                folder.write(name, time.time_ns() - place, 1, make)
             folder.flush(10)
             for (_, chunk), path in zip(own, folder.find(n for n, _ in own), strict=False):
-                found = folder.read(path)
-                if found is not None and not all(map(torch.equal, found, chunk)):
+                data = folder.read(path)
+                if data and not all(map(torch.equal, files_room.unpacked(data), chunk)):
                     wrong.append(path)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -343,18 +459,18 @@ def test_a_process_killed_while_it_writes_leaves_nothing_wrong(tmp_path):
     for number in range(20):
         child = os.fork()
         if child == 0:
-            folder = files_room.Folder(tmp_path, 2**30)
+            folder = folder_room.Folder(tmp_path, 2**30)
             while True:
                 for place, (name, chunk) in enumerate(chunks(number)):
-                    folder._write(name, time.time_ns() - place, chunk)
+                    folder._write(name, time.time_ns() - place, files_room.packed(chunk))
         time.sleep(chance.random() / 50)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    folder, whole = files_room.Folder(tmp_path, 2**30), 0
+    folder, whole = folder_room.Folder(tmp_path, 2**30), 0
     for number in range(20):
         expected = chunks(number)
         for (_, chunk), path in zip(expected, folder.find(n for n, _ in expected), strict=False):
-            assert all(map(torch.equal, folder.read(path), chunk))
+            assert all(map(torch.equal, files_room.unpacked(folder.read(path)), chunk))
             whole += 1
     assert whole
 
@@ -402,10 +518,13 @@ def test_without_a_known_revision_nothing_is_written(tmp_path, caplog):
         model_around(decoder, "tiny"),
         spec=labs.ModelSpec(model_name="tiny", cache_dir=str(tmp_path)),
     )
+    states = model_around(prepare(random_model("mamba2")), "tiny")
     with caplog.at_level(logging.WARNING, "labs.prefixes"):
-        store = files_room.opened(model, labs.Server(prefix_disk_bytes=2**20))
-    assert isinstance(store, labs_prefixes.Prefixes)
+        for each in (model, states):
+            store = files_room.opened(each, labs.Server(prefix_disk_bytes=2**20))
+            assert isinstance(store, labs_prefixes.Prefixes)
     assert "the revision of the model is not known" in caplog.text
+    assert "the model has more than keys and values" in caplog.text
 
 
 def test_a_chat_keeps_prefixes_on_disk_where_that_is_set_and_a_single_prompt_does_not(

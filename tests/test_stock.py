@@ -345,3 +345,24 @@ def test_a_model_that_is_not_on_the_hub_is_not_pulled(name):
 )
 def test_sizes_are_in_units_of_people(count, text):
     assert labs_stock.human(count) == text
+
+
+def test_prefixes_of_prompts_are_one_row_and_can_be_deleted(tmp_path):
+    folder, name = tmp_path / "prefixes", f"{'a' * 40}-{'b' * 32}"
+    folder.mkdir()
+    (folder / f"{name}.safetensors").write_bytes(b"1" * 3000)
+    (folder / f"{'c' * 32}.part").write_bytes(b"2" * 1000)
+    (folder / "mine.txt").write_text("kept")
+    found = kit.invoke("models", "--cache-dir", str(tmp_path)).stdout
+    [row] = [line.split(maxsplit=5) for line in found.splitlines() if line.startswith("prefixes")]
+    assert row[:4] == ["prefixes", "prefixes", "4.0", "kB"]
+    assert row[5] == f"{folder} (2 files)"
+    done = kit.invoke("models", "rm", "prefixes", "--yes", "--cache-dir", str(tmp_path))
+    assert (done.exit_code, done.stderr) == (0, f"{folder}: 4.0 kB\n[4.0 kB deleted]\n")
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    (folder / "mine.txt").unlink()
+    (folder / f"{name}.safetensors").write_bytes(b"1")
+    kit.invoke("models", "rm", "pref", "--yes", "--cache-dir", str(tmp_path))
+    assert not folder.exists()
+    done = kit.invoke("models", "rm", "prefixes", "--yes", "--cache-dir", str(tmp_path))
+    assert done.exit_code == 1
