@@ -191,7 +191,7 @@ def _parts(findings: Findings) -> Iterator[str]:
         yield "<table><thead><tr><th>Error<th>Count<th>Lines</thead><tbody>"
         for text, (count, lines) in ordered:
             more = ", …" if count > len(lines) else ""
-            numbers = ", ".join(map(str, sorted(lines, key=str)))
+            numbers = ", ".join(map(str, sorted(lines, key=lambda line: str(line).zfill(12))))
             yield f"<tr><td>{said(text)}<td>{count:,}<td>{numbers}{more}"
         yield "</tbody></table></div></section>"
     if not findings.sums["lines"]:
