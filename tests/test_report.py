@@ -89,7 +89,7 @@ def test_errors_are_grouped_with_the_numbers_of_their_lines(findings):
         findings.add(task(error=f"line {line}: no such field", line=line))
     findings.add(task(error="another\n  fault", line=41))
     text = Tags(labs_report.page(findings, "in.jsonl")).text
-    assert "no such field391, 10, 11, 12, 2" in text
+    assert "no such field391, 2, 3, 4, 5" in text
     assert ", …another fault141" in text
     assert "Failed40" in text
 
