@@ -22,7 +22,7 @@ import labs_flags
 # that the pattern finds. A row counts only if its command is one of labs-gen.
 TABLE = (
     (click.UsageError, r"no prompt", "--help", "has examples."),
-    (click.UsageError, r"^--([\w-]+): ", "settings {}", "shows what it may be."),
+    (click.UsageError, r"^--([\w-]+)(?:: | needs a value)", "settings {}", "shows what it may be."),
     (labs.ConfigError, r"unknown (?:setting|key) '?(\w+)", "settings {}", "shows similar names."),
     (labs.LabsError, r"(?:^|[ :])(?:--)?([\w.-]+) = ", "settings {}", "shows what it may be."),
     (

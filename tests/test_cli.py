@@ -166,7 +166,7 @@ def test_the_version_is_that_of_labs(word):
         (["Hi", "--top-k", "1.5"], "--top-k: '1.5' is no integer\n"),
         (["batch", "in", "--batch-rows", "0"], "--batch-rows: 0 is less than 1\n"),
         (["serve", "--ray", "--num-cpus", "nan"], "--num-cpus: nan is less than 0\n"),
-        (["--model"], "--model needs a value\nlabs-gen prompt --help shows"),
+        (["--temperature"], "--temperature needs a value\nlabs-gen settings temperature shows"),
         (["config", "x y"], "labs-gen config does not take 'x y'\n"),
         (["completion"], "SHELL is missing: labs-gen completion SHELL\nlabs-gen completion --help"),
         (["models", "lst"], "ACTION: 'lst' is not one of 'list', 'pull', 'rm'\n"),
