@@ -31,6 +31,7 @@ TABLE = (
         "doctor",
         "lists all that is wrong with the settings.",
     ),
+    (labs.ModelError, r"cannot be converted in", "settings cache_dir", "tells how to move it."),
     (labs.ModelError, r"not on this machine|no such", "models", "lists those that are here."),
     (labs.LabsError, r"cannot listen on .* in use", "serve --port 0", "takes a free port."),
     (labs.PromptTooLong, r"", "explain", "shows how many tokens a prompt has."),

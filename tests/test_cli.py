@@ -386,6 +386,13 @@ def test_an_error_names_the_command_that_helps(no_variables, folder, words, hint
     assert done.stderr.splitlines()[-2].startswith("Error: ")
 
 
+def test_a_cache_that_cannot_be_written_names_its_setting():
+    error = labs.ModelError("a.gguf: cannot be converted in /x: Not a directory: /x")
+    hint = labs_hints.after(error, str(error), [])
+    assert hint == "labs-gen settings cache_dir tells how to move it."
+    assert "LABS_CACHE_DIR" in invoke(*hint.split()[1:3]).stdout
+
+
 def test_a_name_that_is_no_setting_gets_no_hint():
     for text in ("tool_choice = 'fly': no such tool", "messages[0]: role = 5", "x: y"):
         assert labs_hints.after(labs.InputError(text), text, []) == ""
