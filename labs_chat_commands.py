@@ -31,11 +31,11 @@ from labs_terminal import hint, is_for_person, tell
 MAX_FILE_BYTES = 2**26  # of /load and /tools
 MAX_SHOWN = 200  # names that Tab lists
 BEGIN = '''\
-A line is a message, and so is a text that is pasted. To type a message of several
-lines, put """ before and after it. A message that begins with / gets a space before
-it. Ctrl-C stops an answer; Ctrl-R searches earlier messages; Tab completes commands,
-names and files. When the conversation is too long for the model's context, its
-oldest messages are left out.'''
+A line is a message, and so is a text that is pasted. To type a message of
+several lines, put """ before and after it. A message that begins with / gets a
+space before it. Ctrl-C stops an answer; Ctrl-R searches earlier messages; Tab
+completes commands, names and files. When the conversation is too long for the
+model's context, its oldest messages are left out.'''
 
 
 class Command(NamedTuple):

@@ -209,6 +209,9 @@ def index(config: labs.Config, flags: labs_flags.Values) -> None:
 
     if config.documents.database is None:
         raise click.UsageError("an index needs --docs DATABASE")
+    absent = [each for each in flags["index"] if not os.path.exists(each)]
+    if absent and not os.path.exists(config.documents.database):  # else the files may be in it
+        raise labs.InputError(f"{absent[0]}: there is no such file or folder")
     encoder = labs_rag.encoder_of(config)
     done = labs_rag.index(flags["index"], config.documents.database, encoder=encoder)
     for each in done.unusable:
@@ -260,7 +263,7 @@ def with_text(flags: labs_flags.Values) -> labs_flags.Values:
     words = flags.get("text", ())
     rest = {name: value for name, value in flags.items() if name != "text"}
     if len(words) > 1:
-        whole = shlex.quote(" ".join(words))
+        whole = shlex.join(["--"] * words[0].startswith("-") + [" ".join(words)])
         raise click.UsageError(f"a prompt of several words needs quotes: labs-gen {whole}")
     if words and rest["prompt"] is not None:
         raise click.UsageError("--prompt and a prompt without it exclude each other; give one")

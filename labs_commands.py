@@ -60,7 +60,7 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     if origin is Literal:
         return click.Option(names, type=click.Choice(inner), help=help)
     if origin is tuple and inner[0] is not labs.RouterRule:
-        each = int if int in get_args(inner[0]) else None
+        each = labs_flags.Number(int) if int in get_args(inner[0]) else None
         return click.Option(names, multiple=True, type=each, help=help + " Can be repeated.")
     if origin in (dict, tuple):
         return click.Option(names, type=json.loads, metavar="JSON", help=help)
@@ -70,22 +70,50 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
         return click.Option(names, is_flag=False, flag_value=kind, metavar="[ADDRESS]", help=help)
     if kind is bool and len(names) > 1:
         names[-1] += "/--no-" + names[-1][2:]
-    return click.Option(names, type=kind, is_flag=kind is bool, default=None, help=help)
+    number = labs_flags.Number(kind) if kind in (int, float) else kind
+    return click.Option(names, type=number, is_flag=kind is bool, default=None, help=help)
 
 
 def option_of(setting: labs.Setting) -> click.Option:
     """Make the option of a setting. labs.py checks its bounds."""
     names = [setting.key, *labs_flags.flags_of(setting)]
-    text = setting.description + (f" [default: {setting.default}]" if setting.default else "")
+    default = "true" if setting.default is True else setting.default
+    text = setting.description + (f" [default: {default}]" if default else "")
     return make_option(names, setting.type, text)
 
 
-class Command(click.Command):
+class WrongUsage(click.UsageError):
+    """Wrong usage as all other errors are shown: its sentence, and the command that helps."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"Error: {self.message}", file=file or sys.stderr)
+
+
+class Spoken(click.Command):
+    """A command whose own words are checked as those of its subcommands are."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        words = [*args]
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as exc:
+            if parent is not None or extra.get("resilient_parsing"):
+                raise
+            raise wrong(exc, words) from exc
+
+
+class Command(Spoken):
     """One command: its own flags, then those of the settings that it reads."""
 
     def __init__(self, row: labs_flags.Subcommand, run: Run, name: str = "") -> None:
         own = [make_option([flag], kind, help) for flag, kind, help in labs_flags.options_of(row)]
-        self._groups: dict[str, list[click.Option]] = {"Options": own}
+        self._groups: dict[str, list[click.Option]] = {"Flags": own}
         for setting in labs_flags.settings_of(row):
             title = labs_flags.title_of(setting) if row.name == "serve" else ""
             self._groups.setdefault(heading(title), []).append(option_of(setting))
@@ -94,6 +122,7 @@ class Command(click.Command):
         super().__init__(
             name or row.name,
             context_settings=CONTEXT,
+            options_metavar="[FLAGS]",
             callback=lambda **flags: run(row, flags),
             params=[*arguments, *options],
             help=f"{row.summary}\n\n{row.more}",
@@ -104,8 +133,8 @@ class Command(click.Command):
         """Write each group under its title."""
         grouped = [option for group in self._groups.values() for option in group]
         other = [o for o in self.get_params(ctx) if isinstance(o, click.Option)]
-        own = [*self._groups["Options"], *(each for each in other if each not in grouped)]
-        for title, group in {**self._groups, "Options": own}.items():
+        own = [*self._groups["Flags"], *(each for each in other if each not in grouped)]
+        for title, group in {**self._groups, "Flags": own}.items():
             with formatter.section(title):
                 formatter.write_dl([row for o in group if (row := o.get_help_record(ctx))])
 
@@ -115,7 +144,7 @@ class Command(click.Command):
             super().invoke(ctx)
 
 
-class Commands(click.Group):
+class Commands(Spoken, click.Group):
     """labs-gen: a line that names no subcommand has the flags of `prompt`."""
 
     def __init__(self, run: Run) -> None:
@@ -174,7 +203,7 @@ class Commands(click.Group):
             if args[1:] and args[1] not in labs_flags.SUBCOMMANDS:
                 meant = labs_hints.like(args[1:])
                 hint = f"; did you mean {meant}?" if meant else ""
-                raise click.UsageError(f"there is no command {args[1]!r}{hint}", ctx)
+                raise click.UsageError(f"there is no command {args[1]!r}{hint}")
             return [*args[1:2], "--help"]
         if not args and ctx.resilient_parsing:  # the first word is being completed
             return args
@@ -237,24 +266,29 @@ def exit_codes(ctx: click.Context) -> Iterator[None]:
         click.echo(err=True)
         ctx.exit(130)
     except click.UsageError as exc:
-        raise click.UsageError(with_hint(exc, exc.format_message(), ctx), exc.ctx) from exc
+        raise wrong(exc, ctx.obj or []) from exc
     except (click.ClickException, click.exceptions.Exit):
         raise
     except Exception as exc:
         if os.environ.get("LABS_DEBUG") == "1":
             raise
-        text = labs_terminal.shown(with_hint(exc, sentence(exc), ctx), sys.stderr)
+        text = labs_terminal.shown(with_hint(exc, sentence(exc), ctx.obj or []), sys.stderr)
         raise click.ClickException(text) from exc
     finally:
         settle_output()
 
 
-def with_hint(exc: Exception, text: str, ctx: click.Context) -> str:
+def wrong(exc: click.UsageError, words: list[str]) -> WrongUsage:
+    """Return wrong usage in our words. words: those of the command line."""
+    return WrongUsage(with_hint(exc, labs_hints.spoken(exc), words), exc.ctx)
+
+
+def with_hint(exc: Exception, text: str, words: list[str]) -> str:
     """Return the sentence of an error and, where a command helps, a line that names it.
 
     It may hold words of files and servers, of which a terminal gets no control characters.
     """
-    lines = filter(None, (text, labs_hints.after(exc, text, ctx.obj or [])))
+    lines = filter(None, (text, labs_hints.after(exc, text, words)))
     return labs_terminal.shown("\n".join(lines), sys.stderr)
 
 

@@ -38,6 +38,22 @@ class SettingName(click.types.StringParamType):
         return [CompletionItem(key) for key in found]
 
 
+class Number(click.ParamType[Any]):
+    """An integer, or a number with a fraction, with a bound that errors tell."""
+
+    def __init__(self, kind: type[int] | type[float], least: int | None = None) -> None:
+        self._kind, self._least, self.name = kind, least, "integer" if kind is int else "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | float:
+        try:
+            found = self._kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is no {self.name}", param, ctx)
+        if self._least is not None and not found >= self._least:  # NaN is not
+            self.fail(f"{value} is less than {self._least}", param, ctx)
+        return found
+
+
 FILE = FileName()
 # Flags that are not settings of labs.py: flag, type and help. A string instead of a type is the
 # value of the flag when it is given without a value.
@@ -70,14 +86,14 @@ HELD: Options = (
     ("--grammar", FILE, "A file with a Lark grammar that the answer has to follow."),
 )
 ROWS_AT_ONCE: Options = (
-    ("--batch-rows", click.IntRange(1), "Prompts at once [default: as many as fit in memory]."),
+    ("--batch-rows", Number(int, 1), "Prompts at once [default: as many as fit in memory]."),
 )
 RAY: Options = (
     ("--ray", "local", "Run on this Ray cluster; auto finds one, no ADDRESS starts one."),
-    ("--replicas", click.IntRange(1), "Processes, each with its own model [default: 1]."),
-    ("--max-replicas", click.IntRange(1), "Start up to this many while requests wait."),
-    ("--num-cpus", click.FloatRange(0), "CPU cores for each replica [default: 1]."),
-    ("--num-gpus", click.FloatRange(0), "GPUs for each replica [default: 1 if there are any]."),
+    ("--replicas", Number(int, 1), "Processes, each with its own model [default: 1]."),
+    ("--max-replicas", Number(int, 1), "Start up to this many while requests wait."),
+    ("--num-cpus", Number(float, 0), "CPU cores for each replica [default: 1]."),
+    ("--num-gpus", Number(float, 0), "GPUs for each replica [default: 1 if there are any]."),
 )
 STICKY: Options = (("--sticky", bool, "Send all requests of one X-Session-Id to one replica."),)
 
@@ -169,6 +185,7 @@ Examples:
         RAY_NEEDS,
         more="""Answers are appended to OUT; prompts that are answered there are skipped.
 IN may be - for standard input. Without OUT, answers go to standard output.
+A line of IN is as {"prompt": "Hi", "temperature": 0}.
 
 \b
 Examples:
@@ -195,7 +212,7 @@ Examples:
     ),
     Subcommand(
         "explain",
-        "Show how a prompt would be answered, without it.",
+        "Show how a prompt would be answered; answer nothing.",
         "labs_cli:explain",
         TEXT,
         ASK,
@@ -223,7 +240,11 @@ Examples:
         (("action", "[ACTION]", click.Choice(["list", "pull", "rm"])), ("name", "[NAME]", str)),
         (("--json", bool, "List as JSON."), ("--yes", bool, "Remove without a question.")),
         "revision local_files_only cache_dir trust_remote_code use_safetensors kind",
-        more="ACTION: list, pull (ORG/MODEL, ORG/MODEL:FILE.gguf or a table) or rm (a NAME).",
+        more="""\b
+Examples:
+  labs-gen models pull your-org/your-model
+  labs-gen models pull your-org/your-model:file.gguf
+  labs-gen models rm your-org/your-model""",
     ),
     Subcommand(
         "doctor",

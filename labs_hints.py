@@ -22,10 +22,17 @@ import labs_flags
 # that the pattern finds. A row counts only if its command is one of labs-gen.
 TABLE = (
     (click.UsageError, r"no prompt", "--help", "has examples."),
-    (click.UsageError, r"Invalid value for '--([\w-]+)'", "settings {}", "shows what it may be."),
+    (click.UsageError, r"^--([\w-]+)(?:: | needs a value)", "settings {}", "shows what it may be."),
     (labs.ConfigError, r"unknown (?:setting|key) '?(\w+)", "settings {}", "shows similar names."),
     (labs.LabsError, r"(?:^|[ :])(?:--)?([\w.-]+) = ", "settings {}", "shows what it may be."),
-    (labs.ModelError, r"not on this machine|no such model", "models", "lists those that are here."),
+    (
+        labs.ConfigError,
+        r"\.(?:toml|env): (?!cannot)",
+        "doctor",
+        "lists all that is wrong with the settings.",
+    ),
+    (labs.ModelError, r"cannot be converted in", "settings cache_dir", "tells how to move it."),
+    (labs.ModelError, r"not on this machine|no such", "models", "lists those that are here."),
     (labs.LabsError, r"cannot listen on .* in use", "serve --port 0", "takes a free port."),
     (labs.PromptTooLong, r"", "explain", "shows how many tokens a prompt has."),
     (labs.LabsError, r"memory", "doctor", "shows how much memory there is."),
@@ -40,6 +47,8 @@ def after(error: Exception, sentence: str, words: list[str]) -> str:
     if isinstance(error, click.UsageError) and (meant := like(words[:1])):
         whole = shlex.join(["labs-gen", meant, *words[1:]])
         return f"If {words[0]} is meant to be a command: {whole}"
+    if isinstance(error, click.NoSuchOption) and begins_a_prompt(error, words):
+        return f"A prompt that begins with - stands after --: labs-gen -- {shlex.join(words)}"
     for kind, pattern, command, how in TABLE:
         found = re.search(pattern, sentence) if isinstance(error, kind) else None
         if not found or command.split()[0] not in (*labs_flags.SUBCOMMANDS, "--help"):
@@ -47,7 +56,42 @@ def after(error: Exception, sentence: str, words: list[str]) -> str:
         name = setting_of(found[1], 0.6 if "similar" in how else 1.0) if "{}" in command else ""
         if name or "{}" not in command:
             return f"labs-gen {command.format(name)} {how}"
+    if isinstance(error, click.UsageError) and error.ctx is not None and error.ctx.command.params:
+        return f"{error.ctx.command_path} --help shows how it is used."
     return ""
+
+
+def spoken(error: click.UsageError) -> str:
+    """Return the sentence of wrong usage; click's own kinds in the words of labs."""
+    if isinstance(error, click.NoSuchOption):
+        close = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
+        command = error.ctx.command_path if error.ctx else "labs-gen"
+        meant = f"; did you mean {close[0]}?" if close else ""
+        return f"{command} has no flag {error.option_name}{meant}"
+    if isinstance(error, click.MissingParameter) and error.ctx and error.param:
+        usage = error.ctx.command.collect_usage_pieces(error.ctx)[1:]
+        return f"{name_of(error)} is missing: {' '.join([error.ctx.command_path, *usage])}"
+    if isinstance(error, click.BadParameter) and error.param:
+        return f"{name_of(error)}: {error.message.removesuffix('.')}"
+    if isinstance(error, click.BadOptionUsage) and "requires an argument" in error.message:
+        return f"{error.option_name} needs a value"
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", error.message, re.DOTALL)
+    if extra and error.ctx:
+        return f"{error.ctx.command_path} does not take {shlex.quote(extra[1])}"
+    return error.format_message()
+
+
+def name_of(error: click.BadParameter) -> str:
+    """Return the flag or the argument that an error is about, as help shows it."""
+    assert error.param is not None
+    if isinstance(error.param, click.Option):
+        return max(error.param.opts, key=len)
+    return (error.param.metavar or "").strip("[].")
+
+
+def begins_a_prompt(error: click.NoSuchOption, words: list[str]) -> bool:
+    """Return whether an unknown flag may be the beginning of a prompt: -5 degrees, -hi."""
+    return not error.possibilities and error.option_name[:2] != "--" and words[0][:1] == "-"
 
 
 def owners(flag: str) -> str:
@@ -59,6 +103,7 @@ def owners(flag: str) -> str:
 def like(words: list[str]) -> str:
     """Return the subcommand that is meant by a word that is none, or ""."""
     names = [*labs_flags.SUBCOMMANDS]
+    words = [word for word in words if not word.startswith("-")]
     found = [near for word in words for near in difflib.get_close_matches(word, names, 1, 0.7)]
     return "" if not found or words[0] in names else found[0]
 

@@ -66,7 +66,8 @@ def bounds(kind: Any) -> tuple[str, str]:
             signs = {"≥": note.ge, ">": note.gt, "≤": note.le, "<": note.lt}
             limits += [f"{sign} {number(end)}" for sign, end in signs.items() if end is not None]
             least, most = note.min_length, note.max_length
-            limits += [f"at least {least} {item}"] if most is None and least is not None else []
+            some = item if least != 1 else item[:-1]
+            limits += [f"at least {least} {some}"] if most is None and least is not None else []
             limits += [f"{least or 0} to {most:,} {item}"] if most is not None else []
         return name, ", ".join(limits)
     if origin is Literal:

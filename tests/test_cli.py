@@ -116,10 +116,10 @@ def test_each_subcommand_shows_its_own_flags_before_those_of_settings(name):
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 80
     titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
-    assert titles[0] == "Options"
+    assert titles[0] == "Flags"
     row = labs_flags.SUBCOMMANDS[name]
     assert len(titles) == (1 + bool(row.settings) if name != "serve" else 9)
-    own, _, settings = text.partition("\nOptions:\n")[2].partition("\nSettings")
+    own, _, settings = text.partition("\nFlags:\n")[2].partition("\nSettings")
     for flag, *_ in labs_flags.options_of(row):
         assert flag.partition("/")[0] in own
     for setting in labs_flags.settings_of(row):
@@ -149,19 +149,34 @@ def test_the_version_is_that_of_labs(word):
         (["--prompt", "a", "--messages-json", "[]"], "exclude each other"),
         (["vendor", "x", "--no-do-sample"], "--no-do-sample"),
         (["chat", "--continue-final-message"], "--continue-final-message"),
-        (["batch"], "Missing argument 'IN'"),
+        (["batch"], "IN is missing: labs-gen batch IN [OUT]"),
         (["batch", "in", "--batch-rows", "0"], "--batch-rows"),
         (["batch", "in", "--replicas", "2"], "--replicas needs --ray"),
         (["serve", "--sticky"], "--sticky needs --ray"),
         (["Hi", "--prompt", "Hi"], "exclude each other"),
         (["Hi", "there"], "needs quotes: labs-gen 'Hi there'"),
         (["Hi", "--tool-choice", "none"], "--tool-choice needs --tools"),
+        (
+            ["-5 degrees?"],
+            "labs-gen prompt has no flag -5\nA prompt that begins with - stands after ",
+        ),
+        (["--", "-hi", "you"], "needs quotes: labs-gen -- '-hi you'"),
+        (["Hi", "--temprature", "1"], "has no flag --temprature; did you mean --temperature?"),
+        (["Hi", "--temperature", "warm"], "--temperature: 'warm' is no number\n"),
+        (["Hi", "--top-k", "1.5"], "--top-k: '1.5' is no integer\n"),
+        (["batch", "in", "--batch-rows", "0"], "--batch-rows: 0 is less than 1\n"),
+        (["serve", "--ray", "--num-cpus", "nan"], "--num-cpus: nan is less than 0\n"),
+        (["--temperature"], "--temperature needs a value\nlabs-gen settings temperature shows"),
+        (["config", "x y"], "labs-gen config does not take 'x y'\n"),
+        (["completion"], "SHELL is missing: labs-gen completion SHELL\nlabs-gen completion --help"),
+        (["models", "lst"], "ACTION: 'lst' is not one of 'list', 'pull', 'rm'\n"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(fake_labs, arguments, reason):
     result = invoke(*arguments, input=" \n")
     assert (result.exit_code, result.stdout, fake_labs.requests) == (2, "", [])
     assert reason in result.stderr.partition("Error: ")[2]
+    assert result.stderr.startswith("Error: ")
 
 
 HELD = "--schema --regex --one-of --grammar"
@@ -256,7 +271,7 @@ def test_a_flag_of_any_subcommand_may_come_before_it(fake_labs):
     done = invoke("--port", "1", "--sticky", "serve")
     assert (done.exit_code, "--sticky needs --ray" in done.stderr) == (2, True)
     done = invoke("--docs", "chat", "index")
-    assert "Missing argument 'DIR...'" in done.stderr
+    assert "DIR is missing: labs-gen index DIR..." in done.stderr
 
 
 def test_help_of_a_command_that_is_not_there_names_the_nearest():
@@ -352,16 +367,30 @@ def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words,
         (["config", "--tools", "x"], "--tools is a flag of labs-gen prompt, chat and explain."),
         (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
+        (["batch"], "labs-gen batch --help shows how it is used."),
+        (
+            ["Hi", "--config", "bad.toml"],
+            "labs-gen doctor lists all that is wrong with the settings.",
+        ),
+        (["Hi", "--model", "x.gguf"], "labs-gen models lists those that are here."),
         (["Hi", "--config", "wrong.toml"], "labs-gen settings top_p shows similar names."),
         (["Hi", "--device-map", "my"], "labs-gen settings device_map shows what it may be."),
     ],
 )
 def test_an_error_names_the_command_that_helps(no_variables, folder, words, hint):
     Path("wrong.toml").write_text("[generation]\ntopp = 1\n", encoding="utf-8")
+    Path("bad.toml").write_text("[sever]\nport = 1\n", encoding="utf-8")
     done = invoke(*words, input="")
     assert done.exit_code in (1, 2)
     assert done.stderr.splitlines()[-1].endswith(hint)
     assert done.stderr.splitlines()[-2].startswith("Error: ")
+
+
+def test_a_cache_that_cannot_be_written_names_its_setting():
+    error = labs.ModelError("a.gguf: cannot be converted in /x: Not a directory: /x")
+    hint = labs_hints.after(error, str(error), [])
+    assert hint == "labs-gen settings cache_dir tells how to move it."
+    assert "LABS_CACHE_DIR" in invoke(*hint.split()[1:3]).stdout
 
 
 def test_a_name_that_is_no_setting_gets_no_hint():
@@ -406,6 +435,7 @@ def test_settings_shows_type_bounds_default_flag_and_variable():
         assert f"{each.field} in [{each.section}]\n  {each.description}\n" in whole
     first = invoke("settings", "LABS_TEMP").stdout.splitlines()[0]
     assert first == "temperature in [generation]"
+    assert not re.search(r"\b1 (?:characters|items)", whole)
     assert "(of labs-gen serve)" in invoke("settings", "server_port").stdout
 
 

@@ -542,6 +542,8 @@ def test_index_reports_its_counts_and_is_incremental():
     assert "[1 files written, 0 unchanged, 0 removed; 2 new chunks]" in first.stderr
     assert "[0 files written, 1 unchanged, 0 removed; 0 new chunks]" in second.stderr
     assert invoke("index", "docs").exit_code == 2  # it needs a database
+    assert "absent: there is no such" in invoke("index", "absent", "--docs", "new.db").stderr
+    assert not Path("new.db").exists()
 
 
 def test_an_answer_as_json_is_compared_while_its_documents_are_there(shell):
