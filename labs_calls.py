@@ -201,17 +201,34 @@ def prompt_lookup(row: Row) -> list[int]:
 def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
     """Split a batch whose step ran out of memory so that a call needs half; [] if it has one row.
 
-    Slots stay in place, and more calls read them. A failed step leaves recurrent states incomplete,
-    so these rows are computed again from their ids, into two batches.
+    Slots stay in place, and more calls read them. If they could not grow, rows that need no more
+    columns keep them, and each other row gets its own. A failed step leaves recurrent states
+    incomplete, so these rows are computed again from their ids, into two batches.
     """
-    size = batch.at_once or len(batch.rows)
-    if size == 1:
+    size, at = batch.at_once or len(batch.rows), batch.cache.cursor
+    long = {row.id: i for i, row in enumerate(batch.rows) if row.written >= at.columns}
+    if size == 1 and not (long and at.rows > 1):
         return []
     half = (size + 1) // 2
     if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
-        return [replace(batch, at_once=half)]
+        if not long:
+            return [replace(batch, at_once=half)]
+        apart = [_apart(decoder, batch, index) for index in long.values()]
+        rest = labs_decode.keep(batch, [row.id for row in batch.rows if row.id not in long])
+        return [*apart, *([] if rest is None else [rest])]
     batch.cache.layers.clear()
-    return [_rewrite(decoder, rows) for rows in (batch.rows[:half], batch.rows[half:])]
+    return [_rewrite(decoder, r) for r in (batch.rows[:half], batch.rows[half:]) if r]
+
+
+def _apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
+    """Copy a row into slots of its own, which have columns for more tokens."""
+    row = batch.rows[index]
+    alone = labs_decode.new_batch(decoder, row)
+    for mine, all_rows in zip(*(b.cache.stateful_layers for b in (alone, batch)), strict=True):
+        mine.lazy_initialization(all_rows.keys, all_rows.values)
+        for to, buffer in zip(mine.buffers, all_rows.buffers, strict=True):
+            to[0, :, : row.written] = buffer[index, :, : row.written]
+    return alone
 
 
 def grow(batch: Batch, tokens: int = 1) -> None:

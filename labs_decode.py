@@ -420,12 +420,12 @@ def attention_invariant(
     and a multiple of eight queries, which aligns its buffers, so queries are padded.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
-    special = special or attention_mask is None or key.shape[-1] != value.shape[-1]
+    special = special or getattr(attention_mask, "dtype", torch.bool) == torch.bool  # a prompt's
     if query.shape[2] > 1 or options.get("position_bias") is not None:
         return attention(module, query, key, value, attention_mask, **options)
     # The copies of a lone row have no keys of their own: they get the row's output.
     live = query[: len(key)]
-    if special or query.dtype == torch.float32:
+    if special or query.dtype == torch.float32 or key.shape[-1] != value.shape[-1]:
         output = _eager_attention(live, key, value, attention_mask, options)
     else:
         output = _flash(live, key, value, cast("Tensor", attention_mask), options.get("scaling"))

@@ -8,7 +8,8 @@ import random
 from typing import Any
 
 import pytest
-from decoding import failing_at
+import torch
+from decoding import NO_MEMORY, failing_at
 from kit import model_around, options, prepare, prompt, random_model, read, row_of
 
 import labs
@@ -166,3 +167,33 @@ def test_a_prompt_that_texts_are_compared_after_has_all_columns_at_once() -> Non
     [row] = rows_of({0: 1000})
     whole = decode.new_batch(dataclasses.replace(decoder, grow=None), row)
     assert whole.cache.cursor.columns == decode.blocks(row.columns)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "llama4_text"])
+def test_a_prompt_whose_last_chunk_has_one_token_is_answered_in_16_bits(
+    kind: str, monkeypatch: Any
+) -> None:
+    decoder = prepare(random_model(kind).bfloat16())  # with a window shorter than a chunk
+    logits = []
+    for chunk in (256, 512):
+        monkeypatch.setattr(decode, "CHUNK", chunk)
+        batch = decode.new_batch(decoder, row_of([5] * 257))
+        while batch.pending:
+            batch = decode.prefill(decoder, batch)
+        assert batch.logits is not None
+        logits.append(batch.logits)
+    assert torch.allclose(*logits, atol=0.3)
+
+
+def test_rows_that_need_no_more_columns_go_on_where_slots_cannot_grow(monkeypatch: Any) -> None:
+    decoder, lengths = prepare(random_model("llama")), {0: NEW, 1: 20, 2: NEW, 3: 30}
+    expected = decoded(decoder, rows_of(lengths))
+    resize = decode.Slots.resize
+
+    def bounded(slots: Any, live: int, rows: int, columns: int) -> None:
+        if rows * columns > 4 * 64 and columns > slots.cursor.columns:
+            raise NO_MEMORY
+        resize(slots, live, rows, columns)
+
+    monkeypatch.setattr(decode.Slots, "resize", bounded)
+    assert decoded(decoder, rows_of(lengths)) == expected
