@@ -263,24 +263,30 @@ def test_escape_in_the_field_for_a_name_stops_no_answer(tab, site):
     expect(tab.answer).to_contain_text("Once upon")
 
 
-@pytest.mark.parametrize(
-    "bad", ["no JSON", "null", "[]", '{"turns": 3}', '{"turns": [{"role": "user", "content": 3}]}',
-            '{"turns": [{"role": "user", "content": {"trim": 1}}]}', '{"turns": [null]}',
-            '{"turns": [{"role": "assistant", "tool_calls": [3]}]}',
-            '{"turns": [{"role": "user", "page": {"notes": 3}}]}',
-            '{"turns": [{"role": "user", "page": {"figures": {"toString": 1}}}]}',
-            '{"turns": [{"role": "user", "page": {"documents": [null]}}]}'],
-)  # fmt: skip
-def test_a_stored_conversation_that_cannot_be_read_is_left_as_it_is(tab, bad):
+BAD = [
+    "no JSON", "null", "[]", '{"turns": 3}', '{"turns": [{"role": "user", "content": 3}]}',
+    '{"turns": [{"role": "user", "content": {"trim": 1}}]}', '{"turns": [null]}',
+    '{"turns": [{"role": "assistant", "tool_calls": [3]}]}',
+    '{"turns": [{"role": "user", "page": {"notes": 3}}]}',
+    '{"turns": [{"role": "user", "page": {"figures": {"toString": 1}}}]}',
+    '{"turns": [{"role": "user", "page": {"documents": [null]}}]}',
+]  # fmt: skip
+
+
+def test_stored_conversations_that_cannot_be_read_are_left_as_they_are(tab):
     tab.ask("one")
     tab.done()
-    tab.page.evaluate("(bad) => localStorage.setItem('labs.chat.bad', bad)", bad)
-    tab.page.evaluate("() => sessionStorage.setItem('chat', 'bad')")
+    keep = "(all) => all.forEach((bad, i) => localStorage.setItem(`labs.chat.bad${i}`, bad))"
+    tab.page.evaluate(keep, BAD)
+    tab.page.evaluate("() => sessionStorage.setItem('chat', 'bad0')")
     tab.page.reload()
     expect(tab.list).to_have_text(["one"])
     tab.ask("two")
     tab.done()
-    assert tab.page.evaluate("() => localStorage.getItem('labs.chat.bad')") == bad
+    kept = (
+        "(count) => [...Array(count).keys()].map((i) => localStorage.getItem(`labs.chat.bad${i}`))"
+    )
+    assert tab.page.evaluate(kept, len(BAD)) == BAD
 
 
 def test_a_stored_conversation_without_a_name_does_not_break_the_list(tab):
