@@ -36,17 +36,14 @@ function field(parent, name, schema) {
   input.setAttribute("aria-describedby", `about-${name}`);
   known.add(name);
 }
-function valueOf(name, given) {
-  try { return JSON.parse(given); } catch (error) {
-    if (name === "stop") return [given];
-    throw error;
-  }
+function valueOf(name, given) {  // undefined if it cannot be read
+  try { return JSON.parse(given); } catch { return name === "stop" ? [given] : undefined; }
 }
 function fault({ type, name, value, validity, step, min, max }) {  // one sentence, or ""
   const number = step === "1" ? "whole number" : "number";
   if (type === "number") return validity.valid ? "" : `Give a ${number} from ${min} to ${max}.`;
-  try { if (known.has(name) && value) valueOf(name, value); return ""; }
-  catch { return "This is not JSON."; }
+  const wrong = known.has(name) && value && valueOf(name, value) === undefined;
+  return wrong ? "This is not JSON." : "";
 }
 const inputs = () => [...settings.elements].filter(({ name }) => name);
 const given = (input) => input.type === "checkbox" && !input.checked ? "" : input.value;
@@ -64,7 +61,8 @@ function changed(keep) {  // marks what differs from the default, and what is wr
     const told = box.querySelector(".error");
     if (told) told.textContent = why;
   }
-  at.gear.textContent = `Settings${count ? ` (${count} changed)` : ""}`;
+  at.gear.textContent = `Settings${count ? ` (${count})` : ""}`;
+  at.gear.title = count ? `${count} changed` : "";
 }
 function fill(values = chat.settings) {  // shows the settings of the conversation
   for (const input of inputs()) {
@@ -90,16 +88,22 @@ function bodyOf(owner) {  // by OpenAI's names
 // ---------------- conversations: one key of localStorage each
 const draw = () => `${Date.now()}${Math.random()}`;
 const empty = () => ({ id: draw(), name: "", turns: [], settings: { ...chat?.settings } });
+const textsOf = (found) =>  // what else is there may be of any type
+  Object.fromEntries(Object.entries(found ?? {}).filter(([, each]) => typeof each === "string"));
 function turnOf({ role, content, reasoning_content, tool_calls, tool_call_id, page }) {
   const turn = { role, content: content ?? "", page: { ...page } };  // with nothing unknown
-  const texts = [turn.content, reasoning_content ?? "", tool_call_id ?? ""];
-  const wrong = texts.some((each) => typeof each !== "string");
-  if (wrong || !["user", "assistant", "tool"].includes(role))
-    throw Error("no turn");
+  const { model, figures, problem, thought, notes, documents } = turn.page;
+  const texts = [turn.content, reasoning_content, tool_call_id, model, figures, problem, thought];
+  const wrong = texts.some((each) => typeof (each ?? "") !== "string");
+  if (wrong || !["user", "assistant", "tool"].includes(role)) throw Error("no turn");
+  turn.page.results = textsOf(turn.page.results);
+  turn.page.notes = notes?.map(String);
+  turn.page.documents = documents?.map(({ n, path, heading }) =>
+    ({ n: +n, path: `${path}`, heading: heading && `${heading}` }));
   if (page?.other) turn.page.other = turnOf(page.other);
   if (reasoning_content) turn.reasoning_content = reasoning_content;
   if (tool_calls) turn.tool_calls = tool_calls.map(({ id, function: { name, arguments: more } }) =>
-    ({ id, type: "function", function: { name: `${name}`, arguments: `${more}` } }));
+    ({ id: `${id}`, type: "function", function: { name: `${name}`, arguments: `${more}` } }));
   if (tool_call_id) turn.tool_call_id = tool_call_id;
   return turn;
 }
@@ -113,7 +117,7 @@ function read(name) {  // a stored conversation, or null if it cannot be read
   try {
     const found = JSON.parse(localStorage.getItem(name));
     const turns = found.turns.map(turnOf);
-    return { ...found, name: `${found.name}`, turns, settings: { ...found.settings } };
+    return { ...found, name: `${found.name}`, turns, settings: textsOf(found.settings) };
   } catch { return null; }
 }
 function stored() {  // all conversations, the newest first; the open one need not be stored
@@ -124,7 +128,12 @@ function stored() {  // all conversations, the newest first; the open one need n
   return !chat.name || all.includes(chat) ? all : [chat, ...all];
 }
 function save(owner = chat) {
-  if (owner.gone) return;  // it was deleted amid an answer
+  if (!store(owner))
+    say("This browser stores nothing more. Export this conversation, or delete others.");
+  showList();
+}
+function store(owner) {  // whether it is kept
+  if (owner.gone) return true;  // it was deleted amid an answer
   owner.name ||= [...(owner.turns[0]?.content ?? "").trim()].slice(0, 60).join("");
   const there = read(memory + owner.id);
   if (there && there.version !== owner.version) {
@@ -137,8 +146,8 @@ function save(owner = chat) {
     if (owner.turns.length) localStorage.setItem(memory + owner.id, written);
     else { owner.name = ""; localStorage.removeItem(memory + owner.id); }
     owner.version = next.version;
-  } catch { say("This browser stores nothing more. Export this conversation, or delete others."); }
-  showList();
+    return true;
+  } catch { return false; }
 }
 function showList() {
   const sought = find.value.toLowerCase();
@@ -188,17 +197,20 @@ function download(conversations) {  // lines that labs-gen batch reads
 }
 async function take(file) {  // reads such lines again
   const wrong = [];
-  let count = 0;
+  let count = 0, full = "";
   for (const [i, line] of (await file.text()).split("\n").entries()) if (line.trim())
     try {
       const { id = file.name, messages, ...values } = JSON.parse(line), made = empty();
       const system = messages[0].role === "system" ? messages.shift().content : "";
+      if (typeof system !== "string") throw Error("no text");
       Object.assign(made, { name: `${id}`.replace(/ #[\d.]+$/, ""), settings: { system },
         turns: messages.map(({ page, ...each }) => turnOf(each)) });
       for (const name of known)
         if (name in values) made.settings[name] = JSON.stringify(values[name]);
-      save(made); count++;
+      if (store(made)) count++; else full = " This browser stores nothing more.";
     } catch { wrong.push(i + 1); }
-  say(`${count} conversations imported.${wrong.length ? ` Lines without one: ${wrong}.` : ""}`);
+  const lines = `${wrong.slice(0, 9)}${wrong[9] ? " …" : ""}`;
+  showList();
+  say(`Conversations imported: ${count}.${lines && ` Lines without one: ${lines}.`}${full}`);
 }
 """

@@ -19,8 +19,9 @@ async function copy(content, source, shown) {  // without https, only the reader
 }
 
 // ---------------- Markdown
-const FENCE = /^ *(```+|~~~+)([^`]*)$/, HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/, DASHES = /^[ |:-]*-[ |:-]*$/;
+const FENCE = /^ *(```+|~~~+(?!~))([^`]*)$/, HEADING = /^ {0,3}(#{1,6}) +(.*)$/s;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/, DASHES = /^[ |:]*-[ |:-]{0,999}$/;
+const COLUMNS = /^[^|]*(\|[^|]*){1,99}$/;  // more are no table that anybody can read
 const LINK = /(!?)\[([^[\]]{0,300})\]\(([^()\s]{1,2000}(?:\([^()\s]{0,200}\)[^()\s]{0,200})?)\)/y;
 const CITED = /\[(\d{1,3})\]/y, RUN = /([*_~`])\1*/y, SPECIAL = /[\\`*_~![]|https?:\/\//g;
 const ADDRESS = /https?:\/\/[^\s<>"'`()[\]{}*]{0,2000}[^\s<>"'`()[\]{}*.,;:!?]/y;
@@ -41,11 +42,22 @@ function writer(parent, cite) {  // returns a function that shows a text which o
     blocks(words.slice(done = end).split("\n"), parent, cite);
   };
 }
+function sparing(turn, box, update) {  // drawing takes a fifth of the time at most
+  let timer = 0, cost = 0;
+  return () => {
+    timer ||= setTimeout(() => {
+      const began = Date.now();
+      timer = 0; update(); cost = box.offsetHeight && Date.now() - began;
+    }, live.has(turn) ? 16 + 4 * cost : 0);
+  };
+}
 function settled(words, start) {  // where the last block begins: only that one may still change
+  // A very long one is cut between its lines, so that it is not drawn as a whole each time.
   let fence = "", blank = false, found = start;
   for (let i = start, end; (end = words.indexOf("\n", i)) >= 0; i = end + 1) {
     const line = words.slice(i, end), [, mark = ""] = FENCE.exec(line) ?? [];
-    if (blank && !fence && line.trim() && line[0] !== " " && !ITEM.test(line)) found = i;
+    const ends = i - found > 9999 ? !line.includes("|") : blank && !ITEM.test(line);
+    if (ends && !fence && line.trim() && line[0] !== " ") found = i;
     if (!fence) fence = mark;
     else if (mark.startsWith(fence) && line.trim() === mark) fence = "";
     blank = !line.trim();
@@ -72,7 +84,7 @@ function blocks(lines, parent, cite, depth = 0) {
       const inner = take((each) => each[0] !== ">").map((each) => each.replace(/^> ?/, ""));
       blocks(inner, add(parent, "blockquote"), cite, depth + 1);
     } else if (ITEM.test(line) && depth < 8) end = items(lines, i, parent, cite, depth);
-    else if (line.includes("|") && lines[i + 1]?.includes("|") && DASHES.test(lines[i + 1]))
+    else if (COLUMNS.test(line) && lines[i + 1]?.includes("|") && DASHES.test(lines[i + 1]))
       table(parent, take((each) => !each.includes("|")), cite);
     else inline(add(parent, "p"), take((each) => !each.trim() || begins(each)).join("\n"), cite);
   }

@@ -26,7 +26,8 @@ main { flex: 1; overflow: auto; display: flex; flex-direction: column-reverse }
 #hint { margin: auto; padding: 1rem; max-width: 30rem; text-align: center }
 #log:not(:empty) + #hint, .field:not(.changed) > button { display: none }
 button, select, input, textarea { padding: 5px 10px; border: 1px solid var(--line);
-  border-radius: 8px; background: var(--ground); flex: none } button { cursor: pointer }
+  border-radius: 8px; background: var(--ground); flex: none }
+button { cursor: pointer; min-height: 24px }
 :focus-visible, .at { outline: 2px solid var(--accent) } header select { flex: 0 1 auto;
   min-width: 0; text-overflow: ellipsis }
 textarea, .field > :is(input, select) { width: 100%; max-width: none; max-height: 30dvh;
@@ -47,16 +48,19 @@ article { margin: 1.1rem 0; overflow-wrap: anywhere; min-width: 0 } h2 { margin:
 h2, small, summary, .quiet, figcaption, .actions button { color: var(--quiet); font-size: 13px }
 small { display: block } a, .cite, [aria-pressed=true] { color: var(--accent) !important;
   text-decoration: underline }
-.user { margin-left: 12%; padding: .5rem .9rem; border-radius: 14px; background: var(--soft) }
+.user { width: fit-content; max-width: 88%; margin-left: auto; padding: .5rem .9rem;
+  border-radius: 14px; background: var(--soft) }
 .raw, .tokens, p { white-space: pre-wrap } .actions { display: flex; flex-wrap: wrap }
 .actions button, figure button, .cite { padding: 0 8px 0 0; border: 0; background: none }
+.cite { min-height: 0 }
 .error { color: light-dark(#a81c1c, #ff9f9f) } .pair { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
 .card, figure, .pair > *, #tip { border: 1px solid var(--line); border-radius: 10px }
 .card, .pair > * { padding: .6rem; margin: .5rem 0 }
 p, ul, ol, figure, blockquote, .table { margin: .6rem 0 } h3 { margin: 1rem 0 .4rem }
 .text > :first-child, li > * { margin-top: 0 } li > :is(p, ul, ol) { margin-bottom: 0 }
-.level1, .level2 { font-size: 1.2rem }
+li > p + p { margin-top: .5rem }
+[aria-busy=true] > .text:empty::after { content: "…" } .level1, .level2 { font-size: 1.2rem }
 del { text-decoration: line-through } code, a { unicode-bidi: isolate }
 code, pre { font: 13px/1.5 ui-monospace, monospace } :not(pre) > code { background: var(--soft) }
 pre { margin: 0; padding: .6rem .8rem; overflow-wrap: normal } pre, .table { overflow: auto }
@@ -83,7 +87,8 @@ BODY = r"""
 <nav id="chats" popover aria-label="Conversations"><button id="fresh">New chat</button>
 <input id="find" type="search" placeholder="Search">
 <ul id="list"></ul><div class="row"><button id="exportAll">Export all</button>
-<button id="importer">Import</button><input id="file" type="file" hidden></div></nav>
+<button id="importer">Import</button><input id="file" type="file" hidden>
+<a href="status">Status</a></div></nav>
 <div id="page"><header><button class="narrow" popovertarget="chats" aria-label="Conversations">☰
 </button><h1>labs</h1><select id="model" aria-label="Model"></select>
 <button id="gear" popovertarget="panel">Settings</button></header>
@@ -181,8 +186,8 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
   add(box, "h2", page.model || "Answer");
   const thought = add(box, "details"), summary = add(thought, "summary");
   const reason = add(thought, "div.raw"), body = add(box, "div"), more = add(box, "div");
-  const figures = add(box, "small"), actions = add(box, "div.actions");
-  let mode, write;
+  const tools = add(box, "div"), figures = add(box, "small"), actions = add(box, "div.actions");
+  let mode, write, chosen;  // chosen: how to show it, by the reader
   const set = (next) => {
     mode = body.className = next; body.replaceChildren();
     write = next === "text" ? writer(body, (n) => cited(page, n, more))
@@ -195,7 +200,7 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
     button(actions, "Copy", ({ target }) => copy(turn.content, target, body));
     for (const [name, label] of [["raw", "Raw text"], ["tokens", "Probabilities"]])
       if (name === "raw" || turn.tokens) button(actions, label, () => {
-        set(mode === name ? "text" : name); act(true);
+        chosen = true; set(mode === name ? "text" : name); act(true);
         [...actions.children].find((each) => each.textContent === label).focus();
       }, { ariaPressed: mode === name });
     if (held.page.other) button(actions, "Go on with this", () => choose(held, turn),
@@ -208,22 +213,15 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
     const over = !live.has(turn), first = turn.tokens ? "tokens" : "text";
     thought.hidden = !turn.reasoning_content; reason.textContent = turn.reasoning_content ?? "";
     summary.textContent = page.thought ? `Thought for ${page.thought} s` : "Thinking …";
-    if (!mode || (!over && mode !== first)) set(first); else write(turn.content, turn);
+    box.ariaBusy = !over;
+    if (!chosen && mode !== first) set(first); else write(turn.content, turn);
     const wrong = over && page.problem, told = [...page.notes ?? [], page.figures, wrong];
     figures.textContent = told.filter(Boolean).join(" · ");
     figures.className = wrong ? "error" : "";
-    more.replaceChildren(); sources(more, turn, held); cards(more, turn, over); act(over);
+    if (!more.firstChild) sources(more, turn, held);  // later, one may be open
+    tools.replaceChildren(); cards(tools, turn, over); act(over);
   };
   views.set(turn, sparing(turn, box, update)); update();
-}
-function sparing(turn, box, update) {  // drawing takes a fifth of the time at most
-  let timer = 0, cost = 0;
-  return () => {
-    timer ||= setTimeout(() => {
-      const began = Date.now();
-      timer = 0; update(); cost = box.offsetHeight && Date.now() - began;
-    }, live.has(turn) ? 16 + 4 * cost : 0);
-  };
 }
 function choose(held, turn) {
   const { other, ...page } = held.page;
@@ -247,7 +245,7 @@ function cards(parent, turn, over) {  // calls of tools, and fields for their re
     const before = [...chat.turns];
     for (const { id } of calls) chat.turns.push(
       { role: "tool", content: results[id] ?? "", tool_call_id: id, page: {} });
-    show(); run(before);
+    if (!request) { show(); run(before); }
   });
 }
 function sources(parent, { page }, held) {  // the passages that [n] cites
@@ -285,6 +283,8 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   for (const each of turns) live.add(each);
   if (second) first.page.other = second;
   if (!goesOn) { owner.turns.push(first); showTurn(first); }
+  for (const each of owner.turns) views.get(each)?.();  // only the last one can go on
+  log.parentNode.scrollTop = 0;
   send.textContent = "Stop"; text.focus(); save(owner);
   const wrong = await Promise.all(turns.map((turn) =>
     stream(owner, turn, { messages: [...messages], signal: mine.signal, goesOn })));
@@ -296,7 +296,7 @@ async function run(before, goesOn) {  // before: the turns to return to if no an
   else owner.turns.splice(place, 1);
   save(owner);
   if (chat !== owner) return true;
-  show();
+  if (!said) show();
   at.said.textContent = first.content.slice(0, 2000);  // read out once, not token by token
   if (!said) say(wrong[0]);
   else if (first.page.full > .8)
@@ -319,7 +319,10 @@ async function stream(owner, turn, { messages, signal, goesOn }) {  // returns w
       if (data === "[DONE]") { page.problem = ""; break; }
       gather(turn, JSON.parse(data), clock); views.get(turn)();
     }
-  } catch (error) { page.problem = signal.aborted ? "Stopped" : error.message; }
+  } catch (error) {  // a TypeError: of the network
+    if (signal.aborted) page.problem = "Stopped";
+    else if (error.name !== "TypeError") page.problem = error.message;
+  }
   live.delete(turn); views.get(turn)();
   return page.problem;
 }
@@ -387,7 +390,8 @@ document.onkeydown = ({ key: pressed, target }) => {  // a field for a name is g
 };
 at.fresh.onclick = () => open(empty());
 find.oninput = showList; at.exportAll.onclick = () => download(stored());
-at.importer.onclick = () => at.file.click(); at.file.onchange = () => take(at.file.files[0]);
+at.importer.onclick = () => { at.file.value = ""; at.file.click(); };
+ at.file.onchange = () => take(at.file.files[0]);
 settings.onsubmit = () => false; settings.oninput = changed;
 settings.onchange = model.onchange = () => {
   chat.settings.model = model.value; chat.skip = 0; changed(true);
@@ -402,12 +406,15 @@ addEventListener("storage", ({ key: name }) => {  // another tab changed somethi
   showList();
 });
 key.value = session("key") ?? ""; chat = empty();
-open(read(memory + session("chat")) ?? chat); start();
+start(); open(read(memory + session("chat")) ?? chat);
 """
 
+# Browsers need neither comments nor indentation, nor most spaces.
+RULES = re.sub(r" *([{}]) *|([:;,]) +", r"\1\2", STYLE)
+CODE = labs_markup.SCRIPT + labs_kept.SCRIPT + SCRIPT
+LEAN = re.sub(r" (=>|[!=]==|&&|=) ", r"\1", CODE)
 WHOLE = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>labs</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>{STYLE}</style>{BODY}<script>{labs_markup.SCRIPT}{labs_kept.SCRIPT}{SCRIPT}</script>
+<style>{RULES}</style>{BODY}<script>{LEAN}</script>
 """
-# Browsers need neither the comments nor the indentation.
 PAGE = re.sub(r"(?m)(^|  )// .*|^ +|^\n", "", WHOLE)

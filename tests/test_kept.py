@@ -81,12 +81,12 @@ def test_every_setting_that_the_page_shows_reaches_the_engine(tab, site):
 def test_what_differs_from_the_default_is_marked_and_reset(tab):
     tab.set(temperature="0.5", System="Be brief.")
     gear = tab.page.locator("#gear")
-    expect(gear).to_have_text("Settings (2 changed)")
+    expect(gear).to_have_text("Settings (2)")
     gear.click()
     expect(tab.panel.locator(".changed label")).to_have_text(["System message", "temperature"])
     tab.press("Reset temperature")
     expect(tab.page.get_by_label("temperature", exact=True)).to_be_focused()
-    expect(gear).to_have_text("Settings (1 changed)")
+    expect(gear).to_have_text("Settings (1)")
     tab.press("Reset all")
     expect(gear).to_have_text("Settings")
     expect(tab.page.get_by_label("System message")).to_have_value("")
@@ -212,7 +212,7 @@ def test_an_exported_file_is_read_by_batch_and_imported_again(tab, site, tmp_pat
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(b"\n".join([*lines, b"no", b'{"messages": [{"role": "x"}]}', b"[]"]))
     tab.page.locator("#file").set_input_files(broken)
-    expect(tab.notice).to_contain_text("2 conversations imported. Lines without one: 3,4,5.")
+    expect(tab.notice).to_contain_text("Conversations imported: 2. Lines without one: 3,4,5.")
     after = {each["name"]: each for each in tab.stored()}
     for each in before:
         found = after[each["name"]]
@@ -263,21 +263,30 @@ def test_escape_in_the_field_for_a_name_stops_no_answer(tab, site):
     expect(tab.answer).to_contain_text("Once upon")
 
 
-@pytest.mark.parametrize(
-    "bad", ["no JSON", "null", "[]", '{"turns": 3}', '{"turns": [{"role": "user", "content": 3}]}',
-            '{"turns": [{"role": "user", "content": {"trim": 1}}]}', '{"turns": [null]}',
-            '{"turns": [{"role": "assistant", "tool_calls": [3]}]}'],
-)  # fmt: skip
-def test_a_stored_conversation_that_cannot_be_read_is_left_as_it_is(tab, bad):
+BAD = [
+    "no JSON", "null", "[]", '{"turns": 3}', '{"turns": [{"role": "user", "content": 3}]}',
+    '{"turns": [{"role": "user", "content": {"trim": 1}}]}', '{"turns": [null]}',
+    '{"turns": [{"role": "assistant", "tool_calls": [3]}]}',
+    '{"turns": [{"role": "user", "page": {"notes": 3}}]}',
+    '{"turns": [{"role": "user", "page": {"figures": {"toString": 1}}}]}',
+    '{"turns": [{"role": "user", "page": {"documents": [null]}}]}',
+]  # fmt: skip
+
+
+def test_stored_conversations_that_cannot_be_read_are_left_as_they_are(tab):
     tab.ask("one")
     tab.done()
-    tab.page.evaluate("(bad) => localStorage.setItem('labs.chat.bad', bad)", bad)
-    tab.page.evaluate("() => sessionStorage.setItem('chat', 'bad')")
+    keep = "(all) => all.forEach((bad, i) => localStorage.setItem(`labs.chat.bad${i}`, bad))"
+    tab.page.evaluate(keep, BAD)
+    tab.page.evaluate("() => sessionStorage.setItem('chat', 'bad0')")
     tab.page.reload()
     expect(tab.list).to_have_text(["one"])
     tab.ask("two")
     tab.done()
-    assert tab.page.evaluate("() => localStorage.getItem('labs.chat.bad')") == bad
+    kept = (
+        "(count) => [...Array(count).keys()].map((i) => localStorage.getItem(`labs.chat.bad${i}`))"
+    )
+    assert tab.page.evaluate(kept, len(BAD)) == BAD
 
 
 def test_a_stored_conversation_without_a_name_does_not_break_the_list(tab):
@@ -285,6 +294,33 @@ def test_a_stored_conversation_without_a_name_does_not_break_the_list(tab):
     tab.ask("one")
     tab.done()
     expect(tab.list).to_have_count(2)
+
+
+def test_a_large_import_is_read_at_once_and_what_is_not_kept_is_told(tab, tmp_path):
+    lines = [json.dumps({"id": f"{i}", "messages": [{"role": "user", "content": "x"}]})
+             for i in range(500)]  # fmt: skip
+    large = {"messages": [{"role": "user", "content": "y" * 6_000_000}]}
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join([*lines, json.dumps(large), *["no"] * 20]), encoding="utf-8")
+    tab.page.evaluate("() => { drawn = 0; const real = stored;"
+                      " stored = () => { drawn++; return real(); }; }")  # fmt: skip
+    tab.page.locator("#file").set_input_files(path)
+    expect(tab.notice).to_have_text(
+        "Conversations imported: 500. Lines without one: 502,503,504,505,506,507,508,509,510 …. "
+        "This browser stores nothing more."
+    )
+    expect(tab.list).to_have_count(500)
+    assert tab.page.evaluate("() => drawn") < 5
+
+
+def test_a_bad_value_in_storage_breaks_no_export(tab):
+    bad = {"id": "b", "name": "b", "turns": [{"role": "user", "content": "x"}],
+           "settings": {"temperature": "no", "top_p": 3}}  # fmt: skip
+    tab.page.evaluate("(bad) => localStorage.setItem('labs.chat.b', bad)", json.dumps(bad))
+    with tab.page.expect_download() as download:
+        tab.press("Export all")
+    line = json.loads(download.value.path().read_text(encoding="utf-8"))
+    assert line["messages"] == [{"role": "user", "content": "x"}]
 
 
 def test_two_tabs_lose_nothing_of_one_conversation(tab, site):

@@ -65,6 +65,7 @@ def shown(bare):
          "<p>x:</p><div><table><tr><th>a</th><th>b</th></tr>"
          "<tr><td><code>1</code></td><td>2|3</td></tr></table></div>"),
         ("a | b", "<p>a | b</p>"),
+        ("|" * 200 + "\n" + "|-" * 200, f"<p>{'|' * 200}</p><p>{'|-' * 200}</p>"),
         ("``` py x\n  <b>\n\n# no\n",
          "<figure><figcaption>py <button>Copy</button></figcaption>"
          "<pre><code>  &lt;b&gt;\n\n# no\n</code></pre></figure>"),
@@ -109,6 +110,18 @@ def test_other_links_than_http_and_mail_stay_text(shown, address):
     for text in (f"[a]({address})", f"![a]({address})", f"[a](<{address}>)"):
         assert "<a" not in shown(text)
         assert "<img" not in shown(text)
+
+
+def test_a_very_long_list_is_not_drawn_as_a_whole_each_time(bare):
+    script = """() => {
+        const box = document.createElement("div"), write = writer(box);
+        const words = "- a\\n".repeat(4000);
+        write(words);
+        const first = box.firstChild;
+        write(words + "- b");
+        return [box.contains(first), box.textContent.length];
+    }"""
+    assert bare.evaluate(script) == [True, 4001]
 
 
 def test_a_link_shows_where_it_goes_and_tells_the_other_server_nothing(tab, site):
@@ -188,7 +201,8 @@ BOMBS = {
     "spaces": "-" + " " * 50_000 + "x", "dashes": "- " * 25_000 + "x",
     "fences": "```\n\n" * 10_000, "underscores": "_a" * 25_000,
     "parentheses": "[a](https://b" + "(" * 50_000, "lines": "a\n" * 50_000,
-    "bars": "a|b\n" * 20_000,
+    "bars": "a|b\n" * 20_000, "tildes": "~" * 200_000 + "`", "return": "# " + " " * 200_000 + "\r",
+    "no rule": "a|b\n|" + "-" * 200_000 + "x", "no hosts": "https://%" * 5_000,
 }  # fmt: skip
 
 

@@ -413,6 +413,51 @@ def test_a_citation_opens_its_passage(tab):
     expect(tab.page.get_by_role("button", name="[3]")).to_have_count(0)
 
 
+def test_what_the_reader_opened_stays_open_when_the_answer_ends(tab, site):
+    tab.page.route("**/explain", lambda route: route.fulfill(json={"prompt": "[1]\n> a\n> b"}))
+    tab.answers({"reasoning_content": "hm"}, {"content": "So [1]."},
+                documents=[{"n": 1, "path": "a.md", "heading": "H"}])  # fmt: skip
+    tab.page.evaluate("""() => { const first = new Promise((done) => { window.end = done; });
+        const told = stream; stream = async (...all) => {
+            const wrong = await told(...all); live.add(all[1]); await first;
+            live.delete(all[1]); views.get(all[1])(); return wrong; }; }""")
+    tab.ask("?")
+    expect(tab.answer.locator("summary:visible")).to_have_count(2)
+    for each in tab.answer.locator("summary:visible").all():
+        each.click()
+    expect(tab.answer.locator("details[open]")).to_have_count(2)
+    tab.page.evaluate("() => window.end()")
+    tab.done()
+    expect(tab.page.get_by_role("button", name="Retry")).to_be_visible()
+    expect(tab.answer.locator("details[open]")).to_have_count(2)
+
+
+def test_an_earlier_card_cannot_go_on_while_an_answer_comes(tab, site):
+    tab.answers({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f"}}]})
+    tab.ask("one")
+    tab.done()
+    expect(tab.page.get_by_placeholder("Result of f")).to_be_visible()
+    tab.page.unroute("**/v1/chat/completions")
+    site.pieces = ["Once", threading.Event(), " upon"]
+    tab.ask("two")
+    expect(tab.answer).to_contain_text("Once")
+    expect(tab.page.get_by_role("button", name="Go on with the results")).to_have_count(0)
+    tab.stop.click()
+
+
+def test_a_question_is_seen_by_who_read_above_and_waits_visibly(tab, site):
+    site.pieces = ["line\n" * 200]
+    tab.ask("one")
+    tab.done()
+    tab.page.evaluate("() => { log.parentNode.scrollTop = -1e6; }")
+    site.pieces = [threading.Event()]
+    tab.ask("two")
+    expect(tab.page.locator("article.user").last).to_be_in_viewport()
+    expect(tab.answer).to_have_attribute("aria-busy", "true")
+    tab.stop.click()
+    expect(tab.answer).not_to_have_attribute("aria-busy", "true")
+
+
 def test_an_answer_is_read_out_once_and_not_token_by_token(tab, site):
     rest = threading.Event()
     site.pieces = ["Hello", rest, " there" * 300]
