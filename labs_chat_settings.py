@@ -118,7 +118,7 @@ def value_of(key: str, text: str) -> Any:
 def show_stats(talk: Talk, _: str, host: Host) -> Talk:
     """Show how fast the last answer came, and how much of the context is used."""
     if talk.done is None:
-        raise labs.InputError("there is no answer yet")
+        raise labs.InputError("no answer has been finished yet")
     used, times = talk.done.usage, talk.done.timings
     total = used.prompt_tokens + used.completion_tokens
     limit = talk.model.context_length

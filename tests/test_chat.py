@@ -94,7 +94,7 @@ WRONG = {
     "/retry": "there is no message yet",
     "/edit": "there is no message yet",
     "/copy": "there is no answer yet",
-    "/stats": "there is no answer yet",
+    "/stats": "no answer has been finished yet",
     "/settings temperature": "'temperature' has no =",
     "/settings temprature=1": "unknown setting 'temprature'; did you mean temperature?",
     "/settings temperature=warm": "temperature = 'warm'",
