@@ -64,8 +64,8 @@ li > p + p { margin-top: .5rem }
 del { text-decoration: line-through } code, a { unicode-bidi: isolate }
 code, pre { font: 13px/1.5 ui-monospace, monospace } :not(pre) > code { background: var(--soft) }
 pre { margin: 0; padding: .6rem .8rem; overflow-wrap: normal } pre, .table { overflow: auto }
-figcaption { display: flex; justify-content: space-between; padding: 4px 4px 4px 12px;
-  background: var(--soft); border-radius: 10px 10px 0 0 }
+figcaption { display: flex; align-items: center; justify-content: space-between;
+  padding: 4px 4px 4px 12px; background: var(--soft); border-radius: 10px 10px 0 0 }
 hr { border: 0; border-top: 1px solid var(--line) } ul, ol { padding-left: 1.6rem }
 blockquote { border-left: 3px solid var(--line); padding-left: .8rem; margin-left: 0 }
 table { border-collapse: collapse } .host { display: inline }
@@ -349,7 +349,7 @@ function gather(turn, { error, choices: [choice] = [], usage, documents }, clock
 function figures(page, { first, pieces }, usage, now) {
   const { completion_tokens: count = pieces, prompt_tokens_details: found } = usage ?? {};
   const speed = ((count - 1) / (now - first)).toFixed(1), limit = context.get(page.model);
-  page.full = usage?.total_tokens / limit;
+  page.full = limit > 0 && usage?.total_tokens / limit;  // unknown before the model is loaded
   return [first && `first token ${first.toFixed(2)} s`, speed > 0 && isFinite(speed) &&
     `${usage ? "" : "about "}${speed} tokens/s`, usage && `${count} tokens`,
     found?.cached_tokens && `${found.cached_tokens} cached`,

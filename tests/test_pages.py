@@ -371,6 +371,18 @@ def test_two_models_answer_side_by_side_and_one_goes_on(tab):
     assert boxes[0]["x"] == boxes[1]["x"]
 
 
+def test_a_model_that_was_not_loaded_yet_has_no_full_context(tab):
+    models = [{"id": "a", "kind": "text", "context_length": None}]
+    tab.page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
+    tab.page.reload()
+    expect(tab.models).to_have_text(["a"])
+    tab.answers({"content": "yes"})
+    tab.ask("?")
+    tab.done()
+    expect(tab.page.locator("#said")).to_have_text("yes")
+    expect(tab.notice).to_have_text("")
+
+
 def test_probabilities_and_rivals_are_told_by_pointer_and_keys(tab, site):
     top = ((97, -0.1), (98, -2.5))
     chosen = [labs.TokenLogprob(97, -0.1, top), labs.TokenLogprob(195, -3.0, ((195, -3.0),))]
