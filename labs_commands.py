@@ -102,6 +102,8 @@ class Spoken(click.Command):
         words = [*args]
         try:
             return super().make_context(info_name, args, parent, **extra)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(130) from None
         except click.UsageError as exc:
             if parent is not None or extra.get("resilient_parsing"):
                 raise

@@ -814,6 +814,7 @@ ROOMS = {
     "labs_lookup.py": (120, "labs flags shell"),
     "labs_shell.py": (260, "labs explain flags ready request terminal typed"),
     "labs_cli.py": (800, "*"),
+    "labs_start.py": (40, ""),
     "labs_chat.py": (
         300,
         "labs chat_commands chat_input chat_turns loop names ready request shell talk",

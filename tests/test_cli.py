@@ -650,3 +650,11 @@ def test_ci_runs_the_test_command_of_the_readme():
     command = "\n    pip install uv && uv run pytest -q\n"
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert command.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_while_modules_are_imported_is_quiet(tmp_path):
+    (tmp_path / "labs_cli.py").write_text("raise KeyboardInterrupt")
+    for name in ("gen", "api"):
+        code = f"import sys; sys.path.append({str(ROOT)!r}); import labs_start; labs_start.{name}()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
