@@ -117,7 +117,7 @@ class Tab:
         self.models = page.locator("#model option")
         self.log = page.get_by_role("log")
         self.answer = page.locator("article.model").last
-        self.notes = page.locator("article.model > small")
+        self.notes = page.locator("article.model > small:not(:empty)")
         self.notice = page.locator("#notice")
         self.panel = page.get_by_role("region", name="Settings")
         self.list = page.locator("#list li > button")
