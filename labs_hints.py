@@ -32,7 +32,7 @@ TABLE = (
         "lists all that is wrong with the settings.",
     ),
     (labs.ModelError, r"cannot be converted in", "settings cache_dir", "tells how to move it."),
-    (labs.ModelError, r"not on this machine|no such (?!revision)", "models", "lists those that are here."),
+    (labs.ModelError, r"not on this machine|no such [^r]", "models", "lists those that are here."),
     (labs.LabsError, r"cannot listen on .* in use", "serve --port 0", "takes a free port."),
     (labs.PromptTooLong, r"", "explain", "shows how many tokens a prompt has."),
     (labs.LabsError, r"memory", "doctor", "shows how much memory there is."),
