@@ -393,7 +393,7 @@ def test_anthropics_client_runs_functions_by_itself(site: Site) -> None:
 
 
 def test_anthropics_client_lists_the_models_and_knows_errors(site: Site) -> None:
-    assert [model.id for model in site.anthropic.models.list()] == [site.model]
+    assert [model.id for model in site.anthropic.models.list()] == [Path(site.model).name]
     with pytest.raises(anthropic.NotFoundError, match="unknown model"):
         site.anthropic.messages.create(
             model="claude-haiku", max_tokens=5, messages=[{"role": "user", "content": "a"}]
