@@ -467,6 +467,16 @@ def asked(seed: int | None = None, new: int = NEW) -> labs.Generation:
     return options(max_new_tokens=new, seed=seed, temperature=0.0 if seed is None else 1.0)
 
 
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Gate:
     """The forward calls of an engine: the ids of each, and a hand on the door.
 

@@ -30,6 +30,16 @@ import labs_prefixes
 
 CHUNK = 8
 PROMPT = [random.Random(1).randrange(3, 200) for _ in range(30)]
+MARK = labs.Fingerprint(
+    model="a",
+    revision="sha256:1",
+    dtype="fp32",
+    device="cpu",
+    hardware="AVX2",
+    quantization={},
+    batch_invariant=True,
+    versions={"torch": "2"},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -120,19 +130,8 @@ def test_neither_another_owner_nor_another_model_finds_a_prefix(decoder, tmp_pat
 
 
 def test_what_changes_the_bits_changes_the_identity(decoder):
-    mark = labs.Fingerprint(
-        model="a",
-        revision="sha256:1",
-        dtype="fp32",
-        device="cpu",
-        hardware="AVX2",
-        quantization={},
-        batch_invariant=True,
-        versions={"torch": "2"},
-    )
-
     def of(own=decoder, **changes):
-        changed = msgspec.structs.replace(mark, **changes)
+        changed = msgspec.structs.replace(MARK, **changes)
         model = msgspec.structs.replace(model_around(own, "tiny"), fingerprint=changed)
         return files_room.identity(model)
 
@@ -479,19 +478,9 @@ def test_a_process_killed_while_it_writes_leaves_nothing_wrong(tmp_path):
 
 
 def engine_of(folder, decoder, **server):
-    mark = labs.Fingerprint(
-        model="tiny",
-        revision="sha256:1",
-        dtype="fp32",
-        device="cpu",
-        hardware="any",
-        quantization={},
-        batch_invariant=False,
-        versions={},
-    )
     model = model_around(decoder, "tiny")
     spec = labs.ModelSpec(model_name="tiny", cache_dir=str(folder))
-    model = msgspec.structs.replace(model, fingerprint=mark, spec=spec)
+    model = msgspec.structs.replace(model, fingerprint=MARK, spec=spec)
     return labs_engine.Engine(model, labs.Server(**{"prefix_disk_bytes": 2**30} | server))
 
 

@@ -26,16 +26,9 @@ ATTACKS = [
 ]
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return kit.Clock()
 
 
 @pytest.fixture

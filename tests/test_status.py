@@ -7,7 +7,7 @@ import threading
 
 import msgspec
 import pytest
-from kit import FakeEngine, Live, Site, configured
+from kit import Clock, FakeEngine, Live, Site, configured
 
 import labs
 import labs_history
@@ -17,16 +17,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 BIN_S, BINS = labs_history.BIN_S, labs_history.BINS
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture
