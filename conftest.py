@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# What a terminal or a CI system says of itself decides what is shown: tests say it themselves.
+for _name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "EDITOR", "VISUAL", "PAGER"):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm"
 # With AMX, products of more than 32 rows in bf16 round otherwise, also a long prompt's: the exact
 # texts that tests compare with are those of a CPU without it. Read once, at import.
 CPU_INFO = Path("/proc/cpuinfo")
