@@ -215,21 +215,21 @@ def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
     if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
         if not long:
             return [replace(batch, at_once=half)]
-        apart = [_apart(decoder, batch, index) for index in long.values()]
+        apart = [apart(decoder, batch, index) for index in long.values()]
         rest = labs_decode.keep(batch, [row.id for row in batch.rows if row.id not in long])
         return [*apart, *([] if rest is None else [rest])]
     batch.cache.layers.clear()
     return [_rewrite(decoder, r) for r in (batch.rows[:half], batch.rows[half:]) if r]
 
 
-def _apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
+def apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
     """Copy a row into slots of its own, which have columns for more tokens."""
     row = batch.rows[index]
     alone = labs_decode.new_batch(decoder, row)
     for mine, all_rows in zip(*(b.cache.stateful_layers for b in (alone, batch)), strict=True):
         mine.lazy_initialization(all_rows.keys, all_rows.values)
-        for to, buffer in zip(mine.buffers, all_rows.buffers, strict=True):
-            to[0, :, : row.written] = buffer[index, :, : row.written]
+        for to, states in zip(mine.buffers, all_rows.read(index, 0, row.written), strict=True):
+            to[0, :, : row.written] = states
     return alone
 
 
@@ -238,7 +238,8 @@ def grow(batch: Batch, tokens: int = 1) -> None:
     cache, most = batch.cache, max(row.columns for row in batch.rows)
     needed = max(row.written for row in batch.rows) + tokens
     if needed > cache.cursor.columns and batch.stepwise is None:
-        columns = max(needed, min(2 * cache.cursor.columns, most))
+        twice = 2 * cache.cursor.columns - cache.cursor.shared
+        columns = max(needed, min(twice, most))
         cache.resize(len(batch.rows), cache.cursor.rows, labs_decode.blocks(columns))
 
 
