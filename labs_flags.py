@@ -175,6 +175,24 @@ Examples:
         "documents_embedding_model",
     ),
     Subcommand(
+        "warm",
+        "Compute ahead what later prompts begin with.",
+        "labs_cli:warm",
+        (("file", "FILE", FILE),),
+        (
+            TOOLS[0],
+            ("--key", tuple[str, ...], "For this API key, by its name in the log of the server."),
+        ),
+        "model quantization use_chat_template template_options server_prefix_disk_bytes",
+        more="""FILE is a system message, or if its name ends in .jsonl a file of requests as for
+labs-gen batch. What is computed is kept on disk, for labs-gen chat and for each API key.
+
+\b
+Examples:
+  labs-gen warm rules.txt --prefix-disk-bytes 20000000000
+  labs-gen warm conversations.jsonl""",
+    ),
+    Subcommand(
         "explain",
         "Show how a prompt would be answered; answer nothing.",
         "labs_cli:explain",

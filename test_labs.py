@@ -722,6 +722,7 @@ ROOMS = {
     "labs_prefixes.py": (300, "decode memory"),
     "labs_prefix_files.py": (320, "decode cache memory prefix_folder prefixes"),
     "labs_prefix_folder.py": (240, ""),
+    "labs_warm.py": (200, "labs decode jsonl prefix_files progress request shell"),
     "labs_sources.py": (260, "cache"),
     "labs_checkpoints.py": (260, "settings fast adapter"),
     "labs_cache.py": (260, ""),
