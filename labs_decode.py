@@ -160,8 +160,8 @@ class Cursor:
     """Where the current forward call writes and how far it reads, shared by all layers.
 
     Prefill writes one row from column `write_from` on. A step writes query b to row index[b] at
-    column positions[b]. index[b] is first_row + b, but with `speculative` all queries belong to row
-    0, and each attends to the columns up to its own position.
+    column positions[b]. index[b] is first_row + b, but 0 with `speculative`. shared: the first
+    columns, which slots leave out, as labs_shared has one copy for all; other numbers count them.
     """
 
     rows: int
@@ -172,6 +172,7 @@ class Cursor:
     positions: Tensor | None = None
     index: Tensor | None = None
     speculative: bool = False
+    shared: int = 0
 
     @property
     def queries(self) -> int:
@@ -197,7 +198,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return (self.keys, self.values) if self.is_initialized else ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.cursor.rows, self.cursor.columns
+        rows, columns = self.cursor.rows, self.cursor.columns - self.cursor.shared
         self.keys, self.values = (
             states.new_empty((rows, states.shape[1], columns, states.shape[3]))
             for states in (key_states, value_states)
@@ -207,17 +208,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        at = self.cursor
+        at, end = self.cursor, self.cursor.read_to - self.cursor.shared
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             if at.positions is None or at.index is None:
-                buffer[:1, :, at.write_from : at.read_to] = states
+                buffer[:1, :, at.write_from : end] = states
             else:
                 index, positions = at.index, at.positions
+                positions = positions - at.shared if at.shared else positions
                 if index.device != buffer.device:
                     index, positions = index.to(buffer.device), positions.to(buffer.device)
                 buffer[index, :, positions] = states[: at.queries, :, 0]
         rows = slice(at.first_row, at.first_row + (1 if at.speculative else at.queries))
-        keys, values = self.keys[rows, :, : at.read_to], self.values[rows, :, : at.read_to]
+        keys, values = self.keys[rows, :, :end], self.values[rows, :, :end]
         if at.speculative:
             keys, values = (each.expand(at.queries, -1, -1, -1) for each in (keys, values))
         return keys, values
@@ -233,6 +235,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def resize(self, live: int, rows: int, columns: int) -> None:
         """Move the first `live` rows into larger buffers."""
+        columns -= self.cursor.shared
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
             shape = max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
@@ -243,15 +246,21 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             new[:live, :, old.shape[2] :] = 0
             setattr(self, name, new)  # only one layer's copy exists at a time
 
+    def read(self, row: int, first: int, end: int) -> list[Tensor]:
+        """Return these columns of a row's keys and values, [heads, columns, head_dim]."""
+        return [buffer[row, :, first:end] for buffer in self.buffers]
+
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
-        for mine, theirs in zip(self.buffers, other.buffers, strict=True):
-            mine[row, :, :columns] = theirs[0, :, :columns]
-            mine[row, :, columns:] = 0
+        first = self.cursor.shared
+        for mine, theirs in zip(self.buffers, other.read(0, first, columns), strict=True):
+            mine[row, :, : columns - first] = theirs
+            mine[row, :, columns - first :] = 0
 
     def move(self, source: int, target: int, columns: int) -> None:
         for buffer in self.buffers:
-            buffer[target, :, :columns] = buffer[source, :, :columns]
+            own = slice(columns - self.cursor.shared)
+            buffer[target, :, own] = buffer[source, :, own]
 
     def cut(self, live: int) -> None:
         """Do nothing: the slots of the rows from `live` on stay for newcomers."""
@@ -433,21 +442,35 @@ def attention_invariant(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head.
-
-    Slots of whole blocks of SUMMED are attended block by block, weighted by each one's sum.
-    """
+    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head."""
     (batch, heads, _, dim), (groups, total) = q.shape, k.shape[1:3]
-    parts, q = 1 if total % SUMMED else total // SUMMED, q.reshape(batch * groups, 1, -1, dim)
-    padded = torch.nn.functional.pad(q, (0, 0, 0, -q.shape[2] % 8)).expand(-1, parts, -1, -1)
-    k, v = (each.reshape(batch * groups, parts, -1, dim) for each in (k, v))
-    mask = mask.expand(batch, groups, 1, total).reshape(-1, parts, 1, total // parts)
+    mask = mask.expand(batch, groups, 1, total).reshape(-1, 1, total)
+    q, k, v = (each.reshape(batch * groups, -1, dim) for each in (q, k, v))
+    parts = flash_parts(q, k, v, mask, scale)
+    return combined(*parts)[:, : heads // groups].reshape(batch, 1, heads, dim)
+
+
+def flash_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Pair:
+    """Return attention [N, parts, Q, dim] to each SUMMED of k, v [N, T, dim], and their sums' logs.
+
+    q: [N, Q, dim], which is padded to a multiple of eight. mask: [N, 1 or Q, T], to be added.
+    """
+    n, parts, short = len(q), max(1, k.shape[1] // SUMMED), -q.shape[1] % 8
+    q = torch.nn.functional.pad(q, (0, 0, 0, short))[:, None].expand(-1, parts, -1, -1)
+    k, v = (each.view(n, parts, -1, each.shape[-1]) for each in (k, v))
+    mask = torch.nn.functional.pad(mask, (0, 0, 0, short if mask.shape[1] > 1 else 0))
+    mask = mask.view(len(mask), -1, parts, k.shape[2]).transpose(1, 2)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, sums = kernel(padded, k, v, attn_mask=mask, scale=scale)
-    if parts > 1:  # the kernel gives a hidden part the sum 0, and not -inf
-        sums = sums.masked_fill(mask.amax(3) == -torch.inf, -torch.inf)
-        output = (output * sums.softmax(1).unsqueeze(3)).sum(1, keepdim=True).to(q.dtype)
-    return cast("Tensor", output[:, 0, : q.shape[2]].reshape(batch, 1, heads, dim))
+    output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
+    # The kernel gives a hidden part the sum 0, and not -inf.
+    return output, sums.masked_fill(mask.amax(3) == -torch.inf, -torch.inf)
+
+
+def combined(output: Tensor, sums: Tensor) -> Tensor:
+    """Return attention [N, Q, dim] from that to each part, weighted by the parts' sums."""
+    if output.shape[1] == 1:
+        return output[:, 0]
+    return (output * sums.softmax(1).unsqueeze(3)).sum(1).to(output.dtype)
 
 
 def _eager_attention(
@@ -587,7 +610,8 @@ class Decoder:
     model's own; why_forward: why it does or not. quant_method: how weights are packed.
     prefill_packed: None if each prompt is prefilled alone. step_alone: steps a lone row by one
     token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
-    before a step that needs them; None if slots have all columns from the beginning.
+    before a step; None if slots have all from the beginning. stepwise: yields the logits of a row
+    in mode "alone" and receives its tokens. join: replaces labs_loop.join_best.
     """
 
     model: PretrainedModel
@@ -609,6 +633,8 @@ class Decoder:
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
     grow: Callable[[Batch], None] | None = None
+    stepwise: Callable[[Decoder, Row], Generator[Tensor, int, None]] | None = None
+    join: Callable[[Decoder, Sequence[Batch], Batch], list[Batch]] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -746,7 +772,9 @@ def has_bf16(device: str) -> bool:
 def new_batch(decoder: Decoder, row: Row) -> Batch:
     """Return a batch of one newcomer for which nothing is computed yet."""
     if decoder.mode == "alone":
-        return Batch((row,), Slots(None, 0), _generate_stepwise(decoder, row))
+        if decoder.stepwise is None:
+            raise RuntimeError(f"{decoder.reason}; to run rows one by one needs labs_alone.py")
+        return Batch((row,), Slots(None, 0), decoder.stepwise(decoder, row))
     least = len(row.ids) + FIRST_COLUMNS if decoder.grow else row.columns
     return Batch((row,), Slots(decoder.config, min(least, row.columns)))
 
@@ -845,7 +873,8 @@ def forward_slots(
     at, live = batch.cache.cursor, len(ids)
     positions = upload(written, ids.device)[:, None]
     at.speculative = live > len(batch.rows)
-    at.first_row, at.positions, at.read_to = first, positions[:, 0], blocks(max(written) + 1)
+    at.first_row, at.positions = first, positions[:, 0]
+    at.read_to = min(blocks(max(written) + 1), at.columns)
     slots = [0] * live if at.speculative else range(first, first + live)
     at.index = upload(slots, ids.device)
     if live == 1 and decoder.duplicates_lone_row:
@@ -866,32 +895,6 @@ def call_model(
         return decoder.forward(ids, positions, cache, wanted)
     known = {name: value for name, value in words.items() if name in decoder.forward_parameters}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
-
-
-def _generate_stepwise(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
-    """Yield logits [1, V] and receive tokens; the model makes its own cache and inputs."""
-    ids = torch.tensor([row.ids], device=decoder.device)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": row.max_new_tokens}
-    options |= {"do_sample": False, "custom_generate": _stepwise}
-    return cast("Generator[Tensor, int, None]", decoder.model.generate(ids, **options))
-
-
-def _stepwise(
-    model: PretrainedModel, input_ids: Tensor, **kwargs: Any
-) -> Generator[Tensor, int, None]:
-    """Decode as transformers' own loop does (GenerationMixin._sample), a token per send()."""
-    length = None  # None passes all ids; 1 only the last, once there is a cache
-    for name in ("logits_processor", "stopping_criteria", "generation_config"):
-        kwargs.pop(name, None)
-    while True:
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
-        token = yield outputs.logits[:, -1]
-        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], -1)
-        length = 1 if kwargs.get("use_cache") else None
 
 
 # ---------------------------------------------------------------- memory

@@ -128,7 +128,7 @@ def _begin(decoder: Decoder, loop: Loop, newcomer: Batch) -> Outcomes:
     """Choose the first token of a newcomer after its prefill, and put it into a batch."""
     _store_prefix(decoder, loop, newcomer, 0)
     for batch in (yield from _step(decoder, loop, newcomer)):
-        loop.batches = join_best(decoder, loop.batches, batch)
+        loop.batches = (decoder.join or join_best)(decoder, loop.batches, batch)
 
 
 def _drop_cancelled(loop: Loop) -> Outcomes:

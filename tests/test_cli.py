@@ -512,7 +512,7 @@ def test_json_is_one_object_with_the_answer_every_setting_and_no_secret(fake_lab
 def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
     value = labs_explain.SettingValue
     used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
-    rest = ("joins", "as it can", "labs: as it is", True, 8, 2 * 10**6, 10**5, used)
+    rest = ("joins", "as it can", "labs: as it is", True, False, 8, 2 * 10**6, 10**5, used)
     for left, room in ((97, "room for 97 more"), (None, "no limit")):
         found = labs_explain.Explanation("tiny", "templated", 3, left, *rest)
         monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
@@ -522,7 +522,9 @@ def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
             f"{room}\nruns: joins (as it can); up to 8 rows at once\nforward of labs: as it is\n"
             in text
         )
-        assert "in the batch: yes\nmemory: weights 2 MB, this request 0.1 MB\n" in text
+        shared = "keys and values of prompts that begin alike: a copy for each row"
+        memory = "memory: weights 2 MB, this request 0.1 MB"
+        assert f"in the batch: yes\n{shared}\n{memory}\n" in text
         assert text.endswith("---\ntop_k = 7  # --top-k\nstop = unset  # default\n")
     assert fake_labs.closed == 0
 
