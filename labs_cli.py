@@ -198,6 +198,8 @@ def replay(config: labs.Config, flags: labs_flags.Values) -> None:
             why = f" ({found.why})" if found.why else ""
             labs_shell.write(f"{found.id}: {found.verdict}{at}{why}\n")
     tell(f"[{', '.join(f'{count} {verdict}' for verdict, count in counts.items())}]")
+    if not any(counts.values()):
+        raise labs.InputError(f"{flags['replay']}: holds no answers")
     if counts["differs"]:
         raise click.exceptions.Exit(1)
 

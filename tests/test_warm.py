@@ -150,7 +150,7 @@ def test_lines_are_requests_as_for_a_batch(tiny_folder):
         "e: 512 of 513 tokens are kept",
     ]
     wrong = ("f: the line cannot be used", "g: it asks for vectors", "h: This model's maximum")
-    wrong += ("i: the line cannot be used", "line 11: the line cannot be used")
+    wrong += ("i: the line cannot be used", "line 11: the line is not a JSON object")
     for line, begin in zip(lines[6:], wrong, strict=True):
         assert line.startswith(f"rows.jsonl: {begin}"), line
     with server(tiny_folder) as ask:
