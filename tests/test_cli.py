@@ -244,8 +244,9 @@ def test_a_line_without_a_subcommand_is_a_prompt(fake_labs, words, prompt):
 
 
 def test_on_a_terminal_a_prompt_that_looks_like_a_subcommand_is_told(monkeypatch, capsys):
-    note = "[answered as a prompt; for the command: labs-gen batch]\n"
-    for word, told in (("bacth", note), ("a whole sentence", "")):
+    note = "[answered as a prompt; for the command: labs-gen %s]\n"
+    notes = {"bacth": note % "batch", "version": note % "--version", "a whole sentence": ""}
+    for word, told in notes.items():
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         flags = labs_cli.with_text({"text": (word,), "prompt": None})
         assert flags == {"prompt": word}
@@ -275,7 +276,11 @@ def test_a_flag_of_any_subcommand_may_come_before_it(fake_labs):
 
 
 def test_help_of_a_command_that_is_not_there_names_the_nearest():
-    for word, hint in (("bacth", "; did you mean batch?"), ("nonsense", "")):
+    near = {"bacth": "batch", "version": "--version"}
+    for word, hint in {
+        "nonsense": "",
+        **{k: f"; did you mean {v}?" for k, v in near.items()},
+    }.items():
         done = invoke("help", word)
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.endswith(f"Error: there is no command '{word}'{hint}\n")
@@ -364,7 +369,10 @@ def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words,
         (["chat", "--choose", "a"], "--choose is a flag of labs-gen prompt."),
         (["Hi", "--port", "1"], "--port is a flag of labs-gen serve."),
         (["chat", "--prompt", "x"], "--prompt is a flag of labs-gen prompt and explain."),
-        (["config", "--tools", "x"], "--tools is a flag of labs-gen prompt, chat and explain."),
+        (
+            ["config", "--tools", "x"],
+            "--tools is a flag of labs-gen prompt, chat, warm and explain.",
+        ),
         (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
         (["batch"], "labs-gen batch --help shows how it is used."),
