@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function
 
 import labs_decode
 import labs_loop
+import labs_waiting
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
 STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
@@ -28,6 +29,8 @@ NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
 def speed_up(decoder: Decoder) -> Decoder:
     """Add guesses, splitting and growth; packed prompts if the cache has only keys and values."""
     decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom, grow=grow)
+    if decoder.can_reuse_prefix:  # keys and values can be divided among batches
+        decoder = replace(decoder, waiting=labs_waiting.Waiting())
     if decoder.mode != "joins":
         return decoder
     layers = DynamicCache(config=decoder.config).layers
@@ -232,12 +235,11 @@ def _apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
 
 
 def grow(batch: Batch, tokens: int = 1) -> None:
-    """Have columns for the next tokens of all rows: twice as many, or as many as they may need."""
-    cache, most = batch.cache, max(row.columns for row in batch.rows)
-    needed = max(row.written for row in batch.rows) + tokens
+    """Have columns for the next tokens of all rows."""
+    cache, needed = batch.cache, max(row.written for row in batch.rows) + tokens
     if needed > cache.cursor.columns and batch.stepwise is None:
-        columns = max(needed, min(2 * cache.cursor.columns, most))
-        cache.resize(len(batch.rows), cache.cursor.rows, labs_decode.blocks(columns))
+        columns = labs_waiting.wider(batch, tokens)
+        cache.resize(len(batch.rows), cache.cursor.rows, columns)
 
 
 def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:

@@ -101,7 +101,7 @@ def free(monkeypatch: Any, size: float) -> None:
 def test_room_for_a_newcomer_includes_the_rows_that_double_for_it(
     live: int, columns: int, monkeypatch: Any
 ) -> None:
-    decoder, _ = reference("llama")
+    decoder = dataclasses.replace(reference("llama")[0], waiting=None)
     kept = decode.keep(joined(decoder, [0, 1]), range(live))
     assert kept is not None
     new = decode.new_batch(decoder, row_of(FOUR[1]))
