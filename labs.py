@@ -512,7 +512,8 @@ def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_dec
     import labs_decode
 
     decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
-    if spec.quantization.quant_method in ("auto", "none", "gguf") and not _is_there("labs_faster"):
+    packs = spec.quantization.quant_method not in ("auto", "none", "gguf")
+    if not (packs or decoder.mode == "alone" or _is_there("labs_faster")):
         return decoder
     require("labs_faster")
     import labs_faster
@@ -638,10 +639,7 @@ def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
 def check_prompt(
     prompt: str | None, messages: Iterable[Mapping[str, object] | Message] | None
 ) -> list[Message] | None:
-    """Return the messages as structs, or None for a prompt.
-
-    Raises InputError for any fault that is visible without a model.
-    """
+    """Return messages as structs, None for a prompt; refuse what is wrong without a model too."""
     if (prompt is None) == (messages is None):
         raise InputError("give exactly one of prompt and messages")
     if prompt is not None and not prompt:

@@ -3,7 +3,7 @@
 
     decoder = labs_calls.speed_up(labs_decode.prepare(model))
 
-This file needs labs_decode.py, labs_loop.py, torch and transformers.
+This file needs labs_alone.py, labs_decode.py, labs_loop.py, torch and transformers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
+import labs_alone
 import labs_decode
 import labs_loop
 import labs_waiting
@@ -27,8 +28,9 @@ NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
 
 
 def speed_up(decoder: Decoder) -> Decoder:
-    """Add guesses, splitting and growth; packed prompts if the cache has only keys and values."""
-    decoder = replace(decoder, step_alone=step_speculative, halves=split_after_oom, grow=grow)
+    """Add guesses, splitting, growth and rows that run alone; packed prompts for plain caches."""
+    parts = {"step_alone": step_speculative, "halves": split_after_oom, "grow": grow}
+    decoder = replace(decoder, stepwise=labs_alone.stepwise, **parts)  # type: ignore[arg-type]
     if decoder.can_reuse_prefix:  # keys and values can be divided among batches
         decoder = replace(decoder, waiting=labs_waiting.Waiting())
     if decoder.mode != "joins":

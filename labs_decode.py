@@ -592,6 +592,7 @@ class Decoder:
     token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
     before a step that needs them; None if slots have all columns from the beginning. waiting: a
     labs_waiting.Waiting; None if rows begin only where memory has all columns they may need.
+    stepwise: yields the logits of a row in mode "alone" and receives its tokens.
     """
 
     model: PretrainedModel
@@ -614,6 +615,7 @@ class Decoder:
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
     grow: Callable[[Batch], None] | None = None
     waiting: Any = None
+    stepwise: Callable[[Decoder, Row], Generator[Tensor, int, None]] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -751,7 +753,9 @@ def has_bf16(device: str) -> bool:
 def new_batch(decoder: Decoder, row: Row) -> Batch:
     """Return a batch of one newcomer for which nothing is computed yet."""
     if decoder.mode == "alone":
-        return Batch((row,), Slots(None, 0), _generate_stepwise(decoder, row))
+        if decoder.stepwise is None:
+            raise RuntimeError(f"{decoder.reason}; to run rows one by one needs labs_alone.py")
+        return Batch((row,), Slots(None, 0), decoder.stepwise(decoder, row))
     least = len(row.ids) + FIRST_COLUMNS if decoder.grow else row.columns
     return Batch((row,), Slots(decoder.config, min(least, row.columns)))
 
@@ -871,32 +875,6 @@ def call_model(
         return decoder.forward(ids, positions, cache, wanted)
     known = {name: value for name, value in words.items() if name in decoder.forward_parameters}
     return cast("Tensor", decoder.model(input_ids=ids, return_dict=True, **known).logits)
-
-
-def _generate_stepwise(decoder: Decoder, row: Row) -> Generator[Tensor, int, None]:
-    """Yield logits [1, V] and receive tokens; the model makes its own cache and inputs."""
-    ids = torch.tensor([row.ids], device=decoder.device)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": row.max_new_tokens}
-    options |= {"do_sample": False, "custom_generate": _stepwise}
-    return cast("Generator[Tensor, int, None]", decoder.model.generate(ids, **options))
-
-
-def _stepwise(
-    model: PretrainedModel, input_ids: Tensor, **kwargs: Any
-) -> Generator[Tensor, int, None]:
-    """Decode as transformers' own loop does (GenerationMixin._sample), a token per send()."""
-    length = None  # None passes all ids; 1 only the last, once there is a cache
-    for name in ("logits_processor", "stopping_criteria", "generation_config"):
-        kwargs.pop(name, None)
-    while True:
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=length, is_first_iteration=length is None, **kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
-        token = yield outputs.logits[:, -1]
-        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], -1)
-        length = 1 if kwargs.get("use_cache") else None
 
 
 # ---------------------------------------------------------------- memory

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -110,7 +110,7 @@ def can_end(free: int, held: Held) -> bool:
     return True
 
 
-def _by_age(rows: Held) -> list[Row]:
+def _by_age(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.entered, row.id))
 
 

@@ -21,7 +21,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from kit import SHORT, is_one_sentence, load, save_gguf, save_model, write
+from kit import SHORT, is_one_sentence, load, random_model, save_gguf, save_model, write
 
 import labs
 import labs_apart
@@ -442,3 +442,14 @@ def test_a_model_is_loaded_in_a_thread_that_ends(tiny_folder, monkeypatch):
     monkeypatch.setattr(labs._load, "__wrapped__", watched)
     labs.load_model(labs.ModelSpec(model_name=str(tiny_folder)), cached=False)
     assert [thread.is_alive() for thread in seen] == [False]
+
+
+def test_a_model_whose_rows_run_alone_needs_the_file_that_runs_them(monkeypatch):
+    model = random_model("bloom", vocab_size=262)
+    monkeypatch.setattr(labs, "_is_there", lambda name: name != "labs_faster")
+    with pytest.raises(labs.ConfigError, match=r"labs_faster\.py is not beside"):
+        labs._decoder_of(labs.ModelSpec(model_name="x"), model)
+    decoder = labs_decode.prepare(model)
+    row = labs_decode.Row(0, [1, 2], 3, labs_decode.Sampling())
+    with pytest.raises(RuntimeError, match=r"bloom cannot batch .* needs labs_alone\.py"):
+        labs_decode.new_batch(decoder, row)
