@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from decoding import rows_of
-from kit import prepare, random_model
+from decoding import failing_at, rows_of
+from kit import model_around, options, prepare, prompt, random_model, read, row_of
 
+import labs
 import labs_decode as decode
+import labs_engine
 import labs_loop as loop
+import labs_waiting
 
 LENGTHS = {0: 70, 1: 70, 2: 200, 3: 70, 4: 130, 5: 30, 6: 30, 7: 70}
 
@@ -119,3 +122,137 @@ def test_more_rows_that_may_say_much_run_at_once(bound: Bound, monkeypatch: Any)
         answered(used, rows_of(dict.fromkeys(range(16), 8000)), see, says=20)
         rows[used.waiting is not None] = max(most)
     assert rows == {True: 16, False: 1}
+
+
+@pytest.mark.parametrize(
+    ("free", "rows", "ends"),
+    [
+        (0, [(64, 64)], True),
+        (-1, [(64, 64)], False),
+        (192, [(256, 64), (256, 64)], True),
+        (191, [(256, 64), (256, 64)], False),
+        (192, [(256, 64), (512, 256)], True),  # the second gets what the first gives back
+        (192, [(256, 64), (1024, 64)], False),
+        (192, [(1024, 64), (256, 256)], False),  # the oldest never waits
+    ],
+)
+def test_rows_can_end_if_each_gets_its_columns_after_the_older_ones(
+    free: int, rows: list[tuple[int, int]], ends: bool
+) -> None:
+    held = {}
+    for age, (promised, has) in enumerate(rows):
+        row = row_of([5] * 4, age)
+        row.max_new_tokens, row.entered = promised - 4, float(age)
+        held[row] = has
+    assert labs_waiting.can_end(free, dict(reversed(held.items()))) is ends
+
+
+def test_sixteen_requests_of_an_engine_all_get_the_text_they_get_alone(bound: Bound) -> None:
+    decoder = prepare(random_model("llama", vocab_size=262))
+    model = model_around(decoder, "llama", context_length=8192)
+    lengths = [40 + 90 * (number % 3) for number in range(16)]
+    wanted = [options(max_new_tokens=n, temperature=1.0, seed=n) for n in lengths]
+    expected = [labs.generate(model, prompt(n), each).text for n, each in enumerate(wanted)]
+    bound(decoder, 1400)  # the requests may need 3,500
+    engine = labs_engine.Engine(model, labs.Server(max_batch_rows=16))
+    seen: list[labs_engine.Status] = []
+    engine.before_step.append(lambda: seen.append(engine.status()))
+    answers = [engine.submit(prompt(n), each) for n, each in enumerate(wanted)]
+    ends = [read(each) for each in answers]
+    engine.close()
+    assert [text for text, _ in ends] == expected
+    assert {end.finish_reason for _, end in ends} == {"length"}
+    assert max(each.paused for each in seen) > 1
+    assert seen[-1].halvings == seen[-1].failures == 0
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout"])
+def test_a_row_that_waits_can_be_cancelled_and_ends_at_its_deadline(
+    reason: str, bound: Bound
+) -> None:
+    decoder, ended = prepare(random_model("llama")), list[int]()
+    expected = alone(decoder, LENGTHS)
+    bound(decoder, 700)
+
+    def see(state: loop.Loop) -> None:
+        for row in [each for each in state.rows.values() if each.waits and not ended]:
+            ended.append(row.id)
+            row.cancelled = reason == "cancelled"
+            row.deadline = row.deadline if row.cancelled else 0.0
+
+    found = answered(decoder, rows_of(LENGTHS), see)
+    *tokens, last = found.pop(ended[0])
+    assert last == loop.Ended(reason)  # type: ignore[arg-type]
+    assert tokens == expected.pop(ended[0])[: len(tokens)]
+    assert found == expected
+
+
+def test_if_other_programs_take_memory_the_oldest_row_goes_on(bound: Bound) -> None:
+    decoder, most = prepare(random_model("llama")), [0]
+    expected = alone(decoder, LENGTHS)
+    memory = bound(decoder, 700)
+
+    def see(state: loop.Loop) -> None:
+        most.append(waits(state))
+        memory.others = 10**6 if len(state.batches) else 0
+
+    assert answered(decoder, rows_of(LENGTHS), see) == expected
+    assert max(most) > 1
+
+
+def test_memory_that_runs_out_while_rows_are_arranged_changes_no_token(
+    bound: Bound, monkeypatch: Any
+) -> None:
+    decoder = prepare(random_model("llama"))
+    expected = alone(decoder, LENGTHS)
+    bound(decoder, 700)
+    failing_at(0, monkeypatch, labs_waiting, "_move_layer")
+    assert answered(decoder, rows_of(LENGTHS)) == expected
+
+
+def test_prefixes_are_deleted_before_a_row_waits(bound: Bound) -> None:
+    decoder = prepare(random_model("llama"))
+    memory, waited = bound(decoder, 900), [0]
+
+    class Stored:
+        """Prefixes of 250 columns, which fill memory until they are released."""
+
+        load = store = staticmethod(lambda *_: None)
+
+        def release(self) -> bool:
+            held, memory.others = memory.others, 0
+            return bool(held)
+
+    memory.others = 250
+    rows = rows_of(dict.fromkeys(range(4), 130))
+    state = loop.Loop(prefixes=Stored())  # type: ignore[arg-type]
+    state.before_step = lambda: waited.append(waits(state))
+    by_id = {row.id: row for row in rows}
+    for key, _ in loop.run(decoder, iter([*rows, None]), 4, state):
+        by_id[key].over = sum(by_id[key].generated.values()) >= 130
+    assert (max(waited), memory.others) == (0, 0)
+
+
+def test_slots_that_cuda_graphs_read_are_powers_of_two(bound: Bound) -> None:
+    class Graphs:
+        """Steps without graphs, which stand for steps that read whole powers of two."""
+
+        forward = staticmethod(decode.forward_slots)
+        begin = staticmethod(lambda newcomer: newcomer)
+        release = staticmethod(bool)
+
+    decoder, sizes = prepare(random_model("llama")), set()
+    expected = alone(decoder, LENGTHS)
+    bound(decoder, 1100)
+
+    def see(state: loop.Loop) -> None:
+        sizes.update(batch.cache.cursor.rows for batch in state.batches)
+
+    graphed = dataclasses.replace(decoder, graphs=Graphs())  # type: ignore[arg-type]
+    assert answered(graphed, rows_of(LENGTHS), see) == expected
+    assert sizes <= {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "bamba", "lfm2", "bloom"])
+def test_rows_with_recurrent_states_and_rows_alone_do_not_wait(kind: str) -> None:
+    assert prepare(random_model(kind)).waiting is None
