@@ -352,10 +352,11 @@ def cache_usage(batches: Sequence[Batch]) -> float:
 
 
 def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
-    """Return how many rows of TYPICAL_COLUMNS columns fit in free memory, 1 to `most`."""
+    """Return how many typical rows fit in free memory, 1 to `most`; begun ones if rows can wait."""
     if decoder.mode == "alone":
         return 1
-    row = TYPICAL_COLUMNS * decoder.column_bytes
+    columns = 2 * labs_decode.FIRST_COLUMNS if decoder.waiting else TYPICAL_COLUMNS
+    row = columns * decoder.column_bytes
     return max(1, min(labs_decode.slot_budget(decoder.device) // row if row else most, most))
 
 

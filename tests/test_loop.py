@@ -135,11 +135,14 @@ def test_the_usage_of_the_cache_is_the_share_of_all_slots_that_holds_tokens(
 def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any) -> None:
     assert loop.rows_in_memory(reference("rwkv")[0]) == 1
     assert loop.rows_in_memory(reference("mamba2")[0]) == loop.MOST_ROWS
-    decoder, _ = reference("llama")
+    waits, _ = reference("llama")
+    decoder = dataclasses.replace(waits, waiting=None)
     row = loop.TYPICAL_COLUMNS * decoder.column_bytes / decode.MEMORY_SHARE
     for size, rows in ((0, 1), (5 * row, 5), (5.9 * row, 5), (1e15, loop.MOST_ROWS)):
         free(monkeypatch, size)
         assert loop.rows_in_memory(decoder) == rows
+    free(monkeypatch, 5 * row)
+    assert loop.rows_in_memory(waits) == 10  # they begin with fewer columns
 
 
 # ---------------------------------------------------------------- the kept set

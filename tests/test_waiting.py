@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -82,8 +83,17 @@ def answered(
     return found
 
 
-def alone(decoder: decode.Decoder, lengths: dict[int, int]) -> dict[int, list[Any]]:
-    return {k: v for row in rows_of(lengths) for k, v in answered(decoder, [row]).items()}
+@functools.cache
+def _alone(kind: str, half: bool) -> tuple[decode.Decoder, dict[int, list[Any]]]:
+    model = random_model(kind)
+    decoder = prepare(model.bfloat16() if half else model)
+    return decoder, {k: v for row in rows_of(LENGTHS) for k, v in answered(decoder, [row]).items()}
+
+
+def alone(kind: str, half: bool = False) -> tuple[decode.Decoder, dict[int, list[Any]]]:
+    """Return a decoder, and the outcomes by row id of rows of LENGTHS that each run alone."""
+    decoder, expected = _alone(kind, half)
+    return decoder, {**expected}
 
 
 def waits(state: loop.Loop) -> int:
@@ -96,10 +106,8 @@ def waits(state: loop.Loop) -> int:
 def test_rows_that_wait_end_with_the_tokens_and_bits_that_they_have_alone(
     kind: str, half: bool, bound: Bound
 ) -> None:
-    model = random_model(kind)
-    decoder, waited, most = prepare(model.bfloat16() if half else model), [0], [0]
+    (decoder, expected), waited, most = alone(kind, half), [0], [0]
     assert decoder.invariant
-    expected = alone(decoder, LENGTHS)
     memory = bound(decoder, 700)
 
     def see(state: loop.Loop) -> None:
@@ -150,10 +158,10 @@ def test_rows_can_end_if_each_gets_its_columns_after_the_older_ones(
 def test_sixteen_requests_of_an_engine_all_get_the_text_they_get_alone(bound: Bound) -> None:
     decoder = prepare(random_model("llama", vocab_size=262))
     model = model_around(decoder, "llama", context_length=8192)
-    lengths = [40 + 90 * (number % 3) for number in range(16)]
+    lengths = [40 + 60 * (number % 3) for number in range(16)]
     wanted = [options(max_new_tokens=n, temperature=1.0, seed=n) for n in lengths]
     expected = [labs.generate(model, prompt(n), each).text for n, each in enumerate(wanted)]
-    bound(decoder, 1400)  # the requests may need 3,500
+    bound(decoder, 1200)  # they may need 2,600
     engine = labs_engine.Engine(model, labs.Server(max_batch_rows=16))
     seen: list[labs_engine.Status] = []
     engine.before_step.append(lambda: seen.append(engine.status()))
@@ -170,8 +178,7 @@ def test_sixteen_requests_of_an_engine_all_get_the_text_they_get_alone(bound: Bo
 def test_a_row_that_waits_can_be_cancelled_and_ends_at_its_deadline(
     reason: str, bound: Bound
 ) -> None:
-    decoder, ended = prepare(random_model("llama")), list[int]()
-    expected = alone(decoder, LENGTHS)
+    (decoder, expected), ended = alone("llama"), list[int]()
     bound(decoder, 700)
 
     def see(state: loop.Loop) -> None:
@@ -188,13 +195,13 @@ def test_a_row_that_waits_can_be_cancelled_and_ends_at_its_deadline(
 
 
 def test_if_other_programs_take_memory_the_oldest_row_goes_on(bound: Bound) -> None:
-    decoder, most = prepare(random_model("llama")), [0]
-    expected = alone(decoder, LENGTHS)
+    (decoder, expected), most = alone("llama"), [0]
     memory = bound(decoder, 700)
 
     def see(state: loop.Loop) -> None:
         most.append(waits(state))
-        memory.others = 10**6 if len(state.batches) else 0
+        if sum(len(batch.rows) for batch in state.batches) == len(LENGTHS):
+            memory.others = 10**6
 
     assert answered(decoder, rows_of(LENGTHS), see) == expected
     assert max(most) > 1
@@ -203,8 +210,7 @@ def test_if_other_programs_take_memory_the_oldest_row_goes_on(bound: Bound) -> N
 def test_memory_that_runs_out_while_rows_are_arranged_changes_no_token(
     bound: Bound, monkeypatch: Any
 ) -> None:
-    decoder = prepare(random_model("llama"))
-    expected = alone(decoder, LENGTHS)
+    decoder, expected = alone("llama")
     bound(decoder, 700)
     failing_at(0, monkeypatch, labs_waiting, "_move_layer")
     assert answered(decoder, rows_of(LENGTHS)) == expected
@@ -212,10 +218,10 @@ def test_memory_that_runs_out_while_rows_are_arranged_changes_no_token(
 
 def test_prefixes_are_deleted_before_a_row_waits(bound: Bound) -> None:
     decoder = prepare(random_model("llama"))
-    memory, waited = bound(decoder, 900), [0]
+    memory, waited = bound(decoder, 1100), [0]
 
     class Stored:
-        """Prefixes of 250 columns, which fill memory until they are released."""
+        """Prefixes of 500 columns, which fill memory until they are released."""
 
         load = store = staticmethod(lambda *_: None)
 
@@ -223,10 +229,13 @@ def test_prefixes_are_deleted_before_a_row_waits(bound: Bound) -> None:
             held, memory.others = memory.others, 0
             return bool(held)
 
-    memory.others = 250
+    def see() -> None:
+        waited.append(waits(state))
+        if [len(row.ids) for row in state.rows.values()].count(60) == 1:
+            memory.others = 500  # all rows run, and need more columns soon
+
     rows = rows_of(dict.fromkeys(range(4), 130))
-    state = loop.Loop(prefixes=Stored())  # type: ignore[arg-type]
-    state.before_step = lambda: waited.append(waits(state))
+    state = loop.Loop(prefixes=Stored(), before_step=see)  # type: ignore[arg-type]
     by_id = {row.id: row for row in rows}
     for key, _ in loop.run(decoder, iter([*rows, None]), 4, state):
         by_id[key].over = sum(by_id[key].generated.values()) >= 130
@@ -241,8 +250,7 @@ def test_slots_that_cuda_graphs_read_are_powers_of_two(bound: Bound) -> None:
         begin = staticmethod(lambda newcomer: newcomer)
         release = staticmethod(bool)
 
-    decoder, sizes = prepare(random_model("llama")), set()
-    expected = alone(decoder, LENGTHS)
+    (decoder, expected), sizes = alone("llama"), set()
     bound(decoder, 1100)
 
     def see(state: loop.Loop) -> None:
