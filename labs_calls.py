@@ -21,6 +21,7 @@ import labs_alone
 import labs_decode
 import labs_loop
 import labs_states
+import labs_waiting
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
 STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
@@ -31,6 +32,8 @@ def speed_up(decoder: Decoder) -> Decoder:
     """Add guesses, splitting, growth and rows that run alone; packed prompts for plain caches."""
     parts = {"step_alone": step_speculative, "halves": split_after_oom, "grow": grow}
     decoder = replace(decoder, stepwise=labs_alone.stepwise, **parts)  # type: ignore[arg-type]
+    if decoder.can_reuse_prefix:  # keys and values can be divided among batches
+        decoder = replace(decoder, waiting=labs_waiting.Waiting())
     if decoder.mode != "joins":
         return decoder
     layers = DynamicCache(config=decoder.config).layers
@@ -226,7 +229,7 @@ def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
 def apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
     """Copy a row into slots of its own, which have columns for more tokens."""
     row = batch.rows[index]
-    alone = labs_decode.new_batch(decoder, row)
+    alone, row.shared = labs_decode.new_batch(decoder, row), 0
     for mine, all_rows in zip(*(b.cache.stateful_layers for b in (alone, batch)), strict=True):
         mine.lazy_initialization(all_rows.keys, all_rows.values)
         for to, states in zip(mine.buffers, all_rows.read(index, 0, row.written), strict=True):
@@ -235,13 +238,11 @@ def apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
 
 
 def grow(batch: Batch, tokens: int = 1) -> None:
-    """Have columns for the next tokens of all rows: twice as many, or as many as they may need."""
-    cache, most = batch.cache, max(row.columns for row in batch.rows)
-    needed = max(row.written for row in batch.rows) + tokens
+    """Have columns for the next tokens of all rows."""
+    cache, needed = batch.cache, max(row.written for row in batch.rows) + tokens
     if needed > cache.cursor.columns and batch.stepwise is None:
-        twice = 2 * cache.cursor.columns - cache.cursor.shared
-        columns = max(needed, min(twice, most))
-        cache.resize(len(batch.rows), cache.cursor.rows, labs_decode.blocks(columns))
+        columns = labs_waiting.wider(batch, tokens)
+        cache.resize(len(batch.rows), cache.cursor.rows, columns)
 
 
 def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:

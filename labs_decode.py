@@ -89,6 +89,7 @@ class Row:
     reader wants no more tokens. exact_columns: the leading columns prefilled in whole chunks.
     cached: prompt tokens taken from a prefix. deadline, entered: by time.perf_counter(). seen: the
     distinct ids. bias: ids and values of logit_bias on the device of the logits, once uploaded.
+    waits: for memory, see labs_waiting. shared: columns that its slot leaves out, see labs_shared.
     """
 
     id: int
@@ -101,6 +102,8 @@ class Row:
     exact_prefix: bool = False
     cancelled: bool = False
     over: bool = False
+    waits: bool = False
+    shared: int = 0
     prompt_length: int = 0
     written: int = 0
     exact_columns: int = 0
@@ -280,6 +283,7 @@ class Slots(cache_utils.Cache):
     def __init__(self, config: PretrainedConfig, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=blocks(columns))
         self.captured: dict[tuple[int, int], object] = {}  # CUDA graphs that read these slots
+        self.doubles = True  # in `make_room`, where memory is not short
         super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
     def _layer(self, old: CacheLayer) -> CacheLayer:
@@ -310,7 +314,7 @@ class Slots(cache_utils.Cache):
     def make_room(self, live: int, columns: int) -> None:
         """Have a slot free beside the first `live` ones, doubling their number if all are taken."""
         at = self.cursor
-        rows = at.rows if live < at.rows else 2 * at.rows
+        rows = at.rows if live < at.rows else live + (at.rows if self.doubles else 1)
         self.resize(live, rows, max(columns, at.columns))
 
     def resize(self, live: int, rows: int, columns: int) -> None:
@@ -559,8 +563,9 @@ class Decoder:
     model's own; why_forward: why it does or not. quant_method: how weights are packed.
     prefill_packed: None if each prompt is prefilled alone. step_alone: steps a lone row by one
     token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
-    before a step; None if slots have all from the beginning. stepwise: yields the logits of a row
-    in mode "alone" and receives its tokens. join: replaces labs_loop.join_best.
+    before a step; None if slots have all from the beginning. waiting: a labs_waiting.Waiting, None
+    if rows begin only where memory has all columns they may need. stepwise: yields the logits of a
+    row in mode "alone" and receives its tokens. join: replaces labs_loop.join_best.
     """
 
     model: PretrainedModel
@@ -582,6 +587,7 @@ class Decoder:
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
     grow: Callable[[Batch], None] | None = None
+    waiting: Any = None
     stepwise: Callable[[Decoder, Row], Generator[Tensor, int, None]] | None = None
     join: Callable[[Decoder, Sequence[Batch], Batch], list[Batch]] | None = None
 

@@ -31,6 +31,7 @@ from labs_decode import COLUMNS, SUMMED, Batch, Decoder, Pair, Row, SlotLayer, S
 LEAST = 0.125  # of the weights' bytes: to read less than that once less is not worth the trouble
 STAYS = 0.5  # of the weights' bytes: with less, a batch of its own does not pay any more
 T = TypeVar("T")
+Join = Callable[[Decoder, Sequence[Batch], Batch], list[Batch]]
 
 
 class SharedLayer(SlotLayer):  # type: ignore[no-untyped-call]
@@ -80,13 +81,14 @@ def is_shared(batch: Batch) -> bool:
 def join(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
     """Put a newcomer into a batch, beside rows that begin alike if it pays."""
     if decoder.model._forward_hooks:  # transformers' modules run, which know no shared columns
-        return labs_loop.join_best(decoder, batches, newcomer)
+        return _beside(decoder)(decoder, batches, newcomer)
     row, bytes_per_column = newcomer.rows[0], newcomer.cache.bytes_per_column
     alike = [b for b in batches if isinstance(b.cache, SharedSlots) and b.cache.begins(row)]
     others = [batch for batch in batches if all(batch is not each for each in alike)]
     if alike and (alone := _unless_full(lambda: _apart(decoder, newcomer, 0, alike[0].cache))):
-        return [*others, *labs_loop.join_best(decoder, alike, alone)]
-    plain = [row for batch in batches if not is_shared(batch) for row in batch.rows]
+        return [*others, *_beside(decoder)(decoder, alike, alone)]
+    rows = [row for batch in batches if not is_shared(batch) for row in batch.rows]
+    plain = [row for row in rows if not row.waits]
     mates, shared = _mates(plain, row)
     joins_all = len(mates) == sum(len(batch.rows) for batch in batches)
     least = decoder.weight_bytes * (LEAST if joins_all else 1)  # a batch more reads them once more
@@ -112,6 +114,11 @@ def _columns_alike(a: Row, b: Row) -> int:
     return columns if columns >= labs_decode.CHUNK else 0
 
 
+def _beside(decoder: Decoder) -> Join:
+    """Return what puts a row into the first batch that it does not slow down."""
+    return decoder.waiting.join if decoder.waiting else labs_loop.join_best
+
+
 def _unless_full(function: Callable[[], T]) -> T | None:
     """Return the function's result, None if memory ran out."""
     try:
@@ -135,7 +142,7 @@ def _start(
     sharing, left = [_apart(decoder, *first, shared)], list[Batch]()
     for place in others:
         alone = _apart(decoder, *place, sharing[0].cache)
-        sharing = labs_loop.join_best(decoder, sharing, alone)
+        sharing = _beside(decoder)(decoder, sharing, alone)
     for batch in batches:  # from here on nothing can fail
         kept = [row.id for row in batch.rows if row.id not in mates]
         rest = labs_decode.keep(batch, kept) if len(kept) < len(batch.rows) else batch
@@ -158,6 +165,7 @@ def _apart(decoder: Decoder, batch: Any, index: int, shared: Any) -> Batch:
         mine.lazy_initialization(theirs.keys, theirs.values)
         for buffer, states in zip(mine.buffers, theirs.read(index, size, row.written), strict=True):
             buffer[0, :, : row.written - size] = states
+    row.shared = size
     return Batch((row,), slots)
 
 
@@ -170,7 +178,7 @@ def _blocks(columns: int) -> int:
 def _join_plain(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
     """Join a batch that shares nothing. Rows whose sharing does not pay beside it join it too."""
     plain = [batch for batch in batches if not is_shared(batch)]
-    plain, kept = labs_loop.join_best(decoder, plain, newcomer), list[Batch]()
+    plain, kept = _beside(decoder)(decoder, plain, newcomer), list[Batch]()
     for batch in filter(is_shared, batches):
         shared = batch.cache.cursor.shared * batch.cache.bytes_per_column
         pays = (len(batch.rows) - 1) * shared >= STAYS * decoder.weight_bytes
@@ -178,7 +186,7 @@ def _join_plain(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> 
         spread = functools.partial(_spread, decoder, batch)
         alone = None if pays or not fits else _unless_full(spread)
         for each in alone or ():
-            plain = labs_loop.join_best(decoder, plain, each)
+            plain = _beside(decoder)(decoder, plain, each)
         kept += [] if alone else [batch]
     return [*kept, *plain]
 
