@@ -251,3 +251,32 @@ def test_choices_of_one_prompt_share_it_and_have_their_own_texts() -> None:
     alone = [labs.generate(model, inputs[0], each).text for each in options]
     assert [*texts.values()] == alone
     assert len({*alone}) == 5
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_rows_that_share_columns_wait_for_memory_as_others_do(
+    others: int, monkeypatch: Any
+) -> None:
+    decoder, seen, columns = decoder_of(), set[bool](), 3200
+    expected = alone(decoder, rows_of([8] * 6, new=330))
+    state = Watched(prefixes=labs_prefixes.Prefixes(0))
+
+    def free(_: object) -> int:
+        held = Watched()
+        held.batches = [*state.batches, *state.prefilling]
+        held.see()
+        return max(columns * decoder.column_bytes - held.most, 0)
+
+    def see() -> None:
+        state.see()
+        seen.update(row.waits for row in state.rows.values() if row.shared)
+
+    state.before_step = see
+    monkeypatch.setattr(decode, "FIRST_COLUMNS", 1)
+    monkeypatch.setattr(decode, "slot_budget", free)
+    rows = rows_of([8] * 6, new=330)
+    more = [dataclasses.replace(row, id=9 + row.id) for row in rows_of([30] * others, 0, new=330)]
+    found = decoded(decoder, [*rows, *more], state)
+    assert {key: found[key] for key in expected} == expected
+    assert seen == {True, False}
+    assert max(shared for _, shared in state.seen) == 512
