@@ -511,14 +511,14 @@ def _model_of(
 def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_decode.Decoder:
     import labs_decode
 
-    decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
     packs = spec.quantization.quant_method not in ("auto", "none", "gguf")
-    if not (packs or decoder.mode == "alone" or _is_there("labs_faster")):
-        return decoder
-    require("labs_faster")
-    import labs_faster
-
-    return labs_faster.speed_up(decoder, spec)
+    if packs or _is_there("labs_faster"):
+        require("labs_faster")
+        import labs_faster  # its files know more kinds of caches
+    decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
+    if decoder.mode == "alone":
+        require("labs_faster")
+    return labs_faster.speed_up(decoder, spec) if _is_there("labs_faster") else decoder
 
 
 def locate(

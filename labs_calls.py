@@ -3,7 +3,7 @@
 
     decoder = labs_calls.speed_up(labs_decode.prepare(model))
 
-This file needs labs_alone.py, labs_decode.py, labs_loop.py, torch and transformers.
+This file needs labs_alone.py, labs_decode.py, labs_loop.py and labs_states.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function
 import labs_alone
 import labs_decode
 import labs_loop
+import labs_states
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
 STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
@@ -212,12 +213,12 @@ def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
     if size == 1 and not (long and at.rows > 1):
         return []
     half = (size + 1) // 2
-    if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
+    if not any(isinstance(layer, labs_states.StateLayer) for layer in batch.cache.layers):
         if not long:
             return [replace(batch, at_once=half)]
-        apart = [apart(decoder, batch, index) for index in long.values()]
+        alone = [apart(decoder, batch, index) for index in long.values()]
         rest = labs_decode.keep(batch, [row.id for row in batch.rows if row.id not in long])
-        return [*apart, *([] if rest is None else [rest])]
+        return [*alone, *([] if rest is None else [rest])]
     batch.cache.layers.clear()
     return [_rewrite(decoder, r) for r in (batch.rows[:half], batch.rows[half:]) if r]
 

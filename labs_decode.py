@@ -34,7 +34,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -266,66 +266,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Do nothing: the slots of the rows from `live` on stay for newcomers."""
 
 
-class StateLayer(LinearAttentionLayer):
-    """Recurrent states, one row of each tensor per row of the batch."""
-
-    def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
-        super().__init__(number_of_states=number_of_states)
-
-    def _states(self) -> list[tuple[dict[int, Any], int]]:
-        return [(states, i) for states in (self.conv_states, self.recurrent_states) for i in states]
-
-    def write(self, row: int, other: StateLayer, columns: int) -> None:
-        """Append a newcomer's states; those that the model does not use are None in both layers."""
-        for (states, i), (others, _) in zip(self._states(), other._states(), strict=True):
-            if states[i] is not None:
-                states[i] = torch.cat([states[i][:row], others[i]])
-
-    def resize(self, live: int, rows: int, columns: int) -> None:
-        """Do nothing: states have no columns, and `write` appends their rows."""
-
-    def move(self, source: int, target: int, columns: int) -> None:
-        for states, i in self._states():
-            if states[i] is not None:
-                states[i][target] = states[i][source]
-
-    def cut(self, live: int) -> None:
-        for states, i in self._states():
-            states[i] = None if states[i] is None else states[i][:live].clone()
-
-
-class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-call]
-    """Slots beside recurrent states, for layers that have both."""
-
-    is_compileable = False
-
-    def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
-        SlotLayer.__init__(self, cursor)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        kind = SlotLayer if args else LinearAttentionLayer
-        kind.lazy_initialization(self, *args, **kwargs)
-
-    def resize(self, live: int, rows: int, columns: int) -> None:
-        SlotLayer.resize(self, live, rows, columns)
-
-    def write(self, row: int, other: CacheLayer, columns: int) -> None:
-        SlotLayer.write(self, row, other, columns)
-        StateLayer.write(self, row, other, columns)
-
-    def move(self, source: int, target: int, columns: int) -> None:
-        SlotLayer.move(self, source, target, columns)
-        StateLayer.move(self, source, target, columns)
-
-
-# By exact type, as a subclass may hold more.
-_LAYERS: dict[type, type | None] = {
+# By exact type, as a subclass may hold more. labs_states.py adds layers with recurrent states.
+LAYERS: dict[type, type | None] = {
     cache_utils.DynamicLayer: SlotLayer,
     cache_utils.DynamicSlidingWindowLayer: SlotLayer,
-    cache_utils.LinearAttentionAndFullAttentionLayer: HybridLayer,
-    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
-    cache_utils.LinearAttentionLayer: StateLayer,
     cache_utils.DummyLayer: None,  # it stays as it is
 }
 
@@ -339,13 +283,13 @@ class Slots(cache_utils.Cache):
         super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
     def _layer(self, old: CacheLayer) -> CacheLayer:
-        kind, states = _LAYERS[type(old)], getattr(old, "number_of_states", 1)
+        kind, states = LAYERS[type(old)], getattr(old, "number_of_states", 1)
         return kind(self.cursor, number_of_states=states) if kind else old
 
     @property
     def stateful_layers(self) -> list[CacheLayer]:
         """The layers that hold keys, values or states."""
-        return [layer for layer in self.layers if isinstance(layer, (SlotLayer, StateLayer))]
+        return [layer for layer in self.layers if type(layer) not in LAYERS]
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -376,6 +320,10 @@ class Slots(cache_utils.Cache):
             for layer in self.stateful_layers:
                 layer.resize(live, rows, columns)
         self.cursor.rows, self.cursor.columns = rows, columns
+
+
+def _is_slotted(layer: type) -> bool:
+    return issubclass(LAYERS.get(layer) or object, SlotLayer)
 
 
 def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
@@ -455,7 +403,8 @@ def flash_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | No
 
     q: [N, Q, dim], which is padded to a multiple of eight. mask: [N, 1 or Q, T], to be added.
     """
-    n, parts, short = len(q), max(1, k.shape[1] // SUMMED), -q.shape[1] % 8
+    n, total, short = len(q), k.shape[1], -q.shape[1] % 8
+    parts = 1 if total % SUMMED else total // SUMMED
     q = torch.nn.functional.pad(q, (0, 0, 0, short))[:, None].expand(-1, parts, -1, -1)
     k, v = (each.view(n, parts, -1, each.shape[-1]) for each in (k, v))
     mask = torch.nn.functional.pad(mask, (0, 0, 0, short if mask.shape[1] > 1 else 0))
@@ -668,7 +617,7 @@ class Decoder:
     def column_bytes(self) -> int:
         """Bytes of one token's keys and values by the configuration; 0 if it does not say."""
         config, layers = self.config, _cache_layers(self.config)
-        slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in layers]
+        slotted = [_is_slotted(type(layer)) for layer in layers]
         latent, rotary = _int_of(config, "kv_lora_rank"), _int_of(config, "qk_rope_head_dim")
         heads, dim = _int_of(config, "num_attention_heads"), _int_of(config, "head_dim")
         dim = dim or _int_of(config, "hidden_size") // max(heads, 1)
@@ -684,16 +633,15 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     """
     mode, reason = mode_of(model)
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
-    recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     words = frozenset(inspect.signature(model.forward).parameters)
     parts: list[Any] = [getattr(each, "config", None) for each in model.modules()]
     parts = [each for each in parts if hasattr(each, "_attn_implementation")]
-    slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
+    slots_only = all(LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     decoder = Decoder(
         model=model,
         mode=mode,
         reason=reason,
-        packable=mode == "joins" and not recurrent,
+        packable=mode == "joins" and slots_only,
         can_reuse_prefix=bool(layers) and slots_only,
         forward_parameters=words,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -728,9 +676,9 @@ def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
         layers = {type(layer) for layer in _cache_layers(config)}
     except Exception as error:  # the configuration may be of any kind
         return "alone", f"its configuration describes no cache ({type(error).__name__}: {error})"
-    if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
+    if unknown := sorted(layer.__name__ for layer in layers if layer not in LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
-    slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
+    slotted = any(map(_is_slotted, layers))
     if not {*CACHE_PARAMETERS} & {*inspect.signature(model.forward).parameters}:
         return "alone", f"{kind} takes its cache by a name that labs does not know"
     if slotted and not model._can_set_attn_implementation():

@@ -689,7 +689,8 @@ ROOMS = {
     "labs_attention.py": (220, "decode"),
     "labs_shared.py": (260, "attention calls decode loop prefixes"),
     "labs_alone.py": (60, "decode"),
-    "labs_calls.py": (300, "alone decode loop"),
+    "labs_calls.py": (300, "alone decode loop states"),
+    "labs_states.py": (100, "decode"),
     "labs_defaults.py": (200, "settings decode"),
     "labs_fast.py": (400, "decode graphs packing"),
     "labs_faster.py": (60, "settings decode calls probe fast forward shared"),
@@ -834,7 +835,13 @@ ROOMS = {
     "labs_ray.py": (430, "labs api gate jsonl models serve service turns"),
     "labs_vendor.py": (140, "labs"),
 }
-UNTYPED_SIGNATURES = {"attention", "attention_invariant", "step_attention"}  # as transformers calls
+UNTYPED_SIGNATURES = {
+    "attention",
+    "attention_invariant",
+    "attend",
+    "attend_exactly",
+    "attend_in_parts",
+}  # as transformers calls
 
 
 def rooms_of(nodes: Any) -> set[str]:

@@ -19,6 +19,7 @@ from transformers.generation import logits_process
 import labs
 import labs_decode as decode
 import labs_loop as loop
+import labs_states
 
 # ---------------------------------------------------------------- which rows run when
 
@@ -67,7 +68,7 @@ def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_bat
 ) -> None:
     decoder, expected = reference(kind)
     batch, new = joined(decoder, [0, 1]), newcomer(decoder, FOUR[2], 2)
-    layer = decode.SlotLayer if kind == "llama" else decode.StateLayer
+    layer = decode.SlotLayer if kind == "llama" else labs_states.StateLayer
     failing_at(1, monkeypatch, layer, method)
     batches = loop.join_best(decoder, [batch], new)
     assert [[row.id for row in each.rows] for each in batches] == [[0, 1], [2]]
