@@ -200,7 +200,7 @@ def table(found: Iterable[Kept]) -> str:
         place = each.place + (f" ({', '.join(each.revisions)})" if each.kind == "hub" else "")
         place += f" ({each.files} files)" if each.files else ""
         place += " (in use)" if each.uses else ""
-        rows.append((plain(each.name), each.kind, size, date, plain(place)))
+        rows.append((each.name, each.kind, size, date, place))
     a, b, c, d = (max(len(row[column]) for row in rows) for column in range(4))
     return "".join(f"{n:{a}}  {k:{b}}  {s:>{c}}  {t:{d}}  {p}\n" for n, k, s, t, p in rows)
 
@@ -214,11 +214,6 @@ def human(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def plain(text: str) -> str:
-    """Return a text without characters that could steer a terminal."""
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
 def remove(config: labs.Config, name: str, certain: bool) -> None:
     """Delete a conversion or a repository from its cache, after a question unless `certain`."""
     found = kept(config)
@@ -226,7 +221,7 @@ def remove(config: labs.Config, name: str, certain: bool) -> None:
     if each.uses:
         processes = ", ".join(map(str, each.uses))
         raise labs.ModelError(f"{each.name} is in use by process {processes}: end it first")
-    labs_shell.tell(f"{plain(each.place)}: {human(each.bytes or 0)}")
+    labs_shell.tell(f"{each.place}: {human(each.bytes or 0)}")
     if not certain:
         if not sys.stdin.isatty():
             raise click.UsageError("nothing was deleted: give --yes where nobody can be asked")
@@ -251,12 +246,12 @@ def _meant(found: list[Kept], name: str) -> Kept:
         raise labs.ModelError(f"{name} may be {' or '.join(same)}: give the whole name")
     for each in found:
         if each.name == name:
-            place = plain(each.place)
-            raise labs.ModelError(f"{name} is configured, not in a cache: {place} is not deleted")
+            text = f"{name} is configured, not in a cache: {each.place} is not deleted"
+            raise labs.ModelError(text)
     starts = {key[: len(name)].casefold(): key for key in cached}
     close = difflib.get_close_matches(name.casefold(), starts, n=1)
     hint = f"did you mean {starts[close[0]]}?" if close else "labs-gen models lists them"
-    raise labs.ModelError(f"no cache has a model {plain(name)}; {hint}")
+    raise labs.ModelError(f"no cache has a model {name}; {hint}")
 
 
 def _delete(each: Kept) -> None:

@@ -280,7 +280,7 @@ def test_a_conversion_is_removed_only_after_yes(cached):
         ("tinny", "no cache has a model tinny; did you mean Tiny.Q4_0-0123456789abcdef0123-bf16?"),
         ("smollm2-135m-instruct", "smollm2-135m-instruct is configured, not in a cache"),
         ("../x", "no cache has a model ../x"),
-        ("\x1b[2Jx", r"no cache has a model ?[2Jx"),
+        ("\x1b[2Jx", "no cache has a model x"),  # click leaves such bytes out of a pipe
     ],
 )
 def test_what_no_cache_has_is_not_removed(name, sentence, cached):
