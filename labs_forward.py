@@ -132,7 +132,7 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Cache, want
     attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
     offset = cache.get_query_offset()
     steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
-    if steps and x.dtype == torch.float32 and x.is_cpu:
+    if steps and not cache.attention and x.dtype == torch.float32 and x.is_cpu:
         attend, masks = step_attention, {k: _for_heads(weights, m) for k, m in masks.items()}
     batch, x = x.shape[:2], x.flatten(0, 1)
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
