@@ -513,6 +513,7 @@ def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_dec
 
     decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
     packs = spec.quantization.quant_method not in ("auto", "none", "gguf")
+    packs |= spec.quantization.kv_dtype != "auto"
     if not (packs or decoder.mode == "alone" or _is_there("labs_faster")):
         return decoder
     require("labs_faster")

@@ -122,7 +122,7 @@ class Weights:
 # ---------------------------------------------------------------- the forward
 
 
-def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Cache, wanted: Any) -> Tensor:
+def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted: Any) -> Tensor:
     """Return logits [B, N, V] of ids [B, Q] at positions [B, Q], as labs_decode.call_model does."""
     x = weights.embed(ids)
     x = x if weights.embedding_scale == 1 else x * weights.embedding_scale

@@ -11,28 +11,30 @@ reads what is stored, prompts too.
 On a CPU, a step reads the bytes in place: blocks of keys become float32 while they are in the
 cache, and values are summed by the kernel for quantised embeddings (FBGEMM's embedding bag).
 Elsewhere, and for prompts, a layer's keys and values are dequantised before attention reads them.
-Needs labs_decode.py.
+Needs labs_compare.py and labs_decode.py.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
 
+import labs_compare
 import labs_decode
-from labs_decode import SUMMED, CacheLayer, Decoder, Pair, PretrainedConfig, SlotLayer, Tensor
+from labs_decode import SUMMED, CacheLayer, Decoder, Pair, SlotLayer, Tensor
 
 NAME = "labs_int8"  # of the attention in transformers
 KEY_TAIL, VALUE_TAIL = 4, 8  # bytes: a key's scale; a value's scale and least number, as float32
 LARGEST = 127  # keys are -127 to 127 times their scale
+OFF = 0.5  # share of the logits' spread; tiny models are 0.01 to 0.3 off, other logits are 1
 BLOCK_BYTES = 2**23  # float32 keys at once: much more would leave the CPU's cache
 
 
-class ByteLayer(SlotLayer):
+class ByteLayer(SlotLayer):  # type: ignore[no-untyped-call]
     """Keys as int8 [rows, heads, columns, dim + 4] and values as uint8 [..., dim + 8]."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
@@ -84,8 +86,13 @@ def packed_values(states: Tensor) -> Tensor:
     states = states.float()
     if states.is_cpu:
         lines = states.reshape(-1, states.shape[-1])
-        rows = torch.ops.quantized.embedding_bag_byte_prepack(lines)
+        rows: Tensor = torch.ops.quantized.embedding_bag_byte_prepack(lines)
         return rows.view(*states.shape[:-1], -1)
+    return rows_of_values(states)
+
+
+def rows_of_values(states: Tensor) -> Tensor:
+    """Return float32 values [..., dim] as `packed_values` does, by common operations."""
     least, most = torch.aminmax(states, dim=-1, keepdim=True)
     scale = (most - least).div_(255)
     numbers = (states - least).div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()
@@ -94,7 +101,7 @@ def packed_values(states: Tensor) -> Tensor:
 
 def read_values(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values [..., dim] from uint8 [..., dim + 8]."""
-    scale, least = values[..., -VALUE_TAIL:].view(torch.float32).split(1, -1)
+    scale, least = torch.split(values[..., -VALUE_TAIL:].view(torch.float32), 1, -1)
     return torch.addcmul(least, values[..., :-VALUE_TAIL].to(torch.float32), scale).to(dtype)
 
 
@@ -113,7 +120,8 @@ def attention(
     names = ("softcap", "s_aux", "position_bias")
     special = attention_mask is None or any(options.get(name) is not None for name in names)
     if key.dtype == torch.int8 and not special:
-        output = step_attention(query[: len(key)], key, value, attention_mask, options.get("scaling"))
+        q = query[: len(key)].float() * (options.get("scaling") or query.shape[-1] ** -0.5)
+        output = step_attention(q, key, value, cast("Tensor", attention_mask)).to(query.dtype)
         return output.expand(len(query), -1, -1, -1), None  # as labs_decode.attention_invariant
     if key.dtype == torch.int8:
         key, value = read_keys(key, query.dtype), read_values(value, query.dtype)
@@ -121,17 +129,17 @@ def attention(
     return function(module, query, key, value, attention_mask, **options)
 
 
-def step_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: Any = None) -> Tensor:
-    """Return attention [B, 1, heads, dim] of q [B, heads, 1, dim], computed in float32.
+def step_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Return attention [B, 1, heads, dim] of scaled q [B, heads, 1, dim], in float32.
 
     keys, values: [B, groups, T, ...] in 8 bits. mask [B, 1, 1, T], to add.
     """
     (batch, heads, _, dim), (groups, total) = q.shape, keys.shape[1:3]
-    queries = q.reshape(batch * groups, -1, dim).float() * (scale or dim**-0.5)
+    queries = q.reshape(batch * groups, -1, dim)
     keys, values = (each.reshape(batch * groups, total, -1) for each in (keys, values))
     scores = key_products(queries, keys).view(batch, heads, 1, total)
     weights = scores.add_(mask).view(batch * groups, -1, total).softmax(-1)
-    return weighted(weights, values).view(batch, 1, heads, dim).to(q.dtype)
+    return weighted(weights, values).view(batch, 1, heads, dim)
 
 
 def key_products(queries: Tensor, keys: Tensor) -> Tensor:
@@ -141,7 +149,7 @@ def key_products(queries: Tensor, keys: Tensor) -> Tensor:
     queries = torch.nn.functional.pad(queries, (0, KEY_TAIL))  # whole lines are read faster
     products = queries.new_empty((*queries.shape[:2], total))
     numbers = queries.new_empty((lines, min(size, total), width))
-    for block, to in zip(keys.split(size, 1), products.split(size, 2), strict=True):
+    for block, to in zip(torch.split(keys, size, 1), torch.split(products, size, 2), strict=True):
         part = numbers[:, : block.shape[1]].copy_(block)
         torch.mul(queries @ part.transpose(1, 2), scales(block).transpose(1, 2), out=to)
     return products
@@ -156,8 +164,9 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
     width, line = values.shape[2], values.stride(0) // values.shape[2]
     table = values.as_strided(((lines - 1) * line + total, width), (width, 1))
     places, starts = bags(lines, number, total, line)
-    return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-        table, places, starts, False, 0, False, weights.flatten(), None, True
+    bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+    return cast(
+        "Tensor", bag(table, places, starts, False, 0, False, weights.flatten(), None, True)
     )
 
 
@@ -177,25 +186,28 @@ AttentionMaskInterface.register(NAME, labs_decode.attention_mask)
 # ---------------------------------------------------------------- which models
 
 
+@torch.inference_mode()
 def in_bytes(decoder: Decoder) -> Decoder:
     """Return a decoder whose slots have 8 bits. Raises ValueError if its model cannot have them."""
-    if why := fault(decoder):
+    if why := unfit(decoder):
         raise ValueError(f"kv_dtype = int8: {why}")
-    decoder = replace(decoder, slots=ByteSlots)
-    return labs_decode.with_invariance(decoder, decoder.invariant)
+    invariant = decoder.invariant
+    decoder = labs_decode.with_invariance(replace(decoder, slots=ByteSlots), invariant)
+    own = replace(labs_compare.Own.of(decoder.model), most=OFF)
+    if why := own.fault or own.wrong(labs_compare.together(decoder, own.texts)):
+        labs_decode.with_invariance(replace(decoder, slots=labs_decode.Slots), invariant)
+        raise ValueError(f"kv_dtype = int8: {why}")
+    return decoder
 
 
-def fault(decoder: Decoder) -> str:
-    """Return why the keys and values of a model cannot be held in 8 bits, or ""."""
+def unfit(decoder: Decoder) -> str:
+    """Return why the keys and values of a model cannot be held in 8 bits, or an empty text."""
     if decoder.mode != "joins":
-        return f"its rows have no slots ({decoder.reason})"
+        return f"labs does not hold its keys and values ({decoder.reason})"
     known = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
     layers = DynamicCache(config=decoder.config).layers
     if other := {type(layer).__name__ for layer in layers if type(layer) not in known}:
-        return f"its cache also holds states, which need all their bits ({min(other)})"
-    return latent(decoder.config)
-
-
-def latent(config: PretrainedConfig) -> str:
-    shared = getattr(config, "kv_lora_rank", None)
-    return "its heads share compressed (latent) keys and values" if shared else ""
+        return f"its cache has more than keys and values of each token ({min(other)})"
+    if getattr(decoder.config, "kv_lora_rank", None):
+        return "its keys and values are compressed already, for all heads together"
+    return ""
