@@ -90,6 +90,7 @@ def doc(text: str, **bounds: Any) -> Meta:
 
 Kind = Literal["text", "embedding", "rerank"]
 Packing = Literal["auto", "none", "fp16", "int8", "int4", "gguf"]
+KvDtype = Literal["auto", "int8"]
 Dtype = Literal["auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -162,7 +163,7 @@ class Quantization(Strict, frozen=True, kw_only=True):
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("Use this 4-bit format.")] = "nf4"
     bnb_4bit_use_double_quant: Annotated[bool, doc("Also quantise the 4-bit constants.")] = False
     quant_method: Annotated[Packing, doc("Hold the weights on a CPU in this form.")] = "auto"
-    kv_dtype: Annotated[Literal["auto", "int8"], doc("Hold keys and values so.")] = "auto"
+    kv_dtype: Annotated[KvDtype, doc("Hold keys and values in the model's dtype or int8.")] = "auto"
 
     def __post_init__(self) -> None:
         methods = [self.load_in_4bit, self.load_in_8bit, self.quant_method not in ("auto", "none")]
