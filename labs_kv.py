@@ -8,7 +8,7 @@ its own. So a number never changes later, and does not depend on other tokens or
 behind the numbers in the same buffers, so that all that moves columns moves both. All attention
 reads what is stored, prompts too.
 
-On a CPU, a step reads the bytes in place: blocks of keys become float32 while they are in the
+On a CPU, a step reads the bytes in place: some rows' keys at a time become float32, in the
 cache, and values are summed by the kernel for quantised embeddings (FBGEMM's embedding bag).
 Elsewhere, and for prompts, a layer's keys and values are dequantised before attention reads them.
 Needs labs_compare.py and labs_decode.py.
@@ -25,13 +25,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 import labs_compare
 import labs_decode
-from labs_decode import SUMMED, CacheLayer, Decoder, Pair, SlotLayer, Tensor
+from labs_decode import CacheLayer, Decoder, Pair, SlotLayer, Tensor
 
 NAME = "labs_int8"  # of the attention in transformers
 KEY_TAIL, VALUE_TAIL = 4, 8  # bytes: a key's scale; a value's scale and least number, as float32
 LARGEST = 127  # keys are -127 to 127 times their scale
 OFF = 0.5  # share of the logits' spread; tiny models are 0.01 to 0.3 off, other logits are 1
-BLOCK_BYTES = 2**23  # float32 keys at once: much more would leave the CPU's cache
+BLOCK_BYTES = 2**22  # float32 keys at once: more would leave the CPU's cache
 
 
 class ByteLayer(SlotLayer):  # type: ignore[no-untyped-call]
@@ -144,15 +144,15 @@ def step_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Ten
 
 def key_products(queries: Tensor, keys: Tensor) -> Tensor:
     """Return queries [N, G, dim] times keys [N, T, dim + 4] in 8 bits, [N, G, T]."""
-    (lines, total, width), least = keys.shape, min(SUMMED, keys.shape[1])
-    size = max(BLOCK_BYTES // (4 * lines * width) // least, 1) * least
+    lines, total, width = keys.shape
+    size = max(BLOCK_BYTES // (4 * total * width), 1)
     queries = torch.nn.functional.pad(queries, (0, KEY_TAIL))  # whole lines are read faster
-    products = queries.new_empty((*queries.shape[:2], total))
-    numbers = queries.new_empty((lines, min(size, total), width))
-    for block, to in zip(torch.split(keys, size, 1), torch.split(products, size, 2), strict=True):
-        part = numbers[:, : block.shape[1]].copy_(block)
-        torch.mul(queries @ part.transpose(1, 2), scales(block).transpose(1, 2), out=to)
-    return products
+    products = queries.new_empty((lines, queries.shape[1], total))
+    numbers = queries.new_empty((min(size, lines), total, width))
+    parts = (torch.split(each, size) for each in (queries, keys, products))
+    for query, block, to in zip(*parts, strict=True):
+        torch.bmm(query, numbers[: len(block)].copy_(block).transpose(1, 2), out=to)
+    return products.mul_(scales(keys).transpose(1, 2))
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
