@@ -31,7 +31,7 @@ NAME = "labs_int8"  # of the attention in transformers
 KEY_TAIL, VALUE_TAIL = 4, 8  # bytes: a key's scale; a value's scale and least number, as float32
 LARGEST = 127  # keys are -127 to 127 times their scale
 OFF = 0.5  # share of the logits' spread; tiny models are 0.01 to 0.3 off, other logits are 1
-BLOCK_BYTES = 2**22  # float32 keys at once: more would leave the CPU's cache
+BLOCK_BYTES = 2**21  # float32 keys at once: more would leave the cores' caches
 
 
 class ByteLayer(SlotLayer):  # type: ignore[no-untyped-call]
