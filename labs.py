@@ -511,15 +511,15 @@ def _model_of(
 def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_decode.Decoder:
     import labs_decode
 
-    decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
     packs = spec.quantization.quant_method not in ("auto", "none", "gguf")
     packs |= spec.quantization.kv_dtype != "auto"
-    if not (packs or decoder.mode == "alone" or _is_there("labs_faster")):
-        return decoder
-    require("labs_faster")
-    import labs_faster
-
-    return labs_faster.speed_up(decoder, spec)
+    if packs or _is_there("labs_faster"):
+        require("labs_faster")
+        import labs_faster  # its files know more kinds of caches
+    decoder = labs_decode.prepare(model.eval(), batch_invariant=spec.batch_invariant)
+    if decoder.mode == "alone":
+        require("labs_faster")
+    return labs_faster.speed_up(decoder, spec) if _is_there("labs_faster") else decoder
 
 
 def locate(
@@ -640,7 +640,7 @@ def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
 def check_prompt(
     prompt: str | None, messages: Iterable[Mapping[str, object] | Message] | None
 ) -> list[Message] | None:
-    """Return messages as structs, None for a prompt; refuse what is wrong without a model too."""
+    """Return messages as structs, None for a prompt. Raises InputError: no model is needed."""
     if (prompt is None) == (messages is None):
         raise InputError("give exactly one of prompt and messages")
     if prompt is not None and not prompt:

@@ -3,7 +3,7 @@
 
     decoder = labs_calls.speed_up(labs_decode.prepare(model))
 
-This file needs labs_alone.py, labs_decode.py, labs_loop.py, torch and transformers.
+This file needs labs_alone.py, labs_decode.py, labs_loop.py and labs_states.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from transformers.masking_utils import causal_mask_function
 import labs_alone
 import labs_decode
 import labs_loop
+import labs_states
+import labs_waiting
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
 STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
@@ -30,6 +32,8 @@ def speed_up(decoder: Decoder) -> Decoder:
     """Add guesses, splitting, growth and rows that run alone; packed prompts for plain caches."""
     parts = {"step_alone": step_speculative, "halves": split_after_oom, "grow": grow}
     decoder = replace(decoder, stepwise=labs_alone.stepwise, **parts)  # type: ignore[arg-type]
+    if decoder.can_reuse_prefix:  # keys and values can be divided among batches
+        decoder = replace(decoder, waiting=labs_waiting.Waiting())
     if decoder.mode != "joins":
         return decoder
     layers = DynamicCache(config=decoder.config).layers
@@ -212,34 +216,33 @@ def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
     if size == 1 and not (long and at.rows > 1):
         return []
     half = (size + 1) // 2
-    if not any(isinstance(layer, labs_decode.StateLayer) for layer in batch.cache.layers):
+    if not any(isinstance(layer, labs_states.StateLayer) for layer in batch.cache.layers):
         if not long:
             return [replace(batch, at_once=half)]
-        apart = [_apart(decoder, batch, index) for index in long.values()]
+        alone = [apart(decoder, batch, index) for index in long.values()]
         rest = labs_decode.keep(batch, [row.id for row in batch.rows if row.id not in long])
-        return [*apart, *([] if rest is None else [rest])]
+        return [*alone, *([] if rest is None else [rest])]
     batch.cache.layers.clear()
     return [_rewrite(decoder, r) for r in (batch.rows[:half], batch.rows[half:]) if r]
 
 
-def _apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
+def apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
     """Copy a row into slots of its own, which have columns for more tokens."""
     row = batch.rows[index]
-    alone = labs_decode.new_batch(decoder, row)
+    alone, row.shared = labs_decode.new_batch(decoder, row), 0
     for mine, all_rows in zip(*(b.cache.stateful_layers for b in (alone, batch)), strict=True):
         mine.lazy_initialization(all_rows.keys, all_rows.values)
-        for to, buffer in zip(mine.buffers, all_rows.buffers, strict=True):
-            to[0, :, : row.written] = buffer[index, :, : row.written]
+        for to, states in zip(mine.buffers, all_rows.read(index, 0, row.written), strict=True):
+            to[0, :, : row.written] = states
     return alone
 
 
 def grow(batch: Batch, tokens: int = 1) -> None:
-    """Have columns for the next tokens of all rows: twice as many, or as many as they may need."""
-    cache, most = batch.cache, max(row.columns for row in batch.rows)
-    needed = max(row.written for row in batch.rows) + tokens
+    """Have columns for the next tokens of all rows."""
+    cache, needed = batch.cache, max(row.written for row in batch.rows) + tokens
     if needed > cache.cursor.columns and batch.stepwise is None:
-        columns = max(needed, min(2 * cache.cursor.columns, most))
-        cache.resize(len(batch.rows), cache.cursor.rows, labs_decode.blocks(columns))
+        columns = labs_waiting.wider(batch, tokens)
+        cache.resize(len(batch.rows), cache.cursor.rows, columns)
 
 
 def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:

@@ -198,6 +198,8 @@ def replay(config: labs.Config, flags: labs_flags.Values) -> None:
             why = f" ({found.why})" if found.why else ""
             labs_shell.write(f"{found.id}: {found.verdict}{at}{why}\n")
     tell(f"[{', '.join(f'{count} {verdict}' for verdict, count in counts.items())}]")
+    if not any(counts.values()):
+        raise labs.InputError(f"{flags['replay']}: holds no answers")
     if counts["differs"]:
         raise click.exceptions.Exit(1)
 
@@ -218,6 +220,36 @@ def index(config: labs.Config, flags: labs_flags.Values) -> None:
         tell(f"passed over: {each}")
     counts = f"{done.written} files written, {done.unchanged} unchanged, {done.removed} removed"
     tell(f"[{counts}; {done.chunks} new chunks]")
+
+
+def warm(config: labs.Config, flags: labs_flags.Values) -> None:
+    """Compute ahead what later prompts begin with. Exit with code 1 if one is not kept."""
+    labs.require("labs_warm", "labs_prefix_files")
+    import labs_warm
+
+    name, context = flags["file"], labs_request.open_context(config)
+    config, owners = context.config, labs_warm.check(config, flags["key"])
+    if name.endswith(".jsonl"):
+        if flags["tools"] is not None:
+            raise click.UsageError("--tools goes with a text: each line of a file has its own")
+        aheads = labs_warm.of_lines(context, name)
+    else:
+        if name != "-" and os.path.getsize(name) > 4 * config.server.max_prompt_bytes:
+            raise labs.InputError(f"{name}: is too large for server_max_prompt_bytes")
+        prompt = labs_warm.of_text(config, name, read_text(name))
+        asked = labs_request.check(context, request_of(flags, prompt))
+        aheads = [labs_warm.Ahead(name, asked)]
+    known, failed = set[bytes](), False
+    for form in labs_warm.forms(config):
+        warmer = labs_warm.Warmer(context, form, owners)
+        for line in () if warmer.mark in known else warmer.lines(aheads):
+            labs_shell.write(f"{line}\n")
+        known.add(warmer.mark)
+        failed |= warmer.failed
+        del warmer
+        labs.load_model.cache_clear()  # type: ignore[attr-defined]
+    if failed:
+        raise click.exceptions.Exit(1)
 
 
 def take_ray(flags: labs_flags.Values) -> tuple[str | None, labs_flags.Values]:

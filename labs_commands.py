@@ -4,7 +4,8 @@
     labs_commands.Commands(run)()                 # labs-gen; run(subcommand, flags)
     labs_commands.make_command(labs_flags.SUBCOMMANDS["serve"], run, "labs-api")()
 
-Needs labs.py, labs_flags.py, labs_hints.py, labs_past.py, labs_terminal.py and click.
+Needs labs.py, labs_arguments.py, labs_flags.py, labs_hints.py, labs_past.py, labs_terminal.py;
+click.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 import labs
+import labs_arguments
 import labs_flags
 import labs_hints
 import labs_past
@@ -60,7 +62,7 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
     if origin is Literal:
         return click.Option(names, type=click.Choice(inner), help=help)
     if origin is tuple and inner[0] is not labs.RouterRule:
-        each = labs_flags.Number(int) if int in get_args(inner[0]) else None
+        each = labs_arguments.Number(int) if int in get_args(inner[0]) else None
         return click.Option(names, multiple=True, type=each, help=help + " Can be repeated.")
     if origin in (dict, tuple):
         return click.Option(names, type=json.loads, metavar="JSON", help=help)
@@ -70,7 +72,7 @@ def make_option(names: list[str], kind: Any, help: str) -> click.Option:
         return click.Option(names, is_flag=False, flag_value=kind, metavar="[ADDRESS]", help=help)
     if kind is bool and len(names) > 1:
         names[-1] += "/--no-" + names[-1][2:]
-    number = labs_flags.Number(kind) if kind in (int, float) else kind
+    number = labs_arguments.Number(kind) if kind in (int, float) else kind
     return click.Option(names, type=number, is_flag=kind is bool, default=None, help=help)
 
 

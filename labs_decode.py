@@ -34,7 +34,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -89,6 +89,7 @@ class Row:
     reader wants no more tokens. exact_columns: the leading columns prefilled in whole chunks.
     cached: prompt tokens taken from a prefix. deadline, entered: by time.perf_counter(). seen: the
     distinct ids. bias: ids and values of logit_bias on the device of the logits, once uploaded.
+    waits: for memory, see labs_waiting. shared: columns that its slot leaves out, see labs_shared.
     """
 
     id: int
@@ -101,6 +102,8 @@ class Row:
     exact_prefix: bool = False
     cancelled: bool = False
     over: bool = False
+    waits: bool = False
+    shared: int = 0
     prompt_length: int = 0
     written: int = 0
     exact_columns: int = 0
@@ -160,8 +163,8 @@ class Cursor:
     """Where the current forward call writes and how far it reads, shared by all layers.
 
     Prefill writes one row from column `write_from` on. A step writes query b to row index[b] at
-    column positions[b]. index[b] is first_row + b, but with `speculative` all queries belong to row
-    0, and each attends to the columns up to its own position.
+    column positions[b]. index[b] is first_row + b, but 0 with `speculative`. shared: the first
+    columns, which slots leave out, as labs_shared has one copy for all; other numbers count them.
     """
 
     rows: int
@@ -172,6 +175,7 @@ class Cursor:
     positions: Tensor | None = None
     index: Tensor | None = None
     speculative: bool = False
+    shared: int = 0
 
     @property
     def queries(self) -> int:
@@ -197,7 +201,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return (self.keys, self.values) if self.is_initialized else ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.cursor.rows, self.cursor.columns
+        rows, columns = self.cursor.rows, self.cursor.columns - self.cursor.shared
         self.keys, self.values = (
             states.new_empty((rows, states.shape[1], columns, states.shape[3]))
             for states in (key_states, value_states)
@@ -207,17 +211,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        at = self.cursor
+        at, end = self.cursor, self.cursor.read_to - self.cursor.shared
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             if at.positions is None or at.index is None:
-                buffer[:1, :, at.write_from : at.read_to] = states
+                buffer[:1, :, at.write_from : end] = states
             else:
                 index, positions = at.index, at.positions
+                positions = positions - at.shared if at.shared else positions
                 if index.device != buffer.device:
                     index, positions = index.to(buffer.device), positions.to(buffer.device)
                 buffer[index, :, positions] = states[: at.queries, :, 0]
         rows = slice(at.first_row, at.first_row + (1 if at.speculative else at.queries))
-        keys, values = self.keys[rows, :, : at.read_to], self.values[rows, :, : at.read_to]
+        keys, values = self.keys[rows, :, :end], self.values[rows, :, :end]
         if at.speculative:
             keys, values = (each.expand(at.queries, -1, -1, -1) for each in (keys, values))
         return keys, values
@@ -233,6 +238,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def resize(self, live: int, rows: int, columns: int) -> None:
         """Move the first `live` rows into larger buffers."""
+        columns -= self.cursor.shared
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
             shape = max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
@@ -243,80 +249,30 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             new[:live, :, old.shape[2] :] = 0
             setattr(self, name, new)  # only one layer's copy exists at a time
 
+    def read(self, row: int, first: int, end: int) -> list[Tensor]:
+        """Return these columns of a row's keys and values, [heads, columns, head_dim]."""
+        return [buffer[row, :, first:end] for buffer in self.buffers]
+
     def write(self, row: int, other: SlotLayer, columns: int) -> None:
         """Copy the first `columns` of another layer's first row into slot `row`."""
-        for mine, theirs in zip(self.buffers, other.buffers, strict=True):
-            mine[row, :, :columns] = theirs[0, :, :columns]
-            mine[row, :, columns:] = 0
+        first = self.cursor.shared
+        for mine, theirs in zip(self.buffers, other.read(0, first, columns), strict=True):
+            mine[row, :, : columns - first] = theirs
+            mine[row, :, columns - first :] = 0
 
     def move(self, source: int, target: int, columns: int) -> None:
         for buffer in self.buffers:
-            buffer[target, :, :columns] = buffer[source, :, :columns]
+            own = slice(columns - self.cursor.shared)
+            buffer[target, :, own] = buffer[source, :, own]
 
     def cut(self, live: int) -> None:
         """Do nothing: the slots of the rows from `live` on stay for newcomers."""
 
 
-class StateLayer(LinearAttentionLayer):
-    """Recurrent states, one row of each tensor per row of the batch."""
-
-    def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
-        super().__init__(number_of_states=number_of_states)
-
-    def _states(self) -> list[tuple[dict[int, Any], int]]:
-        return [(states, i) for states in (self.conv_states, self.recurrent_states) for i in states]
-
-    def write(self, row: int, other: StateLayer, columns: int) -> None:
-        """Append a newcomer's states; those that the model does not use are None in both layers."""
-        for (states, i), (others, _) in zip(self._states(), other._states(), strict=True):
-            if states[i] is not None:
-                states[i] = torch.cat([states[i][:row], others[i]])
-
-    def resize(self, live: int, rows: int, columns: int) -> None:
-        """Do nothing: states have no columns, and `write` appends their rows."""
-
-    def move(self, source: int, target: int, columns: int) -> None:
-        for states, i in self._states():
-            if states[i] is not None:
-                states[i][target] = states[i][source]
-
-    def cut(self, live: int) -> None:
-        for states, i in self._states():
-            states[i] = None if states[i] is None else states[i][:live].clone()
-
-
-class HybridLayer(StateLayer, SlotLayer):  # type: ignore[override, no-untyped-call]
-    """Slots beside recurrent states, for layers that have both."""
-
-    is_compileable = False
-
-    def __init__(self, cursor: Cursor, number_of_states: int = 1) -> None:
-        SlotLayer.__init__(self, cursor)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        kind = SlotLayer if args else LinearAttentionLayer
-        kind.lazy_initialization(self, *args, **kwargs)
-
-    def resize(self, live: int, rows: int, columns: int) -> None:
-        SlotLayer.resize(self, live, rows, columns)
-
-    def write(self, row: int, other: CacheLayer, columns: int) -> None:
-        SlotLayer.write(self, row, other, columns)
-        StateLayer.write(self, row, other, columns)
-
-    def move(self, source: int, target: int, columns: int) -> None:
-        SlotLayer.move(self, source, target, columns)
-        StateLayer.move(self, source, target, columns)
-
-
-# By exact type, as a subclass may hold more.
-_LAYERS: dict[type, type | None] = {
+# By exact type, as a subclass may hold more. labs_states.py adds layers with recurrent states.
+LAYERS: dict[type, type | None] = {
     cache_utils.DynamicLayer: SlotLayer,
     cache_utils.DynamicSlidingWindowLayer: SlotLayer,
-    cache_utils.LinearAttentionAndFullAttentionLayer: HybridLayer,
-    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: HybridLayer,
-    cache_utils.LinearAttentionLayer: StateLayer,
     cache_utils.DummyLayer: None,  # it stays as it is
 }
 
@@ -329,16 +285,17 @@ class Slots(cache_utils.Cache):
     def __init__(self, config: PretrainedConfig, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=blocks(columns))
         self.captured: dict[tuple[int, int], object] = {}  # CUDA graphs that read these slots
+        self.doubles = True  # in `make_room`, where memory is not short
         super().__init__(layers=[self._layer(old) for old in _cache_layers(config)])
 
     def _layer(self, old: CacheLayer) -> CacheLayer:
-        kind, states = _LAYERS[type(old)], getattr(old, "number_of_states", 1)
+        kind, states = LAYERS[type(old)], getattr(old, "number_of_states", 1)
         return kind(self.cursor, number_of_states=states) if kind else old
 
     @property
     def stateful_layers(self) -> list[CacheLayer]:
         """The layers that hold keys, values or states."""
-        return [layer for layer in self.layers if isinstance(layer, (SlotLayer, StateLayer))]
+        return [layer for layer in self.layers if type(layer) not in LAYERS]
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -364,7 +321,7 @@ class Slots(cache_utils.Cache):
     def make_room(self, live: int, columns: int) -> None:
         """Have a slot free beside the first `live` ones, doubling their number if all are taken."""
         at = self.cursor
-        rows = at.rows if live < at.rows else 2 * at.rows
+        rows = at.rows if live < at.rows else live + (at.rows if self.doubles else 1)
         self.resize(live, rows, max(columns, at.columns))
 
     def resize(self, live: int, rows: int, columns: int) -> None:
@@ -374,6 +331,10 @@ class Slots(cache_utils.Cache):
             for layer in self.stateful_layers:
                 layer.resize(live, rows, columns)
         self.cursor.rows, self.cursor.columns = rows, columns
+
+
+def _is_slotted(layer: type) -> bool:
+    return issubclass(LAYERS.get(layer) or object, SlotLayer)
 
 
 def _cache_layers(config: PretrainedConfig) -> list[CacheLayer]:
@@ -440,21 +401,36 @@ def attention_invariant(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head.
-
-    Slots of whole blocks of SUMMED are attended block by block, weighted by each one's sum.
-    """
+    """Compute attention [B, 1, heads, dim]; heads that share keys become queries of one head."""
     (batch, heads, _, dim), (groups, total) = q.shape, k.shape[1:3]
-    parts, q = 1 if total % SUMMED else total // SUMMED, q.reshape(batch * groups, 1, -1, dim)
-    padded = torch.nn.functional.pad(q, (0, 0, 0, -q.shape[2] % 8)).expand(-1, parts, -1, -1)
-    k, v = (each.reshape(batch * groups, parts, -1, dim) for each in (k, v))
-    mask = mask.expand(batch, groups, 1, total).reshape(-1, parts, 1, total // parts)
+    mask = mask.expand(batch, groups, 1, total).reshape(-1, 1, total)
+    q, k, v = (each.reshape(batch * groups, -1, dim) for each in (q, k, v))
+    parts = flash_parts(q, k, v, mask, scale)
+    return combined(*parts)[:, : heads // groups].reshape(batch, 1, heads, dim)
+
+
+def flash_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Pair:
+    """Return attention [N, parts, Q, dim] to each SUMMED of k, v [N, T, dim], and their sums' logs.
+
+    q: [N, Q, dim], which is padded to a multiple of eight. mask: [N, 1 or Q, T], to be added.
+    """
+    n, total, short = len(q), k.shape[1], -q.shape[1] % 8
+    parts = 1 if total % SUMMED else total // SUMMED
+    q = torch.nn.functional.pad(q, (0, 0, 0, short))[:, None].expand(-1, parts, -1, -1)
+    k, v = (each.view(n, parts, -1, each.shape[-1]) for each in (k, v))
+    mask = torch.nn.functional.pad(mask, (0, 0, 0, short if mask.shape[1] > 1 else 0))
+    mask = mask.view(len(mask), -1, parts, k.shape[2]).transpose(1, 2)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, sums = kernel(padded, k, v, attn_mask=mask, scale=scale)
-    if parts > 1:  # the kernel gives a hidden part the sum 0, and not -inf
-        sums = sums.masked_fill(mask.amax(3) == -torch.inf, -torch.inf)
-        output = (output * sums.softmax(1).unsqueeze(3)).sum(1, keepdim=True).to(q.dtype)
-    return cast("Tensor", output[:, 0, : q.shape[2]].reshape(batch, 1, heads, dim))
+    output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
+    # The kernel gives a hidden part the sum 0, and not -inf.
+    return output, sums.masked_fill(mask.amax(3) == -torch.inf, -torch.inf)
+
+
+def combined(output: Tensor, sums: Tensor) -> Tensor:
+    """Return attention [N, Q, dim] from that to each part, weighted by the parts' sums."""
+    if output.shape[1] == 1:
+        return output[:, 0]
+    return (output * sums.softmax(1).unsqueeze(3)).sum(1).to(output.dtype)
 
 
 def _eager_attention(
@@ -594,8 +570,10 @@ class Decoder:
     model's own; why_forward: why it does or not. quant_method: how weights are packed.
     prefill_packed: None if each prompt is prefilled alone. step_alone: steps a lone row by one
     token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
-    before a step that needs them; None if slots have all columns from the beginning. stepwise:
-    yields the logits of a row in mode "alone" and receives its tokens. slots: their kind.
+    before a step; None if slots have all from the beginning. waiting: a labs_waiting.Waiting, None
+    if rows begin only where memory has all columns they may need. stepwise: yields the logits of a
+    row in mode "alone" and receives its tokens. join: replaces labs_loop.join_best. slots:
+    their kind.
     """
 
     model: PretrainedModel
@@ -618,7 +596,9 @@ class Decoder:
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
     grow: Callable[[Batch], None] | None = None
     slots: type[Slots] = Slots
+    waiting: Any = None
     stepwise: Callable[[Decoder, Row], Generator[Tensor, int, None]] | None = None
+    join: Callable[[Decoder, Sequence[Batch], Batch], list[Batch]] | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -652,7 +632,7 @@ class Decoder:
     def column_bytes(self) -> int:
         """Bytes of one token's keys and values by the configuration; 0 if it does not say."""
         config, layers = self.config, _cache_layers(self.config)
-        slotted = [_LAYERS.get(type(layer)) in (SlotLayer, HybridLayer) for layer in layers]
+        slotted = [_is_slotted(type(layer)) for layer in layers]
         latent, rotary = _int_of(config, "kv_lora_rank"), _int_of(config, "qk_rope_head_dim")
         heads, dim = _int_of(config, "num_attention_heads"), _int_of(config, "head_dim")
         dim = dim or _int_of(config, "hidden_size") // max(heads, 1)
@@ -669,16 +649,15 @@ def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
     """
     mode, reason = mode_of(model)
     layers = _cache_layers(model.config.get_text_config()) if mode == "joins" else []
-    recurrent = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
     words = frozenset(inspect.signature(model.forward).parameters)
     parts: list[Any] = [getattr(each, "config", None) for each in model.modules()]
     parts = [each for each in parts if hasattr(each, "_attn_implementation")]
-    slots_only = all(_LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
+    slots_only = all(LAYERS.get(type(layer)) in (SlotLayer, None) for layer in layers)
     decoder = Decoder(
         model=model,
         mode=mode,
         reason=reason,
-        packable=mode == "joins" and not recurrent,
+        packable=mode == "joins" and slots_only,
         can_reuse_prefix=bool(layers) and slots_only,
         forward_parameters=words,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
@@ -714,9 +693,9 @@ def mode_of(model: PretrainedModel) -> tuple[Mode, str]:
         layers = {type(layer) for layer in _cache_layers(config)}
     except Exception as error:  # the configuration may be of any kind
         return "alone", f"its configuration describes no cache ({type(error).__name__}: {error})"
-    if unknown := sorted(layer.__name__ for layer in layers if layer not in _LAYERS):
+    if unknown := sorted(layer.__name__ for layer in layers if layer not in LAYERS):
         return "alone", f"its cache has layers that labs does not know: {', '.join(unknown)}"
-    slotted = any(_LAYERS[layer] in (SlotLayer, HybridLayer) for layer in layers)
+    slotted = any(map(_is_slotted, layers))
     if not {*CACHE_PARAMETERS} & {*inspect.signature(model.forward).parameters}:
         return "alone", f"{kind} takes its cache by a name that labs does not know"
     if slotted and not model._can_set_attn_implementation():
@@ -859,7 +838,8 @@ def forward_slots(
     at, live = batch.cache.cursor, len(ids)
     positions = upload(written, ids.device)[:, None]
     at.speculative = live > len(batch.rows)
-    at.first_row, at.positions, at.read_to = first, positions[:, 0], blocks(max(written) + 1)
+    at.first_row, at.positions = first, positions[:, 0]
+    at.read_to = min(blocks(max(written) + 1), at.columns)
     slots = [0] * live if at.speculative else range(first, first + live)
     at.index = upload(slots, ids.device)
     if live == 1 and decoder.duplicates_lone_row:

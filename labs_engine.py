@@ -43,8 +43,8 @@ CLOSE_POLL_S = 0.05  # how often `close` looks for answers that were closed
 class Status(Struct, frozen=True):
     """The state of an engine at one moment.
 
-    idle_s: seconds since the last forward call, 0 while there are no requests. halvings: how often
-    a batch was split because memory ran out. failures: how often the forward pass failed.
+    idle_s: seconds since the last forward call, 0 without requests. halvings: batches split for
+    lack of memory. failures: of the forward pass. paused: running rows that wait for memory.
     """
 
     running: int
@@ -59,6 +59,7 @@ class Status(Struct, frozen=True):
     response_cache_hits: int
     alive: bool
     closing: bool
+    paused: int = 0
 
 
 class Answer:
@@ -183,9 +184,8 @@ class Engine:
 
     def status(self) -> Status:
         with self._lock:
-            running = len(self._jobs) - len(self._waiting)
             return Status(
-                running=running,
+                running=len(self._jobs) - len(self._waiting),
                 waiting=len(self._waiting),
                 max_rows=self.max_rows,
                 max_waiting=self.max_waiting,
@@ -197,6 +197,7 @@ class Engine:
                 response_cache_hits=0,
                 alive=self._resting or self._thread.is_alive(),
                 closing=self._closing,
+                paused=sum(row.waits for row in [*self._loop.rows.values()]),
             )
 
     def close(self, deadline_s: float = 0.0) -> bool:
@@ -366,8 +367,7 @@ class Cached:
         self._shared: dict[Any, Shared] = {}  # by key: running, and open to more listeners
         self._tickets: dict[int, Shared] = {}  # by the ticket of each listener
         self._abandoned: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._hits = 0
-        self._lock = threading.Lock()
+        self._hits, self._lock = 0, threading.Lock()
         engine.before_step.append(self._drop_abandoned)
 
     @property

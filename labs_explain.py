@@ -43,6 +43,7 @@ class Explanation(Struct, frozen=True):
     why: str
     forward: str  # "labs" or "transformers", and why
     batch_invariant: bool
+    shares_columns: bool  # of keys and values with requests that begin alike
     rows: int
     weight_bytes: int
     cache_bytes: int
@@ -70,6 +71,7 @@ def explain(
         why=decoder.reason,
         forward=f"{'labs' if decoder.forward else 'transformers'}: {decoder.why_forward}",
         batch_invariant=decoder.invariant,
+        shares_columns=decoder.join is not None,
         rows=labs.rows_in_memory(model),
         weight_bytes=decoder.weight_bytes,
         cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
@@ -83,6 +85,7 @@ def described(plan: Explanation) -> str:
     left = plan.context_left
     room = "the context has no limit" if left is None else f"the context has room for {left} more"
     same = "yes" if plan.batch_invariant else "not promised for this model on this device"
+    shared = "one copy for all rows" if plan.shares_columns else "a copy for each row"
     text = f"""{plan.prompt}
 ---
 model: {plan.model}
@@ -90,6 +93,7 @@ prompt tokens: {plan.prompt_tokens}; {room}
 runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
 forward of {plan.forward}
 same text whatever else is in the batch: {same}
+keys and values of prompts that begin alike: {shared}
 memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
 ---
 """

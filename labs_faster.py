@@ -4,7 +4,7 @@
     decoder = labs_faster.speed_up(labs_decode.prepare(model), spec)
 
 The order counts: labs_probe tries what the calls of labs_calls need, and labs_forward takes over
-the weights as labs_fast has packed them. Needs labs_settings.py and these five files.
+the weights as labs_fast has packed them. Needs labs_settings.py and these six files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import labs_fast
 import labs_forward
 import labs_kv
 import labs_probe
+import labs_shared
 from labs_decode import Decoder
 from labs_settings import ModelError, ModelSpec
 
@@ -30,4 +31,4 @@ def speed_up(decoder: Decoder, spec: ModelSpec) -> Decoder:
         decoder = labs_kv.in_bytes(decoder) if spec.quantization.kv_dtype == "int8" else decoder
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: {error}") from error
-    return labs_calls.steadied(decoder)
+    return labs_shared.speed_up(labs_calls.steadied(decoder))

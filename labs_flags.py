@@ -5,7 +5,7 @@
     overrides = labs_flags.overrides_of(flags)  # for labs.load_config
 
 A new subcommand is one more row of ROWS. Flags of settings are made from labs.settings(), so their
-defaults do not stand in this file. Needs labs.py and click.
+defaults do not stand in this file. Needs labs.py, labs_arguments.py, click.
 """
 
 from __future__ import annotations
@@ -14,47 +14,11 @@ from typing import Any
 
 import click
 import msgspec
-from click.shell_completion import CompletionItem
 
 import labs
+import labs_arguments
 
-
-class FileName(click.types.StringParamType):
-    """The name of a file, which a shell can complete. Whoever opens the file checks it."""
-
-    name = "file"
-
-    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
-
-
-class SettingName(click.types.StringParamType):
-    """The name of a setting or a part of it."""
-
-    name = "word"
-
-    def shell_complete(self, ctx: Any, param: Any, incomplete: str) -> list[CompletionItem]:
-        found = (each.key for each in labs.settings() if each.key.startswith(incomplete))
-        return [CompletionItem(key) for key in found]
-
-
-class Number(click.ParamType[Any]):
-    """An integer, or a number with a fraction, with a bound that errors tell."""
-
-    def __init__(self, kind: type[int] | type[float], least: int | None = None) -> None:
-        self._kind, self._least, self.name = kind, least, "integer" if kind is int else "number"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int | float:
-        try:
-            found = self._kind(value)
-        except ValueError:
-            self.fail(f"{value!r} is no {self.name}", param, ctx)
-        if self._least is not None and not found >= self._least:  # NaN is not
-            self.fail(f"{value} is less than {self._least}", param, ctx)
-        return found
-
-
-FILE = FileName()
+FILE, Number = labs_arguments.FileName(), labs_arguments.Number
 # Flags that are not settings of labs.py: flag, type and help. A string instead of a type is the
 # value of the flag when it is given without a value.
 Options = tuple[tuple[str, Any, str], ...]
@@ -211,6 +175,24 @@ Examples:
         "documents_embedding_model",
     ),
     Subcommand(
+        "warm",
+        "Compute ahead what later prompts begin with.",
+        "labs_cli:warm",
+        (("file", "FILE", FILE),),
+        (
+            TOOLS[0],
+            ("--key", tuple[str, ...], "For this API key, by its name in the log of the server."),
+        ),
+        "model quantization use_chat_template template_options server_prefix_disk_bytes",
+        more="""FILE is a system message, or if its name ends in .jsonl a file of requests as for
+labs-gen batch. What is computed is kept on disk, for labs-gen chat and for each API key.
+
+\b
+Examples:
+  labs-gen warm rules.txt --prefix-disk-bytes 20000000000
+  labs-gen warm conversations.jsonl""",
+    ),
+    Subcommand(
         "explain",
         "Show how a prompt would be answered; answer nothing.",
         "labs_cli:explain",
@@ -230,7 +212,7 @@ Examples:
         "settings",
         "Describe the settings whose name has this word.",
         "labs_lookup:describe",
-        (("word", "[WORD]", SettingName()),),
+        (("word", "[WORD]", labs_arguments.SettingName()),),
         loads=False,
     ),
     Subcommand(

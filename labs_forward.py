@@ -7,7 +7,7 @@ transformers' modules take as long as the products of a small model. Here a deco
 function, `layer_forward`, over a struct of the tensors and products that the modules hold. What a
 family does differently is a row of a table, or is read off its modules. Both forwards are compared
 at load; where they differ, and for other models, transformers' own runs. This file needs
-labs_decode.py and labs_probe.py.
+labs_attention.py, labs_decode.py and labs_probe.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import labs_attention
 import labs_decode
 import labs_probe
 from labs_decode import Decoder, Tensor
@@ -101,7 +102,7 @@ class Layer:
 class Weights:
     """A whole model: layers and what is around them, and the multipliers that granite has.
 
-    steps: whether step_attention can be used. softcap: logits stay between -softcap and softcap
+    steps: whether labs_attention can be used. softcap: logits stay between -softcap and softcap
     (Gemma 2, arXiv 2408.00118, section 2).
     """
 
@@ -132,8 +133,9 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
     attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
     offset = cache.get_query_offset()
     steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
-    if steps and not cache.attention and x.dtype == torch.float32 and x.is_cpu:
-        attend, masks = step_attention, {k: _for_heads(weights, m) for k, m in masks.items()}
+    if steps and not cache.attention:
+        found = labs_attention.of_step(cache, x, weights.layers[0], masks)
+        attend, masks = found or (attend, masks)
     batch, x = x.shape[:2], x.flatten(0, 1)
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
         call = batch, attend, slots, masks[layer.kind], turns[layer.kind]
@@ -180,22 +182,6 @@ def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
     return layer.out(output.reshape(len(x), -1))
 
 
-def step_attention(
-    module: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scaling: float
-) -> tuple[Tensor, None]:
-    """Compute attention [B, 1, heads, dim] of one token a row in float32, in three kernels.
-
-    mask [B * groups, G, T], to add: the G heads that share keys are rows of one product. The copies
-    of a lone row have no keys of their own: they get the row's output.
-    """
-    (rows, heads, _, dim), (live, groups) = q.shape, keys.shape[:2]
-    queries = q[:live].reshape(live * groups, -1, dim)
-    keys, values = (each.reshape(live * groups, -1, dim) for each in (keys, values))
-    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling)
-    output = labs_decode.weighted(scores.softmax(-1), values).view(live, 1, heads, dim)
-    return output if live == rows else output.expand(rows, -1, -1, -1), None
-
-
 def mlp(layer: Layer, x: Tensor) -> Tensor:
     """Return down(activation(gate(x)) * up(x)) (arXiv 2002.05202), or the same without a gate."""
     h = layer.up(x)
@@ -237,13 +223,6 @@ def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Call
         return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
 
     return turn
-
-
-def _for_heads(weights: Weights, mask: Tensor) -> Tensor:
-    """Return a mask [B, 1, 1, T] for the products of step_attention."""
-    heads, groups = weights.layers[0].heads, weights.layers[0].groups
-    shape = len(mask), groups, heads // groups, mask.shape[-1]
-    return mask.expand(shape).reshape(-1, *shape[2:])
 
 
 def _mask(weights: Weights, kind: str, x: Tensor, positions: Tensor, cache: Cache) -> Any:

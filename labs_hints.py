@@ -101,11 +101,11 @@ def owners(flag: str) -> str:
 
 
 def like(words: list[str]) -> str:
-    """Return the subcommand that is meant by a word that is none, or ""."""
-    names = [*labs_flags.SUBCOMMANDS]
+    """Return the subcommand, or --version, that is meant by a word that is none, or ""."""
+    meant = {**{name: name for name in labs_flags.SUBCOMMANDS}, "version": "--version"}
     words = [word for word in words if not word.startswith("-")]
-    found = [near for word in words for near in difflib.get_close_matches(word, names, 1, 0.7)]
-    return "" if not found or words[0] in names else found[0]
+    found = [near for word in words for near in difflib.get_close_matches(word, meant, 1, 0.7)]
+    return "" if not found or words[0] in labs_flags.SUBCOMMANDS else meant[found[0]]
 
 
 def setting_of(name: str, like: float) -> str:

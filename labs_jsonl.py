@@ -134,9 +134,9 @@ def read_task(config: labs.Config, data: bytes, number: int | str) -> Task:
     try:
         if len(data.rstrip(b"\r\n")) > most:
             raise labs.InputError(f"the line has more than server_max_body_bytes = {most} bytes")
+        if not data.lstrip().startswith(b"{"):
+            raise labs.InputError('the line is not a JSON object, as {"prompt": "Hi"} is')
         given = msgspec.json.decode(data)
-        if not isinstance(given, dict):
-            raise labs.InputError("the line is not a JSON object")
         openai = "custom_id" in given
         identity = given.get("custom_id" if openai else "id")
         if identity is None or type(identity) in (str, int):  # bool is an int

@@ -97,8 +97,10 @@ def run(decoder: Decoder, rows: Waiting, limit: int, loop: Loop) -> Outcomes:
         if not loop.rows:
             return
         stepped: list[Batch] = []
+        if decoder.waiting is not None:
+            loop.batches = decoder.waiting.share(decoder, loop)
         for batch in loop.batches:
-            stepped += yield from _step(decoder, loop, batch)
+            stepped += [batch] if batch.rows[0].waits else (yield from _step(decoder, loop, batch))
         loop.batches = stepped
 
 
@@ -127,16 +129,16 @@ def _admit(decoder: Decoder, loop: Loop, rows: Waiting, limit: int) -> Outcomes:
 def _begin(decoder: Decoder, loop: Loop, newcomer: Batch) -> Outcomes:
     """Choose the first token of a newcomer after its prefill, and put it into a batch."""
     _store_prefix(decoder, loop, newcomer, 0)
+    join = decoder.join or (decoder.waiting.join if decoder.waiting else join_best)
     for batch in (yield from _step(decoder, loop, newcomer)):
-        loop.batches = join_best(decoder, loop.batches, batch)
+        loop.batches = join(decoder, loop.batches, batch)
 
 
 def _drop_cancelled(loop: Loop) -> Outcomes:
-    """Drop rows that are cancelled, or whose deadline passed before their first token."""
+    """Drop rows that are cancelled, or whose deadline passed while they wait or are prefilled."""
     loop.before_step()
-    dropped = (
-        row for row in loop.rows.values() if row.cancelled or (row.late and not row.generated)
-    )
+    rows = loop.rows.values()
+    dropped = (r for r in rows if r.cancelled or (r.late and (r.waits or not r.generated)))
     gone = {row.id: row for row in dropped}
     if not gone:
         return
@@ -174,7 +176,7 @@ def _next_prompts(decoder: Decoder, loop: Loop) -> list[Batch]:
     while len(group) > 1 and not has_room(decoder, loop.batches, group):
         group.pop()
     if group and not has_room(decoder, loop.batches, group):
-        freed = _release(decoder, loop)
+        freed = release(decoder, loop)
         return group if freed and has_room(decoder, loop.batches, group) else []
     loop.one_prompt_per_call &= bool(group)
     return group
@@ -197,10 +199,10 @@ def _fail_or_retry_alone(
         row = group.pop().rows[0]
         del loop.prefilling[0], loop.rows[row.id]
         yield row.id, Ended("failed", error)
-    _release(decoder, loop)
+    release(decoder, loop)
 
 
-def _release(decoder: Decoder, loop: Loop) -> bool:
+def release(decoder: Decoder, loop: Loop) -> bool:
     """Free stored prefixes and the slots kept for CUDA graphs; return whether there were any."""
     held = loop.prefixes is not None and loop.prefixes.release()
     held |= decoder.graphs is not None and decoder.graphs.release()
@@ -249,7 +251,7 @@ def _split_or_fail(decoder: Decoder, loop: Loop, batch: Batch, error: Exception)
     """Split a batch whose step ran out of memory; fail its rows if it cannot be split."""
     error.__traceback__ = None  # its frames keep tensors in memory
     loop.oom_splits += 1
-    _release(decoder, loop)
+    release(decoder, loop)
     try:
         halves = decoder.halves(decoder, batch) if decoder.halves else []
     except (RuntimeError, MemoryError) as again:
@@ -335,23 +337,26 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     for batch, columns in zip(batches[1:], owed[1:], strict=True):
         grown += batch.cache.cursor.rows * max(columns - batch.cache.cursor.columns, 0)
     per_column = batches[0].cache.bytes_per_column if batches else decoder.column_bytes
-    return (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device)
+    if (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device):
+        return True
+    return bool(decoder.waiting and decoder.waiting.has_room(decoder, batches, newcomers))
 
 
 def cache_usage(batches: Sequence[Batch]) -> float:
     """Return the filled bytes of slots as a share, 0 to 1, of those held or still available."""
     caches = [batch.cache for batch in batches if batch.cache.buffers]
-    used = sum(b.cache.bytes_per_column * row.written for b in batches for row in b.rows)
-    held = sum(c.bytes_per_column * c.cursor.rows * c.cursor.columns for c in caches)
+    used = sum(b.cache.bytes_per_column * (r.written - r.shared) for b in batches for r in b.rows)
+    held = sum(buffer.nbytes for cache in caches for buffer in cache.buffers)
     device = caches[-1].buffers[0].device if caches else None
     return used / (held + labs_decode.slot_budget(device)) if device is not None else 0.0
 
 
 def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
-    """Return how many rows of TYPICAL_COLUMNS columns fit in free memory, 1 to `most`."""
+    """Return how many typical rows fit in free memory, 1 to `most`; begun ones if rows can wait."""
     if decoder.mode == "alone":
         return 1
-    row = TYPICAL_COLUMNS * decoder.column_bytes
+    columns = 2 * labs_decode.FIRST_COLUMNS if decoder.waiting else TYPICAL_COLUMNS
+    row = columns * decoder.column_bytes
     return max(1, min(labs_decode.slot_budget(decoder.device) // row if row else most, most))
 
 

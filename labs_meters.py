@@ -93,6 +93,7 @@ def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
 ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (
     (GaugeMetricFamily, "num_requests_running", "Requests in the batch", "running"),
     (GaugeMetricFamily, "num_requests_waiting", "Requests waiting for a batch row", "waiting"),
+    (GaugeMetricFamily, "num_requests_paused", "Running requests that wait for memory", "paused"),
     (GaugeMetricFamily, "kv_cache_usage_perc", "KV cache in use, from 0 to 1", "cache_usage"),
     (GaugeMetricFamily, "batch_rows", "Batch rows at most", "max_rows"),
     (GaugeMetricFamily, "engine_alive", "1 while the engine's thread runs", "alive"),

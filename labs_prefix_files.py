@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class PrefixFiles:
         end = now + min(READ_S, self._left_s + now - self._looked_at)
         if row not in self._next:
             self.memory.load(decoder, newcomer)
-            files = self._files(decoder, row)
+            files = self._files(decoder, row.owner, row.ids)
             if len(files) * chunk > row.written:
                 row.written = row.cached = row.exact_columns
             self._remember(row, files)
@@ -122,11 +122,15 @@ class PrefixFiles:
             del self._next[next(iter(self._next))]
         self._next[row] = files
 
-    def _files(self, decoder: Decoder, row: Row) -> list[Path]:
-        """Return the files of a prompt's first chunks. The last token is always computed."""
-        return self.folder.find(self._names(decoder, row.owner, row.ids[:-1]))
+    def kept(self, decoder: Decoder, owner: str, ids: Sequence[int]) -> int:
+        """Return how many tokens of a prompt are in files, which count as used now."""
+        return decoder.chunk * len(self._files(decoder, owner, ids))
 
-    def _names(self, decoder: Decoder, owner: str, ids: list[int]) -> Iterator[str]:
+    def _files(self, decoder: Decoder, owner: str, ids: Sequence[int]) -> list[Path]:
+        """Return the files of a prompt's first chunks. The last token is always computed."""
+        return self.folder.find(self._names(decoder, owner, ids[:-1]))
+
+    def _names(self, decoder: Decoder, owner: str, ids: Sequence[int]) -> Iterator[str]:
         """Yield a name for each whole chunk of a prompt, which depends on all tokens before."""
         known = hashlib.sha256(self._mark + hashlib.sha256(owner.encode()).digest())
         for end in range(decoder.chunk, len(ids) + 1, decoder.chunk):

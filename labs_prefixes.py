@@ -88,7 +88,8 @@ class Prefixes:
                 self.kept.remove(prefix)
         while self.nbytes + size > most:
             del self.kept[0]
-        buffers = [buffer[index, :, :columns].clone() for buffer in cache.buffers]
+        layers = cache.stateful_layers
+        buffers = [each.clone() for layer in layers for each in layer.read(index, 0, columns)]
         self.kept.append(Prefix(owner, ids, row.exact_columns, buffers))
 
     def find(self, owner: str, ids: list[int], border: int) -> tuple[Prefix | None, int]:
@@ -99,7 +100,7 @@ class Prefixes:
         """
         best, most = None, labs_decode.CHUNK - 1
         for prefix in (each for each in self.kept if each.owner == owner):
-            columns = _common(prefix.ids, ids[:-1])
+            columns = common(prefix.ids, ids[:-1])
             if border:
                 columns = min(columns, prefix.exact_columns) // border * border
             if columns > most:
@@ -115,7 +116,7 @@ class Prefixes:
         return labs_memory.keepable_bytes(cache, self.nbytes)
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common(a: list[int], b: list[int]) -> int:
     """Return the length of the common prefix of two lists of ids."""
     shorter = range(min(len(a), len(b)) + 1)
     return bisect.bisect_left(shorter, True, key=lambda n: a[:n] != b[:n]) - 1

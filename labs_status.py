@@ -27,7 +27,8 @@ from labs_service import Resource, Service
 class ModelStatus(Struct, frozen=True, kw_only=True):
     """One model. The fields with None are known once it is loaded. window: its last ten minutes.
 
-    running: answers that are computed; they fill rows of the batch. cache_usage: from 0 to 1.
+    running: answers that are computed; they fill rows of the batch. paused: those of them that wait
+    for memory. cache_usage: from 0 to 1.
     forward: whose code computes the logits, "labs" or "transformers".
     """
 
@@ -36,6 +37,7 @@ class ModelStatus(Struct, frozen=True, kw_only=True):
     loaded: bool
     alive: bool | None = None
     running: int = 0
+    paused: int = 0
     waiting: int = 0
     max_rows: int | None = None
     max_waiting: int
@@ -76,7 +78,7 @@ def report(service: Service) -> Report:
 def _known(engine: Any) -> dict[str, Any]:
     """Return the fields that only an engine or a desk knows."""
     status: labs_engine.Status = engine.status()
-    names = ("running", "waiting", "max_rows", "max_waiting", "alive")
+    names = ("running", "paused", "waiting", "max_rows", "max_waiting", "alive")
     found = {name: getattr(status, name) for name in names}
     model = engine.model
     found |= {"device": str(model.device), "dtype": str(model.dtype)}

@@ -685,12 +685,16 @@ ROOMS = {
     ),
     "labs_loop.py": (620, "decode"),
     "labs_decode.py": (940, ""),
-    "labs_forward.py": (400, "decode probe"),
+    "labs_forward.py": (400, "attention decode probe"),
+    "labs_attention.py": (220, "decode"),
+    "labs_shared.py": (260, "attention calls decode loop prefixes"),
     "labs_alone.py": (60, "decode"),
-    "labs_calls.py": (300, "alone decode loop"),
+    "labs_calls.py": (300, "alone decode loop states waiting"),
+    "labs_states.py": (100, "decode"),
+    "labs_waiting.py": (250, "decode loop"),
     "labs_defaults.py": (200, "settings decode"),
     "labs_fast.py": (400, "decode graphs packing"),
-    "labs_faster.py": (60, "settings decode calls probe fast forward kv"),
+    "labs_faster.py": (60, "settings decode calls probe fast forward kv shared"),
     "labs_kv.py": (300, "decode compare"),
     "labs_adapter.py": (160, "settings sources cache hub"),
     "labs_packing.py": (260, "decode"),
@@ -724,6 +728,7 @@ ROOMS = {
     "labs_prefixes.py": (300, "decode memory"),
     "labs_prefix_files.py": (320, "decode cache memory prefix_folder prefixes"),
     "labs_prefix_folder.py": (240, ""),
+    "labs_warm.py": (200, "labs decode jsonl prefix_files progress request shell"),
     "labs_sources.py": (260, "cache"),
     "labs_checkpoints.py": (260, "settings fast adapter"),
     "labs_cache.py": (260, ""),
@@ -808,8 +813,9 @@ ROOMS = {
     ),
     "labs_report.py": (260, "labs"),
     "labs_replay.py": (220, "labs jsonl ready request"),
-    "labs_flags.py": (340, "labs"),
-    "labs_commands.py": (340, "labs flags hints past terminal"),
+    "labs_arguments.py": (80, "labs"),
+    "labs_flags.py": (340, "labs arguments"),
+    "labs_commands.py": (340, "labs arguments flags hints past terminal"),
     "labs_hints.py": (120, "labs flags"),
     "labs_past.py": (120, "flags terminal together"),
     "labs_together.py": (80, "flags"),
@@ -831,7 +837,13 @@ ROOMS = {
     "labs_ray.py": (430, "labs api gate jsonl models serve service turns"),
     "labs_vendor.py": (140, "labs"),
 }
-UNTYPED_SIGNATURES = {"attention", "attention_invariant", "step_attention"}  # as transformers calls
+UNTYPED_SIGNATURES = {
+    "attention",
+    "attention_invariant",
+    "attend",
+    "attend_exactly",
+    "attend_in_parts",
+}  # as transformers calls
 
 
 def rooms_of(nodes: Any) -> set[str]:

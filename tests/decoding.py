@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from kit import NEW_TOKENS, PROMPTS, by_transformers, newcomer, prepare, random_model
+from kit import NEW_TOKENS, PROMPTS, by_transformers, newcomer, prepare, random_model, row_of
 
 import labs_decode as decode
 import labs_loop as loop
@@ -24,6 +25,17 @@ def reference(kind: str) -> tuple[decode.Decoder, list[list[int]]]:
     model = random_model(kind)
     expected = [by_transformers(model, prompt) for prompt in FOUR]
     return prepare(model), expected
+
+
+def rows_of(lengths: dict[int, int]) -> list[decode.Row]:
+    """Return rows with ids and prompts by number: {number: max_new_tokens}."""
+    found = []
+    for number, new in lengths.items():
+        chance = random.Random(number)
+        row = row_of([chance.randrange(3, 200) for _ in range(5 + number)], number)
+        row.max_new_tokens, row.sampling = new, dataclasses.replace(row.sampling, logprobs=1)
+        found.append(row)
+    return found
 
 
 def joined(decoder: decode.Decoder, keys: Iterable[int]) -> decode.Batch:

@@ -57,6 +57,7 @@ import labs_models
 import labs_replay
 import labs_request
 import labs_serve
+import labs_shared
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 60  # the longest that a test waits for an event that should come at once
@@ -396,7 +397,9 @@ def prepare(
     options = {"batch_invariant": batch_invariant, "cuda_graphs": cuda_graphs}
     decoder = fast.speed_up(decoder, method, **options)
     weights = labs_forward.weights_of(decoder)
-    return decoder if isinstance(weights, str) else labs_forward.with_forward(decoder, weights)
+    if isinstance(weights, str):
+        return decoder
+    return labs_shared.speed_up(labs_forward.with_forward(decoder, weights))
 
 
 def random_model(kind: str, **extra: Any) -> Any:

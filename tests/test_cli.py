@@ -244,8 +244,9 @@ def test_a_line_without_a_subcommand_is_a_prompt(fake_labs, words, prompt):
 
 
 def test_on_a_terminal_a_prompt_that_looks_like_a_subcommand_is_told(monkeypatch, capsys):
-    note = "[answered as a prompt; for the command: labs-gen batch]\n"
-    for word, told in (("bacth", note), ("a whole sentence", "")):
+    note = "[answered as a prompt; for the command: labs-gen %s]\n"
+    notes = {"bacth": note % "batch", "version": note % "--version", "a whole sentence": ""}
+    for word, told in notes.items():
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         flags = labs_cli.with_text({"text": (word,), "prompt": None})
         assert flags == {"prompt": word}
@@ -275,7 +276,11 @@ def test_a_flag_of_any_subcommand_may_come_before_it(fake_labs):
 
 
 def test_help_of_a_command_that_is_not_there_names_the_nearest():
-    for word, hint in (("bacth", "; did you mean batch?"), ("nonsense", "")):
+    near = {"bacth": "batch", "version": "--version"}
+    for word, hint in {
+        "nonsense": "",
+        **{k: f"; did you mean {v}?" for k, v in near.items()},
+    }.items():
         done = invoke("help", word)
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.endswith(f"Error: there is no command '{word}'{hint}\n")
@@ -364,7 +369,10 @@ def test_old_flags_that_do_not_go_together_are_refused_as_ever(fake_labs, words,
         (["chat", "--choose", "a"], "--choose is a flag of labs-gen prompt."),
         (["Hi", "--port", "1"], "--port is a flag of labs-gen serve."),
         (["chat", "--prompt", "x"], "--prompt is a flag of labs-gen prompt and explain."),
-        (["config", "--tools", "x"], "--tools is a flag of labs-gen prompt, chat and explain."),
+        (
+            ["config", "--tools", "x"],
+            "--tools is a flag of labs-gen prompt, chat, warm and explain.",
+        ),
         (["Hi", "--temperature", "-3"], "labs-gen settings temperature shows what it may be."),
         (["Hi", "--temperature", "x"], "labs-gen settings temperature shows what it may be."),
         (["batch"], "labs-gen batch --help shows how it is used."),
@@ -509,7 +517,7 @@ def test_json_is_one_object_with_the_answer_every_setting_and_no_secret(fake_lab
 def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
     value = labs_explain.SettingValue
     used = {"top_k": value(7, "--top-k"), "stop": value(None, "default")}
-    rest = ("joins", "as it can", "labs: as it is", True, 8, 2 * 10**6, 10**5, used)
+    rest = ("joins", "as it can", "labs: as it is", True, False, 8, 2 * 10**6, 10**5, used)
     for left, room in ((97, "room for 97 more"), (None, "no limit")):
         found = labs_explain.Explanation("tiny", "templated", 3, left, *rest)
         monkeypatch.setattr(labs_explain, "explain", lambda *_, found=found: found)
@@ -519,7 +527,9 @@ def test_explain_shows_what_would_run_and_runs_nothing(fake_labs, monkeypatch):
             f"{room}\nruns: joins (as it can); up to 8 rows at once\nforward of labs: as it is\n"
             in text
         )
-        assert "in the batch: yes\nmemory: weights 2 MB, this request 0.1 MB\n" in text
+        shared = "keys and values of prompts that begin alike: a copy for each row"
+        memory = "memory: weights 2 MB, this request 0.1 MB"
+        assert f"in the batch: yes\n{shared}\n{memory}\n" in text
         assert text.endswith("---\ntop_k = 7  # --top-k\nstop = unset  # default\n")
     assert fake_labs.closed == 0
 

@@ -80,7 +80,7 @@ def test_rows_of_a_larger_batch_keep_their_tokens_in_any_order(seed: int) -> Non
 
 
 def unknown_layer(model: Any, monkeypatch: Any) -> None:
-    monkeypatch.delitem(decode._LAYERS, decode.cache_utils.DynamicLayer)
+    monkeypatch.delitem(decode.LAYERS, decode.cache_utils.DynamicLayer)
 
 
 def unknown_word(model: Any, monkeypatch: Any) -> None:

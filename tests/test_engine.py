@@ -32,6 +32,7 @@ import labs_choose
 import labs_decode
 import labs_engine
 import labs_loop
+import labs_states
 import labs_turns
 import labs_typed
 
@@ -307,7 +308,7 @@ def test_a_batch_too_large_for_memory_is_split_and_loses_no_text(kind, rows, sta
     [
         ("llama", labs_decode.SlotLayer, "resize"),
         ("llama", labs_decode.SlotLayer, "write"),
-        ("mamba2", labs_decode.StateLayer, "resize"),
+        ("mamba2", labs_states.StateLayer, "resize"),
     ],
 )
 def test_memory_that_runs_out_while_a_row_joins_loses_no_request(

@@ -183,10 +183,11 @@ def test_null_in_a_line_is_what_the_model_recommends_and_not_the_configured_valu
 
 
 BAD: list[tuple[Any, str]] = [
-    (b"no JSON\n", "JSON is malformed"),
+    (b"no JSON\n", 'not a JSON object, as {"prompt": "Hi"} is'),
+    (b'{"prompt": no}\n', "JSON is malformed"),
     (b"[1, 2]\n", "not a JSON object"),
     (b'{"id": "torn", "prompt": "on\n', "cannot be used"),
-    (b"[" * 100_000 + b"\n", "cannot be used"),
+    (b'{"a":' * 100_000 + b"\n", "cannot be used"),
     ({"prompt": "hi", "max_tokenz": 3}, "`max_tokenz`"),
     ({"prompt": "hi", "max_new_tokens": None}, "`$.max_new_tokens`"),
     ({"prompt": "hi", "logit_bias": {"999": 1}}, "token 999"),
@@ -402,6 +403,7 @@ def test_a_file_that_holds_other_lines_is_left_as_it_is(tiny, data):
 UNUSABLE = {
     "batch missing out": "missing: No such file or directory",
     "replay missing": "missing: No such file or directory",
+    "replay /dev/null": "/dev/null: holds no answers",
     "batch in no/out": "no/out: No such file or directory",
     "batch in folder": "folder: Is a directory",
     "batch in /dev/full": "/dev/full: No space left on device",

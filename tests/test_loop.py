@@ -19,6 +19,7 @@ from transformers.generation import logits_process
 import labs
 import labs_decode as decode
 import labs_loop as loop
+import labs_states
 
 # ---------------------------------------------------------------- which rows run when
 
@@ -67,7 +68,7 @@ def test_a_newcomer_that_memory_does_not_hold_beside_others_stays_in_its_own_bat
 ) -> None:
     decoder, expected = reference(kind)
     batch, new = joined(decoder, [0, 1]), newcomer(decoder, FOUR[2], 2)
-    layer = decode.SlotLayer if kind == "llama" else decode.StateLayer
+    layer = decode.SlotLayer if kind == "llama" else labs_states.StateLayer
     failing_at(1, monkeypatch, layer, method)
     batches = loop.join_best(decoder, [batch], new)
     assert [[row.id for row in each.rows] for each in batches] == [[0, 1], [2]]
@@ -101,7 +102,7 @@ def free(monkeypatch: Any, size: float) -> None:
 def test_room_for_a_newcomer_includes_the_rows_that_double_for_it(
     live: int, columns: int, monkeypatch: Any
 ) -> None:
-    decoder, _ = reference("llama")
+    decoder = dataclasses.replace(reference("llama")[0], waiting=None)
     kept = decode.keep(joined(decoder, [0, 1]), range(live))
     assert kept is not None
     new = decode.new_batch(decoder, row_of(FOUR[1]))
@@ -135,11 +136,14 @@ def test_the_usage_of_the_cache_is_the_share_of_all_slots_that_holds_tokens(
 def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any) -> None:
     assert loop.rows_in_memory(reference("rwkv")[0]) == 1
     assert loop.rows_in_memory(reference("mamba2")[0]) == loop.MOST_ROWS
-    decoder, _ = reference("llama")
+    waits, _ = reference("llama")
+    decoder = dataclasses.replace(waits, waiting=None)
     row = loop.TYPICAL_COLUMNS * decoder.column_bytes / decode.MEMORY_SHARE
     for size, rows in ((0, 1), (5 * row, 5), (5.9 * row, 5), (1e15, loop.MOST_ROWS)):
         free(monkeypatch, size)
         assert loop.rows_in_memory(decoder) == rows
+    free(monkeypatch, 5 * row)
+    assert loop.rows_in_memory(waits) == 10  # they begin with fewer columns
 
 
 # ---------------------------------------------------------------- the kept set

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import NO_MEMORY, failing_at
+from decoding import NO_MEMORY, failing_at, rows_of
 from kit import model_around, options, prepare, prompt, random_model, read, row_of
 
 import labs
@@ -25,17 +25,6 @@ NEW = 150
 def short(monkeypatch: Any) -> None:
     """Let slots begin with 64 columns, so that 150 tokens make them grow twice."""
     monkeypatch.setattr(decode, "FIRST_COLUMNS", 1)
-
-
-def rows_of(lengths: dict[int, int]) -> list[decode.Row]:
-    """Return rows with ids and prompts by number: {number: max_new_tokens}."""
-    found = []
-    for number, new in lengths.items():
-        chance = random.Random(number)
-        row = row_of([chance.randrange(3, 200) for _ in range(5 + number)], number)
-        row.max_new_tokens, row.sampling = new, dataclasses.replace(row.sampling, logprobs=1)
-        found.append(row)
-    return found
 
 
 def decoded(decoder: decode.Decoder, rows: list[decode.Row], **watch: Any) -> dict[int, Any]:
@@ -94,8 +83,8 @@ def test_short_answers_to_requests_for_many_tokens_take_little_memory(monkeypatc
     assert held[True] < 0.1 * held[False]
 
 
-def test_room_counts_what_slots_may_still_need(monkeypatch: Any) -> None:
-    decoder = prepare(random_model("llama"))
+def test_room_counts_what_slots_may_still_need_if_rows_cannot_wait(monkeypatch: Any) -> None:
+    decoder = dataclasses.replace(prepare(random_model("llama")), waiting=None)
     first, second = rows_of({0: 1000, 1: 30})
     batch = decode.new_batch(decoder, first)
     while batch.pending:

@@ -52,7 +52,7 @@ API += (
     "tokens",
 )
 API += ("messages", "message_blocks", "message_events", "message_models", "response_tools")
-CLI = ("cli", "commands", "flags", "hints", "past", "together", "shell", "terminal")
+CLI = ("cli", "commands", "arguments", "flags", "hints", "past", "together", "shell", "terminal")
 CLI += ("hub", "progress")
 
 

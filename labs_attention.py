@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a step on a CPU for labs_forward.py: each row to its own slot, or to shared columns.
+
+    found = labs_attention.of_step(cache, x, heads, masks)   # a function and its masks, or None
+
+A row has the same bits either way: a product of four or more rows on MKL gives each row the bits
+that it has in any such product, and sums go over the same SUMMED columns in the same order.
+This file needs labs_decode.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import labs_decode
+from labs_decode import SUMMED, Pair, Tensor
+
+FEWEST = 4  # queries of a product in float32: fewer round otherwise, and take no less time
+MOST = 128  # queries of a call in 16 bits: with more, the kernel makes larger products of them
+Masks = dict[str, Any]
+Attention = Callable[..., tuple[Tensor, None]]
+
+
+def of_step(cache: Any, x: Tensor, layer: Any, masks: Masks) -> tuple[Attention, Masks] | None:
+    """Return attention for the next step and its masks; None to take the registered attention.
+
+    x: the embedded tokens. layer: has `heads`, and `groups` of them that share keys. masks: by kind
+    of layer, [B, 1, 1, T], to be added to scores.
+    """
+    shared, exact = cache.cursor.shared, x.dtype == torch.float32
+    if not x.is_cpu or not (shared or exact):
+        return None
+    queries = max(FEWEST if exact else 1, layer.heads // layer.groups)
+    if not shared:
+        return attend, {kind: _for_heads(mask, layer, queries) for kind, mask in masks.items()}
+    pairs = {}
+    for kind, mask in masks.items():
+        own = mask[..., shared:] if exact else mask[..., shared // SUMMED * SUMMED :]
+        own = _for_heads(own, layer, queries) if exact else own
+        pairs[kind] = _of_shared(mask[..., :shared], queries), own
+    return attend_exactly if exact else attend_in_parts, pairs
+
+
+def _for_heads(mask: Tensor, layer: Any, queries: int) -> Tensor:
+    """Return a mask [B, 1, 1, T] as [B * groups, N, T], for the N queries that share keys."""
+    return mask.expand(-1, layer.groups, queries, -1).flatten(0, 1)
+
+
+def _of_shared(mask: Tensor, queries: int) -> Tensor:
+    """Return the mask [B, 1, 1, S] of the shared columns as [1, B * N, S], or zeros [1, 1, S]."""
+    if not mask.any():  # no row's window hides them
+        return mask.new_zeros((1, 1, mask.shape[-1]))
+    return mask.expand(-1, -1, queries, -1).reshape(1, -1, mask.shape[-1])
+
+
+# ---------------------------------------------------------------- float32
+
+
+def attend(
+    module: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scaling: float
+) -> tuple[Tensor, None]:
+    """Compute attention [B, 1, heads, dim] of one token a row in float32, in three kernels.
+
+    mask [B * groups, N, T], to add: the N heads that share keys are rows of one product. The copies
+    of a lone row have no keys of their own: they get the row's output.
+    """
+    queries = _queries(q, keys)
+    keys, values = (each.reshape(-1, *each.shape[2:]) for each in (keys, values))
+    scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.transpose(1, 2), alpha=scaling)
+    output = labs_decode.weighted(scores.softmax(-1), values)
+    return _of_heads(output.view(*queries.shape), q), None
+
+
+def attend_exactly(
+    module: Any, q: Tensor, keys: Pair, values: Pair, masks: Pair, *, scaling: float
+) -> tuple[Tensor, None]:
+    """Compute `attend` for rows that share their first columns.
+
+    keys, values: the shared ones [groups, S, dim] and the rows' own [B, groups, T, dim].
+    """
+    queries = _queries(q, keys[1])
+    rows, groups, each, _ = queries.shape
+    together = queries.transpose(0, 1).reshape(groups, rows * each, -1)
+    mask = masks[0].expand(groups, -1, -1)
+    first = torch.baddbmm(mask, together, keys[0].transpose(1, 2), alpha=scaling)
+    first = first.view(groups, rows, each, -1).transpose(0, 1)
+    own = torch.baddbmm(
+        masks[1], queries.flatten(0, 1), keys[1].flatten(0, 1).transpose(1, 2), alpha=scaling
+    )
+    weights = torch.cat([first, own.view(rows, groups, each, -1)], -1).softmax(-1)
+    return _of_heads(_weighted(weights, values), q), None
+
+
+def _weighted(weights: Tensor, values: Pair) -> Tensor:
+    """Return weights [B, groups, N, S + T] @ values, in the order of labs_decode.weighted."""
+    rows, groups, each, _ = weights.shape
+    whole, sums = values[0].shape[1] // SUMMED * SUMMED, list[Tensor]()
+    if whole:
+        together = weights[..., :whole].transpose(0, 1).reshape(groups, rows * each, whole)
+        first = labs_decode.weighted(together, values[0][:, :whole])
+        sums.append(first.view(groups, rows, each, -1).transpose(0, 1))
+    parts = [piece for part in _own_parts(values) for piece in torch.split(part, SUMMED, 1)]
+    sizes, own = [part.shape[1] for part in parts], weights[..., whole:].flatten(0, 1)
+    pairs = zip(torch.split(own, sizes, -1), parts, strict=True)
+    sums += [torch.matmul(w, v).view(rows, groups, each, -1) for w, v in pairs]
+    return functools.reduce(torch.add, sums)
+
+
+def _queries(q: Tensor, keys: Tensor) -> Tensor:
+    """Return [B, groups, N, dim] of the rows that have keys, with zeros for at least FEWEST."""
+    rows, groups = keys.shape[:2]
+    queries = q[:rows].reshape(rows, groups, -1, q.shape[-1])
+    return torch.nn.functional.pad(queries, (0, 0, 0, max(0, FEWEST - queries.shape[2])))
+
+
+def _of_heads(output: Tensor, q: Tensor) -> Tensor:
+    """Return output [B, groups, N, dim] as [rows of q, 1, heads, dim]."""
+    output = output[:, :, : q.shape[1] // output.shape[1]]
+    return output.reshape(len(output), 1, *q.shape[1:2], -1).expand(len(q), -1, -1, -1)
+
+
+# ---------------------------------------------------------------- 16 bits
+
+
+def attend_in_parts(
+    module: Any, q: Tensor, keys: Pair, values: Pair, masks: Pair, *, scaling: float
+) -> tuple[Tensor, None]:
+    """Compute attention of one token a row in 16 bits for rows that share their first columns.
+
+    As labs_decode.attention_invariant does it: SUMMED columns each, weighted by their sums.
+    """
+    rows, groups = keys[1].shape[:2]
+    queries = q[:rows].reshape(rows * groups, -1, q.shape[-1])
+    found, at = [], keys[0].shape[1] // SUMMED * SUMMED
+    if at:
+        found.append(_to_shared(queries, keys[0][:, :at], values[0][:, :at], masks[0], scaling))
+    at, mask = 0, masks[1].expand(-1, groups, -1, -1).flatten(0, 1)
+    for k, v in zip(_own_parts(keys), _own_parts(values), strict=True):
+        part = mask[..., at : (at := at + k.shape[1])]
+        output, sums = labs_decode.flash_parts(queries, k, v, part, scaling)
+        found.append((output[:, :, : queries.shape[1]], sums[:, :, : queries.shape[1]]))
+    output = labs_decode.combined(*(torch.cat(each, 1) for each in zip(*found, strict=True)))
+    return _of_heads(output.view(rows, groups, *output.shape[1:]), q), None
+
+
+def _to_shared(queries: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Pair:
+    """Return attention of all queries [B * groups, N, dim] to shared k, v, as flash_parts does."""
+    groups, each = len(k), queries.shape[1]
+    together = queries.view(-1, groups, *queries.shape[1:]).transpose(0, 1).flatten(1, 2)
+    parts, mask = torch.split(together, MOST, 1), mask[..., : k.shape[1]]
+    masks = torch.split(mask, MOST, 1) if mask.shape[1] > 1 else [mask] * len(parts)
+    found = []
+    for part, seen in zip(parts, masks, strict=True):
+        pieces = labs_decode.flash_parts(part, k, v, seen.expand(groups, -1, -1), scaling)
+        found.append([piece[:, :, : part.shape[1]] for piece in pieces])
+    output, sums = (torch.cat(pieces, 2) for pieces in zip(*found, strict=True))
+    rows = len(queries) // groups  # [groups, parts, B * N, ...] to [B, groups, parts, N, ...]
+    output = output.view(groups, -1, rows, each, k.shape[2]).permute(2, 0, 1, 3, 4)
+    sums = sums.view(groups, -1, rows, each).permute(2, 0, 1, 3)
+    return output.flatten(0, 1), sums.flatten(0, 1)
+
+
+# ---------------------------------------------------------------- own columns
+
+
+def _own_parts(states: Pair) -> list[Tensor]:
+    """Return what follows the shared whole SUMMED columns, cut as a row alone is: [N, T, dim] each.
+
+    First the remaining shared columns and own ones, SUMMED together, then whole SUMMED, then less.
+    """
+    shared, own = states
+    rest, parts = shared.shape[1] % SUMMED, list[Tensor]()
+    if rest:
+        tail = shared[None, :, -rest:].expand(len(own), -1, -1, -1)
+        parts, own = [torch.cat([tail, own[:, :, : SUMMED - rest]], 2)], own[:, :, SUMMED - rest :]
+    whole = own.shape[2] // SUMMED * SUMMED
+    parts += [own[:, :, :whole], own[:, :, whole:]]
+    return [part.flatten(0, 1) for part in parts if part.shape[2]]

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that begin alike read those columns from one copy: agents with one system prompt, n choices.
+
+    decoder = labs_shared.speed_up(decoder)   # behind labs_forward.speed_up
+
+The rows of such a batch have slots for their own columns only. A step multiplies the queries of all
+rows with the shared keys at once, so that their memory and the time to read it count once. A row
+keeps its bits, for whether it shares depends on other rows. Columns are shared within one owner, as
+far as whole chunks of a prompt wrote them. This file needs labs_attention.py, labs_calls.py,
+labs_decode.py, labs_loop.py and labs_prefixes.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+
+import labs_attention
+import labs_calls
+import labs_decode
+import labs_loop
+import labs_prefixes
+from labs_decode import COLUMNS, SUMMED, Batch, Decoder, Pair, Row, SlotLayer, Slots, Tensor
+
+LEAST = 0.125  # of the weights' bytes: to read less than that once less is not worth the trouble
+STAYS = 0.5  # of the weights' bytes: with less, a batch of its own does not pay any more
+T = TypeVar("T")
+Join = Callable[[Decoder, Sequence[Batch], Batch], list[Batch]]
+
+
+class SharedLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """Slots that leave out the first columns. shared: their keys and values, [heads, columns, dim].
+
+    `update` returns pairs of the shared and the rows' own ones, which labs_attention takes.
+    """
+
+    shared: Pair
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Any:
+        own = super().update(key_states, value_states)
+        return tuple(zip(self.shared, own, strict=True))
+
+    def read(self, row: int, first: int, end: int) -> list[Tensor]:
+        skipped = self.cursor.shared
+        own = super().read(row, max(first - skipped, 0), end - skipped)
+        if first >= skipped:
+            return own
+        return [torch.cat([a[:, first:], b], 1) for a, b in zip(self.shared, own, strict=True)]
+
+
+class SharedSlots(Slots):
+    """Slots of rows that begin with the same columns. columns: how many, with the shared ones."""
+
+    def __init__(self, config: Any, row: Row, shared: int, columns: int) -> None:
+        self.ids, self.owner = row.ids[:shared], row.owner
+        super().__init__(config, columns)
+        self.cursor.shared, self.cursor.columns = shared, columns
+
+    def _layer(self, old: Any) -> SharedLayer:
+        return SharedLayer(self.cursor)
+
+    def begins(self, row: Row) -> bool:
+        """Return whether the shared columns are those of a row, bit for bit."""
+        mine = row.owner == self.owner and row.exact_columns >= len(self.ids)
+        return mine and row.ids[: len(self.ids)] == self.ids
+
+
+def is_shared(batch: Batch) -> bool:
+    return isinstance(batch.cache, SharedSlots)
+
+
+# ---------------------------------------------------------------- who shares
+
+
+def join(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
+    """Put a newcomer into a batch, beside rows that begin alike if it pays."""
+    if decoder.model._forward_hooks:  # transformers' modules run, which know no shared columns
+        return _beside(decoder)(decoder, batches, newcomer)
+    row, bytes_per_column = newcomer.rows[0], newcomer.cache.bytes_per_column
+    alike = [b for b in batches if isinstance(b.cache, SharedSlots) and b.cache.begins(row)]
+    others = [batch for batch in batches if all(batch is not each for each in alike)]
+    if alike and (alone := _unless_full(lambda: _apart(decoder, newcomer, 0, alike[0].cache))):
+        return [*others, *_beside(decoder)(decoder, alike, alone)]
+    rows = [row for batch in batches if not is_shared(batch) for row in batch.rows]
+    plain = [row for row in rows if not row.waits]
+    mates, shared = _mates(plain, row)
+    joins_all = len(mates) == sum(len(batch.rows) for batch in batches)
+    least = decoder.weight_bytes * (LEAST if joins_all else 1)  # a batch more reads them once more
+    if shared * len(mates) * bytes_per_column >= max(least, 1):
+        started = _unless_full(lambda: _start(decoder, batches, newcomer, (mates, shared)))
+        if started:
+            return started
+    return _join_plain(decoder, batches, newcomer)
+
+
+def _mates(rows: Sequence[Row], newcomer: Row) -> tuple[set[int], int]:
+    """Return the rows that should share columns with a newcomer, and how many columns."""
+    alike = {row.id: _columns_alike(row, newcomer) for row in rows}
+    saved = {size: size * sum(each >= size for each in alike.values()) for size in alike.values()}
+    shared = max(saved, key=lambda size: saved[size], default=0)
+    return {key for key, size in alike.items() if size >= shared > 0}, shared
+
+
+def _columns_alike(a: Row, b: Row) -> int:
+    """Return how many columns of two rows have the same bits, in whole blocks; 0 for a few."""
+    exact = min(a.exact_columns, b.exact_columns) if a.owner == b.owner else 0
+    columns = labs_prefixes.common(a.ids[:exact], b.ids[:exact]) // COLUMNS * COLUMNS
+    return columns if columns >= labs_decode.CHUNK else 0
+
+
+def _beside(decoder: Decoder) -> Join:
+    """Return what puts a row into the first batch that it does not slow down."""
+    return decoder.waiting.join if decoder.waiting else labs_loop.join_best
+
+
+def _unless_full(function: Callable[[], T]) -> T | None:
+    """Return the function's result, None if memory ran out."""
+    try:
+        return function()
+    except (RuntimeError, MemoryError) as error:
+        if not labs_decode.out_of_memory(error):
+            raise
+        return None
+
+
+# ---------------------------------------------------------------- rows change their slots
+
+
+def _start(
+    decoder: Decoder, batches: Sequence[Batch], newcomer: Batch, wanted: tuple[set[int], int]
+) -> list[Batch]:
+    """Move rows out of their batches to share their first columns with a newcomer."""
+    mates, shared = wanted
+    places = [(b, i) for b in batches for i, row in enumerate(b.rows) if row.id in mates]
+    first, *others = *places, (newcomer, 0)
+    sharing, left = [_apart(decoder, *first, shared)], list[Batch]()
+    for place in others:
+        alone = _apart(decoder, *place, sharing[0].cache)
+        sharing = _beside(decoder)(decoder, sharing, alone)
+    for batch in batches:  # from here on nothing can fail
+        kept = [row.id for row in batch.rows if row.id not in mates]
+        rest = labs_decode.keep(batch, kept) if len(kept) < len(batch.rows) else batch
+        left += [] if rest is None else [rest]
+    return [*left, *sharing]
+
+
+@torch.inference_mode()
+def _apart(decoder: Decoder, batch: Any, index: int, shared: Any) -> Batch:
+    """Copy a row into a slot of its own without its first columns.
+
+    shared: slots whose shared columns are the row's too, or how many of its own are shared now.
+    """
+    row, size = batch.rows[index], shared if isinstance(shared, int) else shared.cursor.shared
+    columns = min(row.written + COLUMNS, max(row.columns, row.written + 1))
+    slots: Any = SharedSlots(decoder.config, row, size, _blocks(columns))
+    for number, (mine, theirs) in enumerate(zip(slots.layers, batch.cache.layers, strict=True)):
+        first = theirs.read(index, 0, size) if isinstance(shared, int) else ()
+        mine.shared = tuple(s.clone() for s in first) or shared.layers[number].shared
+        mine.lazy_initialization(theirs.keys, theirs.values)
+        for buffer, states in zip(mine.buffers, theirs.read(index, size, row.written), strict=True):
+            buffer[0, :, : row.written - size] = states
+    row.shared = size
+    return Batch((row,), slots)
+
+
+def _blocks(columns: int) -> int:
+    """Round up so that the last sum has a length that labs_decode.blocks gives as well."""
+    rest = columns % SUMMED
+    return columns - rest + (labs_decode.blocks(rest) if rest else 0)
+
+
+def _join_plain(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
+    """Join a batch that shares nothing. Rows whose sharing does not pay beside it join it too."""
+    plain = [batch for batch in batches if not is_shared(batch)]
+    plain, kept = _beside(decoder)(decoder, plain, newcomer), list[Batch]()
+    for batch in filter(is_shared, batches):
+        shared = batch.cache.cursor.shared * batch.cache.bytes_per_column
+        pays = (len(batch.rows) - 1) * shared >= STAYS * decoder.weight_bytes
+        fits = len(batch.rows) * shared < labs_decode.slot_budget(decoder.device)
+        spread = functools.partial(_spread, decoder, batch)
+        alone = None if pays or not fits else _unless_full(spread)
+        for each in alone or ():
+            plain = _beside(decoder)(decoder, plain, each)
+        kept += [] if alone else [batch]
+    return [*kept, *plain]
+
+
+def _spread(decoder: Decoder, batch: Batch) -> list[Batch]:
+    return [labs_calls.apart(decoder, batch, index) for index in range(len(batch.rows))]
+
+
+# ---------------------------------------------------------------- at load
+
+
+def speed_up(decoder: Decoder) -> Decoder:
+    """Let rows share columns on a CPU, where a row has the same bits if it shares them.
+
+    The forward has to be that of labs_forward, without a soft cap in attention.
+    """
+    weights = getattr(decoder.forward, "args", (None,))[0]
+    usable = decoder.can_reuse_prefix and decoder.grow is not None and decoder.mode == "joins"
+    usable = usable and decoder.slots is Slots  # not in 8 bits
+    if weights is None or not weights.steps or not usable or decoder.device.type != "cpu":
+        return decoder
+    alike = not decoder.invariant or _has_same_bits(weights, decoder.model.dtype)
+    return replace(decoder, join=join) if alike else decoder
+
+
+@torch.inference_mode()
+def _has_same_bits(weights: Any, dtype: torch.dtype, rows: int = 17) -> bool:
+    """Return whether attention of rows with shared columns has the bits of each row alone."""
+    layer, (shared, own) = weights.layers[0], (5 * COLUMNS, 3 * COLUMNS)
+    sizes = [(rows, layer.heads, 1), (layer.groups, shared), (rows, layer.groups, own)]
+    counts = [math.prod(size) * layer.dim for size in sizes]
+    numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
+    parts = zip(torch.split(numbers, counts), sizes, strict=True)
+    q, first, rest = (part.view(*size, layer.dim) for part, size in parts)
+    options = {"scaling": layer.dim**-0.5}
+
+    def attended(queries: Tensor, keys: Any, shared: int) -> Tensor:
+        slots = SimpleNamespace(cursor=SimpleNamespace(shared=shared))
+        masks = {"": q.new_zeros((len(queries), 1, 1, first.shape[1] + rest.shape[2]))}
+        found = labs_attention.of_step(slots, q, layer, masks)
+        attend: Any = labs_decode.attention_invariant
+        attend, masks = found or (attend, masks)
+        output: Tensor = attend(None, queries, keys, keys, masks[""], **options)[0]
+        return output
+
+    together = attended(q, (first, rest), shared)
+    whole = torch.cat([first.expand(rows, -1, -1, -1), rest], 2)
+    ends = (slice(0, 1), slice(rows - 1, rows))
+    return all(torch.equal(attended(q[i], whole[i], 0), together[i]) for i in ends)
