@@ -512,6 +512,7 @@ def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_dec
     import labs_decode
 
     packs = spec.quantization.quant_method not in ("auto", "none", "gguf")
+    packs |= spec.quantization.kv_dtype != "auto"
     if packs or _is_there("labs_faster"):
         require("labs_faster")
         import labs_faster  # its files know more kinds of caches

@@ -108,9 +108,9 @@ class PackedPromptsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Pair:
         parts = (torch.split(states, self.lengths, 2) for states in (key_states, value_states))
-        for layer, keys, values in zip(self.layers, *parts, strict=True):
-            layer.update(keys, values)
-        return key_states, value_states
+        read = [layer.update(*part) for layer, *part in zip(self.layers, *parts, strict=True)]
+        keys, values = (torch.cat(each, 2) for each in zip(*read, strict=True))
+        return keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: each newcomer's layer initialises itself."""

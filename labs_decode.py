@@ -280,6 +280,8 @@ LAYERS: dict[type, type | None] = {
 class Slots(cache_utils.Cache):
     """A transformers cache whose rows are slots, with a layer for each layer of its own cache."""
 
+    attention = ""  # the name in transformers of an attention that reads other slots, see labs_kv
+
     def __init__(self, config: PretrainedConfig, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=blocks(columns))
         self.captured: dict[tuple[int, int], object] = {}  # CUDA graphs that read these slots
@@ -298,6 +300,11 @@ class Slots(cache_utils.Cache):
     @property
     def buffers(self) -> list[Tensor]:
         return [b for layer in self.layers if isinstance(layer, SlotLayer) for b in layer.buffers]
+
+    @staticmethod
+    def head_bytes(dim: int, itemsize: int) -> int:
+        """Return the bytes of one head's key and value."""
+        return 2 * dim * itemsize
 
     @property
     def bytes_per_column(self) -> int:
@@ -565,7 +572,8 @@ class Decoder:
     token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
     before a step; None if slots have all from the beginning. waiting: a labs_waiting.Waiting, None
     if rows begin only where memory has all columns they may need. stepwise: yields the logits of a
-    row in mode "alone" and receives its tokens. join: replaces labs_loop.join_best.
+    row in mode "alone" and receives its tokens. join: replaces labs_loop.join_best. slots:
+    their kind.
     """
 
     model: PretrainedModel
@@ -587,6 +595,7 @@ class Decoder:
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
     grow: Callable[[Batch], None] | None = None
+    slots: type[Slots] = Slots
     waiting: Any = None
     stepwise: Callable[[Decoder, Row], Generator[Tensor, int, None]] | None = None
     join: Callable[[Decoder, Sequence[Batch], Batch], list[Batch]] | None = None
@@ -628,8 +637,9 @@ class Decoder:
         heads, dim = _int_of(config, "num_attention_heads"), _int_of(config, "head_dim")
         dim = dim or _int_of(config, "hidden_size") // max(heads, 1)
         grouped = _int_of(config, "num_key_value_heads") or heads
-        width = latent + rotary if latent else 2 * grouped * dim
-        return int(sum(slotted) * width * self.model.dtype.itemsize)
+        size = self.model.dtype.itemsize
+        size = (latent + rotary) * size if latent else grouped * self.slots.head_bytes(dim, size)
+        return int(sum(slotted) * size)
 
 
 def prepare(model: PretrainedModel, *, batch_invariant: bool = True) -> Decoder:
@@ -666,7 +676,8 @@ def with_invariance(decoder: Decoder, wanted: bool) -> Decoder:
     on_cpu = {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     invariant = wanted and on_cpu and decoder.packable
     if decoder.mode != "alone" and model._can_set_attn_implementation():
-        model.set_attn_implementation("labs_invariant" if invariant else "labs")
+        usual = "labs_invariant" if invariant else "labs"
+        model.set_attn_implementation(decoder.slots.attention or usual)
     return replace(decoder, invariant=invariant, duplicates_lone_row=invariant)
 
 
@@ -730,7 +741,7 @@ def new_batch(decoder: Decoder, row: Row) -> Batch:
             raise RuntimeError(f"{decoder.reason}; to run rows one by one needs labs_alone.py")
         return Batch((row,), Slots(None, 0), decoder.stepwise(decoder, row))
     least = len(row.ids) + FIRST_COLUMNS if decoder.grow else row.columns
-    return Batch((row,), Slots(decoder.config, min(least, row.columns)))
+    return Batch((row,), decoder.slots(decoder.config, min(least, row.columns)))
 
 
 @torch.inference_mode()

@@ -221,5 +221,5 @@ def bitsandbytes(wanted: dict[str, Any], dtype: str) -> Any:
 
     compute = wanted["bnb_4bit_compute_dtype"].replace("auto", dtype)
     options = {**wanted, "bnb_4bit_compute_dtype": DTYPES.get(compute, compute)}
-    del options["quant_method"]
+    del options["quant_method"], options["kv_dtype"]
     return transformers.BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]

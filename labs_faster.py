@@ -4,7 +4,7 @@
     decoder = labs_faster.speed_up(labs_decode.prepare(model), spec)
 
 The order counts: labs_probe tries what the calls of labs_calls need, and labs_forward takes over
-the weights as labs_fast has packed them. Needs labs_settings.py and these five files.
+the weights as labs_fast has packed them. Needs labs_settings.py and these six files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import labs_calls
 import labs_fast
 import labs_forward
+import labs_kv
 import labs_probe
 import labs_shared
 from labs_decode import Decoder
@@ -27,6 +28,7 @@ def speed_up(decoder: Decoder, spec: ModelSpec) -> Decoder:
         decoder = labs_probe.tried(labs_calls.speed_up(decoder), spec.cache_dir)
         decoder = labs_fast.speed_up(decoder, method, **flags)
         decoder = labs_forward.speed_up(decoder, spec.cache_dir)
+        decoder = labs_kv.in_bytes(decoder) if spec.quantization.kv_dtype == "int8" else decoder
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: {error}") from error
     return labs_shared.speed_up(labs_calls.steadied(decoder))

@@ -123,7 +123,7 @@ class Weights:
 # ---------------------------------------------------------------- the forward
 
 
-def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Cache, wanted: Any) -> Tensor:
+def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted: Any) -> Tensor:
     """Return logits [B, N, V] of ids [B, Q] at positions [B, Q], as labs_decode.call_model does."""
     x = weights.embed(ids)
     x = x if weights.embedding_scale == 1 else x * weights.embedding_scale
@@ -132,7 +132,8 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Cache, want
     turns = {kind: _rotation(weights, kind, x, positions) for kind in kinds}
     attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
     offset = cache.get_query_offset()
-    if isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps:
+    steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
+    if steps and not cache.attention:
         found = labs_attention.of_step(cache, x, weights.layers[0], masks)
         attend, masks = found or (attend, masks)
     batch, x = x.shape[:2], x.flatten(0, 1)

@@ -181,6 +181,7 @@ def place_of(spec: labs.ModelSpec) -> tuple[str, dict[str, Any], Any]:
     quantised = asked.load_in_4bit or asked.load_in_8bit
     found: dict[str, Any] = {"adapter": spec.adapter, "chat_template": spec.chat_template}
     found |= {"quantization": quantised or asked.quant_method not in ("auto", "none")}
+    found |= {"kv_dtype": asked.kv_dtype != "auto"}
     for word in (word for word, value in found.items() if value):
         hint = '; in its table, set quantization = { quant_method = "none" }'
         hint = hint if word == "quantization" else ""

@@ -90,6 +90,7 @@ def doc(text: str, **bounds: Any) -> Meta:
 
 Kind = Literal["text", "embedding", "rerank"]
 Packing = Literal["auto", "none", "fp16", "int8", "int4", "gguf"]
+KvDtype = Literal["auto", "int8"]
 Dtype = Literal["auto", "bf16", "bfloat16", "fp16", "float16", "fp32", "float32"]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
@@ -151,7 +152,10 @@ class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Quantization(Strict, frozen=True, kw_only=True):
-    """Quantised weights: by bitsandbytes (CUDA, CPU) or by torch's int8 and int4 kernels (CPU)."""
+    """Quantised weights: by bitsandbytes (CUDA, CPU) or by torch's int8 and int4 kernels (CPU).
+
+    kv_dtype: of keys and values, see labs_kv.py; auto is the dtype in which the model computes.
+    """
 
     load_in_4bit: Annotated[bool, doc("Load the weights in 4 bits with bitsandbytes.")] = False
     load_in_8bit: Annotated[bool, doc("Load the weights in 8 bits with bitsandbytes.")] = False
@@ -159,6 +163,7 @@ class Quantization(Strict, frozen=True, kw_only=True):
     bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], doc("Use this 4-bit format.")] = "nf4"
     bnb_4bit_use_double_quant: Annotated[bool, doc("Also quantise the 4-bit constants.")] = False
     quant_method: Annotated[Packing, doc("Hold the weights on a CPU in this form.")] = "auto"
+    kv_dtype: Annotated[KvDtype, doc("Hold keys and values in the model's dtype or int8.")] = "auto"
 
     def __post_init__(self) -> None:
         methods = [self.load_in_4bit, self.load_in_8bit, self.quant_method not in ("auto", "none")]

@@ -205,6 +205,7 @@ def speed_up(decoder: Decoder) -> Decoder:
     """
     weights = getattr(decoder.forward, "args", (None,))[0]
     usable = decoder.can_reuse_prefix and decoder.grow is not None and decoder.mode == "joins"
+    usable = usable and decoder.slots is Slots  # not in 8 bits
     if weights is None or not weights.steps or not usable or decoder.device.type != "cpu":
         return decoder
     alike = not decoder.invariant or _has_same_bits(weights, decoder.model.dtype)

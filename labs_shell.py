@@ -48,7 +48,8 @@ class Session(NamedTuple):
 def for_one_stream(config: labs.Config) -> labs.Config:
     """Let a GGUF file keep its 4 or 8 bits, with which a single stream is faster."""
     spec, quantization = config.model, config.model.quantization
-    if spec.torch_dtype != "auto" or quantization != labs.Quantization():
+    usual = labs.Quantization(kv_dtype=quantization.kv_dtype)
+    if spec.torch_dtype != "auto" or quantization != usual:
         return config
     quantization = msgspec.structs.replace(quantization, quant_method="gguf")
     spec = msgspec.structs.replace(spec, quantization=quantization)
