@@ -462,6 +462,11 @@ def _load(spec: ModelSpec) -> Model:
         weights |= labs_checkpoints.options(spec, config, dtype)
     tokenizer = tokenizer_of(spec, source, options)
     decoder = _decoder_of(spec, _model_of(spec, source, weights))
+    if spec.draft_model is not None:
+        require("labs_draft")
+        import labs_draft
+
+        decoder = labs_draft.with_draft(decoder, tokenizer, spec, _load.__wrapped__)
     dtype = {f"torch.{v}": k for k, v in TORCH_DTYPES.items()}.get(str(decoder.model.dtype), dtype)
     eos = labs_loop.eos_token_ids_of(decoder.model, tokenizer)
     settings, defaults = _recommended(decoder.model, tokenizer, eos, spec.use_generation_config)

