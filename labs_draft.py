@@ -93,10 +93,10 @@ def with_draft(
     tokenizers differ.
     """
     where, wanted = f"draft_model = {spec.draft_model}", spec_of(spec)
-    if why := _unable(decoder):
+    if why := unable(decoder):
         raise ModelError(f"{where}: {spec.model_name} {why}")
     model = load(wanted)
-    if why := _unable(model.decoder) or _other_tokens(tokenizer, model.tokenizer):
+    if why := unable(model.decoder) or _other_tokens(tokenizer, model.tokenizer):
         raise ModelError(f"{where}: it {why}")
     return guessing(decoder, Draft(str(spec.draft_model), model.decoder, model.context_length))
 
@@ -107,7 +107,7 @@ def guessing(decoder: Decoder, draft: Draft) -> Decoder:
     return replace(decoder, step_alone=functools.partial(step, draft), draft=draft)
 
 
-def _unable(decoder: Decoder) -> str | None:
+def unable(decoder: Decoder) -> str | None:
     """Return why a model cannot take part, as the rest of a sentence."""
     if decoder.graphs is not None:
         return "runs as CUDA graphs, which checks of guesses do not use; set cuda_graphs = false"

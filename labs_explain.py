@@ -84,14 +84,14 @@ def _guesses(decoder: Any, generation: labs.Generation) -> str:
     ways = ["earlier text"] if generation.prompt_lookup_num_tokens else []
     if decoder.draft is not None:
         ways.append(f"{labs_names.short(decoder.draft.name)} (draft_model)")
-    return f"{', then '.join(ways)}; only while this request runs alone" if ways else ""
+    return f"{', then '.join(ways)}; only while it runs alone" if ways else ""
 
 
 def described(plan: Explanation) -> str:
     """Return an explanation as lines of text, the prompt first."""
     left = plan.context_left
     room = "the context has no limit" if left is None else f"the context has room for {left} more"
-    guessed = f"tokens guessed by: {plan.guesses}\n" if plan.guesses else ""
+    guessed = f"\ntokens guessed by: {plan.guesses}" if plan.guesses else ""
     same = "yes" if plan.batch_invariant else "not promised for this model on this device"
     text = f"""{plan.prompt}
 ---
@@ -99,8 +99,8 @@ model: {plan.model}
 prompt tokens: {plan.prompt_tokens}; {room}
 runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
 forward of {plan.forward}
-same text whatever else is in the batch: {same}
-{guessed}memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
+same text whatever else is in the batch: {same}{guessed}
+memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
 ---
 """
     for name, rule in plan.generation_config.items():

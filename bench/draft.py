@@ -55,7 +55,7 @@ def prefilled(decoder: labs_decode.Decoder, ids: list[int], number: int = 0) -> 
 
 
 def told(right: bool) -> Callable[..., Any]:
-    """Return a `choose` whose tokens do not depend on logits: the draft's are all right or wrong."""
+    """Return a `choose` whose tokens do not depend on logits: the draft's are right or wrong."""
     choose = labs_loop.choose
 
     def chosen(logits: Any, rows: Any) -> list[Any]:

@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import types
 from pathlib import Path
 from typing import Any
 
-import labs_draft
-import labs_sizes
-import msgspec
 import pytest
 import torch
-from kit import BOS, LAYERS_OF_TWO, SIZES, alone, byte_tokenizer, llama, prompt, read, save_model
-from transformers import Gemma3TextConfig, LlamaConfig, Mamba2Config
+from kit import LAYERS_OF_TWO, SIZES, byte_tokenizer, llama, save_model
+from transformers import LlamaConfig, Mamba2Config
 
 import labs
-import labs_decode
+import labs_draft
 import labs_explain
-import labs_loop
+import labs_meters
+import labs_sizes
 
 LONG = "A river runs through the town, and a road runs along the river. " * 9
 WAYS: list[dict[str, Any]] = [
@@ -100,20 +98,8 @@ def test_a_request_that_is_given_up_leaves_nothing_for_the_next(folders: dict[st
     for _ in range(5):
         next(events)
     events.close()  # type: ignore[attr-defined]
-    assert answer(model, "Next.", temperature=0) == ANY_TIME(answer(plain, "Next.", temperature=0))
-
-
-class ANY_TIME:
-    """Equal to an answer with any timings and fingerprint."""
-
-    def __init__(self, expected: labs.Completion) -> None:
-        self.expected = expected
-
-    def __eq__(self, found: object) -> bool:
-        parts = [(a.text, a.logprobs, a.usage) for a in (self.expected, found)]  # type: ignore
-        return parts[0] == parts[1]
-
-    __hash__ = None  # type: ignore[assignment]
+    found, expected = (answer(each, "Next.", temperature=0) for each in (model, plain))
+    assert (found.text, found.logprobs) == (expected.text, expected.logprobs)
 
 
 def test_stop_strings_ends_and_processors_hold(folders: dict[str, str]):
@@ -175,6 +161,63 @@ def test_a_draft_that_cannot_help_is_refused_with_the_reason(folders: dict[str, 
     save_model(tmp_path / "mamba", Mamba2Config(**sizes, head_dim=32, n_groups=1, state_size=16))
     with pytest.raises(labs.ModelError, match=r"draft_model = .*mamba: it \(mamba2\) cannot disc"):
         loaded(folders, str(tmp_path / "mamba"))
+    spec = labs.ModelSpec(model_name=str(tmp_path / "mamba"), draft_model=folders["large"])
     with pytest.raises(labs.ModelError, match=r"mamba \(mamba2\) cannot discard tokens once read"):
-        spec = labs.ModelSpec(model_name=str(tmp_path / "mamba"), draft_model=folders["large"])
-        labs.load_model(msgspec.structs.replace(spec, model_name=spec.model_name), cached=False)
+        labs.load_model(spec, cached=False)
+
+
+def test_models_on_cuda_graphs_are_refused(folders: dict[str, str]):
+    decoder = loaded(folders, None).decoder
+    assert labs_draft.unable(decoder) is None
+    graphs: Any = object()
+    why = labs_draft.unable(labs_draft.replace(decoder, graphs=graphs))
+    assert why is not None
+    assert "set cuda_graphs = false" in why
+
+
+def test_a_draft_of_another_tokenizer_is_refused_by_its_tokens(folders: dict[str, str], tmp_path):
+    save_model(tmp_path / "foreign", llama())
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    wrong = "has another tokenizer: 1 tokens differ, for example '<more>'"
+    with pytest.raises(labs.ModelError, match=wrong):
+        loaded(folders, str(tmp_path / "foreign"))
+
+
+def test_explain_metrics_and_sizes_know_the_draft(folders: dict[str, str]):
+    model, plain = loaded(folders, "copy"), loaded(folders, None)
+    inputs = labs.build_inputs(model, prompt="Hello!")
+    asked = labs.Generation(prompt_lookup_num_tokens=3)
+    plan = labs_explain.explain(model, inputs, asked)
+    assert plan.guesses == "earlier text, then copy (draft_model); only while it runs alone"
+    assert f"tokens guessed by: {plan.guesses}\n" in labs_explain.described(plan)
+    assert plan.settings["draft_model"].value == folders["copy"]
+    none = labs_explain.explain(plain, inputs, labs.Generation())
+    assert "guessed" not in labs_explain.described(none)
+    answer(model, temperature=0)
+    engines = {"a": types.SimpleNamespace(model=model), "b": types.SimpleNamespace(model=plain)}
+    found = [
+        [(sample.name, sample.labels["model_name"], sample.value) for sample in family.samples]
+        for family in labs_meters.draft_metrics(engines)
+    ]
+    names = [f"labs_spec_decode_num_{kind}_tokens_total" for kind in ("draft", "accepted")]
+    assert found == [
+        [(name, "a", count), (name, "b", 0)]
+        for name, count in zip(names, counts(model), strict=True)
+    ]
+    with_draft, without = (labs_sizes.weight_bytes(each.spec) for each in (model, plain))
+    assert with_draft == 2 * without
+
+
+def test_the_name_of_a_table_means_its_model(tmp_path: Path):
+    file = tmp_path / "labs.toml"
+    text = '[models.small]\nmodel_name = "a/small"\n[models.large]\nmodel_name = "a/large"\n'
+    file.write_text('default_model = "large"\n' + text + 'draft_model = "small"\n')
+    config = labs.load_config(file, env={})
+    assert config.model.draft_model == "a/small"
+    assert config.models["large"].model.draft_model == "a/small"
+    assert config.models["small"].model.draft_model is None
+    config = labs.load_config(file, env={"LABS_DRAFT_MODEL": "a/tiny"})
+    assert config.model.draft_model == "a/tiny"
+    assert config.models["small"].model.draft_model is None
