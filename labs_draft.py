@@ -50,6 +50,10 @@ class Draft:
     proposed: int = 0
     accepted: int = 0
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.decoder.weight_bytes
+
 
 @dataclass(slots=True, eq=False)
 class Drafted:
@@ -157,7 +161,7 @@ def propose(draft: Draft, row: Row) -> list[int]:
         known.rest -= min(known.rest, 1)
         return []
     try:
-        return _guess(draft, known, row, most)
+        return _guess(draft, known, known.batch, row, most)
     except (RuntimeError, MemoryError) as error:
         if not labs_decode.out_of_memory(error):
             raise
@@ -173,9 +177,9 @@ def _begun(draft: Draft, row: Row) -> Drafted:
     return Drafted(labs_decode.new_batch(draft.decoder, own))
 
 
-def _guess(draft: Draft, known: Drafted, row: Row, count: int) -> list[int]:
+def _guess(draft: Draft, known: Drafted, batch: Batch, row: Row, count: int) -> list[int]:
     """Let the draft read what is new, a chunk of a prompt a step, and choose the next tokens."""
-    decoder, batch, [own] = draft.decoder, known.batch, known.batch.rows
+    decoder, [own] = draft.decoder, batch.rows
     if max(row.ids[known.sure :], default=0) >= decoder.embedded:
         known.batch = None  # it cannot read this token
         return []
@@ -193,7 +197,8 @@ def _guess(draft: Draft, known: Drafted, row: Row, count: int) -> list[int]:
     logits = labs_calls.forward_behind(decoder, batch, [unread])[-1:].float()
     own.take(labs_loop.choose(logits, [own])[0].token, len(unread))
     for _ in range(count - 1):
-        known.batch, _ = labs_loop.step(decoder, known.batch)
+        batch, _ = labs_loop.step(decoder, batch)
+    known.batch = batch
     return own.ids[known.sure :]
 
 

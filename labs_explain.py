@@ -72,7 +72,7 @@ def explain(
         forward=f"{'labs' if decoder.forward else 'transformers'}: {decoder.why_forward}",
         batch_invariant=decoder.invariant,
         rows=labs.rows_in_memory(model),
-        weight_bytes=decoder.weight_bytes,
+        weight_bytes=decoder.weight_bytes + getattr(decoder.draft, "weight_bytes", 0),
         cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
         settings=_sourced(model, stream, sources or {}, generation),
         generation_config=model.defaults.described() if model.defaults else {},

@@ -208,6 +208,7 @@ def test_explain_metrics_and_sizes_know_the_draft(folders: dict[str, str]):
     ]
     with_draft, without = (labs_sizes.weight_bytes(each.spec) for each in (model, plain))
     assert with_draft == 2 * without
+    assert plan.weight_bytes == 2 * none.weight_bytes
 
 
 def test_the_name_of_a_table_means_its_model(tmp_path: Path):
