@@ -143,6 +143,7 @@ def step(draft: Draft, decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs
     [row] = batch.rows
     found = labs_calls.prompt_lookup(row)[: draft.most]
     guess = found or propose(draft, row)
+    guess = [*itertools.takewhile(lambda token: token < decoder.embedded, guess)]
     batch, choices = labs_calls.step_guessed(decoder, batch, guess)
     if guess and not found:
         _learn(draft, row, len(guess), len(choices) - 1)
@@ -191,7 +192,7 @@ def _guess(draft: Draft, known: Drafted, batch: Batch, row: Row, count: int) -> 
     unread = own.ids[own.written :]
     if decoder.grow:
         labs_calls.grow(batch, len(unread) + count)
-    if batch.pending > decoder.chunk:
+    if batch.pending > labs_decode.CHUNK:
         known.batch = replace(labs_decode.prefill(decoder, batch), logits=None)
         return []
     logits = labs_calls.forward_behind(decoder, batch, [unread])[-1:].float()
