@@ -105,7 +105,7 @@ class Row:
     written: int = 0
     exact_columns: int = 0
     cached: int = 0
-    drafted: Any = None
+    drafted: object = None
     entered: float = 0.0
     generated: Counter[int] = field(default_factory=Counter)
     seen: set[int] = field(default_factory=set)

@@ -18,7 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -152,9 +152,8 @@ def step(draft: Draft, decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs
 
 def propose(draft: Draft, row: Row) -> list[int]:
     """Return the draft's guesses of the row's next tokens; [] while it rests or reads a prompt."""
-    if row.drafted is None:
-        row.drafted = _begun(draft, row)
-    known: Drafted = row.drafted
+    row.drafted = row.drafted or _begun(draft, row)
+    known = cast("Drafted", row.drafted)
     most = min(known.size, draft.most, row.columns - len(row.ids) - 1)
     if draft.context_length is not None:
         most = min(most, draft.context_length - len(row.ids))
@@ -206,7 +205,7 @@ def _guess(draft: Draft, known: Drafted, batch: Batch, row: Row, count: int) -> 
 def _learn(draft: Draft, row: Row, proposed: int, accepted: int) -> None:
     """Guess more tokens after right ones, fewer after wrong ones, and none while all are wrong."""
     draft.proposed, draft.accepted = draft.proposed + proposed, draft.accepted + accepted
-    known: Drafted = row.drafted
+    known = cast("Drafted", row.drafted)
     known.misses = 0 if accepted else known.misses + 1
     known.size = 2 * proposed if accepted == proposed else accepted + 1
     if known.misses >= PATIENCE:
