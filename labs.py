@@ -13,8 +13,7 @@ The functions take and return frozen structs; only `load_config` and `load_model
     ids ──labs_decode──▶ logits ──labs_loop──▶ tokens ──labs──▶ text
 
 labs.py, labs_settings.py, labs_loop.py and labs_decode.py are enough, with torch, transformers and
-msgspec; docs/vendoring.md lists the optional files. A request is a prompt with its options; while
-it runs it is a row of the batch.
+msgspec; docs/vendoring.md lists the optional files. A request that runs is a row of the batch.
 """
 
 from __future__ import annotations
@@ -462,6 +461,11 @@ def _load(spec: ModelSpec) -> Model:
         weights |= labs_checkpoints.options(spec, config, dtype)
     tokenizer = tokenizer_of(spec, source, options)
     decoder = _decoder_of(spec, _model_of(spec, source, weights))
+    if spec.draft_model is not None:
+        require("labs_draft")
+        import labs_draft
+
+        decoder = labs_draft.with_draft(decoder, tokenizer, spec, _load.__wrapped__)
     dtype = {f"torch.{v}": k for k, v in TORCH_DTYPES.items()}.get(str(decoder.model.dtype), dtype)
     eos = labs_loop.eos_token_ids_of(decoder.model, tokenizer)
     settings, defaults = _recommended(decoder.model, tokenizer, eos, spec.use_generation_config)
@@ -511,8 +515,7 @@ def _model_of(
 def _decoder_of(spec: ModelSpec, model: labs_decode.PretrainedModel) -> labs_decode.Decoder:
     import labs_decode
 
-    packs = spec.quantization.quant_method not in ("auto", "none", "gguf")
-    packs |= spec.quantization.kv_dtype != "auto"
+    packs = {(q := spec.quantization).quant_method, q.kv_dtype} - {"auto", "none", "gguf"}
     if packs or _is_there("labs_faster"):
         require("labs_faster")
         import labs_faster  # its files know more kinds of caches
@@ -757,9 +760,8 @@ def match_stop(text: PartialText, piece: str, stops: tuple[str, ...]) -> tuple[s
 def fold(deltas: Iterable[Delta], done: Done) -> Completion:
     """Join the events of an answer into a Completion."""
     deltas = list(deltas)
-    text = "".join(delta.text for delta in deltas)
     logprobs = tuple(each for delta in deltas for each in delta.logprobs)
-    return Completion(text=text, logprobs=logprobs, **asdict(done))
+    return Completion("".join(delta.text for delta in deltas), logprobs=logprobs, **asdict(done))
 
 
 # ---------------------------------------------------------------- requests under way
@@ -879,8 +881,7 @@ def run(
 ) -> Events:
     """Decode all requests, at most `limit` at once, and yield their events.
 
-    requests: read while there is room; a Failed among them is passed on. loop: pass a new one to
-    watch its state.
+    requests: read while there is room; a Failed among them is passed on. loop: a new one to watch.
     """
     import labs_loop
 

@@ -58,7 +58,7 @@ import labs_vectors
 from labs_service import Resource, Service, answer_error
 
 # Settings that hold paths of the server, which are hidden from clients.
-PATHS = ("adapter", "cache_dir", "chat_template", "model_name")
+PATHS = ("adapter", "cache_dir", "chat_template", "draft_model", "model_name")
 # Settings of a choice, whatever is configured for texts.
 ALONE = {"max_new_tokens": 1, "min_new_tokens": 0, "logprobs": None}
 
@@ -362,7 +362,8 @@ class Metrics(Resource):
 
     def collect(self) -> Iterator[Any]:
         engines = self.service.models.loaded()
-        return labs_meters.engine_metrics({name: each.status() for name, each in engines.items()})
+        yield from labs_meters.engine_metrics({name: e.status() for name, e in engines.items()})
+        yield from labs_meters.draft_metrics(engines)
 
 
 # ---------------------------------------------------------------- the route table and the app

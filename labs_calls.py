@@ -30,10 +30,9 @@ NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
 
 def speed_up(decoder: Decoder) -> Decoder:
     """Add guesses, splitting, growth and rows that run alone; packed prompts for plain caches."""
-    parts = {"step_alone": step_speculative, "halves": split_after_oom, "grow": grow}
-    decoder = replace(decoder, stepwise=labs_alone.stepwise, **parts)  # type: ignore[arg-type]
-    if decoder.can_reuse_prefix:  # keys and values can be divided among batches
-        decoder = replace(decoder, waiting=labs_waiting.Waiting())
+    parts: Any = {"step_alone": step_speculative, "halves": split_after_oom, "grow": grow}
+    waiting = labs_waiting.Waiting() if decoder.can_reuse_prefix else None  # states can't be moved
+    decoder = replace(decoder, stepwise=labs_alone.stepwise, waiting=waiting, **parts)
     if decoder.mode != "joins":
         return decoder
     layers = DynamicCache(config=decoder.config).layers
@@ -169,11 +168,18 @@ def forward_behind(
 def step_speculative(decoder: Decoder, batch: Batch) -> tuple[Batch, list[labs_loop.Choice]]:
     """Step one row, but take several tokens in one call if the next ones can be guessed.
 
-    Returns one or more choices of the row. They are those that single steps would make, because
-    each guess is computed as a separate row that reads the same slot.
+    The choices are those of single steps: each guess is a separate row that reads the same slot.
     """
+    ready = batch.logits is None and decoder.can_reuse_prefix
+    return step_guessed(decoder, batch, prompt_lookup(batch.rows[0]) if ready else [])
+
+
+@torch.inference_mode()
+def step_guessed(
+    decoder: Decoder, batch: Batch, guess: Sequence[int]
+) -> tuple[Batch, list[labs_loop.Choice]]:
+    """Step one row and check guesses of its next tokens in the same call; [] for none."""
     [row], choices = batch.rows, list[labs_loop.Choice]()
-    guess = prompt_lookup(row) if batch.logits is None and decoder.can_reuse_prefix else []
     guess = guess[: decoder.steady - 1] if decoder.steady else guess
     if not guess:
         return labs_loop.step(decoder, batch)

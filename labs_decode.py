@@ -87,8 +87,8 @@ class Row:
     lookahead: tokens that a step may guess. owner: only prefixes of this owner are reused; with
     exact_prefix, only columns that a prefill computed. cancelled: set by any thread. over: the
     reader wants no more tokens. exact_columns: the leading columns prefilled in whole chunks.
-    cached: prompt tokens taken from a prefix. deadline, entered: by time.perf_counter(). seen: the
-    distinct ids. bias: ids and values of logit_bias on the device of the logits, once uploaded.
+    cached: prompt tokens taken from a prefix. drafted: of labs_draft. deadline, entered: by
+    time.perf_counter(). seen: the distinct ids. bias: ids and values of logit_bias as tensors.
     waits: for memory, see labs_waiting. shared: columns that its slot leaves out, see labs_shared.
     """
 
@@ -108,6 +108,7 @@ class Row:
     written: int = 0
     exact_columns: int = 0
     cached: int = 0
+    drafted: object = None
     entered: float = 0.0
     generated: Counter[int] = field(default_factory=Counter)
     seen: set[int] = field(default_factory=set)
@@ -594,6 +595,7 @@ class Decoder:
     prefill_packed: PrefillPacked | None = None
     step_alone: Callable[[Decoder, Batch], tuple[Batch, list[Any]]] | None = None
     halves: Callable[[Decoder, Batch], list[Batch]] | None = None
+    draft: Any = None
     grow: Callable[[Batch], None] | None = None
     slots: type[Slots] = Slots
     waiting: Any = None

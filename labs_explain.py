@@ -49,6 +49,7 @@ class Explanation(Struct, frozen=True):
     cache_bytes: int
     settings: dict[str, SettingValue]
     generation_config: dict[str, str] = {}  # the model's rules, and why some have no effect
+    guesses: str = ""  # when and by what tokens are guessed
 
 
 def explain(
@@ -73,17 +74,26 @@ def explain(
         batch_invariant=decoder.invariant,
         shares_columns=decoder.join is not None,
         rows=labs.rows_in_memory(model),
-        weight_bytes=decoder.weight_bytes,
+        weight_bytes=decoder.weight_bytes + getattr(decoder.draft, "weight_bytes", 0),
         cache_bytes=(tokens + generation.max_new_tokens) * decoder.column_bytes,
         settings=_sourced(model, stream, sources or {}, generation),
         generation_config=model.defaults.described() if model.defaults else {},
+        guesses=_guesses(decoder, generation),
     )
+
+
+def _guesses(decoder: Any, generation: labs.Generation) -> str:
+    ways = ["earlier text"] if generation.prompt_lookup_num_tokens else []
+    if decoder.draft is not None:
+        ways.append(f"{labs_names.short(decoder.draft.name)} (draft_model)")
+    return f"{', then '.join(ways)}; only while it runs alone" if ways else ""
 
 
 def described(plan: Explanation) -> str:
     """Return an explanation as lines of text, the prompt first."""
     left = plan.context_left
     room = "the context has no limit" if left is None else f"the context has room for {left} more"
+    guessed = f"\ntokens guessed by: {plan.guesses}" if plan.guesses else ""
     same = "yes" if plan.batch_invariant else "not promised for this model on this device"
     shared = "one copy for all rows" if plan.shares_columns else "a copy for each row"
     text = f"""{plan.prompt}
@@ -92,7 +102,7 @@ model: {plan.model}
 prompt tokens: {plan.prompt_tokens}; {room}
 runs: {plan.how} ({plan.why}); up to {plan.rows} rows at once
 forward of {plan.forward}
-same text whatever else is in the batch: {same}
+same text whatever else is in the batch: {same}{guessed}
 keys and values of prompts that begin alike: {shared}
 memory: weights {plan.weight_bytes / 1e6:.0f} MB, this request {plan.cache_bytes / 1e6:.1f} MB
 ---

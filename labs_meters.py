@@ -90,6 +90,19 @@ def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
     )
 
 
+def draft_metrics(engines: dict[str, Any]) -> Iterator[Any]:
+    """Yield how many tokens draft models guessed, and how many were right. engines: by name."""
+    found = {name: getattr(each.model.decoder, "draft", None) for name, each in engines.items()}
+    for name, text, field in (
+        ("num_draft_tokens", "Tokens that a draft model guessed", "proposed"),
+        ("num_accepted_tokens", "Tokens of these that were right", "accepted"),
+    ):
+        family = CounterMetricFamily(f"labs_spec_decode_{name}", text, labels=LABEL)
+        for model, draft in found.items():
+            family.add_metric([model], getattr(draft, field, 0))
+        yield family
+
+
 ENGINE_METRICS: tuple[tuple[Any, str, str, str], ...] = (
     (GaugeMetricFamily, "num_requests_running", "Requests in the batch", "running"),
     (GaugeMetricFamily, "num_requests_waiting", "Requests waiting for a batch row", "waiting"),

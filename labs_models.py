@@ -258,6 +258,7 @@ class Models:
         model = labs.load_model(entry.config, cached=False)
         engine = labs_engine.Engine(model, self._server)
         entry.reader, entry.weight_bytes = replace(model, decoder=None), model.decoder.weight_bytes
+        entry.weight_bytes += getattr(getattr(model.decoder, "draft", None), "weight_bytes", 0)
         return labs_engine.Cached(engine, cache) if cache.max_entries else engine
 
     def _make_room(self, wanted: Entry) -> None:

@@ -34,7 +34,7 @@ def beside(config: labs.Config, name: str) -> labs.ModelSpec:
     if (table := config.models.get(name)) is not None:
         hint = f"give the model itself, {table.model.model_name}"
         raise labs.ConfigError(f"documents.embedding_model = {name} is a table: {hint}")
-    unset: dict[str, Any] = dict.fromkeys(("revision", "adapter", "chat_template"))
+    unset: dict[str, Any] = dict.fromkeys(("revision", "adapter", "chat_template", "draft_model"))
     safe = {"trust_remote_code": False, "use_safetensors": True}
     rest = {"kind": "embedding", "quantization": labs.Quantization()}
     return replace(config.model, model_name=name, **unset, **safe, **rest)

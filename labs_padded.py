@@ -179,7 +179,7 @@ def place_of(spec: labs.ModelSpec) -> tuple[str, dict[str, Any], Any]:
         raise labs.ModelError(f"{name}: device_map can name one device for this kind of model")
     asked = spec.quantization
     quantised = asked.load_in_4bit or asked.load_in_8bit
-    found: dict[str, Any] = {"adapter": spec.adapter, "chat_template": spec.chat_template}
+    found = {name: getattr(spec, name) for name in ("adapter", "chat_template", "draft_model")}
     found |= {"quantization": quantised or asked.quant_method not in ("auto", "none")}
     found |= {"kv_dtype": asked.kv_dtype != "auto"}
     for word in (word for word, value in found.items() if value):

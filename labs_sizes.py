@@ -24,7 +24,10 @@ AUTO = {  # transformers' class for each kind of a model
 
 
 def weight_bytes(spec: labs.ModelSpec) -> int:
-    """Estimate the bytes of a model's weights without loading them; a GGUF file is converted."""
+    """Estimate the bytes of a model's weights and its draft's without loading them.
+
+    A GGUF file is converted.
+    """
     import torch
     import transformers
 
@@ -40,7 +43,12 @@ def weight_bytes(spec: labs.ModelSpec) -> int:
     bits = 9 if wanted.load_in_8bit or wanted.quant_method == "int8" else bits  # with scales
     bits = 5 if wanted.load_in_4bit or wanted.quant_method == "int4" else bits
     bits = labs_checkpoints.stored_bits(config) or bits
-    return int(sum(weight.numel() for weight in model.parameters())) * bits // 8
+    own = int(sum(weight.numel() for weight in model.parameters())) * bits // 8
+    if spec.draft_model is None:
+        return own
+    import labs_draft
+
+    return own + weight_bytes(labs_draft.spec_of(spec))
 
 
 def context_length(spec: labs.ModelSpec) -> int | None:

@@ -681,7 +681,7 @@ ROOMS = {
     "labs.py": (
         1000,
         "settings loop decode sources cache faster checkpoints prefixes template defaults hub "
-        "fingerprint keys dialogue apart adapter",
+        "fingerprint keys dialogue apart adapter draft",
     ),
     "labs_loop.py": (620, "decode"),
     "labs_decode.py": (940, ""),
@@ -692,6 +692,7 @@ ROOMS = {
     "labs_calls.py": (300, "alone decode loop states waiting"),
     "labs_states.py": (100, "decode"),
     "labs_waiting.py": (250, "decode loop"),
+    "labs_draft.py": (300, "settings calls decode loop"),
     "labs_defaults.py": (200, "settings decode"),
     "labs_fast.py": (400, "decode graphs packing"),
     "labs_faster.py": (60, "settings decode calls probe fast forward kv shared"),
@@ -763,7 +764,7 @@ ROOMS = {
     "labs_turns.py": (260, "labs prefix_files"),
     "labs_engine.py": (450, "labs loop turns"),
     "labs_async.py": (160, "labs engine decode"),
-    "labs_sizes.py": (100, "labs decode checkpoints"),
+    "labs_sizes.py": (100, "labs decode checkpoints draft"),
     "labs_models.py": (360, "labs engine patterns kinds sizes names"),
     "labs_protocol.py": (240, "labs request tokens"),
     "labs_openai.py": (320, "labs dialogue protocol request replies"),

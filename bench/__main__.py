@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import sys
 
-from bench import models, parts, table
+from bench import draft, models, parts, table
 
 NAMES = ("single", "many", "context", "arrivals", "sampling", "long", "memory", "start", "prefix")
 NAMES += ("serving", "overhead", "manners", "batch", "typed", "documents", "ray")
-PARTS = {name: getattr(parts, name) for name in NAMES}
+PARTS = {name: getattr(parts, name) for name in NAMES} | {"draft": draft.draft}
 
 
 def main() -> None:

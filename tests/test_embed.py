@@ -234,6 +234,7 @@ def test_pickles_are_read_only_where_they_are_allowed(bert):
         ({"quantization": labs.Quantization(load_in_8bit=True)}, "quantization is for models of"),
         ({"adapter": "x"}, "adapter is for models of the kind text only"),
         ({"chat_template": "x"}, "chat_template is for models of the kind text only"),
+        ({"draft_model": "x"}, "draft_model is for models of the kind text only"),
         ({"device_map": '{"": "cpu"}'}, "device_map can name one device"),
         ({"model_name": "x.gguf"}, "GGUF files of this kind of model are not read"),
         ({"model_name": "./absent"}, "there is no such model folder"),
