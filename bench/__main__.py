@@ -23,7 +23,7 @@ import sys
 from bench import draft, models, parts, table
 
 NAMES = ("single", "many", "context", "arrivals", "sampling", "long", "memory", "start", "prefix")
-NAMES += ("serving", "overhead", "manners", "batch", "typed", "documents", "ray")
+NAMES += ("shared", "serving", "overhead", "manners", "batch", "typed", "documents", "ray")
 PARTS = {name: getattr(parts, name) for name in NAMES} | {"draft": draft.draft}
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import importlib.util
 import json
@@ -221,16 +222,26 @@ def paced(other: Any, inputs: list[labs.Inputs]) -> Run:
 
 def slots(model: labs.Model, inputs: list[labs.Inputs], **options: Any) -> Run:
     """Prefill all rows into one batch; return the function that does one step with it."""
-    batches: list[Any] = []
+    return steps(model.decoder, batches_of(model.decoder, inputs, **options))
+
+
+def steps(decoder: Any, batches: list[Any]) -> Run:
+    return lambda: sum(len(labs_loop.step(decoder, batch)[1]) for batch in batches)
+
+
+def batches_of(decoder: Any, inputs: list[labs.Inputs], **options: Any) -> list[Any]:
+    """Return the batches of rows that have made their first step, as the loop puts them."""
+    batches, prefixes = list[Any](), labs_prefixes.Prefixes()
+    sampling, join = labs_decode.Sampling(**options), decoder.join or labs_loop.join_best
     for index, each in enumerate(inputs):
-        sampling, ids = labs_decode.Sampling(**options), list(each.input_ids)
-        row = labs_decode.Row(id=index, ids=ids, max_new_tokens=STEPS, sampling=sampling)
-        batch = labs_decode.new_batch(model.decoder, row)
+        row = labs_decode.Row(index, list(each.input_ids), STEPS, sampling, exact_prefix=True)
+        batch = labs_decode.new_batch(decoder, row)
+        prefixes.load(decoder, batch)
         while batch.pending:
-            batch = labs_decode.prefill(model.decoder, batch)
-        batch, _ = labs_loop.step(model.decoder, batch)
-        batches = labs_loop.join_best(model.decoder, batches, batch)
-    return lambda: sum(len(labs_loop.step(model.decoder, batch)[1]) for batch in batches)
+            batch = labs_decode.prefill(decoder, batch)
+        prefixes.store(decoder, batch, 0)
+        batches = join(decoder, batches, labs_loop.step(decoder, batch)[0])
+    return batches
 
 
 def context() -> None:
@@ -381,6 +392,25 @@ def prefix() -> None:
             ratios.append(second.timings.prefill_s / first.timings.prefill_s)
         name = f"second turn after 2,000 tokens, first token, {name}"
         print(f"{name:58} {'':17} {numpy.median(ratios):6.3f}", flush=True)
+
+
+def shared() -> None:
+    """Steps and memory of 32 rows that share 2,000 of 2,100 tokens, over rows with own copies."""
+    decoder, (begin,) = load_labs().decoder, random_inputs([2000])
+    ends = random_inputs([100] * 32)
+    inputs = [labs.Inputs((*begin.input_ids, *end.input_ids), "") for end in ends]
+    alone = dataclasses.replace(decoder, join=None)
+    ours, theirs = batches_of(decoder, inputs), batches_of(alone, inputs)
+    name = "32 rows that share 2,000 of 2,100 tokens / with own copies"
+    compare(name, steps(decoder, ours), steps(alone, theirs), 4)
+    bytes_of = [sum(map(slot_bytes, batches)) / 1e6 for batches in (ours, theirs)]
+    report(f"{name}, MB", [(bytes_of[0], bytes_of[1])])
+
+
+def slot_bytes(batch: Any) -> int:
+    """Return the bytes of keys and values of a batch, shared ones once."""
+    shared = [each for layer in batch.cache.layers for each in getattr(layer, "shared", ())]
+    return sum(each.nbytes for each in [*batch.cache.buffers, *shared])
 
 
 def documents() -> None:

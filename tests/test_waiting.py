@@ -47,14 +47,14 @@ def bound(monkeypatch: Any) -> Bound:
     def bound(decoder: decode.Decoder, columns: int) -> Memory:
         memory = Memory(decoder, columns)
 
-        class Counted(decode.Slots):
-            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-                slots = super().__new__(cls)
-                memory.slots.add(slots)
-                return slots
+        begin = decode.Slots.__init__
+
+        def counted(slots: Any, *args: Any, **kwargs: Any) -> None:
+            begin(slots, *args, **kwargs)
+            memory.slots.add(slots)
 
         monkeypatch.setattr(decode, "slot_budget", memory.free)
-        monkeypatch.setattr(decode, "Slots", Counted)
+        monkeypatch.setattr(decode.Slots, "__init__", counted)
         return memory
 
     return bound
