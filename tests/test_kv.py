@@ -165,7 +165,7 @@ def test_slots_that_grow_and_batches_that_split_keep_their_bits(monkeypatch: Any
     batch = joined(decoder, range(4))
     halves = labs_calls.split_after_oom(decoder, batch)
     assert answers_of(decoder, halves) == expected
-    apart = [labs_calls._apart(decoder, joined(decoder, range(4)), i) for i in range(4)]
+    apart = [labs_calls.apart(decoder, joined(decoder, range(4)), i) for i in range(4)]
     assert answers_of(decoder, apart) == expected
 
 
