@@ -92,7 +92,8 @@ def engine_metrics(statuses: dict[str, labs_engine.Status]) -> Iterator[Any]:
 
 def draft_metrics(engines: dict[str, Any]) -> Iterator[Any]:
     """Yield how many tokens draft models guessed, and how many were right. engines: by name."""
-    found = {name: getattr(each.model.decoder, "draft", None) for name, each in engines.items()}
+    decoders = {name: getattr(each.model, "decoder", None) for name, each in engines.items()}
+    found = {name: getattr(each, "draft", None) for name, each in decoders.items()}
     for name, text, field in (
         ("num_draft_tokens", "Tokens that a draft model guessed", "proposed"),
         ("num_accepted_tokens", "Tokens of these that were right", "accepted"),

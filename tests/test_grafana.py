@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from kit import FakeEngine
@@ -27,7 +28,9 @@ def exported(tiny, monkeypatch):
     meters.piece("m", 3.0, 2.0, 1.0)
     meters.done("m", labs.Done("stop", labs.Usage(1, 2), labs.Timings(0.0, 0.0, 0.0, 0.0)), 1.0)
     status = {"m": FakeEngine(tiny).status()}
+    engines = {"m": FakeEngine(tiny), "vectors": SimpleNamespace(model=object())}
     families = [*meters.registry.collect(), *labs_meters.engine_metrics(status)]
+    families += labs_meters.draft_metrics(engines)
     return {each.name: {*each.labels} for family in families for each in family.samples}
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +57,14 @@ def bound(monkeypatch: Any) -> Bound:
 
         monkeypatch.setattr(decode, "slot_budget", memory.free)
         monkeypatch.setattr(decode.Slots, "__init__", counted)
+
+        def copied(each: Any) -> Any:
+            new = copy.copy(each)
+            if isinstance(new, decode.Slots):
+                memory.slots.add(new)
+            return new
+
+        monkeypatch.setattr(labs_waiting, "copy", SimpleNamespace(copy=copied))
         return memory
 
     return bound
