@@ -34,19 +34,19 @@ def of_step(cache: Any, x: Tensor, layer: Any, masks: Masks) -> tuple[Attention,
     shared, exact = cache.cursor.shared, x.dtype == torch.float32
     if not x.is_cpu or not (shared or exact):
         return None
-    queries = max(FEWEST if exact else 1, layer.heads // layer.groups)
     if not shared:
-        return attend, {kind: _for_heads(mask, layer, queries) for kind, mask in masks.items()}
+        return attend, {kind: _for_heads(mask, layer) for kind, mask in masks.items()}
     pairs = {}
     for kind, mask in masks.items():
         own = mask[..., shared:] if exact else mask[..., shared // SUMMED * SUMMED :]
-        own = _for_heads(own, layer, queries) if exact else own
-        pairs[kind] = _of_shared(mask[..., :shared], queries), own
+        own = _for_heads(own, layer) if exact else own
+        pairs[kind] = _of_shared(mask[..., :shared], layer.heads // layer.groups), own
     return attend_exactly if exact else attend_in_parts, pairs
 
 
-def _for_heads(mask: Tensor, layer: Any, queries: int) -> Tensor:
-    """Return a mask [B, 1, 1, T] as [B * groups, N, T], for the N queries that share keys."""
+def _for_heads(mask: Tensor, layer: Any) -> Tensor:
+    """Return a mask [B, 1, 1, T] as [B * groups, N, T], for the N heads that share keys."""
+    queries = max(FEWEST, layer.heads // layer.groups)
     return mask.expand(-1, layer.groups, queries, -1).flatten(0, 1)
 
 
@@ -68,11 +68,12 @@ def attend(
     mask [B * groups, N, T], to add: the N heads that share keys are rows of one product. The copies
     of a lone row have no keys of their own: they get the row's output.
     """
-    queries = _queries(q, keys)
+    rows, groups = keys.shape[:2]
     keys, values = (each.reshape(-1, *each.shape[2:]) for each in (keys, values))
-    scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.transpose(1, 2), alpha=scaling)
+    queries = _at_least(q[:rows].reshape(rows * groups, -1, q.shape[-1]))
+    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling)
     output = labs_decode.weighted(scores.softmax(-1), values)
-    return _of_heads(output.view(*queries.shape), q), None
+    return _of_heads(output.view(rows, groups, *output.shape[1:]), q), None
 
 
 def attend_exactly(
@@ -82,16 +83,17 @@ def attend_exactly(
 
     keys, values: the shared ones [groups, S, dim] and the rows' own [B, groups, T, dim].
     """
-    queries = _queries(q, keys[1])
-    rows, groups, each, _ = queries.shape
-    together = queries.transpose(0, 1).reshape(groups, rows * each, -1)
-    mask = masks[0].expand(groups, -1, -1)
+    rows, groups = keys[1].shape[:2]
+    queries = q[:rows].reshape(rows, groups, -1, q.shape[-1])
+    each, alone = queries.shape[2], _at_least(queries.flatten(0, 1))
+    together = _at_least(queries.transpose(0, 1).reshape(groups, rows * each, -1))
+    mask = _at_least(masks[0]) if masks[0].shape[1] > 1 else masks[0]
+    mask = mask.expand(groups, -1, -1)
     first = torch.baddbmm(mask, together, keys[0].transpose(1, 2), alpha=scaling)
-    first = first.view(groups, rows, each, -1).transpose(0, 1)
-    own = torch.baddbmm(
-        masks[1], queries.flatten(0, 1), keys[1].flatten(0, 1).transpose(1, 2), alpha=scaling
-    )
-    weights = torch.cat([first, own.view(rows, groups, each, -1)], -1).softmax(-1)
+    first = first[:, : rows * each].reshape(groups, rows, each, -1).transpose(0, 1)
+    keys_t = keys[1].flatten(0, 1).transpose(1, 2)
+    own = torch.baddbmm(masks[1], alone, keys_t, alpha=scaling)[:, :each]
+    weights = torch.cat([first, own.reshape(rows, groups, each, -1)], -1).softmax(-1)
     return _of_heads(_weighted(weights, values), q), None
 
 
@@ -101,20 +103,19 @@ def _weighted(weights: Tensor, values: Pair) -> Tensor:
     whole, sums = values[0].shape[1] // SUMMED * SUMMED, list[Tensor]()
     if whole:
         together = weights[..., :whole].transpose(0, 1).reshape(groups, rows * each, whole)
-        first = labs_decode.weighted(together, values[0][:, :whole])
-        sums.append(first.view(groups, rows, each, -1).transpose(0, 1))
+        first = labs_decode.weighted(_at_least(together), values[0][:, :whole])[:, : rows * each]
+        sums.append(first.reshape(groups, rows, each, -1).transpose(0, 1))
     parts = [piece for part in _own_parts(values) for piece in torch.split(part, SUMMED, 1)]
-    sizes, own = [part.shape[1] for part in parts], weights[..., whole:].flatten(0, 1)
-    pairs = zip(torch.split(own, sizes, -1), parts, strict=True)
-    sums += [torch.matmul(w, v).view(rows, groups, each, -1) for w, v in pairs]
+    own = _at_least(weights[..., whole:].flatten(0, 1))
+    pairs = zip(torch.split(own, [part.shape[1] for part in parts], -1), parts, strict=True)
+    sums += [torch.matmul(w, v)[:, :each].reshape(rows, groups, each, -1) for w, v in pairs]
     return functools.reduce(torch.add, sums)
 
 
-def _queries(q: Tensor, keys: Tensor) -> Tensor:
-    """Return [B, groups, N, dim] of the rows that have keys, with zeros for at least FEWEST."""
-    rows, groups = keys.shape[:2]
-    queries = q[:rows].reshape(rows, groups, -1, q.shape[-1])
-    return torch.nn.functional.pad(queries, (0, 0, 0, max(0, FEWEST - queries.shape[2])))
+def _at_least(lines: Tensor) -> Tensor:
+    """Return [N, L, ...] with zeros for at least FEWEST lines."""
+    missing = FEWEST - lines.shape[1]
+    return torch.nn.functional.pad(lines, (0, 0, 0, missing)) if missing > 0 else lines
 
 
 def _of_heads(output: Tensor, q: Tensor) -> Tensor:
