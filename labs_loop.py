@@ -199,14 +199,16 @@ def _fail_or_retry_alone(
         row = group.pop().rows[0]
         del loop.prefilling[0], loop.rows[row.id]
         yield row.id, Ended("failed", error)
-    release(decoder, loop)
+    if not release(decoder, loop):
+        labs_decode.release_memory()
 
 
 def release(decoder: Decoder, loop: Loop) -> bool:
     """Free stored prefixes and the slots kept for CUDA graphs; return whether there were any."""
     held = loop.prefixes is not None and loop.prefixes.release()
     held |= decoder.graphs is not None and decoder.graphs.release()
-    labs_decode.release_memory()
+    if held:  # else nothing changed since the last step, where this was tried
+        labs_decode.release_memory()
     return held
 
 
@@ -251,7 +253,8 @@ def _split_or_fail(decoder: Decoder, loop: Loop, batch: Batch, error: Exception)
     """Split a batch whose step ran out of memory; fail its rows if it cannot be split."""
     error.__traceback__ = None  # its frames keep tensors in memory
     loop.oom_splits += 1
-    release(decoder, loop)
+    if not release(decoder, loop):
+        labs_decode.release_memory()
     try:
         halves = decoder.halves(decoder, batch) if decoder.halves else []
     except (RuntimeError, MemoryError) as again:

@@ -66,6 +66,7 @@ def asked(text: str, system: str = RULES) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
+@pytest.mark.real
 def test_the_first_request_of_a_new_server_begins_with_what_was_warmed(tiny_folder):
     with server(tiny_folder) as ask:
         cold = ask(kit.CHAT, messages=asked("Hi!"))
@@ -86,6 +87,7 @@ def test_the_first_request_of_a_new_server_begins_with_what_was_warmed(tiny_fold
     assert files().items() >= written.items()  # nothing was written again
 
 
+@pytest.mark.real
 def test_a_chat_begins_with_what_was_warmed_and_says_the_same(tiny_folder):
     Path("rules.txt").write_text(RULES, encoding="utf-8")
     Path("labs.toml").write_text(f"[server]\nprefix_disk_bytes = {BYTES}\n", encoding="utf-8")
@@ -100,6 +102,7 @@ def test_a_chat_begins_with_what_was_warmed_and_says_the_same(tiny_folder):
     assert found.stdout == cold.stdout
 
 
+@pytest.mark.real
 def test_each_api_key_finds_its_own_copy_and_a_name_chooses_one(tiny_folder, monkeypatch):
     monkeypatch.setenv("LABS_API_KEYS", "one,two")
     Path("rules.txt").write_text(RULES, encoding="utf-8")
