@@ -148,8 +148,9 @@ class PrefixFiles:
         exact = row.ids[: row.exact_columns]
         for place, name in enumerate(self._names(decoder, row.owner, exact)):
             if not self.folder.has(name) and self.folder.pending_bytes < most:
-                columns = slice(place * decoder.chunk, (place + 1) * decoder.chunk)
-                chunk = [buffer[index, :, columns].clone() for buffer in cache.buffers]
+                ends = place * decoder.chunk, (place + 1) * decoder.chunk
+                states = (layer.read(index, *ends) for layer in cache.stateful_layers)
+                chunk = [each.clone() for pair in states for each in pair]
                 size = sum(each.nbytes for each in chunk)
                 make = functools.partial(packed, chunk)
                 self.folder.write(name, now - MICROSECOND * place, size, make)

@@ -48,10 +48,10 @@ class SharedLayer(SlotLayer):  # type: ignore[no-untyped-call]
 
     def read(self, row: int, first: int, end: int) -> list[Tensor]:
         skipped = self.cursor.shared
-        own = super().read(row, max(first - skipped, 0), end - skipped)
+        own = super().read(row, max(first - skipped, 0), max(end - skipped, 0))
         if first >= skipped:
             return own
-        return [torch.cat([a[:, first:], b], 1) for a, b in zip(self.shared, own, strict=True)]
+        return [torch.cat([a[:, first:end], b], 1) for a, b in zip(self.shared, own, strict=True)]
 
 
 class SharedSlots(Slots):

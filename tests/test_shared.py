@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import labs_attention
 import labs_calls
 import labs_decode as decode
 import labs_loop as loop
+import labs_prefix_files
+import labs_prefix_folder
 import labs_prefixes
 import labs_shared
 
@@ -201,6 +204,30 @@ def test_a_batch_that_shares_is_halved_and_stored_as_any_other(monkeypatch: Any)
         for at in range(10, 14):
             one, choices = loop.step(decoder, one)
             assert choices == [expected[key][at]]
+
+
+@pytest.mark.parametrize("limits", [(0, 64), (64, 512), (448, 520), (512, 528), (500, 512)])
+def test_any_columns_of_a_row_are_those_that_it_has_alone(limits: tuple[int, int]) -> None:
+    decoder = decoder_of()
+    [batch] = batches_of(decoder, rows_of([8, 8]))
+    whole = labs_calls.apart(decoder, batch, 1)
+    for mine, theirs in zip(batch.cache.stateful_layers, whole.cache.stateful_layers, strict=True):
+        pairs = zip(mine.read(1, *limits), theirs.read(0, *limits), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_files_of_a_row_that_shares_columns_are_those_of_a_row_alone(tmp_path: Path) -> None:
+    decoder = decoder_of()
+    [batch] = batches_of(decoder, rows_of([8, 8]))
+    memory, names = labs_prefixes.Prefixes(0), list[set[str]]()
+    for place, (each, index) in enumerate([(batch, 1), (labs_calls.apart(decoder, batch, 1), 0)]):
+        folder = labs_prefix_folder.Folder(tmp_path / str(place), 2**30)
+        store = labs_prefix_files.PrefixFiles(memory, folder, b"mark")
+        store.store(decoder, each, index)
+        store.flush()
+        names.append({path.name for path in (tmp_path / str(place)).iterdir()})
+    assert names[0] == names[1]  # a name holds a checksum of the contents
+    assert len(names[0]) == 2
 
 
 def test_guesses_of_the_last_row_of_a_batch_read_the_shared_columns() -> None:
