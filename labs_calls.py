@@ -234,12 +234,12 @@ def split_after_oom(decoder: Decoder, batch: Batch) -> list[Batch]:
 
 def apart(decoder: Decoder, batch: Batch, index: int) -> Batch:
     """Copy a row into slots of its own, which have columns for more tokens."""
-    row = batch.rows[index]
-    alone, row.shared = labs_decode.new_batch(decoder, row), 0
+    alone = labs_decode.new_batch(decoder, row := batch.rows[index])
     for mine, all_rows in zip(*(b.cache.stateful_layers for b in (alone, batch)), strict=True):
         mine.lazy_initialization(all_rows.keys, all_rows.values)
         for to, states in zip(mine.buffers, all_rows.read(index, 0, row.written), strict=True):
             to[0, :, : row.written] = states
+    row.shared = 0
     return alone
 
 

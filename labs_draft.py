@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import msgspec
@@ -40,7 +41,8 @@ log = logging.getLogger("labs.draft")
 class Draft:
     """The draft model of a decoder, shared by its rows. proposed, accepted: tokens so far.
 
-    context_length: the draft's, None if it does not say. most: guesses in one call.
+    context_length: the draft's, None if it does not say. most: guesses in one call. begun: what
+    each row has of it.
     """
 
     name: str
@@ -49,13 +51,21 @@ class Draft:
     most: int = MOST
     proposed: int = 0
     accepted: int = 0
+    begun: Any = field(default_factory=weakref.WeakSet)
 
     @property
     def weight_bytes(self) -> int:
         return self.decoder.weight_bytes
 
+    def release(self) -> bool:
+        """Free the slots of all rows, which go on without guesses; return whether any had some."""
+        held = [known for known in [*self.begun] if known.batch is not None]
+        for known in held:
+            known.batch = None
+        return bool(held)
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Drafted:
     """A row as its draft model sees it.
 
@@ -174,7 +184,8 @@ def _begun(draft: Draft, row: Row) -> Drafted:
     sampling = replace(row.sampling, logprobs=None, processors=())
     own = Row(row.id, [*row.ids], row.max_new_tokens, sampling)
     own.prompt_length = row.prompt_length  # random numbers are those of the same step
-    return Drafted(labs_decode.new_batch(draft.decoder, own))
+    draft.begun.add(known := Drafted(labs_decode.new_batch(draft.decoder, own)))
+    return known
 
 
 def _guess(draft: Draft, known: Drafted, batch: Batch, row: Row, count: int) -> list[int]:
@@ -196,10 +207,10 @@ def _guess(draft: Draft, known: Drafted, batch: Batch, row: Row, count: int) -> 
         return []
     logits = labs_calls.forward_behind(decoder, batch, [unread])[-1:].float()
     own.take(labs_loop.choose(logits, [own])[0].token, len(unread))
-    for _ in range(count - 1):
+    while len(own.ids) < len(row.ids) + count and 0 <= own.ids[-1] < decoder.embedded:
         batch, _ = labs_loop.step(decoder, batch)
-    known.batch = batch
-    return own.ids[known.sure :]
+    known.batch = batch if own.ids[-1] >= 0 else None  # else its logits are not finite, or too few
+    return [token for token in own.ids[known.sure :] if token >= 0]
 
 
 def _learn(draft: Draft, row: Row, proposed: int, accepted: int) -> None:

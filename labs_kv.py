@@ -191,8 +191,9 @@ def in_bytes(decoder: Decoder) -> Decoder:
     """Return a decoder whose slots have 8 bits. Raises ValueError if its model cannot have them."""
     if why := unfit(decoder):
         raise ValueError(f"kv_dtype = int8: {why}")
-    invariant = decoder.invariant
+    invariant, copies = decoder.invariant, decoder.duplicates_lone_row
     decoder = labs_decode.with_invariance(replace(decoder, slots=ByteSlots), invariant)
+    decoder = replace(decoder, duplicates_lone_row=copies)  # as labs_fast has decided
     own = replace(labs_compare.Own.of(decoder.model), most=OFF)
     if why := own.fault or own.wrong(labs_compare.together(decoder, own.texts)):
         labs_decode.with_invariance(replace(decoder, slots=labs_decode.Slots), invariant)

@@ -96,12 +96,17 @@ def run(decoder: Decoder, rows: Waiting, limit: int, loop: Loop) -> Outcomes:
         yield from _admit(decoder, loop, rows, limit)
         if not loop.rows:
             return
-        stepped: list[Batch] = []
         if decoder.waiting is not None:
             loop.batches = decoder.waiting.share(decoder, loop)
-        for batch in loop.batches:
-            stepped += [batch] if batch.rows[0].waits else (yield from _step(decoder, loop, batch))
-        loop.batches = stepped
+        loop.batches = yield from _step_all(decoder, loop)
+
+
+def _step_all(decoder: Decoder, loop: Loop) -> Stepped:
+    """Step all batches but those whose rows wait. Then no variable holds slots of ended ones."""
+    stepped: list[Batch] = []
+    for batch in loop.batches:
+        stepped += [batch] if batch.rows[0].waits else (yield from _step(decoder, loop, batch))
+    return stepped
 
 
 def _admit(decoder: Decoder, loop: Loop, rows: Waiting, limit: int) -> Outcomes:
@@ -138,8 +143,7 @@ def _drop_cancelled(loop: Loop) -> Outcomes:
     """Drop rows that are cancelled, or whose deadline passed while they wait or are prefilled."""
     loop.before_step()
     rows = loop.rows.values()
-    dropped = (r for r in rows if r.cancelled or (r.late and (r.waits or not r.generated)))
-    gone = {row.id: row for row in dropped}
+    gone = {r.id: r for r in rows if r.cancelled or (r.late and (r.waits or not r.generated))}
     if not gone:
         return
     loop.prefilling = [each for each in loop.prefilling if each.rows[0].id not in gone]
@@ -170,6 +174,8 @@ def _next_prompts(decoder: Decoder, loop: Loop) -> list[Batch]:
     """Return the newcomers to prefill in the next call; [] if there is no memory for them."""
     if loop.prefixes is not None and decoder.can_reuse_prefix:
         for newcomer in loop.prefilling:
+            if not (newcomer.cache.buffers or has_room(decoder, loop.batches, [newcomer])):
+                break  # a stored prefix takes a slot
             loop.prefixes.load(decoder, newcomer)
     group = prompts_for_one_call(decoder, loop.prefilling)
     group = group[:1] if loop.one_prompt_per_call else group
@@ -204,12 +210,11 @@ def _fail_or_retry_alone(
 
 
 def release(decoder: Decoder, loop: Loop) -> bool:
-    """Free stored prefixes and the slots kept for CUDA graphs; return whether there were any."""
-    held = loop.prefixes is not None and loop.prefixes.release()
-    held |= decoder.graphs is not None and decoder.graphs.release()
+    """Free stored prefixes and slots kept for CUDA graphs or a draft; return whether any were."""
+    held = [p for p in (loop.prefixes, decoder.graphs, decoder.draft) if p and p.release()]
     if held:  # else nothing changed since the last step, where this was tried
         labs_decode.release_memory()
-    return held
+    return bool(held)
 
 
 def _store_prefix(decoder: Decoder, loop: Loop, batch: Batch, index: int) -> None:
@@ -228,18 +233,15 @@ def _step(decoder: Decoder, loop: Loop, batch: Batch) -> Stepped:
         return (yield from _split_or_fail(decoder, loop, batch, error))
     loop.last_step_at, loop.steps = time.perf_counter(), loop.steps + 1
     rows = batch.rows * len(choices) if alone else batch.rows  # correct guesses add choices
-    embedded = decoder.embedded
     for index, (row, choice) in enumerate(zip(rows, choices, strict=True)):
         if row.over:
             break  # only a lone row: its remaining guesses are not needed
         row.over = choice.error is not None
         yield row.id, choice
-        if not row.over and choice.token >= embedded:
-            row.over, has = True, f"its input embedding has only {embedded} tokens"
-            yield (
-                row.id,
-                Choice(error=IndexError(f"the model chose token {choice.token}, but {has}")),
-            )
+        if not row.over and choice.token >= decoder.embedded:
+            row.over, has = True, f"its input embedding has only {decoder.embedded} tokens"
+            wrong = IndexError(f"the model chose token {choice.token}, but {has}")
+            yield row.id, Choice(error=wrong)
         if row.over:
             del loop.rows[row.id]
             if not decoder.invariant:  # else not: a step rounds differently from a prefill
@@ -305,8 +307,7 @@ def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> li
                     raise
                 for layer in batch.cache.stateful_layers:  # undo, then try the next batch
                     layer.cut(len(batch.rows))
-    graphs = decoder.graphs
-    return [*batches, newcomer if graphs is None else graphs.begin(newcomer)]
+    return [*batches, decoder.graphs.begin(newcomer) if decoder.graphs else newcomer]
 
 
 # ---------------------------------------------------------------- memory
@@ -340,9 +341,8 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     for batch, columns in zip(batches[1:], owed[1:], strict=True):
         grown += batch.cache.cursor.rows * max(columns - batch.cache.cursor.columns, 0)
     per_column = batches[0].cache.bytes_per_column if batches else decoder.column_bytes
-    if (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device):
-        return True
-    return bool(decoder.waiting and decoder.waiting.has_room(decoder, batches, newcomers))
+    fits = (sum(own) + grown) * per_column < labs_decode.slot_budget(decoder.device)
+    return fits or bool(decoder.waiting and decoder.waiting.has_room(decoder, batches, newcomers))
 
 
 def cache_usage(batches: Sequence[Batch]) -> float:

@@ -184,7 +184,7 @@ def place_of(spec: labs.ModelSpec) -> tuple[str, dict[str, Any], Any]:
     found |= {"kv_dtype": asked.kv_dtype != "auto"}
     for word in (word for word, value in found.items() if value):
         hint = '; in its table, set quantization = { quant_method = "none" }'
-        hint = hint if word == "quantization" else ""
+        hint = hint if word in ("quantization", "kv_dtype") else ""
         raise labs.ModelError(f"{name}: {word} is for models of the kind text only{hint}")
     source, options, _ = labs.locate(spec, "fp32")
     return source, options, wanted if wanted.startswith(f"{kind}:") else kind

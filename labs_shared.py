@@ -84,9 +84,12 @@ def join(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Ba
         return _beside(decoder)(decoder, batches, newcomer)
     row, bytes_per_column = newcomer.rows[0], newcomer.cache.bytes_per_column
     alike = [b for b in batches if isinstance(b.cache, SharedSlots) and b.cache.begins(row)]
+    if alike:  # those of one copy, the longest
+        longest = max(b.cache.cursor.shared for b in alike)
+        alike = [b for b in alike if b.cache.cursor.shared == longest]
     others = [batch for batch in batches if all(batch is not each for each in alike)]
     if alike and (alone := _unless_full(lambda: _apart(decoder, newcomer, 0, alike[0].cache))):
-        return [*others, *_beside(decoder)(decoder, alike, alone)]
+        return [*others, *_beside(decoder, others)(decoder, alike, alone)]
     rows = [row for batch in batches if not is_shared(batch) for row in batch.rows]
     plain = [row for row in rows if not row.waits]
     mates, shared = _mates(plain, row)
@@ -96,6 +99,8 @@ def join(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Ba
         started = _unless_full(lambda: _start(decoder, batches, newcomer, (mates, shared)))
         if started:
             return started
+        for each in (*plain, row):  # some may have been copied
+            each.shared = 0
     return _join_plain(decoder, batches, newcomer)
 
 
@@ -114,9 +119,11 @@ def _columns_alike(a: Row, b: Row) -> int:
     return columns if columns >= labs_decode.CHUNK else 0
 
 
-def _beside(decoder: Decoder) -> Join:
-    """Return what puts a row into the first batch that it does not slow down."""
-    return decoder.waiting.join if decoder.waiting else labs_loop.join_best
+def _beside(decoder: Decoder, others: Sequence[Batch] = ()) -> Join:
+    """Return what puts a row into the first batch that it does not slow down, none of `others`."""
+    if not decoder.waiting:
+        return labs_loop.join_best
+    return functools.partial(decoder.waiting.join, others=others)
 
 
 def _unless_full(function: Callable[[], T]) -> T | None:
@@ -178,15 +185,19 @@ def _blocks(columns: int) -> int:
 def _join_plain(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
     """Join a batch that shares nothing. Rows whose sharing does not pay beside it join it too."""
     plain = [batch for batch in batches if not is_shared(batch)]
-    plain, kept = _beside(decoder)(decoder, plain, newcomer), list[Batch]()
-    for batch in filter(is_shared, batches):
+    sharing, kept = [*filter(is_shared, batches)], list[Batch]()
+    plain = _beside(decoder, sharing)(decoder, plain, newcomer)
+    short = any(row.waits for batch in batches for row in batch.rows)
+    for batch in sharing:
         shared = batch.cache.cursor.shared * batch.cache.bytes_per_column
         pays = (len(batch.rows) - 1) * shared >= STAYS * decoder.weight_bytes
         fits = len(batch.rows) * shared < labs_decode.slot_budget(decoder.device)
         spread = functools.partial(_spread, decoder, batch)
-        alone = None if pays or not fits else _unless_full(spread)
+        alone = None if pays or not fits or short else _unless_full(spread)
+        for row in () if alone else batch.rows:  # some may have been copied
+            row.shared = batch.cache.cursor.shared
         for each in alone or ():
-            plain = _beside(decoder)(decoder, plain, each)
+            plain = _beside(decoder, sharing)(decoder, plain, each)
         kept += [] if alone else [batch]
     return [*kept, *plain]
 

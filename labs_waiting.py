@@ -22,6 +22,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -46,23 +47,23 @@ class Waiting:
         new = [each for each in newcomers if not each.cache.buffers]
         wide = max(each.cache.cursor.columns for each in newcomers)
         cost = sum(each.cache.cursor.columns for each in new)
-        open_ = [each.cache.cursor for each in batches if not each.rows[0].waits]
-        live = [len(each.rows) for each in batches if not each.rows[0].waits]
+        open_ = [(each.cache.cursor, len(each.rows)) for each in batches if not each.rows[0].waits]
         joins = [
             max(at.rows, rows + len(newcomers)) * (wide - at.shared)
             - at.rows * (at.columns - at.shared)
-            for at, rows in zip(open_, live, strict=True)
+            for at, rows in open_
             if at.columns <= wide  # wider ones take no row unless they can
         ]
         free = _free_columns(decoder, batches[0].cache) - cost - min(joins, default=0)
         return can_end(free, columns_held([*batches, *newcomers]))
 
-    def join(self, decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> list[Batch]:
-        """Join as labs_loop.join_best does, but only where the columns that this takes are free."""
-        held = columns_held([*batches, newcomer])
-        takes = [_may_join(decoder, held, batch, newcomer) for batch in batches]
-        full = [batch for batch, fits in zip(batches, takes, strict=True) if not fits]
-        rest = [batch for batch, fits in zip(batches, takes, strict=True) if fits]
+    def join(
+        self, decoder: Decoder, batches: Sequence[Batch], newcomer: Batch, others: Any = ()
+    ) -> list[Batch]:
+        """Join as labs_loop.join_best does, where columns are free; rows of `others` end, too."""
+        held = columns_held([*others, *batches, newcomer])
+        rest = [batch for batch in batches if _may_join(decoder, held, batch, newcomer)]
+        full = [batch for batch in batches if all(batch is not each for each in rest)]
         return [*full, *labs_loop.join_best(decoder, rest, newcomer)]
 
     def share(self, decoder: Decoder, loop: labs_loop.Loop) -> list[Batch]:
@@ -74,8 +75,7 @@ class Waiting:
         if not waited and labs_loop.release(decoder, loop):
             return self.share(decoder, loop)  # stored prefixes were in the way
         batches = _ration(decoder, loop.batches)
-        waits = sum(row.waits for batch in batches for row in batch.rows)
-        if waits != waited:
+        if waited != (waits := sum(row.waits for batch in batches for row in batch.rows)):
             log.info("%d of %d rows wait for memory", waits, len(loop.rows))
         return batches
 

@@ -107,7 +107,7 @@ class Warmer:
 
     def __init__(self, context: labs_request.Context, config: labs.Config, owners: Iterable[str]):
         self.context, self.owners, self.failed = context, tuple(owners), False
-        self.model = labs.load_model(config)
+        self.model = labs.load_model(replace(config.model, draft_model=None))  # it makes no step
         if why := labs_prefix_files.unusable(self.model):
             raise labs.ModelError(f"{config.model_id}: prefixes cannot be kept: {why}")
         server = replace(config.server, prefix_cache_bytes=0)  # they are needed on disk only

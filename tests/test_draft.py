@@ -15,6 +15,7 @@ from transformers import LlamaConfig, Mamba2Config
 import labs
 import labs_draft
 import labs_explain
+import labs_loop
 import labs_meters
 import labs_sizes
 
@@ -222,3 +223,26 @@ def test_the_name_of_a_table_means_its_model(tmp_path: Path):
     config = labs.load_config(file, env={"LABS_DRAFT_MODEL": "a/tiny"})
     assert config.model.draft_model == "a/tiny"
     assert config.models["small"].model.draft_model is None
+
+
+def test_a_draft_that_cannot_choose_a_token_gives_way(folders: dict[str, str]):
+    plain, model = answer(loaded(folders, None)), loaded(folders, "copy")
+    model.decoder.draft.decoder.model.model.norm.weight.data.fill_(float("nan"))
+    found = answer(model)
+    assert (found.text, found.logprobs) == (plain.text, plain.logprobs)
+    assert counts(model) == (0, 0)
+
+
+def test_slots_of_a_draft_are_freed_where_memory_is_short(folders: dict[str, str]):
+    model = loaded(folders, "copy")
+    inputs = labs.build_inputs(model, prompt=LONG)
+    loop, texts = labs_loop.Loop(), []
+    request = labs.open_request(model, 0, inputs, labs.Generation(max_new_tokens=60), ())
+    for number, (_, event) in enumerate(labs.run(model, iter([request, None]), 1, loop)):
+        texts.append(getattr(event, "text", ""))
+        if number == 20:
+            assert labs_loop.release(model.decoder, loop)
+            before = counts(model)
+            assert not labs_loop.release(model.decoder, loop)
+    assert counts(model)[0] - before[0] <= labs_draft.MOST
+    assert "".join(texts) == answer(loaded(folders, None)).text

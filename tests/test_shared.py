@@ -307,3 +307,48 @@ def test_rows_that_share_columns_wait_for_memory_as_others_do(
     assert {key: found[key] for key in expected} == expected
     assert seen == {True, False}
     assert max(shared for _, shared in state.seen) == 512
+
+
+def test_a_row_that_waits_is_not_spread_by_a_newcomer(monkeypatch: Any) -> None:
+    decoder = decoder_of()
+    decoder = dataclasses.replace(decoder, weight_bytes=4 * 512 * decoder.column_bytes)
+    [batch] = batches_of(decoder, rows_of([8, 8]))
+    kept = decode.keep(batch, [1])
+    assert kept is not None
+    kept.rows[0].waits = True
+    other = dataclasses.replace(rows_of([30], 0)[0], id=9)
+    new = decode.prefill(decoder, decode.new_batch(decoder, other))
+    found = labs_shared.join(decoder, [kept], loop.step(decoder, new)[0])
+    assert sorted(shape_of(found)) == [([1], 512), ([9], 0)]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_row_knows_what_its_slot_leaves_out_when_memory_runs_out(
+    call: int, monkeypatch: Any
+) -> None:
+    decoder = decoder_of()
+    batches = batches_of(dataclasses.replace(decoder, join=None), rows_of([8, 8]))
+    *_, third = rows_of([8, 8, 8])
+    new = decode.new_batch(decoder, third)
+    while new.pending:
+        new = decode.prefill(decoder, new)
+    failing_at(call, monkeypatch, labs_shared, "_apart")
+    found = labs_shared.join(decoder, batches, loop.step(decoder, new)[0])
+    assert [row.shared for batch in found for row in batch.rows] == [0, 0, 0]
+
+
+def test_newcomers_with_a_stored_prefix_take_no_slot_without_room(monkeypatch: Any) -> None:
+    decoder, store = decoder_of(), labs_prefixes.Prefixes()
+    decoded(decoder, rows_of([8], new=2), loop.Loop(prefixes=store))
+    state = Watched(prefixes=store)
+    held: list[int] = []
+
+    def see() -> None:
+        held.append(sum(bool(each.cache.buffers) for each in state.prefilling))
+
+    state.before_step = see
+    monkeypatch.setattr(decode, "slot_budget", lambda _: 0)
+    monkeypatch.setattr(labs_prefixes.Prefixes, "release", lambda _: False)
+    found = decoded(decoder, rows_of([8] * 4, new=5), state)
+    assert max(held) <= 1
+    assert [len(each) for each in found.values()] == [5] * 4
