@@ -94,9 +94,10 @@ def kept() -> list[tuple[Path, os.stat_result]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_folder: Path) -> dict[str, str]:
+def expected(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The answers of a server that keeps no prefixes on disk."""
-    with server(tiny_folder) as plain:
+    place = tmp_path_factory.mktemp("plain")  # made before the folder of a test
+    with contextlib.chdir(place), server(tiny_folder) as plain:
         found = {prompt: plain.ask(prompt)[0] for prompt in PROMPTS}
     assert len({*found.values()}) == len(PROMPTS)
     return found
