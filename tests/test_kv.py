@@ -254,3 +254,10 @@ def test_other_kinds_of_numbers_are_refused() -> None:
     config = labs.load_config(None, env={"LABS_KV_DTYPE": "int8"})
     assert config.model.quantization == labs.Quantization(kv_dtype="int8")
     assert msgspec.to_builtins(config.model.quantization)["kv_dtype"] == "int8"
+
+
+@pytest.mark.parametrize("method", ["none", "int8"])
+def test_a_lone_row_is_computed_beside_as_many_copies_as_without(method: str) -> None:
+    decoder = prepare(random_model("llama", intermediate_size=128), method=method)
+    found = labs_kv.in_bytes(decoder)
+    assert found.duplicates_lone_row == decoder.duplicates_lone_row == (method == "none")
