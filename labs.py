@@ -643,7 +643,7 @@ def inputs_from_ids(model: Model, ids: Iterable[int]) -> Inputs:
 def check_prompt(
     prompt: str | None, messages: Iterable[Mapping[str, object] | Message] | None
 ) -> list[Message] | None:
-    """Return messages as structs, None for a prompt. Raises InputError: no model is needed."""
+    """Return messages as structs, None for a prompt, without a model. Raises InputError."""
     if (prompt is None) == (messages is None):
         raise InputError("give exactly one of prompt and messages")
     if prompt is not None and not prompt:

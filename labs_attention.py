@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a step on a CPU for labs_forward.py: each row to its own slot, or to shared columns.
 
-    found = labs_attention.of_step(cache, x, heads, masks)   # a function and its masks, or None
+    found = labs_attention.of_step(cache, x, layer, masks)   # a function and its masks, or None
 
 A row has the same bits either way: a product of four or more rows on MKL gives each row the bits
 that it has in any such product, and sums go over the same SUMMED columns in the same order.

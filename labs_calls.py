@@ -3,7 +3,7 @@
 
     decoder = labs_calls.speed_up(labs_decode.prepare(model))
 
-This file needs labs_alone.py, labs_decode.py, labs_loop.py and labs_states.py.
+Needs labs_alone.py, labs_decode.py, labs_loop.py, labs_states.py and labs_waiting.py.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 
 The rows of such a batch have slots for their own columns only. A step multiplies the queries of all
 rows with the shared keys at once, so that their memory and the time to read it count once. A row
-keeps its bits, for whether it shares depends on other rows. Columns are shared within one owner, as
-far as whole chunks of a prompt wrote them. This file needs labs_attention.py, labs_calls.py,
-labs_decode.py, labs_loop.py and labs_prefixes.py.
+has the same bits whether it shares or not, because that depends on what else runs. Only rows of the
+same owner share, and only columns that whole chunks of a prompt wrote. This file needs
+labs_attention.py, labs_calls.py, labs_decode.py, labs_loop.py and labs_prefixes.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import labs_loop
 import labs_prefixes
 from labs_decode import COLUMNS, SUMMED, Batch, Decoder, Pair, Row, SlotLayer, Slots, Tensor
 
-LEAST = 0.125  # of the weights' bytes: to read less than that once less is not worth the trouble
-STAYS = 0.5  # of the weights' bytes: with less, a batch of its own does not pay any more
+LEAST = 0.125  # of the weights' bytes: a step has to save as much reading, or rows do not share
+STAYS = 0.5  # of the weights' bytes: a batch that saves less is given up when others are there
 T = TypeVar("T")
 Join = Callable[[Decoder, Sequence[Batch], Batch], list[Batch]]
 

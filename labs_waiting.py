@@ -60,7 +60,7 @@ class Waiting:
     def join(
         self, decoder: Decoder, batches: Sequence[Batch], newcomer: Batch, others: Any = ()
     ) -> list[Batch]:
-        """Join as labs_loop.join_best does, where columns are free; rows of `others` end, too."""
+        """Join as labs_loop.join_best does, if these rows and those of `others` can still end."""
         held = columns_held([*others, *batches, newcomer])
         rest = [batch for batch in batches if _may_join(decoder, held, batch, newcomer)]
         full = [batch for batch in batches if all(batch is not each for each in rest)]
