@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 import labs_decode
-from labs_decode import SUMMED, Pair, Tensor
+from labs_decode import COLUMNS, SUMMED, Pair, Tensor
 
-FEWEST = 4  # queries of a product in float32: fewer round otherwise, and take no less time
+FEWEST = 4  # queries of a product: in float32, fewer round otherwise, and take no less time
+FLASH = torch._scaled_dot_product_flash_attention_for_cpu
 MOST = 128  # queries of a call in 16 bits: with more, the kernel makes larger products of them
 Masks = dict[str, Any]
 Attention = Callable[..., tuple[Tensor, None]]
@@ -32,10 +33,11 @@ def of_step(cache: Any, x: Tensor, layer: Any, masks: Masks) -> tuple[Attention,
     of layer, [B, 1, 1, T], to be added to scores.
     """
     shared, exact = cache.cursor.shared, x.dtype == torch.float32
-    if not x.is_cpu or not (shared or exact):
+    if not x.is_cpu:
         return None
     if not shared:
-        return attend, {kind: _for_heads(mask, layer) for kind, mask in masks.items()}
+        make = _for_heads if exact else _for_parts
+        return attend if exact else attend_aligned, {kind: make(masks[kind], layer) for kind in masks}
     pairs = {}
     for kind, mask in masks.items():
         own = mask[..., shared:] if exact else mask[..., shared // SUMMED * SUMMED :]
@@ -48,6 +50,18 @@ def _for_heads(mask: Tensor, layer: Any) -> Tensor:
     """Return a mask [B, 1, 1, T] as [B * groups, N, T], for the N heads that share keys."""
     queries = max(FEWEST, layer.heads // layer.groups)
     return mask.expand(-1, layer.groups, queries, -1).flatten(0, 1)
+
+
+def _for_parts(mask: Tensor, layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Return a mask [B, 1, 1, T] for each SUMMED columns, and which of these parts are hidden.
+
+    [B, groups, 1, T] and None if that is one part, else [B * groups, parts, 1, T / parts].
+    """
+    mask, total = mask.expand(-1, layer.groups, -1, -1), mask.shape[-1]
+    if total <= SUMMED or total % SUMMED:
+        return mask, None
+    mask = mask.reshape(-1, total // SUMMED, 1, SUMMED)
+    return mask, mask.amax(3) == -torch.inf
 
 
 def _of_shared(mask: Tensor, queries: int) -> Tensor:
@@ -120,11 +134,50 @@ def _at_least(lines: Tensor) -> Tensor:
 
 def _of_heads(output: Tensor, q: Tensor) -> Tensor:
     """Return output [B, groups, N, dim] as [rows of q, 1, heads, dim]."""
-    output = output[:, :, : q.shape[1] // output.shape[1]]
-    return output.reshape(len(output), 1, *q.shape[1:2], -1).expand(len(q), -1, -1, -1)
+    (rows, groups, padded, dim), (copies, heads) = output.shape, q.shape[:2]
+    output = output if padded * groups == heads else output[:, :, : heads // groups]
+    output = output.reshape(rows, 1, heads, dim)
+    return output if rows == copies else output.expand(copies, -1, -1, -1)
 
 
 # ---------------------------------------------------------------- 16 bits
+
+
+def attend_aligned(
+    module: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Any, *, scaling: float
+) -> tuple[Tensor, None]:
+    """Compute attention [B, 1, heads, dim] of one token a row in 16 bits. mask: of _for_parts."""
+    (rows, groups, _, dim), (seen, hidden) = keys.shape, mask
+    queries = q[:rows].reshape(rows, groups, -1, dim)
+    if short := -queries.shape[2] % _multiple(q.dtype, dim):
+        queries = torch.nn.functional.pad(queries, (0, 0, 0, short))
+    if hidden is None:
+        return _of_heads(FLASH(queries, keys, values, attn_mask=seen, scale=scaling)[0], q), None
+    queries = queries.flatten(0, 1)[:, None].expand(-1, seen.shape[1], -1, -1)
+    keys, values = (each.reshape(*seen.shape[:2], SUMMED, -1) for each in (keys, values))
+    output, sums = FLASH(queries, keys, values, attn_mask=seen, scale=scaling)
+    output = labs_decode.combined(output, sums.masked_fill(hidden, -torch.inf))
+    return _of_heads(output.view(rows, groups, *output.shape[1:]), q), None
+
+
+@functools.cache
+def _multiple(dtype: torch.dtype, dim: int) -> int:
+    """Return 4 if so many queries give a row the same bits in any company here, else ALIGNED.
+
+    Four take three quarters of the time, but leave the buffers of every second thread unaligned,
+    which a library for products may mind.
+    """
+    rows = 33
+    for columns in (COLUMNS, 2 * COLUMNS, SUMMED):
+        counts = [rows * dim * FEWEST, *[rows * dim * columns] * 2]
+        numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
+        q, k, v = (each.view(rows, 1, -1, dim) for each in torch.split(numbers, counts))
+        together = FLASH(q, k, v, scale=1.0)[0]
+        for i in (0, 1, rows // 2, rows - 1):
+            alone = FLASH(*(each[i : i + 1] for each in (q, k, v)), scale=1.0)[0]
+            if not torch.equal(alone[0], together[i]):
+                return labs_decode.ALIGNED
+    return FEWEST
 
 
 def attend_in_parts(
@@ -142,7 +195,8 @@ def attend_in_parts(
     at, mask = 0, masks[1].expand(-1, groups, -1, -1).flatten(0, 1)
     for k, v in zip(_own_parts(keys), _own_parts(values), strict=True):
         part = mask[..., at : (at := at + k.shape[1])]
-        output, sums = labs_decode.flash_parts(queries, k, v, part, scaling)
+        multiple = _multiple(q.dtype, k.shape[2])
+        output, sums = labs_decode.flash_parts(queries, k, v, part, scaling, multiple)
         found.append((output[:, :, : queries.shape[1]], sums[:, :, : queries.shape[1]]))
     output = labs_decode.combined(*(torch.cat(each, 1) for each in zip(*found, strict=True)))
     return _of_heads(output.view(rows, groups, *output.shape[1:]), q), None
@@ -153,10 +207,12 @@ def _to_shared(queries: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: flo
     groups, each = len(k), queries.shape[1]
     together = queries.view(-1, groups, *queries.shape[1:]).transpose(0, 1).flatten(1, 2)
     parts, mask = torch.split(together, MOST, 1), mask[..., : k.shape[1]]
+    multiple = _multiple(k.dtype, k.shape[2])
     masks = torch.split(mask, MOST, 1) if mask.shape[1] > 1 else [mask] * len(parts)
     found = []
     for part, seen in zip(parts, masks, strict=True):
-        pieces = labs_decode.flash_parts(part, k, v, seen.expand(groups, -1, -1), scaling)
+        seen = seen.expand(groups, -1, -1)
+        pieces = labs_decode.flash_parts(part, k, v, seen, scaling, multiple)
         found.append([piece[:, :, : part.shape[1]] for piece in pieces])
     output, sums = (torch.cat(pieces, 2) for pieces in zip(*found, strict=True))
     rows = len(queries) // groups  # [groups, parts, B * N, ...] to [B, groups, parts, N, ...]

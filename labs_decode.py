@@ -43,6 +43,7 @@ CHUNK = 256  # prompt tokens per prefill call, which limits how long other rows 
 GPU_CHUNKS = 8  # chunks per prefill call on a GPU, where a launch costs about 1 ms
 FIRST_COLUMNS = 256  # for new tokens, in slots that grow
 COLUMNS = 64  # attention reads whole blocks of columns, see `blocks`
+ALIGNED = 8  # queries: multiples of so many align the buffers of the kernel for 16 bits
 SUMMED = 256  # columns that one product sums: libraries cut longer sums by their length
 MEMORY_SHARE = 0.5  # the share of free memory for slots
 OOM_MESSAGES = ("can't allocate memory", "not enough memory")  # torch's, on Linux and elsewhere
@@ -213,9 +214,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         at, end = self.cursor, self.cursor.read_to - self.cursor.shared
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if at.positions is None or at.index is None:
                 buffer[:1, :, at.write_from : end] = states
+            elif at.write_from >= 0:
+                buffer[at.first_row, :, at.write_from - at.shared] = states[0, :, 0]
             else:
                 index, positions = at.index, at.positions
                 positions = positions - at.shared if at.shared else positions
@@ -386,7 +389,7 @@ def attention_invariant(
     """Compute attention that gives a row the same bits in any batch, in steps on a CPU.
 
     In float32, plain products do this and sdpa does not. In 16 bits sdpa does, for SUMMED columns
-    and a multiple of eight queries, which aligns its buffers, so queries are padded.
+    and a multiple of ALIGNED queries, so queries are padded.
     """
     special = options.get("softcap") is not None or options.get("s_aux") is not None
     special = special or getattr(attention_mask, "dtype", torch.bool) == torch.bool  # a prompt's
@@ -410,12 +413,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -
     return combined(*parts)[:, : heads // groups].reshape(batch, 1, heads, dim)
 
 
-def flash_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Pair:
+def flash_parts(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, multiple: int = ALIGNED
+) -> Pair:
     """Return attention [N, parts, Q, dim] to each SUMMED of k, v [N, T, dim], and their sums' logs.
 
-    q: [N, Q, dim], which is padded to a multiple of eight. mask: [N, 1 or Q, T], to be added.
+    q: [N, Q, dim], which is padded to a multiple. mask: [N, 1 or Q, T], to be added.
     """
-    n, total, short = len(q), k.shape[1], -q.shape[1] % 8
+    n, total, short = len(q), k.shape[1], -q.shape[1] % multiple
     parts = 1 if total % SUMMED else total // SUMMED
     q = torch.nn.functional.pad(q, (0, 0, 0, short))[:, None].expand(-1, parts, -1, -1)
     k, v = (each.view(n, parts, -1, each.shape[-1]) for each in (k, v))
@@ -818,7 +823,8 @@ def forward(decoder: Decoder, batch: Batch) -> Tensor:
     most = min(batch.at_once or len(batch.rows), decoder.steady or len(batch.rows))
     size = math.ceil(len(batch.rows) / math.ceil(len(batch.rows) / most))  # equal calls
     calls = range(0, len(batch.rows), size)
-    return torch.cat([_forward_rows(decoder, batch, first, first + size) for first in calls])
+    logits = [_forward_rows(decoder, batch, first, first + size) for first in calls]
+    return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
 def _forward_rows(decoder: Decoder, batch: Batch, first: int, end: int) -> Tensor:
@@ -841,6 +847,7 @@ def forward_slots(
     positions = upload(written, ids.device)[:, None]
     at.speculative = live > len(batch.rows)
     at.first_row, at.positions = first, positions[:, 0]
+    at.write_from = written[0] if live == 1 and ids.is_cpu else -1
     at.read_to = min(blocks(max(written) + 1), at.columns)
     slots = [0] * live if at.speculative else range(first, first + live)
     at.index = upload(slots, ids.device)

@@ -102,6 +102,7 @@ class Layer:
 class Weights:
     """A whole model: layers and what is around them, and the multipliers that granite has.
 
+    floor: sqrt(n * eps) of the norms before attention and MLPs, if `residual_norm` computes them.
     steps: whether labs_attention can be used. softcap: logits stay between -softcap and softcap
     (Gemma 2, arXiv 2408.00118, section 2).
     """
@@ -109,6 +110,7 @@ class Weights:
     layers: tuple[Layer, ...]
     embed: Product
     norm: Norm | None
+    floor: float | None
     head: Product
     rotary: Any
     config: Any
@@ -137,31 +139,35 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
         found = labs_attention.of_step(cache, x, weights.layers[0], masks)
         attend, masks = found or (attend, masks)
     batch, x = x.shape[:2], x.flatten(0, 1)
+    x = x if weights.floor is None else torch.nn.functional.pad(x, (0, 1), value=weights.floor)
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
         call = batch, attend, slots, masks[layer.kind], turns[layer.kind]
         x = layer_forward(layer, x, call, weights.residual_scale)
     x = x.view(*batch, -1)
     x = x[:, -wanted:] if isinstance(wanted, int) else x[:, wanted]
-    logits = weights.head(x if weights.norm is None else weights.norm(x))
+    batch, x = x.shape[:2], x.flatten(0, 1)
+    logits = weights.head(x if weights.norm is None else weights.norm(x)).view(*batch, -1)
     logits = logits if weights.logits_scale == 1 else logits * weights.logits_scale
     cap = weights.softcap
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def layer_forward(layer: Layer, x: Tensor, call: Call, residual_scale: float = 1.0) -> Tensor:
-    """Return x [N, hidden] after one decoder layer (Attention is all you need, section 3.1).
+    """Return x [N, hidden], changed by one decoder layer (Attention is all you need, section 3.1).
 
-    N: all tokens of all rows, because only attention tells rows apart.
+    N: all tokens of all rows, because only attention tells rows apart. x may have a column more,
+    see `residual_norm`.
     """
     before_attention, after_attention, before_mlp, after_mlp = layer.norms
     h = x if before_attention is None else before_attention(x)
     h = attention(layer, h, call)
     h = h if after_attention is None else after_attention(h)
-    x = torch.add(x, h, alpha=residual_scale)
+    x[:, : h.shape[1]].add_(h, alpha=residual_scale)
     h = x if before_mlp is None else before_mlp(x)
     h = mlp(layer, h)
     h = h if after_mlp is None else after_mlp(h)
-    return torch.add(x, h, alpha=residual_scale)
+    x[:, : h.shape[1]].add_(h, alpha=residual_scale)
+    return x
 
 
 def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
@@ -173,13 +179,13 @@ def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
         q, k, v = torch.split(qkv, widths, -1)
         qkv = torch.cat([layer.q_norm(q), layer.k_norm(k), v], -1)
     heads = qkv.view(*batch, -1, layer.dim)
-    qk, v = torch.split(heads, [layer.heads + layer.groups, layer.groups], 2)
+    qk, v = heads.split_with_sizes([layer.heads + layer.groups, layer.groups], 2)
     qk = qk if layer.qk_norm is None else layer.qk_norm(qk)
     qk = turn(qk) if layer.rotates else qk
-    q, k = torch.split(qk, [layer.heads, layer.groups], 2)
+    q, k = qk.split_with_sizes([layer.heads, layer.groups], 2)
     keys, values = slots.update(k.transpose(1, 2), v.transpose(1, 2))
     output, _ = attend(layer.module, q.transpose(1, 2), keys, values, mask, **layer.options)
-    return layer.out(output.reshape(len(x), -1))
+    return layer.out(output.reshape(x.shape[0], -1))
 
 
 def mlp(layer: Layer, x: Tensor) -> Tensor:
@@ -200,6 +206,21 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     product: Tensor = (x / size.hypot_(floor)).mul_(weight)
     return product.to(x.dtype)
+
+
+def residual_norm(x: Tensor, weight: Tensor, root: float) -> Tensor:
+    """Return x / rms(x) * weight [N, n] of a residual stream [N, n + 1], in two kernels on a CPU.
+
+    The last number of each line is sqrt(n * eps), so that the length of a line is
+    sqrt(sum(x^2) + n * eps), and weight normalisation (arXiv 1602.07868) makes that `root`.
+    """
+    lines: Tensor = torch._weight_norm_interface(x.contiguous(), _roots(x.shape[0], root, x.dtype))[0]
+    return (lines[:, :-1] * weight).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _roots(lines: int, root: float, dtype: torch.dtype) -> Tensor:
+    return torch.full((lines, 1), root, dtype=dtype)  # the kernel does not take an expanded tensor
 
 
 def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Callable[..., Tensor]:
@@ -281,10 +302,13 @@ def _weights_of(model: Any, config: Any, family: Family) -> Weights:
     kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     kinds = getattr(config, "layer_types", None) or [kind] * len(inner.layers)
     layers = zip(inner.layers, kinds, strict=True)
+    floor = _floor_of(inner, family)
+    norm_of = _norm_of if floor is None else _residual_norm_of
     return Weights(
-        layers=tuple(_layer_of(layer, kind, family) for layer, kind in layers),
+        layers=tuple(_layer_of(layer, kind, family, norm_of) for layer, kind in layers),
         embed=inner.embed_tokens,
-        norm=_norm_of([inner.norm], family.offset),
+        norm=norm_of([inner.norm], family.offset),
+        floor=floor,
         head=product_of([model.get_output_embeddings()]),
         rotary=inner.rotary_emb,
         config=config,
@@ -297,13 +321,13 @@ def _weights_of(model: Any, config: Any, family: Family) -> Weights:
     )
 
 
-def _layer_of(layer: Any, kind: str, family: Family) -> Layer:
+def _layer_of(layer: Any, kind: str, family: Family, before: Callable[..., Norm | None]) -> Layer:
     attention, config, mlp = layer.self_attn, layer.self_attn.config, layer.mlp
     offset, dim = family.offset, attention.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     each_head = q_norm is not None and len(q_norm.weight) == dim
-    norms = [getattr(layer, f"{name}_layernorm", None) for name in family.norms.split()]
+    norms = _norms_of(layer, family)
     sizes, cap = [heads, groups], getattr(attention, "attn_logit_softcapping", None)
     return Layer(
         qkv=product_of(_modules(attention, ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))),
@@ -314,7 +338,9 @@ def _layer_of(layer: Any, kind: str, family: Family) -> Layer:
         down=product_of(_modules(mlp, ("down_proj",), ("c_proj",))),
         gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
         activation=_first(mlp, "act_fn", "activation_fn", "act"),
-        norms=tuple(_norm_of([each], offset) for each in norms),
+        norms=tuple(
+            of([each], offset) for of, each in zip((before, _norm_of) * 2, norms, strict=True)
+        ),
         qk_norm=_norm_of([q_norm, k_norm], offset, sizes) if each_head else None,
         q_norm=None if each_head else _norm_of([q_norm], offset),
         k_norm=None if each_head else _norm_of([k_norm], offset),
@@ -351,10 +377,37 @@ def product_of(linears: Sequence[Any]) -> Product:
     """Return x -> the outputs of layers that read the same input, side by side."""
     fused = [getattr(each, "fused", None) for each in linears]
     if fused[0] is not None and all(each is fused[0] for each in fused):
-        packed, bias = fused[0].packed, fused[0].bias
-        return lambda x: packed.multiply(x, bias)
+        multiply, bias = fused[0].packed.multiply, fused[0].bias
+        return lambda x: multiply(x, bias)
     first, *more = linears
     return (lambda x: torch.cat([each(x) for each in linears], -1)) if more else first.__call__
+
+
+def _norms_of(layer: Any, family: Family) -> list[Any]:
+    return [getattr(layer, f"{name}_layernorm", None) for name in family.norms.split()]
+
+
+def _floor_of(inner: Any, family: Family) -> float | None:
+    """Return sqrt(n * eps) if all norms of the residual stream are RMS norms that have it."""
+    norms = [inner.norm, *(n for layer in inner.layers for n in _norms_of(layer, family)[::2])]
+    if any(getattr(n, "weight", None) is None or isinstance(n, torch.nn.LayerNorm) for n in norms):
+        return None
+    floors = {_eps_of(norm) * len(norm.weight) for norm in norms}
+    on_cpu = all(norm.weight.is_cpu for norm in norms)
+    return math.sqrt(floors.pop()) if len(floors) == 1 and on_cpu else None
+
+
+def _residual_norm_of(modules: Sequence[Any], offset: float) -> Norm:
+    weight, root = modules[0].weight, math.sqrt(len(modules[0].weight))
+    rounded = float(torch.tensor(root, dtype=weight.dtype))
+    exact = (weight.float() + offset) * (root / rounded)
+    alike = torch.equal(exact, exact.to(weight.dtype).float())
+    exact = exact.to(weight.dtype) if alike else exact
+    return lambda x: residual_norm(x, exact, rounded)
+
+
+def _eps_of(norm: Any) -> float:
+    return float(_first(norm, "variance_epsilon", "eps"))
 
 
 def _norm_of(modules: Sequence[Any], offset: float, sizes: Sequence[int] = (1,)) -> Norm | None:
@@ -364,7 +417,7 @@ def _norm_of(modules: Sequence[Any], offset: float, sizes: Sequence[int] = (1,))
     if isinstance(modules[0], torch.nn.LayerNorm):
         norm: Norm = modules[0]
         return norm
-    eps, n = _first(modules[0], "variance_epsilon", "eps"), len(modules[0].weight)
+    eps, n = _eps_of(modules[0]), len(modules[0].weight)
     rows = [each.weight.expand(size, n) for each, size in zip(modules, sizes, strict=True)]
     weight = torch.cat(rows) if len(rows) > 1 else modules[0].weight
     if weight.is_cuda and not offset and weight.ndim == 1:

@@ -133,7 +133,7 @@ class Captured:
         def step() -> Tensor:
             at = cache.cursor
             at.first_row, at.positions, at.index = 0, positions[:, 0], index
-            at.read_to, at.speculative = top, False
+            at.read_to, at.write_from, at.speculative = top, -1, False
             return labs_decode.call_model(decoder, ids, positions, cache, 1)[:, -1]
 
         self.replay, self.logits = record(decoder.graphs, step)

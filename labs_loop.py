@@ -26,6 +26,7 @@ from labs_decode import Batch, Decoder, PrefixStore, Processor, Row, Sampling, T
 COLDEST = 1e-30  # lower temperatures are greedy: dividing by them overflows float32
 LOW_32 = 0xFFFFFFFF  # a mask of 32 bits
 LARGEST = torch.finfo(torch.float32).max  # the largest logit / temperature
+LANES = 64  # numbers that a CPU compares at once
 CANDIDATES = (128, 1024)  # a draw looks at the 128 likeliest tokens, then at 1,024, then at all
 MOST_ROWS = 64  # the default limit of rows in a batch
 TYPICAL_COLUMNS = 1024  # columns per row, assumed to estimate how many rows fit in memory
@@ -415,12 +416,10 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """
     scores = logits.clone() if any(_changes_logits(row.sampling) for row in rows) else logits
     errors = _process(scores, rows)
-    highest = scores.amax(-1)  # a GPU gets its work before `draw` waits for a result
-    greedy = [i for i, row in enumerate(rows) if not row.sampling.temperature]
-    best = scores[upload(greedy, scores.device)].argmax(-1) if greedy else None
+    highest, best = highest_of(scores)  # a GPU gets its work before `draw` waits for a result
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature and i not in errors]
     tokens = dict(zip(drawn, draw(scores, rows, drawn), strict=True))
-    tokens |= {} if best is None else dict(zip(greedy, best.tolist(), strict=True))
+    tokens = dict(enumerate(best.tolist())) | tokens
     for index, value in enumerate(highest.tolist()):
         if not abs(value) <= LARGEST * (rows[index].sampling.temperature or 1):
             reason = "the model's logits are not finite; torch_dtype bf16 or fp32 may help"
@@ -429,6 +428,16 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
         Choice(error=errors[i]) if i in errors else _choice(logits[i], row, tokens[i])
         for i, row in enumerate(rows)
     ]
+
+
+def highest_of(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest of scores [B, V] and its id, for each row the first one."""
+    if not scores.is_cpu or scores.shape[-1] % LANES:
+        return scores.max(-1)
+    parts = scores.unflatten(-1, (-1, LANES))  # a CPU finds the maximum ten times faster than its id
+    highest, part = parts.amax(-1).max(-1)
+    within = parts[torch.arange(len(scores)), part].argmax(-1)
+    return highest, part * LANES + within
 
 
 def _changes_logits(s: Sampling) -> bool:

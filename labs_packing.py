@@ -135,8 +135,9 @@ def int4_weight(weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]] = ()) -> 
     levels, scales = _joined(_rounded_to_int4(_groups(part), grid) for part, grid in parts)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
     scales = scales.transpose(0, 1).contiguous()
-    (rows, columns), kernel = weight.shape, torch.ops.aten._weight_int4pack_mm_for_cpu
-    multiply = _in_bf16(lambda x: kernel(x, packed, INT4_GROUP, scales)[:, :rows])
+    (rows, columns), kernel = weight.shape, torch._weight_int4pack_mm_for_cpu
+    cut = (lambda y: y[:, :rows]) if rows % 16 else (lambda y: y)
+    multiply = _in_bf16(lambda x: cut(kernel(x, packed, INT4_GROUP, scales)))
     unpack = lambda: multiply(torch.eye(columns), None).t().contiguous()  # noqa: E731
     return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
 
@@ -153,7 +154,7 @@ def _rounded_to_int4(groups: Tensor, grid: tuple[Tensor, Tensor] | None) -> tupl
 def int8_weight(weight: Tensor) -> PackedWeight:
     """Round to 8-bit numbers with a scale for each output, otherwise as int4_weight."""
     packed, scales = _joined(map(_rounded_to_int8, torch.split(weight, ROWS_AT_ONCE)))
-    multiply = _in_bf16(lambda x: torch.ops.aten._weight_int8pack_mm(x, packed, scales))
+    multiply = _in_bf16(lambda x: torch._weight_int8pack_mm(x, packed, scales))
     weight_type = weight.dtype
     unpack = lambda: packed.to(weight_type) * scales[:, None]  # noqa: E731
     return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
@@ -189,16 +190,18 @@ def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | N
     """Return a linear layer's product from a kernel that takes rows [N, in] and no bias."""
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        product = kernel(x if x.ndim == 2 else x.reshape(-1, x.shape[-1]))
-        product = product if bias is None else product + bias
-        return product if x.ndim == 2 else product.view(*x.shape[:-1], -1)
+        if x.ndim != 2:
+            return multiply(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
+        product = kernel(x)
+        return product if bias is None else product + bias
 
     return multiply
 
 
 def _in_bf16(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return a product in bfloat16: in other types these kernels are ten times slower."""
-    return _by_rows(lambda x: kernel(x.bfloat16()).to(x.dtype))
+    own = torch.bfloat16
+    return _by_rows(lambda x: kernel(x) if x.dtype == own else kernel(x.bfloat16()).to(x.dtype))
 
 
 PACKINGS = {"none": onednn_weight, "fp16": fp16_weight, "int8": int8_weight}
