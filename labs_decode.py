@@ -285,6 +285,7 @@ class Slots(cache_utils.Cache):
     """A transformers cache whose rows are slots, with a layer for each layer of its own cache."""
 
     attention = ""  # the name in transformers of an attention that reads other slots, see labs_kv
+    of_step: Any = None  # instead of labs_attention.of_step for other columns, see labs_shared
 
     def __init__(self, config: PretrainedConfig, columns: int) -> None:
         self.cursor = Cursor(rows=1, columns=blocks(columns))
@@ -409,22 +410,25 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -
     (batch, heads, _, dim), (groups, total) = q.shape, k.shape[1:3]
     mask = mask.expand(batch, groups, 1, total).reshape(-1, 1, total)
     q, k, v = (each.reshape(batch * groups, -1, dim) for each in (q, k, v))
-    parts = flash_parts(q, k, v, mask, scale)
+    parts = flash_parts(padded(q, ALIGNED), k, v, mask, scale)
     return combined(*parts)[:, : heads // groups].reshape(batch, 1, heads, dim)
 
 
-def flash_parts(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, multiple: int = ALIGNED
-) -> Pair:
+def padded(lines: Tensor, multiple: int) -> Tensor:
+    """Return lines [..., L, T] with zeros behind them, for a multiple of lines."""
+    short = -lines.shape[-2] % multiple
+    return torch.nn.functional.pad(lines, (0, 0, 0, short)) if short else lines
+
+
+def flash_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Pair:
     """Return attention [N, parts, Q, dim] to each SUMMED of k, v [N, T, dim], and their sums' logs.
 
-    q: [N, Q, dim], which is padded to a multiple. mask: [N, 1 or Q, T], to be added.
+    q: [N, Q, dim], `padded`. mask: [N, 1 or Q, T], to be added.
     """
-    n, total, short = len(q), k.shape[1], -q.shape[1] % multiple
+    n, total = len(q), k.shape[1]
     parts = 1 if total % SUMMED else total // SUMMED
-    q = torch.nn.functional.pad(q, (0, 0, 0, short))[:, None].expand(-1, parts, -1, -1)
+    q = q[:, None].expand(-1, parts, -1, -1)
     k, v = (each.view(n, parts, -1, each.shape[-1]) for each in (k, v))
-    mask = torch.nn.functional.pad(mask, (0, 0, 0, short if mask.shape[1] > 1 else 0))
     mask = mask.view(len(mask), -1, parts, k.shape[2]).transpose(1, 2)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)

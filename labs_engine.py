@@ -28,6 +28,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 import labs
+import labs_memory
 import labs_turns
 from labs_turns import Busy as Busy
 from labs_turns import Job, Put, Work
@@ -189,7 +190,7 @@ class Engine:
                 waiting=len(self._waiting),
                 max_rows=self.max_rows,
                 max_waiting=self.max_waiting,
-                cache_usage=self._loop.cache_usage,
+                cache_usage=labs_memory.cache_usage([*self._loop.batches, *self._loop.prefilling]),
                 idle_s=time.perf_counter() - self._loop.last_step_at if self._jobs else 0.0,
                 steps=self._loop.steps,
                 halvings=self._loop.oom_splits,
@@ -276,9 +277,8 @@ class Engine:
         None: there were none for so long that the thread ends until the next one. See labs_apart.
         """
         with self._lock:
-            self._resting = not self._lock.wait_for(
-                lambda: self._jobs or self._closing, self._rest_s
-            )
+            called = self._lock.wait_for(lambda: self._jobs or self._closing, self._rest_s)
+            self._resting = not called
             self._loop.last_step_at = time.perf_counter()
             return None if self._resting else bool(self._jobs)
 

@@ -81,10 +81,6 @@ class Loop:
     one_prompt_per_call: bool = False
     prefixes: PrefixStore | None = None
 
-    @property
-    def cache_usage(self) -> float:
-        return cache_usage([*self.batches, *self.prefilling])
-
 
 def run(decoder: Decoder, rows: Waiting, limit: int, loop: Loop) -> Outcomes:
     """Decode all rows, at most `limit` at once; yield (row id, Choice or Ended) as they come.
@@ -346,15 +342,6 @@ def has_room(decoder: Decoder, batches: Sequence[Batch], newcomers: Sequence[Bat
     return fits or bool(decoder.waiting and decoder.waiting.has_room(decoder, batches, newcomers))
 
 
-def cache_usage(batches: Sequence[Batch]) -> float:
-    """Return the filled bytes of slots as a share, 0 to 1, of those held or still available."""
-    caches = [batch.cache for batch in batches if batch.cache.buffers]
-    used = sum(b.cache.bytes_per_column * (r.written - r.shared) for b in batches for r in b.rows)
-    held = sum(buffer.nbytes for cache in caches for buffer in cache.buffers)
-    device = caches[-1].buffers[0].device if caches else None
-    return used / (held + labs_decode.slot_budget(device)) if device is not None else 0.0
-
-
 def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
     """Return how many typical rows fit in free memory, 1 to `most`; begun ones if rows can wait."""
     if decoder.mode == "alone":
@@ -434,7 +421,8 @@ def highest_of(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return the highest of scores [B, V] and its id, for each row the first one."""
     if not scores.is_cpu or scores.shape[-1] % LANES:
         return scores.max(-1)
-    parts = scores.unflatten(-1, (-1, LANES))  # a CPU finds the maximum ten times faster than its id
+    # A CPU finds a maximum ten times faster than its id.
+    parts = scores.view(len(scores), -1, LANES)
     highest, part = parts.amax(-1).max(-1)
     within = parts[torch.arange(len(scores)), part].argmax(-1)
     return highest, part * LANES + within

@@ -136,7 +136,7 @@ def int4_weight(weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]] = ()) -> 
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
     scales = scales.transpose(0, 1).contiguous()
     (rows, columns), kernel = weight.shape, torch._weight_int4pack_mm_for_cpu
-    cut = (lambda y: y[:, :rows]) if rows % 16 else (lambda y: y)
+    cut: Callable[[Tensor], Tensor] = (lambda y: y[:, :rows]) if rows % 16 else (lambda y: y)
     multiply = _in_bf16(lambda x: cut(kernel(x, packed, INT4_GROUP, scales)))
     unpack = lambda: multiply(torch.eye(columns), None).t().contiguous()  # noqa: E731
     return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)

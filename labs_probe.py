@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,12 @@ def _choose_attention(names: Iterable[tuple[Any, str]]) -> None:
 
 
 @torch.inference_mode()
-def compared(decoder: Decoder, source: str, cache: str | None = None) -> str:
+def compared(decoder: Decoder, sources: Sequence[str], cache: str | None = None) -> str:
     """Return how a decoder with a forward of its own differs from the model's modules, or "".
 
-    source: the file of that forward. cache: the folder where results are stored.
+    sources: the files of that forward. cache: the folder where results are stored.
     """
-    file = labs_cache.cache_folder(cache) / f".compared-{_key(decoder, source)}"
+    file = labs_cache.cache_folder(cache) / f".compared-{_key(decoder, *sources)}"
     with contextlib.suppress(OSError, ValueError):
         if isinstance(kept := json.loads(file.read_text(encoding="utf-8")), str):
             return kept

@@ -7,7 +7,8 @@ The rows of such a batch have slots for their own columns only. A step multiplie
 rows with the shared keys at once, so that their memory and the time to read it count once. A row
 has the same bits whether it shares or not, because that depends on what else runs. Only rows of the
 same owner share, and only columns that whole chunks of a prompt wrote. This file needs
-labs_attention.py, labs_calls.py, labs_decode.py, labs_loop.py and labs_prefixes.py.
+labs_attention.py, labs_calls.py, labs_decode.py, labs_loop.py, labs_prefixes.py and
+labs_shared_attention.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ import labs_calls
 import labs_decode
 import labs_loop
 import labs_prefixes
+import labs_shared_attention
 from labs_decode import COLUMNS, SUMMED, Batch, Decoder, Pair, Row, SlotLayer, Slots, Tensor
 
 LEAST = 0.125  # of the weights' bytes: a step has to save as much reading, or rows do not share
@@ -37,7 +38,7 @@ Join = Callable[[Decoder, Sequence[Batch], Batch], list[Batch]]
 class SharedLayer(SlotLayer):  # type: ignore[no-untyped-call]
     """Slots that leave out the first columns. shared: their keys and values, [heads, columns, dim].
 
-    `update` returns pairs of the shared and the rows' own ones, which labs_attention takes.
+    `update` returns pairs of the shared and the rows' own ones, which labs_shared_attention takes.
     """
 
     shared: Pair
@@ -64,6 +65,9 @@ class SharedSlots(Slots):
 
     def _layer(self, old: Any) -> SharedLayer:
         return SharedLayer(self.cursor)
+
+    def of_step(self, *given: Any) -> Any:
+        return labs_shared_attention.of_step(self.cursor.shared, *given)
 
     def begins(self, row: Row) -> bool:
         """Return whether the shared columns are those of a row, bit for bit."""
@@ -235,11 +239,10 @@ def _has_same_bits(weights: Any, dtype: torch.dtype, rows: int = 17) -> bool:
     options = {"scaling": layer.dim**-0.5}
 
     def attended(queries: Tensor, keys: Any, shared: int) -> Tensor:
-        slots = SimpleNamespace(cursor=SimpleNamespace(shared=shared))
         masks = {"": q.new_zeros((len(queries), 1, 1, first.shape[1] + rest.shape[2]))}
-        found = labs_attention.of_step(slots, q, layer, masks)
-        attend: Any = labs_decode.attention_invariant
-        attend, masks = found or (attend, masks)
+        together = functools.partial(labs_shared_attention.of_step, shared)
+        of_step: Any = together if shared else labs_attention.of_step
+        attend, masks = of_step(q, layer, masks)
         output: Tensor = attend(None, queries, keys, keys, masks[""], **options)[0]
         return output
 

@@ -52,6 +52,7 @@ import labs_engine
 import labs_fast as fast
 import labs_forward
 import labs_jsonl
+import labs_layers
 import labs_loop as loop
 import labs_models
 import labs_replay
@@ -396,7 +397,7 @@ def prepare(
     decoder = labs_calls.speed_up(decode.prepare(model, batch_invariant=batch_invariant))
     options = {"batch_invariant": batch_invariant, "cuda_graphs": cuda_graphs}
     decoder = fast.speed_up(decoder, method, **options)
-    weights = labs_forward.weights_of(decoder)
+    weights = labs_layers.weights_of(decoder)
     if isinstance(weights, str):
         return decoder
     return labs_shared.speed_up(labs_forward.with_forward(decoder, weights))

@@ -20,6 +20,7 @@ import labs_compare
 import labs_decode as decode
 import labs_explain
 import labs_forward
+import labs_layers
 import labs_packing
 
 # {model_type: settings in which its tiny model differs from that of kit.ARCHITECTURES}
@@ -75,7 +76,7 @@ def differences(own: decode.Decoder) -> list[float]:
 
 
 def test_the_table_names_each_family_that_is_tested() -> None:
-    assert {*labs_forward.FAMILIES} == {*TYPES}
+    assert {*labs_layers.FAMILIES} == {*TYPES}
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -158,15 +159,15 @@ def test_a_configuration_with_odd_values_keeps_the_forward_of_transformers(
 ) -> None:
     decoder = decode.prepare(random_model(kind))
     decoder.model.config.__dict__[name] = value
-    assert "its modules are not" in str(labs_forward.weights_of(decoder))
+    assert "its modules are not" in str(labs_layers.weights_of(decoder))
 
 
 def test_an_interrupted_write_of_the_comparison_is_no_result(tmp_path, monkeypatch) -> None:
     decoder = labs_calls.speed_up(decode.prepare(random_model("llama")))
     labs_forward.speed_up(decoder, str(tmp_path))
     (file,) = tmp_path.iterdir()
-    rms = labs_forward.rms_norm
-    monkeypatch.setattr(labs_forward, "rms_norm", lambda *given: 1.1 * rms(*given))
+    mlp = labs_forward.mlp
+    monkeypatch.setattr(labs_forward, "mlp", lambda *given: 1.1 * mlp(*given))
     for text in ("", '"', "7"):
         file.write_text(text)
         assert labs_forward.speed_up(decoder, str(tmp_path)).forward is None
@@ -183,11 +184,9 @@ def test_hooks_on_the_model_still_see_each_call() -> None:
 def test_a_forward_with_other_logits_is_noticed_once_and_does_not_run(
     tmp_path, monkeypatch
 ) -> None:
-    model, rms = random_model("llama"), labs_forward.rms_norm
+    model, mlp = random_model("llama"), labs_forward.mlp
     decoder = labs_calls.speed_up(decode.prepare(model))
-    monkeypatch.setattr(
-        labs_forward, "rms_norm", lambda x, weight, floor: rms(x, weight, floor) * 1.1
-    )
+    monkeypatch.setattr(labs_forward, "mlp", lambda layer, x: mlp(layer, x) * 1.1)
     found = labs_forward.speed_up(decoder, str(tmp_path))
     assert (found.forward, "rows have other logits" in found.why_forward) == (None, True)
     monkeypatch.undo()

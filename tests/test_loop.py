@@ -19,6 +19,7 @@ from transformers.generation import logits_process
 import labs
 import labs_decode as decode
 import labs_loop as loop
+import labs_memory
 import labs_states
 
 # ---------------------------------------------------------------- which rows run when
@@ -129,8 +130,8 @@ def test_the_usage_of_the_cache_is_the_share_of_all_slots_that_holds_tokens(
     decoder, _ = reference("llama")
     batch = joined(decoder, [0, 1])  # 6 tokens in two slots of 64 columns
     free(monkeypatch, 72 * batch.cache.bytes_per_column / decode.MEMORY_SHARE)
-    assert loop.cache_usage([batch]) == pytest.approx(6 / (2 * 64 + 72))
-    assert loop.cache_usage([decode.new_batch(decoder, row_of(FOUR[1]))]) == 0
+    assert labs_memory.cache_usage([batch]) == pytest.approx(6 / (2 * 64 + 72))
+    assert labs_memory.cache_usage([decode.new_batch(decoder, row_of(FOUR[1]))]) == 0
 
 
 def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any) -> None:

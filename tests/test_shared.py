@@ -15,7 +15,6 @@ from decoding import failing_at
 from kit import model_around, prepare, random_model, row_of
 
 import labs
-import labs_attention
 import labs_calls
 import labs_decode as decode
 import labs_loop as loop
@@ -23,6 +22,7 @@ import labs_prefix_files
 import labs_prefix_folder
 import labs_prefixes
 import labs_shared
+import labs_shared_attention
 
 BEGINNING = [random.Random(0).randrange(3, 200) for _ in range(1100)]
 KINDS = {
@@ -257,9 +257,9 @@ def test_hooks_of_the_model_see_transformers_modules() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_share_nothing_where_that_would_change_bits(dtype: Any, monkeypatch: Any) -> None:
     assert decoder_of(dtype=dtype).join is labs_shared.join
-    own_parts = labs_attention._own_parts
+    own_parts = labs_shared_attention._own_parts
     slightly = lambda states: [part * (1 + 2**-7) for part in own_parts(states)]  # noqa: E731
-    monkeypatch.setattr(labs_attention, "_own_parts", slightly)
+    monkeypatch.setattr(labs_shared_attention, "_own_parts", slightly)
     assert decoder_of(dtype=dtype).join is None
 
 

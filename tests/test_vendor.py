@@ -35,7 +35,7 @@ def files(*rooms: str) -> list[str]:
 
 
 CORE, TYPED = files(), files("schema", "keywords", "structured", "typed")
-MODELS = ("checkpoints", "engine", "models", "names", "patterns", "sizes", "turns")
+MODELS = ("checkpoints", "engine", "memory", "models", "names", "patterns", "sizes", "turns")
 REQUEST = ("request", "asked", "ready", "dialogue", "shown", "template")
 PARTS = ("parts", "split", "scan")
 API = (*MODELS, *REQUEST, *PARTS, "api", "answers", "explain", "gate", "meters", "openai")
