@@ -164,6 +164,40 @@ def test_slots_have_few_lengths() -> None:
     assert {n: decode.Slots(None, n).cursor.columns for n in lengths} == lengths
 
 
+@pytest.mark.parametrize("shared", [0, 64])
+@pytest.mark.parametrize("first_row", [0, 2])
+def test_a_step_of_one_row_writes_the_column_that_a_step_of_many_does(first_row, shared) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(2, 2, 3, 1, 8)  # keys and values; a lone row has a copy beside it
+    found = []
+    for write_from, position in ((150, 7), (-1, 150)):  # only the second reads positions
+        at = decode.Cursor(4, 256, 192, write_from, first_row, shared=shared)
+        at.positions, at.index = torch.tensor([position]), torch.tensor([first_row])
+        layer = decode.SlotLayer(at)
+        layer.lazy_initialization(*states)
+        for buffer in layer.buffers:
+            buffer.zero_()
+        found.append([*layer.buffers, *layer.update(*states)])
+    for one, many in zip(*found, strict=True):
+        assert torch.equal(one, many)
+    for buffer, (written, _) in zip(found[0], states, strict=False):
+        assert torch.equal(buffer[first_row, :, 150 - shared], written[:, 0])
+        assert buffer.count_nonzero() == written.numel()
+
+
+def test_rows_that_step_one_by_one_write_what_they_write_together() -> None:
+    decoder, batches = prepare(random_model("llama")), []
+    for at_once, write_from in ((1, 11), (0, -1)):
+        batch = dataclasses.replace(joined(decoder, range(3)), at_once=at_once)
+        decode.forward(decoder, batch)
+        assert [row.written for row in batch.rows] == [1, 5, 11]
+        assert batch.cache.cursor.write_from == write_from
+        batches.append(batch)
+    for a, b in zip(*(batch.cache.buffers for batch in batches), strict=True):
+        torch.testing.assert_close(a[:3], b[:3])
+        assert all(a[row, :, written].any() for row, written in enumerate((1, 5, 11)))
+
+
 WIDTHS = [(72, 24, 64), (32, 32, 16), (64, 16, 80), (32, 8, 128)]  # of queries, keys; their width
 
 

@@ -423,6 +423,25 @@ def test_graphs_keep_the_tokens_of_rows_that_join_and_leave(kind: str, recorded:
     assert not decoder.graphs.failed
 
 
+def test_a_graph_of_one_row_has_no_fixed_column(recorded: Recorded, monkeypatch: Any) -> None:
+    decoder, seen = graphed(), []
+    batch, update = newcomer(decoder, FOUR[1]), decode.SlotLayer.update
+
+    def watched(layer: decode.SlotLayer, *states: Any) -> Any:
+        seen.append(layer.cursor.write_from)
+        return update(layer, *states)
+
+    monkeypatch.setattr(decode.SlotLayer, "update", watched)
+    for replays in (0, 1, 2, 3):  # a step before the graph, its capture, and three replays
+        seen.clear()
+        [row], written = batch.rows, batch.rows[0].written
+        batch, _ = loop.step(decoder, batch)
+        assert recorded.replays == replays
+        assert (row.written, {*seen[-4:]}) == (written + 1, {-1 if replays else written})
+        assert all(buffer[0, :, written].any() for buffer in batch.cache.buffers)
+        assert not any(buffer[0, :, row.written :].any() for buffer in batch.cache.buffers)
+
+
 def test_a_shape_is_captured_after_some_steps_and_anew_if_its_slots_move(
     recorded: Recorded, monkeypatch: Any
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import kit
@@ -13,8 +15,10 @@ import torch
 import transformers
 from decoding import raising, run_at_random
 from kit import PROMPTS, SLIDING, by_transformers, prepare, random_model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import labs
+import labs_attention
 import labs_calls
 import labs_compare
 import labs_decode as decode
@@ -129,6 +133,56 @@ def logits_of(decoder: decode.Decoder, prompts: list[list[int]]) -> torch.Tensor
     return logits
 
 
+# ---------------------------------------------------------------- norms of the residual stream
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("n", [576, 960])  # 24 squared, and a number without an exact root
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_stream_has_the_rms_norm_alone_and_beside_other_lines(
+    dtype, n, offset, size
+) -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(n, eps=1e-5)
+    torch.nn.init.normal_(norm.to(dtype).weight, 1 - offset, 0.2)
+    x = (torch.randn(33, n) * size).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    exact *= norm.weight.double() + offset
+    own = labs_layers._residual_norm_of([norm], offset)
+    stream = torch.nn.functional.pad(x, (0, 1), value=math.sqrt(n * 1e-5))
+    with torch.inference_mode():
+        found = own(stream)
+        off = (found.double() - exact).abs() / exact.abs().clamp_min(1e-30)
+        assert found.dtype == dtype
+        assert off.max() < (4 if dtype == torch.float32 else 1.5) * torch.finfo(dtype).eps
+        bias = (found.double() / exact).mean() - 1  # of tiny lines, that of their rounded floor
+        assert bias.abs() < (3e-4 if size >= 1 else 3e-3)
+        for i in (0, 1, 16, 32):
+            assert torch.equal(own(stream[i : i + 1])[0], found[i])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_family_with_rms_norms_before_all_layers_has_their_floor_in_the_stream(kind) -> None:
+    model = tiny(kind, **VARIANTS[kind])
+    weights = labs_layers.weights_of(decode.prepare(model))
+    assert not isinstance(weights, str)
+    floor = math.sqrt(model.config.hidden_size * model.config.rms_norm_eps) if kind in RMS else None
+    assert weights.floor == (pytest.approx(floor) if floor else None)
+
+
+# The others have LayerNorm, or norms after attention and MLPs only.
+RMS = {*TYPES} - {"starcoder2", "olmo2", "olmo3", "exaone4"}
+
+
+def test_norms_with_different_terms_take_no_common_floor() -> None:
+    model = tiny("llama")
+    model.model.layers[1].input_layernorm.variance_epsilon *= 2
+    own = prepare(model)
+    assert own.forward.args[0].floor is None
+    assert max(differences(own)) < 2e-5
+
+
 # ---------------------------------------------------------------- whose forward runs
 
 
@@ -171,6 +225,24 @@ def test_an_interrupted_write_of_the_comparison_is_no_result(tmp_path, monkeypat
     for text in ("", '"', "7"):
         file.write_text(text)
         assert labs_forward.speed_up(decoder, str(tmp_path)).forward is None
+
+
+def test_the_comparison_is_made_anew_if_a_file_of_the_forward_has_changed(
+    tmp_path, monkeypatch
+) -> None:
+    files = {module.__file__ for module in (labs_forward, labs_layers, labs_attention)}
+    assert files == {*labs_forward.SOURCES}
+    decoder = labs_calls.speed_up(decode.prepare(random_model("llama")))
+    sources = [*labs_forward.SOURCES]
+    (cache := tmp_path / "cache").mkdir()
+    for number in range(len(sources) + 1):
+        monkeypatch.setattr(labs_forward, "SOURCES", tuple(sources))
+        labs_forward.speed_up(decoder, str(cache))
+        assert len([*cache.iterdir()]) == number + 1
+        if number < len(sources):
+            changed = tmp_path / f"{number}.py"
+            changed.write_text(f"{Path(sources[number]).read_text('utf-8')}#", encoding="utf-8")
+            sources[number] = str(changed)
 
 
 def test_hooks_on_the_model_still_see_each_call() -> None:

@@ -147,6 +147,31 @@ def test_as_many_rows_are_run_as_memory_holds_and_one_at_least(monkeypatch: Any)
     assert loop.rows_in_memory(waits) == 10  # they begin with fewer columns
 
 
+# ---------------------------------------------------------------- the highest logits
+
+
+@pytest.mark.parametrize("size", [1, 64, 100, 640])
+def test_the_highest_logit_is_the_first_of_those_that_are_equal(size: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.randint(0, 5, (2, 40, size)).float().transpose(0, 1)[:, -1]
+    highest, best = loop.highest_of(scores)
+    assert [*zip(highest.tolist(), best.tolist(), strict=True)] == [
+        (max(line), line.index(max(line))) for line in scores.tolist()
+    ]
+
+
+@pytest.mark.parametrize("size", [100, 640])
+def test_no_number_is_higher_than_one_that_is_none_and_hidden_rows_have_a_token(size: int) -> None:
+    scores = torch.zeros(4, size)
+    scores[0, 70], scores[0, 5] = math.nan, math.inf
+    scores[1, [64, 99]] = math.nan
+    scores[2] = -math.inf
+    highest, best = loop.highest_of(scores)
+    assert best.tolist() == [70, 64, 0, 0]
+    assert highest[:2].isnan().all()
+    assert highest[2:].tolist() == [-math.inf, 0]
+
+
 # ---------------------------------------------------------------- the kept set
 
 

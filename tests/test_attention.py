@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""labs_attention: a step in 16 bits has the numbers of labs_decode's attention, and keeps bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import labs_attention
+import labs_decode as decode
+
+GROUPS, DIM, DTYPE = 2, 64, torch.bfloat16
+Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def row_of(each: int, columns: int) -> Row:
+    """Return random queries [heads, 1, DIM], and keys and values [GROUPS, columns, DIM]."""
+    shapes = (GROUPS * each, 1), *[(GROUPS, columns)] * 2
+    q, k, v = (torch.randn(*shape, DIM).to(DTYPE) for shape in shapes)
+    return q, k, v
+
+
+def call_of(rows: Sequence[Row], columns: int, window: int | None = None) -> list[torch.Tensor]:
+    """Return queries, keys, values and a mask of rows in slots with so many columns."""
+    q = torch.stack([row[0] for row in rows])
+    keys, values = torch.randn(2, len(rows), GROUPS, columns, DIM).to(DTYPE)
+    mask = torch.full((len(rows), 1, 1, columns), -torch.inf, dtype=DTYPE)
+    for index, (_, k, v) in enumerate(rows):
+        own = k.shape[1]
+        keys[index, :, :own], values[index, :, :own] = k, v
+        mask[index, ..., max(own - window, 0) if window else 0 : own] = 0
+    return [q, keys, values, mask]
+
+
+def attended(q: Any, keys: Any, values: Any, mask: Any, copies: int = 1) -> torch.Tensor:
+    layer = SimpleNamespace(heads=q.shape[1], groups=GROUPS)
+    found = labs_attention.of_step(q, layer, {"": mask})
+    assert found
+    assert found[0] is labs_attention.attend_aligned
+    given = q.expand(copies, -1, -1, -1) if copies > 1 else q
+    return found[0](None, given, keys, values, found[1][""], scaling=DIM**-0.5)[0]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("each", [1, 3, 4, 8])
+@pytest.mark.parametrize("columns", [64, 128, 256, 512, 1024])
+def test_a_step_in_16_bits_has_the_numbers_of_invariant_attention(columns, each, window) -> None:
+    torch.manual_seed(0)
+    lengths = {3, columns // 2, columns - 1, columns}
+    call = call_of([row_of(each, length) for length in lengths], columns, window)
+    expected = decode.attention_invariant(torch.nn.Module(), *call, scaling=DIM**-0.5)[0]
+    torch.testing.assert_close(attended(*call), expected, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("each", [1, 3, 4, 8])
+def test_a_row_has_the_same_bits_alone_and_beside_longer_rows(each, window) -> None:
+    torch.manual_seed(1)
+    others = [row_of(each, length) for length in range(100, 1024, 60)]
+    for length in (1, 60, 64, 100, 200, 256, 300, 512, 700):
+        row, own = row_of(each, length), decode.blocks(length)
+        alone = attended(*call_of([row], own, window))
+        assert torch.equal(attended(*call_of([row], own, window), copies=2)[1], alone[0])
+        for place in (0, 7, len(others)):
+            rows = [*others[:place], row, *others[place:]]
+            together = attended(*call_of(rows, 1024, window))
+            assert torch.equal(together[place], alone[0]), (length, place)
+
+
+def test_queries_come_in_fours_where_other_rows_change_no_bits_and_in_eights_elsewhere(
+    monkeypatch: Any,
+) -> None:
+    flash, find = labs_attention.FLASH, labs_attention.queries_multiple.__wrapped__
+
+    def one_by_one(*states: Any, **options: Any) -> Any:
+        rows = [flash(*row, **options) for row in zip(*(s.split(1) for s in states), strict=True)]
+        return [torch.cat(each) for each in zip(*rows, strict=True)]
+
+    def moody(q: Any, *states: Any, **options: Any) -> Any:
+        output, sums = one_by_one(q, *states, **options)
+        return output * (1 + (len(q) > 1) * 2**-6), sums
+
+    for kernel, multiple in ((one_by_one, 4), (moody, decode.ALIGNED)):
+        monkeypatch.setattr(labs_attention, "FLASH", kernel)
+        assert find(DTYPE, DIM) == multiple
