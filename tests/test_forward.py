@@ -214,6 +214,8 @@ def test_explain_says_whose_forward_runs_and_why(tmp_path) -> None:
         plan = labs_explain.explain(model, kit.SHORT, labs.Generation())
         assert plan.forward.startswith(who)
         assert json.dumps(plan.forward)
+        shown = plan.settings["torch_dtype"]  # of which "auto" says nothing
+        assert (shown.value, model.spec.torch_dtype) == (model.dtype, "auto")
 
 
 GPT2 = transformers.GPT2Config(
