@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import draft, models, parts, table
+from bench import draft, gpu, models, parts, table
 
 NAMES = ("single", "many", "context", "arrivals", "sampling", "long", "memory", "start", "prefix")
 NAMES += ("shared", "serving", "overhead", "manners", "batch", "typed", "documents", "ray")
@@ -34,7 +34,7 @@ def main() -> None:
         case ["--worker", name]:
             table.worker(name)
         case ["--gpu-report", *shapes]:
-            table.gpu_report(*shapes)
+            gpu.gpu_report(*shapes)
         case ["--models", *kinds]:
             models.models(*kinds)
         case ["--schemas", folder, *answers] if answers in ([], ["answers"]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of labs and its neighbours, each in a process of its own; the report of a GPU."""
+"""The table of labs and its neighbours, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import os
-import random
 import sys
 import threading
 import time
@@ -17,16 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from types import SimpleNamespace
 from typing import Any
 
 import numpy
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig
 
 import labs
-import labs_decode
-import labs_fast
 from bench import parts
 from bench.parts import GREEDY, NEW, load, prompts, stories
 
@@ -194,77 +189,3 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig("docs/bench.svg", bbox_inches="tight", metadata={"Date": None})
-
-
-FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
-FIELDS += ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")
-SHAPES = {  # random weights: nothing is downloaded
-    "tiny": ("llama", 64, 2, 4, 2, 16, 128, 512),
-    "1B": ("llama", 2048, 16, 32, 8, 64, 8192, 128256),
-    "8B": ("llama", 4096, 32, 32, 8, 128, 14336, 128256),
-    "0.6B": ("qwen3", 1024, 28, 16, 8, 128, 3072, 151936),
-}
-
-
-def random_model(shape: str, device: str) -> labs.Model:
-    options: dict[str, Any] = dict(zip(FIELDS, SHAPES[shape], strict=True))
-    options |= {"max_position_embeddings": 8192, "eos_token_id": None, "pad_token_id": 0}
-    config = AutoConfig.for_model(**options)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    decoder = labs_decode.prepare(model)
-    decoder = labs_fast.speed_up(decoder, None, batch_invariant=True, cuda_graphs=True)
-    letters = SimpleNamespace(decode=lambda ids, **_: "a" * len(ids))  # random weights say nothing
-    spec, lock = labs.ModelSpec(), threading.Lock()
-    return labs.Model(decoder, letters, spec, device, "bf16", 8192, frozenset(), {}, 0.0, lock)
-
-
-def measure(model: labs.Model, name: str, lengths: list[int], new: list[int], limit: float) -> None:
-    """Print both rates, and which share of the memory's bandwidth that of labs reads."""
-    inputs = parts.random_inputs(lengths, model.model.config.vocab_size)
-    each = [labs.Generation(max_new_tokens=n, temperature=0.0) for n in new]
-    run = lambda: parts.stream_batch(model, inputs, len(inputs), generation=each)  # noqa: E731
-    ours = max(parts.rate(run) for _ in range(3))
-    attention, theirs = model.model.config._attn_implementation, 0.0
-    model.model.set_attn_implementation("sdpa")
-    try:
-        theirs = max(parts.manager_rate(model.model, inputs, new) for _ in range(2))
-    except Exception as error:  # a version of it that does not run here
-        print(f"  continuous batching: {type(error).__name__}: {error}")
-    finally:
-        model.model.set_attn_implementation(attention)
-    # The bytes that a token has to read: its share of the weights, and its row of the cache.
-    columns = numpy.mean(lengths) + numpy.mean(new) / 2
-    read = model.decoder.weight_bytes / len(inputs) + columns * model.decoder.column_bytes
-    used = f"{ours * read / limit:9.0%} of the bandwidth"
-    print(f"{name:44} {ours:9.0f} {theirs:9.0f} {used}", flush=True)
-
-
-def gpu_report(*shapes: str) -> None:
-    """Measure what a GPU does with random weights, in less than 8 minutes."""
-    device, size = ("cuda", 2**30) if torch.cuda.is_available() else ("cpu", 2**27)
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-
-    def copy() -> int:
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return 2 * size  # bytes read and written
-
-    limit = max(parts.rate(copy) for _ in range(10))
-    copies = f"copies {limit / 1e12:.2f} TB/s"
-    print(f"{parts.machine()}; {copies}; tokens/s of labs, continuous batching")
-    for shape in shapes or ("1B", "8B", "0.6B"):
-        model, small, draw = random_model(shape, device), shape == "tiny", random.Random(0)
-        for streams in (1, 4) if small else (1, 8, 32, 64, 128):
-            name, new = f"{shape}, {streams} x 128 tokens, 128 new", [16 if small else 128]
-            measure(model, name, [128] * streams, new * streams, limit)
-        if shape in ("0.6B", "tiny"):  # nano-vllm's workload
-            count = 8 if small else 256
-            lengths = [draw.randint(100, 1024) for _ in range(count)]
-            new = [draw.randint(100, 1024) // (100 if small else 1) for _ in range(count)]
-            name = f"{shape}, {count} x 100-1,024 tokens, as many new"
-            measure(model, name, lengths, new, limit)
-        del model
-        labs.release_memory()

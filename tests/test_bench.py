@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from typing import Any
 
 import kit
 import pytest
 
 import labs
 from bench import __main__ as bench
-from bench import parts, schemas
+from bench import gpu, parts, schemas
 
 
 @pytest.mark.parametrize("name", bench.NAMES)
@@ -59,3 +60,27 @@ def test_schemas_are_sampled_tried_followed_and_answered(tiny, folder, monkeypat
     assert re.fullmatch(
         r"answers: 2 of 2 ended within 256 tokens, 2 of these are valid; .*", lines[-1]
     )
+
+
+def test_the_report_of_a_gpu_counts_rows_whose_bits_do_not_depend_on_others(tmp_path, capsys):
+    spec = labs.ModelSpec(torch_dtype="bf16", cache_dir=str(tmp_path))
+    model = gpu.random_model("tiny", "cpu", spec)
+    assert model.decoder.forward is not None  # what is measured is what load_model would run
+    gpu.invariance(model, "tiny", 2, 1)
+    assert capsys.readouterr().out.count("2 of 2 have the same bits") == 2
+    gpu.first_token(model, "tiny", 20)
+    assert re.search(r"ms, \d+\.\d\d x its products alone", capsys.readouterr().out)
+
+
+def test_the_report_of_a_gpu_tells_bits_that_differ(monkeypatch, tmp_path, capsys):
+    spec = labs.ModelSpec(torch_dtype="bf16", cache_dir=str(tmp_path))
+    model = gpu.random_model("tiny", "cpu", spec)
+    found = gpu.logprobs
+
+    def first_is_wrong(events: Any, rows: int) -> list[list[float]]:
+        together = found(events, rows)
+        return [[0.5], *together[1:]] if rows == 2 else together
+
+    monkeypatch.setattr(gpu, "logprobs", first_is_wrong)
+    gpu.invariance(model, "tiny", 2, 1)
+    assert capsys.readouterr().out.count("1 of 2 have the same bits") == 2

@@ -281,10 +281,12 @@ def test_a_comparison_without_memory_or_numbers_is_not_kept(error, tmp_path, mon
 
 def test_explain_says_whose_forward_runs_and_why(tmp_path) -> None:
     for config, who in ((kit.llama(), "labs: its logits"), (GPT2, "transformers: labs has no")):
-        model = kit.load(kit.save_model(tmp_path / who[:4], config))
+        model = kit.load(kit.save_model(tmp_path / who[:4], config), torch_dtype="auto")
         plan = labs_explain.explain(model, kit.SHORT, labs.Generation())
         assert plan.forward.startswith(who)
         assert json.dumps(plan.forward)
+        shown = plan.settings["torch_dtype"]  # of which "auto" says nothing
+        assert (shown.value, model.spec.torch_dtype) == (model.dtype, "auto")
 
 
 GPT2 = transformers.GPT2Config(

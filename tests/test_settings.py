@@ -79,6 +79,8 @@ def test_a_higher_layer_wins_and_leaves_other_keys_of_a_lower_one_alone(low, hig
 
 def test_the_effective_configuration_has_every_setting_and_can_be_read_back():
     assert line_of("max_new_tokens", labs.Config()) == "max_new_tokens = 256  # default"
+    later = "default; labs-gen explain shows what it becomes"
+    assert line_of("quant_method", labs.Config()) == f'quant_method = "auto"  # {later}'
     assert all(line_of(setting.field, labs.Config()) for setting in SETTINGS.values())
     given = {"temperature": 0.5, "stop": ("a\nb", '"'), "load_in_4bit": True, "top_k": 3}
     given |= {"logit_bias": {5: -1.5, 7: 2}, "server_port": 80, "response_cache_ttl_s": 3}
