@@ -56,7 +56,8 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
         of_step = cache.of_step or labs_attention.of_step
         attend, masks = of_step(x, weights.layers[0], masks) or (attend, masks)
     batch, x = x.shape[:2], x.flatten(0, 1)
-    x = x if weights.floor is None else torch.nn.functional.pad(x, (0, 1), value=weights.floor)
+    if (floor := weights.floor) is not None:
+        x = torch.nn.functional.pad(x.float(), (0, 1), value=floor)  # for `residual_norm`
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
         call = batch, attend, slots, masks[layer.kind], turns[layer.kind]
         x = layer_forward(layer, x, call, weights.residual_scale)
@@ -72,8 +73,8 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
 def layer_forward(layer: Layer, x: Tensor, call: Call, residual_scale: float = 1.0) -> Tensor:
     """Return x [N, hidden], changed by one decoder layer (Attention is all you need, section 3.1).
 
-    N: all tokens of all rows, because only attention tells rows apart. x may have a column more,
-    see `labs_layers.residual_norm`.
+    N: all tokens of all rows, because only attention tells rows apart. x may be in float32 with a
+    column more, see `labs_layers.residual_norm`.
     """
     before_attention, after_attention, before_mlp, after_mlp = layer.norms
     h = x if before_attention is None else before_attention(x)

@@ -132,7 +132,8 @@ def _weights_of(model: Any, config: Any, family: Family) -> Weights:
     kinds = getattr(config, "layer_types", None) or [kind] * len(inner.layers)
     layers = zip(inner.layers, kinds, strict=True)
     floor = _floor_of(inner, family)
-    norm_of = _norm_of if floor is None else _residual_norm_of
+    exact = functools.partial(_residual_norm_of, inner.embed_tokens.weight.dtype)
+    norm_of = _norm_of if floor is None else exact
     return Weights(
         layers=tuple(_layer_of(layer, kind, family, norm_of) for layer, kind in layers),
         embed=inner.embed_tokens,
@@ -231,20 +232,20 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
     return product.to(x.dtype)
 
 
-def residual_norm(x: Tensor, weight: Tensor, root: float) -> Tensor:
-    """Return x / rms(x) * weight [N, n] of a residual stream [N, n + 1], in two kernels on a CPU.
+def residual_norm(x: Tensor, weight: Tensor, root: float, dtype: torch.dtype) -> Tensor:
+    """Return x / rms(x) * weight [N, n] of a residual stream [N, n + 1], both in float32 on a CPU.
 
     The last number of each line is sqrt(n * eps), so that the length of a line is
-    sqrt(sum(x^2) + n * eps), and weight normalisation (arXiv 1602.07868) makes that `root`.
+    sqrt(sum(x^2) + n * eps). One kernel, weight normalisation (arXiv 1602.07868), makes that length
+    `root`, which is sqrt(n). dtype: of the result.
     """
-    roots = _roots(x.shape[0], root, x.dtype)
-    lines: Tensor = torch._weight_norm_interface(x.contiguous(), roots)[0]
-    return (lines[:, :-1] * weight).to(x.dtype)
+    lines: Tensor = torch._weight_norm_interface(x.contiguous(), _roots(x.shape[0], root))[0]
+    return (lines[:, :-1] * weight).to(dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _roots(lines: int, root: float, dtype: torch.dtype) -> Tensor:
-    return torch.full((lines, 1), root, dtype=dtype)  # the kernel does not take an expanded tensor
+def _roots(lines: int, root: float) -> Tensor:
+    return torch.full((lines, 1), root)  # the kernel does not take an expanded tensor
 
 
 def _norms_of(layer: Any, family: Family) -> list[Any]:
@@ -261,13 +262,10 @@ def _floor_of(inner: Any, family: Family) -> float | None:
     return math.sqrt(floors.pop()) if len(floors) == 1 and on_cpu else None
 
 
-def _residual_norm_of(modules: Sequence[Any], offset: float) -> Norm:
-    weight, root = modules[0].weight, math.sqrt(len(modules[0].weight))
-    rounded = float(torch.tensor(root, dtype=weight.dtype))
-    exact = (weight.float() + offset) * (root / rounded)
-    alike = torch.equal(exact, exact.to(weight.dtype).float())
-    exact = exact.to(weight.dtype) if alike else exact
-    return lambda x: residual_norm(x, exact, rounded)
+def _residual_norm_of(dtype: torch.dtype, modules: Sequence[Any], offset: float) -> Norm:
+    weight = modules[0].weight.float() + offset
+    root = math.sqrt(len(weight))
+    return lambda x: residual_norm(x, weight, root, dtype)
 
 
 def _eps_of(norm: Any) -> float:
