@@ -159,6 +159,7 @@ def _layer_of(layer: Any, kind: str, family: Family, before: Callable[..., Norm 
     each_head = q_norm is not None and len(q_norm.weight) == dim
     norms = _norms_of(layer, family)
     sizes, cap = [heads, groups], getattr(attention, "attn_logit_softcapping", None)
+    activation = _first(mlp, "act_fn", "activation_fn", "act")
     return Layer(
         qkv=product_of(_modules(attention, ("qkv_proj",), ("q_proj", "k_proj", "v_proj"))),
         out=product_of([attention.o_proj]),
@@ -167,7 +168,7 @@ def _layer_of(layer: Any, kind: str, family: Family, before: Callable[..., Norm 
         ),
         down=product_of(_modules(mlp, ("down_proj",), ("c_proj",))),
         gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
-        activation=_first(mlp, "act_fn", "activation_fn", "act"),
+        activation=getattr(activation, "forward", activation),  # no module has hooks here
         norms=tuple(
             of([each], offset) for of, each in zip((before, _norm_of) * 2, norms, strict=True)
         ),
