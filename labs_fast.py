@@ -53,13 +53,7 @@ def speed_up(
     if decoder.packable and on_one_gpu:
         fuse_norms(model)
     packed = {each.fused for each in model.modules() if isinstance(each, PackedLinear)}
-    embedding, rest = model.get_input_embeddings().weight, model.parameters()
-    left = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
-    if method not in ("auto", "gguf", "none") and left > sum(fused.numel for fused in packed):
-        raise ValueError(
-            f"quant_method = {method}: needs a model with only plain linear layers, all on CPU"
-            + (" and in fp32" if method == "fp16" else "")
-        )
+    left = _left(model, method, sum(fused.numel for fused in packed))
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
     if captures:  # slots that grow would lose their graphs
@@ -73,6 +67,21 @@ def speed_up(
         graphs=labs_graphs.Graphs(devices.pop()) if captures else None,
         quant_method=kind if packed else "none",
     )
+
+
+def _left(model: Any, method: str, packed: int) -> int:
+    """Return how many numbers are in layers that are not packed.
+
+    packed: how many are. Raises ValueError if these are too few for a method.
+    """
+    embedding, rest = model.get_input_embeddings().weight, model.parameters()
+    left: int = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
+    if method not in ("auto", "gguf", "none") and left > packed:
+        raise ValueError(
+            f"quant_method = {method}: needs a model with only plain linear layers, all on CPU"
+            + (" and in fp32" if method == "fp16" else "")
+        )
+    return left
 
 
 def _kind_of(decoder: Decoder, method: str, on_cpu: bool) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 import transformers
 
@@ -34,6 +34,8 @@ from labs_settings import ModelSpec
 
 METHODS = ("gguf", "int4", "int8")  # the others are quick, or have forms that only oneDNN reads
 MOST_FILES = 4  # of a conversion: other methods, other versions, processors that share a folder
+ALIGNED = 64  # bytes, as torch aligns its own memory
+TYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16"}  # in a safetensors file
 log = logging.getLogger("labs")
 
 
@@ -44,14 +46,12 @@ def opened(model: Any, method: str, spec: ModelSpec) -> Iterator[Make]:
     method: a name in labs_packing.PACKINGS. Only the weights of a conversion in the cache folder
     are stored, as they are in its files: no adapter is merged into them.
     """
-    folder, cache = Path(model.name_or_path), labs_cache.cache_folder(spec.cache_dir)
-    stored = method in METHODS and spec.adapter is None
-    if not stored or folder.resolve().parent != cache.resolve():
-        yield labs_packing.as_one
-        return
-    try:
-        file = folder / f".packed-{_key(folder, method, str(model.dtype))}"
-    except OSError:  # no source to read, as in some bundles, or no folder any more
+    folder, file = Path(model.name_or_path), None
+    is_conversion = folder.resolve().parent == labs_cache.cache_folder(spec.cache_dir).resolve()
+    if method in METHODS and spec.adapter is None and is_conversion:
+        with contextlib.suppress(OSError):  # no source to read, as in some bundles, or no folder
+            file = folder / f".packed-{_key(folder, method, str(model.dtype))}"
+    if file is None:
         yield labs_packing.as_one
         return
     found = _Found(_read(file))
@@ -84,7 +84,8 @@ def _restored(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype)
 
     Raises ValueError for tensors that no such weight has: a kernel would read behind their end.
     """
-    (rows, columns), (packed, scales) = shape, tensors
+    rows, columns = shape  # some kernels crash if they load whole registers from other addresses
+    packed, scales = (each.clone() if each.data_ptr() % ALIGNED else each for each in tensors)
     padded, groups = rows + -rows % 16, columns // labs_packing.INT4_GROUP
     found = [(each.dtype, tuple(each.shape)) for each in tensors]
     if found == [(torch.int8, shape), (torch.bfloat16, (rows,))]:
@@ -106,17 +107,12 @@ def _key(folder: Path, method: str, dtype: str) -> str:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, mapped; none if it is missing or not a whole safetensors file.
-
-    The operating system shares their pages between processes, and reads only those that are used.
-    """
+    """Return the tensors of a file, mapped; none unless it is a whole safetensors file."""
     try:
         with safetensors.safe_open(str(file), framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        return {}
+            return {name: tensors.get_tensor(name) for name in [*tensors.keys()]}
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        log.debug("%s cannot be read, so weights are packed again: %s", file, error)
+        log.debug("%s: weights are packed anew: %s", file, error)
         return {}
 
 
@@ -124,15 +120,30 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a file so that no reader ever sees a part of it, and delete the oldest ones."""
     new = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
-        safetensors.torch.save_file(tensors, new)
-        new.chmod(file.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
-        with new.open("r+b") as written:
-            os.fsync(written.fileno())
+        with new.open("wb") as opened:
+            for part in _parts(tensors):
+                opened.write(part)
+            opened.flush()
+            os.fsync(opened.fileno())
         os.replace(new, file)
         found = sorted(file.parent.glob(".packed-*"), key=lambda each: each.stat().st_mtime_ns)
         for each in found[:-MOST_FILES]:  # those of processes that died while they wrote, too
             each.unlink(missing_ok=True)
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         log.debug("%s cannot be written, so weights are packed at each load: %s", file, error)
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
+
+
+def _parts(tensors: dict[str, Tensor]) -> Iterator[Any]:
+    """Yield the bytes of a safetensors file; the library's own writer aligns nothing to ALIGNED."""
+    order = sorted(tensors, key=lambda name: tensors[name].nbytes % ALIGNED)  # multiples come first
+    header, end = {}, 0
+    for name in order:
+        start, end = end, end + (tensor := tensors[name]).nbytes
+        kind = {"dtype": TYPES[tensor.dtype], "shape": [*tensor.shape]}
+        header[name] = {**kind, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNED)
+    yield len(text).to_bytes(8, "little") + text
+    yield from (tensors[name].view(torch.uint8).numpy() for name in order)
