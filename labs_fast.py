@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,19 +23,25 @@ import labs_decode
 import labs_graphs
 import labs_packing
 from labs_decode import Decoder, Tensor
-from labs_packing import PackedWeight
+from labs_packing import Make, Packing
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def speed_up(
-    decoder: Decoder, method: str = "none", *, batch_invariant: bool, cuda_graphs: bool
+    decoder: Decoder,
+    method: str = "none",
+    *,
+    batch_invariant: bool,
+    cuda_graphs: bool,
+    make: Make = labs_packing.as_one,
 ) -> Decoder:
     """Replace linear layers and norms of the decoder's model by faster ones with the same text.
 
     method: fp16, int8 or int4 weights on a CPU, with other text; gguf: the 4 or 8 bits of a GGUF
     file, where that is faster; auto, or gguf for other models: fp16 in place of float32, where that
-    is faster. Raises ValueError if a layer cannot be packed as asked.
+    is faster. make: packs weights, or has them packed. Raises ValueError if a layer cannot be
+    packed as asked.
     """
     model, devices = decoder.model, {each.device for each in decoder.model.parameters()}
     on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
@@ -43,17 +49,11 @@ def speed_up(
     on_cpu = {device.type for device in devices} == {"cpu"}
     kind = _kind_of(decoder, method, on_cpu)
     if decoder.packable:  # other models read `weight` at each step, which would unpack it
-        pack(model, kind)
+        pack(model, kind, make)
     if decoder.packable and on_one_gpu:
         fuse_norms(model)
     packed = {each.fused for each in model.modules() if isinstance(each, PackedLinear)}
-    embedding, rest = model.get_input_embeddings().weight, model.parameters()
-    left = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
-    if method not in ("auto", "gguf", "none") and left > sum(fused.numel for fused in packed):
-        raise ValueError(
-            f"quant_method = {method}: needs a model with only plain linear layers, all on CPU"
-            + (" and in fp32" if method == "fp16" else "")
-        )
+    left = _left(model, method, sum(fused.numel for fused in packed))
     weights = [*model.parameters(), *(fused.packed for fused in packed)]
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
     if captures:  # slots that grow would lose their graphs
@@ -67,6 +67,21 @@ def speed_up(
         graphs=labs_graphs.Graphs(devices.pop()) if captures else None,
         quant_method=kind if packed else "none",
     )
+
+
+def _left(model: Any, method: str, packed: int) -> int:
+    """Return how many numbers are in layers that are not packed.
+
+    packed: how many are. Raises ValueError if these are too few for a method.
+    """
+    embedding, rest = model.get_input_embeddings().weight, model.parameters()
+    left: int = sum(each.numel() for each in rest if each is not embedding and each.ndim > 1)
+    if method not in ("auto", "gguf", "none") and left > packed:
+        raise ValueError(
+            f"quant_method = {method}: needs a model with only plain linear layers, all on CPU"
+            + (" and in fp32" if method == "fp16" else "")
+        )
+    return left
 
 
 def _kind_of(decoder: Decoder, method: str, on_cpu: bool) -> str:
@@ -96,12 +111,14 @@ class FusedWeight:
     def __init__(
         self,
         linears: Sequence[torch.nn.Linear],
-        packing: Callable[[Tensor], PackedWeight],
+        packing: Packing,
+        name: str = "",
+        make: Make = labs_packing.as_one,
     ) -> None:
         self.sizes = [linear.out_features for linear in linears]
         self.numel = sum(linear.weight.numel() for linear in linears)
         weights = [linear.weight.detach() for linear in linears]
-        self.packed = packing(torch.cat(weights) if len(weights) > 1 else weights[0])
+        self.packed = make(name, packing, weights)
         if packing is labs_packing.gguf_weight:
             self.packed = labs_packing.with_more_bits_for_prompts(self.packed, weights)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
@@ -134,7 +151,7 @@ class PackedLinear(torch.nn.Module):
 
 
 @torch.inference_mode()
-def pack(model: Any, method: str = "none") -> None:
+def pack(model: Any, method: str = "none", make: Make = labs_packing.as_one) -> None:
     """Replace plain linear layers by packed ones, freeing their weights one group at a time.
 
     On a GPU, replace only layers that can be fused. method, on a CPU only: a name in
@@ -143,7 +160,8 @@ def pack(model: Any, method: str = "none") -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     types = [torch.float32, torch.bfloat16, torch.float16]
     types = {"none": labs_packing.packed_types(), "fp16": types[:1]}.get(method, types)
-    for parent in [module for module in model.modules() if type(module) is not torch.nn.Linear]:
+    named = model.named_modules()
+    for path, parent in [each for each in named if type(each[1]) is not torch.nn.Linear]:
         children = dict(parent.named_children())
         names = [name for name in children if _can_pack(children[name], types, method)]
         del children  # it holds weights
@@ -153,10 +171,9 @@ def pack(model: Any, method: str = "none") -> None:
             on_cpu = linears[0].weight.is_cpu
             if len(group) == 1 and not on_cpu:
                 continue
+            packing = labs_packing.PACKINGS[kind] if on_cpu else labs_packing.dense_weight
             try:
-                together = FusedWeight(
-                    linears, labs_packing.PACKINGS[kind] if on_cpu else labs_packing.dense_weight
-                )
+                together = FusedWeight(linears, packing, f"{path}.{'+'.join(group)}", make)
             except torch.OutOfMemoryError:  # the GPU does not hold these weights twice
                 return
             if on_cpu:

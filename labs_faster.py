@@ -4,7 +4,8 @@
     decoder = labs_faster.speed_up(labs_decode.prepare(model), spec)
 
 The order counts: labs_probe tries what the calls of labs_calls need, and labs_forward takes over
-the weights as labs_fast has packed them. Needs labs_settings.py and these six files.
+the weights as labs_fast has packed them. labs_packing_file stores them.
+Needs labs_settings.py and these seven files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import labs_calls
 import labs_fast
 import labs_forward
 import labs_kv
+import labs_packing_file
 import labs_probe
 import labs_shared
 from labs_decode import Decoder
@@ -26,7 +28,8 @@ def speed_up(decoder: Decoder, spec: ModelSpec) -> Decoder:
     flags = {"batch_invariant": spec.batch_invariant, "cuda_graphs": spec.cuda_graphs}
     try:
         decoder = labs_probe.tried(labs_calls.speed_up(decoder), spec.cache_dir)
-        decoder = labs_fast.speed_up(decoder, method, **flags)
+        with labs_packing_file.opened(decoder.model, method, spec) as make:
+            decoder = labs_fast.speed_up(decoder, method, make=make, **flags)
         decoder = labs_forward.speed_up(decoder, spec.cache_dir)
         decoder = labs_kv.in_bytes(decoder) if spec.quantization.kv_dtype == "int8" else decoder
     except ValueError as error:

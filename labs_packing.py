@@ -32,11 +32,24 @@ OFF_GRID = 0.1  # of a step: bfloat16 rounds by less, and numbers of a finer gri
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight in the form of its product: multiply(x [..., in], bias [out] or None); unpack()."""
+    """A weight in the form of its product: multiply(x [..., in], bias [out] or None); unpack().
+
+    tensors: those of int8_product or int4_product, if it is one of these.
+    """
 
     multiply: Callable[[Tensor, Tensor | None], Tensor]
     unpack: Callable[[], Tensor]
     nbytes: int
+    tensors: tuple[Tensor, ...] = ()
+
+
+Packing = Callable[[Tensor], PackedWeight]
+Make = Callable[[str, Packing, Sequence[Tensor]], PackedWeight]  # of weights that share an input
+
+
+def as_one(name: str, packing: Packing, weights: Sequence[Tensor]) -> PackedWeight:
+    """Pack the weights [out, in] of layers that share an input as one. name: of these layers."""
+    return packing(torch.cat([*weights]) if len(weights) > 1 else weights[0])
 
 
 def dense_weight(weight: Tensor) -> PackedWeight:
@@ -134,12 +147,19 @@ def int4_weight(weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]] = ()) -> 
     parts = itertools.zip_longest(torch.split(weight, ROWS_AT_ONCE), grids)
     levels, scales = _joined(_rounded_to_int4(_groups(part), grid) for part, grid in parts)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
-    scales = scales.transpose(0, 1).contiguous()
-    (rows, columns), kernel = weight.shape, torch._weight_int4pack_mm_for_cpu
+    return int4_product(packed, scales.transpose(0, 1).contiguous(), len(weight))
+
+
+def int4_product(packed: Tensor, scales: Tensor, rows: int) -> PackedWeight:
+    """Return the weight of the kernel's tensors [padded, in / 2], [in / INT4_GROUP, padded, 2].
+
+    rows: those of the weight, without the ones that pad them to a multiple of 16.
+    """
+    kernel, columns = torch._weight_int4pack_mm_for_cpu, len(scales) * INT4_GROUP
     cut: Callable[[Tensor], Tensor] = (lambda y: y[:, :rows]) if rows % 16 else (lambda y: y)
     multiply = _in_bf16(lambda x: cut(kernel(x, packed, INT4_GROUP, scales)))
     unpack = lambda: multiply(torch.eye(columns), None).t().contiguous()  # noqa: E731
-    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
+    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes, (packed, scales))
 
 
 def _rounded_to_int4(groups: Tensor, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -154,10 +174,14 @@ def _rounded_to_int4(groups: Tensor, grid: tuple[Tensor, Tensor] | None) -> tupl
 def int8_weight(weight: Tensor) -> PackedWeight:
     """Round to 8-bit numbers with a scale for each output, otherwise as int4_weight."""
     packed, scales = _joined(map(_rounded_to_int8, torch.split(weight, ROWS_AT_ONCE)))
+    return int8_product(packed, scales, weight.dtype)
+
+
+def int8_product(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> PackedWeight:
+    """Return the weight of numbers [out, in] and scales [out]. dtype: that of `unpack`."""
     multiply = _in_bf16(lambda x: torch._weight_int8pack_mm(x, packed, scales))
-    weight_type = weight.dtype
-    unpack = lambda: packed.to(weight_type) * scales[:, None]  # noqa: E731
-    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes)
+    unpack = lambda: packed.to(dtype) * scales[:, None]  # noqa: E731
+    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes, (packed, scales))
 
 
 def _rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def test_a_model_with_packed_weights_answers(method, tiny_folder, fresh, monkeyp
     assert done.usage.completion_tokens > 0
     assert done.fingerprint.quantization == {"quant_method": method}
     labs.load_model.cache_clear()
-    monkeypatch.setattr(labs_fast, "pack", lambda model, method: None)
+    monkeypatch.setattr(labs_fast, "pack", lambda *_: None)
     refused(f"quant_method = {method}: needs .* linear layers", tiny_folder, quantization=packed)
 
 
