@@ -128,7 +128,8 @@ def _sourced(
     for name in ("reasoning", "thinking_budget"):
         found[name] = SettingValue(getattr(given, name), found[name].source)
     found["do_sample"] = SettingValue(samples, found["do_sample"].source)
-    found["torch_dtype"] = SettingValue(model.dtype, found["torch_dtype"].source)
+    if model.spec.torch_dtype == "auto":
+        found["torch_dtype"] = SettingValue(model.dtype, "auto")
     if not samples and stream.generation.temperature is None:
         found["temperature"] = SettingValue(0.0, "do_sample")
     if stream.generation.seed is None and samples:
@@ -144,7 +145,8 @@ def dump_effective_config(config: labs.Config) -> str:
         for setting in (setting for setting in labs.settings() if setting.section == section):
             value, name = value_of(config, setting), setting.field
             line = f"# {name}: unset" if value is None else f"{name} = {_toml(value)}"
-            later = "; labs-gen explain shows what it becomes" if value == "auto" else ""
+            shown = value == "auto" and name in ("torch_dtype", "quant_method")
+            later = "; labs-gen explain shows what it becomes" if shown else ""
             lines.append(f"{line}  # {config.sources.get(setting.key, 'default')}{later}")
     if config.model.token:
         lines.append('# HF_TOKEN = "********"')

@@ -16,7 +16,9 @@ import inspect
 import json
 import logging
 import os
+import platform
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,23 +36,25 @@ from labs_settings import ModelSpec
 
 METHODS = ("gguf", "int4", "int8")  # the others are quick, or have forms that only oneDNN reads
 MOST_FILES = 4  # of a conversion: other methods, other versions, processors that share a folder
+ABANDONED_S = 3600.0  # the age of a part of a file whose writer must have died
 ALIGNED = 64  # bytes, as torch aligns its own memory
 TYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16"}  # in a safetensors file
+RECORD = "complete.json"  # of labs_cache, which writes it anew after a copy
 log = logging.getLogger("labs")
 
 
 @contextlib.contextmanager
 def opened(model: Any, method: str, spec: ModelSpec) -> Iterator[Make]:
-    """Yield what packs the weights of a model, or finds them packed; then store what was packed.
+    """Yield a Make that takes packed weights from the file; at the end, store those it lacked.
 
     method: a name in labs_packing.PACKINGS. Only the weights of a conversion in the cache folder
-    are stored, as they are in its files: no adapter is merged into them.
+    are stored, and none into which an adapter is merged.
     """
     folder, file = Path(model.name_or_path), None
-    is_conversion = folder.resolve().parent == labs_cache.cache_folder(spec.cache_dir).resolve()
-    if method in METHODS and spec.adapter is None and is_conversion:
-        with contextlib.suppress(OSError):  # no source to read, as in some bundles, or no folder
-            file = folder / f".packed-{_key(folder, method, str(model.dtype))}"
+    is_ours = folder.resolve().parent == labs_cache.cache_folder(spec.cache_dir).resolve()
+    if CODE and method in METHODS and spec.adapter is None and is_ours:
+        with contextlib.suppress(OSError):  # no folder, or no right to read it
+            file = _tidied(folder) / f".packed-{_key(folder, method, str(model.dtype))}"
     if file is None:
         yield labs_packing.as_one
         return
@@ -58,6 +62,8 @@ def opened(model: Any, method: str, spec: ModelSpec) -> Iterator[Make]:
     yield found.packed
     if found.is_new:
         _write(file, found.tensors)
+        with contextlib.suppress(OSError):
+            _tidied(folder)
 
 
 class _Found:
@@ -82,9 +88,10 @@ class _Found:
 def _restored(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
     """Return the PackedWeight with these tensors. shape, dtype: of its weight [out, in].
 
-    Raises ValueError for tensors that no such weight has: a kernel would read behind their end.
+    Raises ValueError for tensors that no such weight has: a kernel would read beyond their end.
     """
-    rows, columns = shape  # some kernels crash if they load whole registers from other addresses
+    rows, columns = shape
+    # Some kernels load whole registers, and crash where an address is no multiple of ALIGNED.
     packed, scales = (each.clone() if each.data_ptr() % ALIGNED else each for each in tensors)
     padded, groups = rows + -rows % 16, columns // labs_packing.INT4_GROUP
     found = [(each.dtype, tuple(each.shape)) for each in tensors]
@@ -96,14 +103,25 @@ def _restored(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype)
     return labs_packing.int4_product(packed, scales, rows)
 
 
+def _tidied(folder: Path) -> Path:
+    """Delete the oldest files of a conversion, and parts whose writers died. Raises OSError."""
+    (folder / RECORD).stat()  # other folders are the user's
+    found = sorted((each.stat().st_mtime, each) for each in folder.glob(".packed-*"))
+    for index, (written, file) in enumerate(found, MOST_FILES - len(found)):
+        if index < 0 or ("." in file.name[1:] and written < time.time() - ABANDONED_S):
+            file.unlink(missing_ok=True)
+    return folder
+
+
 def _key(folder: Path, method: str, dtype: str) -> str:
     """Return a digest of everything that the bytes depend on. Raises OSError if that is unknown."""
-    files = [each for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+    files = [
+        each for each in sorted(folder.iterdir()) if each.name[0] != "." and each.name != RECORD
+    ]
     states = [(each.name, (s := each.stat()).st_size, s.st_mtime_ns) for each in files]
-    code = [inspect.getsource(each) for each in (labs_packing, sys.modules[__name__])]
-    versions = [str(torch.__version__), transformers.__version__]
-    kind = [method, dtype, torch.backends.cpu.get_cpu_capability()]
-    return hashlib.sha256(json.dumps([states, code, versions, kind]).encode()).hexdigest()[:32]
+    versions = [str(torch.__version__), transformers.__version__, CODE]
+    kind = [method, dtype, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    return hashlib.sha256(json.dumps([states, versions, kind]).encode()).hexdigest()[:32]
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -126,9 +144,6 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(new, file)
-        found = sorted(file.parent.glob(".packed-*"), key=lambda each: each.stat().st_mtime_ns)
-        for each in found[:-MOST_FILES]:  # those of processes that died while they wrote, too
-            each.unlink(missing_ok=True)
     except OSError as error:
         log.debug("%s cannot be written, so weights are packed at each load: %s", file, error)
         with contextlib.suppress(OSError):
@@ -147,3 +162,12 @@ def _parts(tensors: dict[str, Tensor]) -> Iterator[Any]:
     text += b" " * (-(8 + len(text)) % ALIGNED)
     yield len(text).to_bytes(8, "little") + text
     yield from (tensors[name].view(torch.uint8).numpy() for name in order)
+
+
+def _source() -> str | None:
+    with contextlib.suppress(OSError, TypeError):  # no source to read, as in some bundles
+        return "".join(map(inspect.getsource, (labs_packing, sys.modules[__name__])))
+    return None
+
+
+CODE = _source()  # read once: while a server runs, its files may become those of another version

@@ -701,7 +701,7 @@ ROOMS = {
     "labs_kv.py": (300, "decode compare"),
     "labs_adapter.py": (160, "settings sources cache hub"),
     "labs_packing.py": (260, "decode"),
-    "labs_packing_file.py": (150, "settings decode cache packing"),
+    "labs_packing_file.py": (180, "settings decode cache packing"),
     "labs_graphs.py": (220, "decode memory"),
     "labs_probe.py": (180, "decode cache compare"),
     "labs_compare.py": (200, "decode"),

@@ -152,7 +152,7 @@ def ways_to_attend(q: Any, k: Any, v: Any, mask: Any) -> dict[str, Callable[[], 
         "sdpa, heads that share keys as queries": lambda: scaled_dot_product_attention(
             grouped, k, v, **words
         ),
-        "flex_attention, compiled": lambda: flexible(q, k, v, enable_gqa=True),
+        "flex_attention, compiled, without a mask": lambda: flexible(q, k, v, enable_gqa=True),
     }
 
 

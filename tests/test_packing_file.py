@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ def test_other_code_versions_processors_and_weights_have_files_of_their_own(
         lambda: monkeypatch.setattr(torch, "__version__", f"{torch.__version__}.1"),
         lambda: monkeypatch.setattr(transformers, "__version__", f"{transformers.__version__}.1"),
         lambda: monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other"),
-        lambda: monkeypatch.setattr(labs_packing_file.inspect, "getsource", lambda module: "pass"),
+        lambda: monkeypatch.setattr(labs_packing_file.platform, "machine", lambda: "other"),
+        lambda: monkeypatch.setattr(labs_packing_file, "CODE", "pass"),
         lambda: os.utime(folder / "model.safetensors", ns=(1, 1)),
     ]
     for number, change in enumerate(changes, 2):
@@ -181,6 +183,36 @@ def test_other_code_versions_processors_and_weights_have_files_of_their_own(
         assert len(files(spec)) == min(number, labs_packing_file.MOST_FILES)
 
 
+def test_a_copied_cache_has_the_same_key_and_code_that_cannot_be_read_no_store(
+    make, monkeypatch, count
+):
+    logits(spec := make())
+    (folder,) = conversions(spec)
+    os.utime(folder / "complete.json", ns=(1, 1))  # as labs_cache writes it anew after a copy
+    count.clear()
+    logits(spec)
+    assert count == []
+
+    def unreadable(module: object) -> str:
+        raise TypeError(f"{module} is a built-in module")
+
+    monkeypatch.setattr(labs_packing_file.inspect, "getsource", unreadable)
+    monkeypatch.setattr(labs_packing_file, "CODE", labs_packing_file._source())
+    logits(spec)
+    assert len(count) == 5
+
+
+def test_what_a_killed_load_left_goes_with_a_later_one(make):
+    logits(spec := make())
+    (file,) = files(spec)
+    for name, age in (("old", 4000), ("young", 1000)):
+        left = file.with_name(f"{file.name}.{name}")
+        left.write_bytes(b"a part")
+        os.utime(left, (time.time() - age,) * 2)
+    logits(spec)
+    assert {each.name for each in files(spec)} == {file.name, f"{file.name}.young"}
+
+
 def test_only_packed_weights_of_a_conversion_as_it_is_are_stored(make, tiny_folder, monkeypatch):
     spec = make()
     for method in ("none", "fp16", "auto"):
@@ -189,7 +221,9 @@ def test_only_packed_weights_of_a_conversion_as_it_is_are_stored(make, tiny_fold
     logits(spec)  # in 16 or 32 bits
     assert files(spec) == []
     before = sorted(tiny_folder.iterdir())
-    load(tiny_folder, quantization=labs.Quantization(quant_method="int8"), cache_dir=spec.cache_dir)
+    for cache in (spec.cache_dir, str(tiny_folder.parent)):  # beneath it are not only conversions
+        wanted = labs.Quantization(quant_method="int8")
+        load(tiny_folder, quantization=wanted, cache_dir=cache)
     assert sorted(tiny_folder.iterdir()) == before
 
 
