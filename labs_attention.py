@@ -20,7 +20,6 @@ import labs_decode
 from labs_decode import COLUMNS, SUMMED, Tensor
 
 FEWEST = 4  # queries of a product: in float32, fewer round otherwise, and take no less time
-FLASH = torch._scaled_dot_product_flash_attention_for_cpu
 Masks = dict[str, Any]
 Attention = Callable[..., tuple[Tensor, None]]
 
@@ -100,10 +99,10 @@ def attend_aligned(
     queries = q[:rows].reshape(rows, groups, -1, dim)
     queries = labs_decode.padded(queries, queries_multiple(q.dtype, dim))
     if hidden is None:
-        return of_heads(FLASH(queries, keys, values, attn_mask=seen, scale=scaling)[0], q), None
+        return of_heads(labs_decode.flash(queries, keys, values, seen, scaling)[0], q), None
     queries = queries.flatten(0, 1)[:, None].expand(-1, seen.shape[1], -1, -1)
     keys, values = (each.reshape(*seen.shape[:2], SUMMED, -1) for each in (keys, values))
-    output, sums = FLASH(queries, keys, values, attn_mask=seen, scale=scaling)
+    output, sums = labs_decode.flash(queries, keys, values, seen, scaling)
     output = labs_decode.combined(output, sums.masked_fill(hidden, -torch.inf))
     return of_heads(output.view(rows, groups, *output.shape[1:]), q), None
 
@@ -120,9 +119,9 @@ def queries_multiple(dtype: torch.dtype, dim: int) -> int:
         counts = [rows * dim * FEWEST, *[rows * dim * columns] * 2]
         numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
         q, k, v = (each.view(rows, 1, -1, dim) for each in torch.split(numbers, counts))
-        together = FLASH(q, k, v, scale=1.0)[0]
-        for i in (0, 1, rows // 2, rows - 1):
-            alone = FLASH(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale=1.0)[0]
+        together = labs_decode.flash(q, k, v, None, 1.0)[0]
+        for i in range(rows):
+            alone = labs_decode.flash(q[i : i + 1], k[i : i + 1], v[i : i + 1], None, 1.0)[0]
             if not torch.equal(alone[0], together[i]):
                 return labs_decode.ALIGNED
     return FEWEST

@@ -430,10 +430,18 @@ def flash_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | No
     q = q[:, None].expand(-1, parts, -1, -1)
     k, v = (each.view(n, parts, -1, each.shape[-1]) for each in (k, v))
     mask = mask.view(len(mask), -1, parts, k.shape[2]).transpose(1, 2)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
+    output, sums = flash(q, k, v, mask, scale)
     # The kernel gives a hidden part the sum 0, and not -inf.
     return output, sums.masked_fill(mask.amax(3) == -torch.inf, -torch.inf)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Pair:
+    """Call the kernel for 16 bits. A lone item is computed twice: threads would cut its sums."""
+    if lone := q.shape[0] * q.shape[1] == 1:
+        q, k, v = (each.expand(2, -1, -1, -1) for each in (q, k, v))
+    kernel: Any = torch._scaled_dot_product_flash_attention_for_cpu
+    output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
+    return (output[:1], sums[:1]) if lone else (output, sums)
 
 
 def combined(output: Tensor, sums: Tensor) -> Tensor:
@@ -469,10 +477,9 @@ def _eager_attention(
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Return q k [B, groups, N, T], in float32 on a GPU, as fused attention kernels compute it."""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return q @ k.transpose(2, 3)
     q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
-    return torch.bmm(q3, k3.transpose(1, 2), out_dtype=torch.float32).view(*q.shape[:3], -1)
+    wide: Any = {"out_dtype": torch.float32} if q.is_cuda and q.dtype != torch.float32 else {}
+    return torch.bmm(q3, k3.transpose(1, 2), **wide).view(*q.shape[:3], -1)
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ from labs_layers import Layer, Weights
 # Batch and queries, the function of attention, the layer's slots, its mask and its rotation.
 Call = tuple[torch.Size, Any, Any, Tensor | None, Callable[[Tensor], Tensor]]
 
+PIECE = 32_768  # numbers that torch computes in one thread
+VECTOR = 64  # numbers, a multiple of those in a vector of any CPU
 MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -67,7 +70,7 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
     logits = weights.head(x if weights.norm is None else weights.norm(x)).view(*batch, -1)
     logits = logits if weights.logits_scale == 1 else logits * weights.logits_scale
     cap = weights.softcap
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    return logits if cap is None else steady(torch.tanh, logits / cap) * cap
 
 
 def layer_forward(layer: Layer, x: Tensor, call: Call, residual_scale: float = 1.0) -> Tensor:
@@ -110,9 +113,25 @@ def mlp(layer: Layer, x: Tensor) -> Tensor:
     """Return down(activation(gate(x)) * up(x)) (arXiv 2002.05202), or the same without a gate."""
     h = layer.up(x)
     if not layer.gated:
-        return layer.down(layer.activation(h))
+        return layer.down(steady(layer.activation, h))
     gate, up = h.chunk(2, -1)
-    return layer.down(layer.activation(gate).mul_(up))
+    return layer.down(steady(layer.activation, gate).mul_(up))
+
+
+def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return a function of each number of x [..., width]; other rows change no bits of a row.
+
+    A CPU cuts more than PIECE numbers among its threads, and rounds what is left of a cut behind
+    whole vectors otherwise. So if cuts are not at whole vectors, a call gets a piece of the rows.
+    """
+    width, count = x.shape[-1], x.numel()
+    threads = min(torch.get_num_threads(), math.ceil(count / PIECE)) if x.is_cpu else 1
+    cuts_vectors = width % VECTOR or math.ceil(count / max(threads, 1)) % VECTOR
+    most = max(1, PIECE // width)
+    if threads < 2 or not cuts_vectors or count <= most * width:
+        return function(x)
+    parts = torch.split(x.flatten(0, -2), most)
+    return torch.cat([function(part) for part in parts]).view(x.shape)
 
 
 def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Callable[..., Tensor]:

@@ -246,7 +246,8 @@ def residual_norm(x: Tensor, weight: Tensor, root: float, dtype: torch.dtype) ->
 
 @functools.lru_cache(maxsize=256)
 def _roots(lines: int, root: float) -> Tensor:
-    return torch.full((lines, 1), root)  # the kernel does not take an expanded tensor
+    # The kernel takes no expanded tensor. The default dtype is another while a model is loaded.
+    return torch.full((lines, 1), root, dtype=torch.float32, device="cpu")
 
 
 def _norms_of(layer: Any, family: Family) -> list[Any]:
@@ -286,5 +287,5 @@ def _norm_of(modules: Sequence[Any], offset: float, sizes: Sequence[int] = (1,))
     if weight.is_cuda and not offset and weight.ndim == 1:
         return functools.partial(torch.rms_norm, normalized_shape=(n,), weight=weight, eps=eps)
     weight = (weight.float() + offset) * math.sqrt(n)
-    floor = torch.tensor(math.sqrt(n * eps), device=weight.device)
+    floor = torch.tensor(math.sqrt(n * eps), dtype=torch.float32, device=weight.device)
     return lambda x: rms_norm(x, weight, floor)

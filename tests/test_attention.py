@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,16 +74,41 @@ def test_a_row_has_the_same_bits_alone_and_beside_longer_rows(each, window) -> N
 def test_queries_come_in_fours_where_other_rows_change_no_bits_and_in_eights_elsewhere(
     monkeypatch: Any,
 ) -> None:
-    flash, find = labs_attention.FLASH, labs_attention.queries_multiple.__wrapped__
+    flash, find = decode.flash, labs_attention.queries_multiple.__wrapped__
 
-    def one_by_one(*states: Any, **options: Any) -> Any:
-        rows = [flash(*row, **options) for row in zip(*(s.split(1) for s in states), strict=True)]
+    def one_by_one(q: Any, k: Any, v: Any, *options: Any) -> Any:
+        rows = [flash(*row, *options) for row in zip(*(s.split(1) for s in (q, k, v)), strict=True)]
         return [torch.cat(each) for each in zip(*rows, strict=True)]
 
-    def moody(q: Any, *states: Any, **options: Any) -> Any:
-        output, sums = one_by_one(q, *states, **options)
+    def moody(q: Any, *states: Any) -> Any:
+        output, sums = one_by_one(q, *states)
         return output * (1 + (len(q) > 1) * 2**-6), sums
 
     for kernel, multiple in ((one_by_one, 4), (moody, decode.ALIGNED)):
-        monkeypatch.setattr(labs_attention, "FLASH", kernel)
+        monkeypatch.setattr(decode, "flash", kernel)
         assert find(DTYPE, DIM) == multiple
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    """Return what sets torch's threads until the end of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_one_head_of_keys_alone_has_the_bits_of_many_with_any_number_of_threads(
+    threads: Any, count: int, dtype: torch.dtype, dim: int
+) -> None:
+    threads(count)
+    numbers = torch.randn(3, 9, 1, 256, dim, generator=torch.Generator().manual_seed(dim))
+    q, k, v = numbers.to(dtype)
+    for columns in (64, 128, 256):
+        parts = q[..., :4, :], k[..., :columns, :], v[..., :columns, :]
+        together = decode.flash(*parts, None, 1.0)
+        for i in range(len(q)):
+            alone = decode.flash(*(each[i : i + 1] for each in parts), None, 1.0)
+            assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))

@@ -296,3 +296,35 @@ GPT2 = transformers.GPT2Config(
 @pytest.mark.parametrize("method", ["int8", "int4"])
 def test_quantised_layers_run_through_the_same_functions(method) -> None:
     assert max(differences(prepare(random_model("llama"), method=method))) < 1e-4
+
+
+def test_a_norm_computes_in_float32_while_another_model_is_loaded() -> None:
+    norm = LlamaRMSNorm(64)
+    own = labs_layers._residual_norm_of(torch.bfloat16, [norm], 0.0)
+    x = torch.randn(7, 65)
+    expected = own(x)
+    labs_layers._roots.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does meanwhile, for all threads
+    try:
+        assert torch.equal(own(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(own(x), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("width", [1411, 2816, 40_000])
+@pytest.mark.parametrize("function", [torch.nn.functional.silu, torch.tanh])
+def test_other_rows_change_no_bits_of_an_activation_with_any_number_of_threads(
+    count, width, function
+) -> None:
+    x = torch.randn(31, 2 * width)[:, :width]
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        together = labs_forward.steady(function, x)
+        alone = [labs_forward.steady(function, row[None])[0] for row in x]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, torch.stack(alone))
+    assert torch.allclose(together, function(x))
