@@ -439,7 +439,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     """Call the kernel for 16 bits. A lone item is computed twice: threads would cut its sums."""
     if lone := q.shape[0] * q.shape[1] == 1:
         q, k, v = (each.expand(2, -1, -1, -1) for each in (q, k, v))
-    kernel: Any = torch._scaled_dot_product_flash_attention_for_cpu
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
     return (output[:1], sums[:1]) if lone else (output, sums)
 
@@ -478,8 +478,9 @@ def _eager_attention(
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Return q k [B, groups, N, T], in float32 on a GPU, as fused attention kernels compute it."""
     q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
-    wide: Any = {"out_dtype": torch.float32} if q.is_cuda and q.dtype != torch.float32 else {}
-    return torch.bmm(q3, k3.transpose(1, 2), **wide).view(*q.shape[:3], -1)
+    wide = q.is_cuda and q.dtype != torch.float32
+    scores = torch.bmm(q3, k3.mT, out_dtype=torch.float32) if wide else torch.bmm(q3, k3.mT)
+    return scores.view(*q.shape[:3], -1)
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
