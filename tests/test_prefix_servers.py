@@ -42,7 +42,7 @@ while True:
         labs_cli.main_api()
     os.waitpid(child, 0)
 """
-FILE = 132_000  # about the bytes of one file of the tiny model
+FILE = 132_000  # about the bytes of one file of the tiny model in float32
 RULES = "Answer in one short sentence. " * 20
 PROMPTS = [f"{RULES if n % 2 else n}{f'{n} rivers, ' * 60}" for n in range(8)]
 
@@ -80,7 +80,8 @@ class Server:
 def server(folder: Path, limit: int = -1, **settings: str) -> Iterator[Server]:
     code = ["-c", SUPERVISOR.replace("MOST", str(limit))]
     cache = os.path.abspath("cache")
-    with kit.program(MODEL=str(folder), CACHE_DIR=cache, code=code, **settings) as process:
+    settings = {"MODEL": str(folder), "CACHE_DIR": cache, "TORCH_DTYPE": "fp32"} | settings
+    with kit.program(code=code, **settings) as process:
         found = Server(process)
         try:
             found.wait()
