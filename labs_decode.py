@@ -164,9 +164,9 @@ class Batch:
 class Cursor:
     """Where the current forward call writes and how far it reads, shared by all layers.
 
-    Prefill writes one row from column `write_from` on. A step writes query b to row index[b] at
-    column positions[b]. index[b] is first_row + b, but 0 with `speculative`. shared: the first
-    columns, which slots leave out, as labs_shared has one copy for all; other numbers count them.
+    Prefill writes one row from column `write_from` on, and so does a step of one row on a CPU; in
+    other steps it is -1. They write query b to row index[b], column positions[b]. index[b] is
+    first_row + b, 0 with `speculative`. shared: the columns that slots leave out, see labs_shared.
     """
 
     rows: int

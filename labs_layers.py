@@ -234,7 +234,7 @@ def rms_norm(x: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
 
 
 def residual_norm(x: Tensor, weight: Tensor, root: float, dtype: torch.dtype) -> Tensor:
-    """Return x / rms(x) * weight [N, n] of a residual stream [N, n + 1], both in float32 on a CPU.
+    """Return x / rms(x) * weight [N, n] of a residual stream [N, n + 1] in float32 on a CPU.
 
     The last number of each line is sqrt(n * eps), so that the length of a line is
     sqrt(sum(x^2) + n * eps). One kernel, weight normalisation (arXiv 1602.07868), makes that length

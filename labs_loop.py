@@ -26,7 +26,7 @@ from labs_decode import Batch, Decoder, PrefixStore, Processor, Row, Sampling, T
 COLDEST = 1e-30  # lower temperatures are greedy: dividing by them overflows float32
 LOW_32 = 0xFFFFFFFF  # a mask of 32 bits
 LARGEST = torch.finfo(torch.float32).max  # the largest logit / temperature
-LANES = 64  # numbers that a CPU compares at once
+LANES = 64  # logits in each part in which `highest_of` looks for the highest
 CANDIDATES = (128, 1024)  # a draw looks at the 128 likeliest tokens, then at 1,024, then at all
 MOST_ROWS = 64  # the default limit of rows in a batch
 TYPICAL_COLUMNS = 1024  # columns per row, assumed to estimate how many rows fit in memory

@@ -135,7 +135,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file so that no reader ever sees a part of it, and delete the oldest ones."""
+    """Write a file so that no reader ever sees a part of it, or leave none."""
     new = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         with new.open("wb") as opened:

@@ -157,7 +157,7 @@ def ways_to_attend(q: Any, k: Any, v: Any, mask: Any) -> dict[str, Callable[[], 
 
 
 def gpu_report(*shapes: str) -> None:
-    """Measure what a GPU does with random weights, in less than 8 minutes."""
+    """Measure what a GPU does with random weights; one shape at a time where time is short."""
     device, size = ("cuda", 2**30) if torch.cuda.is_available() else ("cpu", 2**27)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
 
