@@ -166,7 +166,7 @@ class Cursor:
 
     Prefill writes one row from column `write_from` on, and so does a step of one row on a CPU; in
     other steps it is -1. They write query b to row index[b], column positions[b]. index[b] is
-    first_row + b, 0 with `speculative`. shared: columns left out of slots, but not of these numbers.
+    first_row + b, 0 with `speculative`. shared: columns that slots lack, but these numbers count.
     """
 
     rows: int
