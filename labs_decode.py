@@ -193,6 +193,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False  # all columns are kept; the mask applies the window
     keys: Any  # None until the first call
     values: Any
+    views: Any = None  # of them, kept by labs_attention
 
     def __init__(self, cursor: Cursor, **kwargs: object) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -217,8 +218,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if at.positions is None or at.index is None:
                 buffer[:1, :, at.write_from : end] = states
-            elif at.write_from >= 0:
-                buffer[at.first_row, :, at.write_from - at.shared] = states[0, :, 0]
             else:
                 index, positions = at.index, at.positions
                 positions = positions - at.shared if at.shared else positions
@@ -242,7 +241,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def resize(self, live: int, rows: int, columns: int) -> None:
         """Move the first `live` rows into larger buffers."""
-        columns -= self.cursor.shared
+        columns, self.views = columns - self.cursor.shared, None
         for name in ("keys", "values") if self.is_initialized else ():
             old = getattr(self, name)
             shape = max(rows, len(old)), old.shape[1], max(columns, old.shape[2]), old.shape[3]
@@ -439,7 +438,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
     """Call the kernel for 16 bits. A lone item is computed twice: threads would cut its sums."""
     if lone := q.shape[0] * q.shape[1] == 1:
         q, k, v = (each.expand(2, -1, -1, -1) for each in (q, k, v))
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    kernel = torch._scaled_dot_product_flash_attention_for_cpu
     output, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
     return (output[:1], sums[:1]) if lone else (output, sums)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ import labs_packing
 from labs_decode import Decoder, Tensor
 from labs_packing import Make, Packing
 
+TRIED = 65_536  # numbers of a product that are compared
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -60,9 +61,11 @@ def speed_up(
         decoder = replace(decoder, grow=None)
     exact = batch_invariant and (not has_fp32 or torch.float32 in labs_packing.packed_types())
     decoder = labs_decode.with_invariance(decoder, exact)
+    if decoder.duplicates_lone_row and kind in ("none", "fp16"):  # others unpack for each row
+        duplicate_lone_rows(packed)
     return replace(
         decoder,
-        duplicates_lone_row=decoder.duplicates_lone_row and (kind in ("none", "fp16") or left > 0),
+        duplicates_lone_row=decoder.duplicates_lone_row and left > 0,
         weight_bytes=sum(each.nbytes for each in weights),
         graphs=labs_graphs.Graphs(devices.pop()) if captures else None,
         quant_method=kind if packed else "none",
@@ -123,7 +126,15 @@ class FusedWeight:
             self.packed = labs_packing.with_more_bits_for_prompts(self.packed, weights)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
+        self.columns, self.dtype = weights[0].shape[1], weights[0].dtype
         self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple, set atomically
+
+    @property
+    def product(self) -> labs_packing.Rows:
+        """The product of x [N, in], by as few Python calls as possible."""
+        multiply, bias = self.packed.multiply, self.bias
+        direct = self.packed.rows if bias is None else None
+        return direct or (lambda x: multiply(x, bias))
 
     def part(self, x: Tensor, index: int) -> Tensor:
         known, parts = self.last
@@ -131,6 +142,42 @@ class FusedWeight:
             parts = torch.split(self.packed.multiply(x, self.bias), self.sizes, -1)
         self.last = (x, parts) if index + 1 < len(parts) else (None, ())
         return parts[index]
+
+
+@torch.inference_mode()
+def duplicate_lone_rows(weights: Iterable[FusedWeight]) -> None:
+    """Compute a product of one row beside copies of the row, where it has other bits alone.
+
+    That depends on the kernel, so the first weight of each shape tells it for all of them.
+    """
+    known: dict[Any, bool] = {}
+    for fused in weights:
+        shape = sum(fused.sizes), fused.columns, fused.dtype
+        if shape not in known:
+            known[shape] = _rounds_otherwise_alone(fused)
+        if known[shape]:
+            fused.packed = _beside_copies(fused.packed)
+
+
+def _rounds_otherwise_alone(fused: FusedWeight) -> bool:
+    multiply, columns = fused.packed.multiply, fused.columns
+    lines = min(max(TRIED // sum(fused.sizes), 4), 64)
+    x = torch.linspace(-3, 3, lines * columns).sin().mul(1000).sin().to(fused.dtype)
+    x = x.view(lines, columns)
+    alone = torch.cat([multiply(row.clone(), None) for row in torch.split(x, 1)])
+    return not torch.equal(alone, multiply(x, None))
+
+
+def _beside_copies(packed: labs_packing.PackedWeight) -> labs_packing.PackedWeight:
+    several = packed.multiply
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() > x.shape[-1]:
+            return several(x, bias)
+        copies = x.reshape(1, -1).repeat(labs_decode.LONE_ROW_COPIES, 1)
+        return several(copies, bias)[:1].view(*x.shape[:-1], -1)
+
+    return replace(packed, multiply=multiply, rows=None)
 
 
 class PackedLinear(torch.nn.Module):

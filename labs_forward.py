@@ -30,8 +30,8 @@ import labs_probe
 from labs_decode import Decoder, Tensor
 from labs_layers import Layer, Weights
 
-# Batch and queries, the function of attention, the layer's slots, its mask and its rotation.
-Call = tuple[torch.Size, Any, Any, Tensor | None, Callable[[Tensor], Tensor]]
+# Batch and queries, the function of attention with the layer's slots and mask, its rotation.
+Call = tuple[torch.Size, Callable[..., Tensor], Callable[[Tensor], Tensor]]
 
 PIECE = 32_768  # numbers that torch computes in one thread
 VECTOR = 64  # numbers, a multiple of those in a vector of any CPU
@@ -52,18 +52,15 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
     kinds = {layer.kind for layer in weights.layers}
     masks = {kind: _mask(weights, kind, x, positions, cache) for kind in kinds}
     turns = {kind: _rotation(weights, kind, x, positions) for kind in kinds}
-    attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
-    offset = cache.get_query_offset()
-    steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
-    if steps and not cache.attention:
-        of_step = cache.of_step or labs_attention.of_step
-        attend, masks = of_step(x, weights.layers[0], masks) or (attend, masks)
+    attend, masks = _attention_of(weights, x, masks, cache)
     batch, x = x.shape[:2], x.flatten(0, 1)
+    stream = x
     if (floor := weights.floor) is not None:
         x = torch.nn.functional.pad(x.float(), (0, 1), value=floor)  # for `residual_norm`
+        stream = x[:, :-1]
     for layer, slots in zip(weights.layers, cache.layers, strict=False):
-        call = batch, attend, slots, masks[layer.kind], turns[layer.kind]
-        x = layer_forward(layer, x, call, weights.residual_scale)
+        bound = functools.partial(attend, slots, masks[layer.kind], layer)
+        layer_forward(layer, x, stream, (batch, bound, turns[layer.kind]), weights.residual_scale)
     x = x.view(*batch, -1)
     x = x[:, -wanted:] if isinstance(wanted, int) else x[:, wanted]
     batch, x = x.shape[:2], x.flatten(0, 1)
@@ -73,27 +70,24 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
     return logits if cap is None else steady(torch.tanh, logits / cap) * cap
 
 
-def layer_forward(layer: Layer, x: Tensor, call: Call, residual_scale: float = 1.0) -> Tensor:
-    """Return x [N, hidden], changed by one decoder layer (Attention is all you need, section 3.1).
+def layer_forward(layer: Layer, x: Tensor, stream: Tensor, call: Call, scale: float) -> None:
+    """Change x [N, hidden] in place by a decoder layer (Attention is all you need, section 3.1).
 
-    N: all tokens of all rows, because only attention tells rows apart. x may be in float32 with a
-    column more, see `labs_layers.residual_norm`.
+    N: all tokens of all rows, because only attention tells rows apart. stream: x, or x without a
+    last column, see `labs_layers.residual_norm`. scale: of what is added.
     """
     before_attention, after_attention, before_mlp, after_mlp = layer.norms
-    h = x if before_attention is None else before_attention(x)
+    h = stream if before_attention is None else before_attention(x)
     h = attention(layer, h, call)
-    h = h if after_attention is None else after_attention(h)
-    x[:, : h.shape[1]].add_(h, alpha=residual_scale)
-    h = x if before_mlp is None else before_mlp(x)
+    stream.add_(h if after_attention is None else after_attention(h), alpha=scale)
+    h = stream if before_mlp is None else before_mlp(x)
     h = mlp(layer, h)
-    h = h if after_mlp is None else after_mlp(h)
-    x[:, : h.shape[1]].add_(h, alpha=residual_scale)
-    return x
+    stream.add_(h if after_mlp is None else after_mlp(h), alpha=scale)
 
 
 def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
     """Return attention [N, hidden]; writes the keys and values of x to the slots."""
-    batch, attend, slots, mask, turn = call
+    batch, attend, turn = call
     qkv = layer.qkv(x)
     if layer.q_norm and layer.k_norm:
         widths = [layer.heads * layer.dim, *[layer.groups * layer.dim] * 2]
@@ -104,9 +98,7 @@ def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
     qk = qk if layer.qk_norm is None else layer.qk_norm(qk)
     qk = turn(qk) if layer.rotates else qk
     q, k = qk.split_with_sizes([layer.heads, layer.groups], 2)
-    keys, values = slots.update(k.transpose(1, 2), v.transpose(1, 2))
-    output, _ = attend(layer.module, q.transpose(1, 2), keys, values, mask, **layer.options)
-    return layer.out(output.reshape(x.shape[0], -1))
+    return layer.out(attend(q, k, v).reshape(x.shape[0], -1))
 
 
 def mlp(layer: Layer, x: Tensor) -> Tensor:
@@ -124,14 +116,39 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     A CPU cuts more than PIECE numbers among its threads, and rounds what is left of a cut behind
     whole vectors otherwise. So if cuts are not at whole vectors, a call gets a piece of the rows.
     """
-    width, count = x.shape[-1], x.numel()
-    threads = min(torch.get_num_threads(), math.ceil(count / PIECE)) if x.is_cpu else 1
-    cuts_vectors = width % VECTOR or math.ceil(count / max(threads, 1)) % VECTOR
+    count = x.numel()
+    if count <= PIECE or not x.is_cpu:
+        return function(x)
+    width, threads = x.shape[-1], min(torch.get_num_threads(), math.ceil(count / PIECE))
+    cuts_vectors = width % VECTOR or math.ceil(count / threads) % VECTOR
     most = max(1, PIECE // width)
     if threads < 2 or not cuts_vectors or count <= most * width:
         return function(x)
     parts = torch.split(x.flatten(0, -2), most)
     return torch.cat([function(part) for part in parts]).view(x.shape)
+
+
+def _attention_of(weights: Weights, x: Tensor, masks: Any, cache: Any) -> tuple[Any, Any]:
+    """Return a function of slots, mask, layer, q, k, v [B, Q, heads, dim], and masks for it."""
+    attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
+    offset, layer = cache.get_query_offset(), weights.layers[0]
+    steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
+    if steps and not cache.attention and x.is_cpu:
+        if cache.of_step is None:
+            step = labs_attention.step_of(x, layer, masks, cache.cursor)
+            return step.attend, step.masks
+        attend, masks = cache.of_step(x, layer, masks)
+    return functools.partial(_attend, attend), masks
+
+
+def _attend(
+    function: Any, slots: Any, mask: Any, layer: Layer, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Write keys and values to the slots; return attention by a function of transformers' kind."""
+    keys, values = slots.update(k.transpose(1, 2), v.transpose(1, 2))
+    q = q.transpose(1, 2)
+    output: Tensor = function(layer.module, q, keys, values, mask, **layer.options)[0]
+    return output
 
 
 def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Callable[..., Tensor]:
@@ -149,10 +166,14 @@ def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Call
     sin = torch.cat([-sin.narrow(at, 0, 1), sin.narrow(at, 1, 1)], at)
 
     def turn(heads: Tensor) -> Tensor:
-        part = heads if width == heads.shape[-1] else heads[..., :width]
-        part = part.view(*heads.shape[:-1], *split)
-        turned = torch.addcmul(part * cos, part.flip(at), sin).to(heads.dtype).flatten(-2)
-        return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], -1)
+        shape = heads.shape
+        part = heads if width == shape[-1] else heads[..., :width]
+        part = part.view(*shape[:-1], *split)
+        turned = (part * cos).addcmul_(part.flip(at), sin)
+        turned = turned if turned.dtype == heads.dtype else turned.to(heads.dtype)
+        if width == shape[-1]:
+            return turned.view(shape)
+        return torch.cat([turned.flatten(-2), heads[..., width:]], -1)
 
     return turn
 

@@ -13,9 +13,10 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers.activations import SiLUActivation
 
 from labs_decode import Decoder, Tensor
 
@@ -168,7 +169,7 @@ def _layer_of(layer: Any, kind: str, family: Family, before: Callable[..., Norm 
         ),
         down=product_of(_modules(mlp, ("down_proj",), ("c_proj",))),
         gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
-        activation=getattr(activation, "forward", activation),  # no module has hooks here
+        activation=_function_of(activation),
         norms=tuple(
             of([each], offset) for of, each in zip((before, _norm_of) * 2, norms, strict=True)
         ),
@@ -183,6 +184,14 @@ def _layer_of(layer: Any, kind: str, family: Family, before: Callable[..., Norm 
         groups=groups,
         dim=dim,
     )
+
+
+def _function_of(activation: Any) -> Callable[[Tensor], Tensor]:
+    """Return what an activation computes, by as few Python calls as possible."""
+    if type(activation) is SiLUActivation:
+        activation = torch._C._nn.silu
+    function: Callable[[Tensor], Tensor] = getattr(activation, "forward", activation)
+    return function
 
 
 def _rotates(attention: Any) -> bool:
@@ -208,8 +217,7 @@ def product_of(linears: Sequence[Any]) -> Product:
     """Return x -> the outputs of layers that read the same input, side by side."""
     fused = [getattr(each, "fused", None) for each in linears]
     if fused[0] is not None and all(each is fused[0] for each in fused):
-        multiply, bias = fused[0].packed.multiply, fused[0].bias
-        return lambda x: multiply(x, bias)
+        return cast("Product", fused[0].product)
     first, *more = linears
     return (lambda x: torch.cat([each(x) for each in linears], -1)) if more else first.__call__
 
@@ -240,8 +248,8 @@ def residual_norm(x: Tensor, weight: Tensor, root: float, dtype: torch.dtype) ->
     sqrt(sum(x^2) + n * eps). One kernel, weight normalisation (arXiv 1602.07868), makes that length
     `root`, which is sqrt(n). dtype: of the result.
     """
-    lines: Tensor = torch._weight_norm_interface(x.contiguous(), _roots(x.shape[0], root))[0]
-    return (lines[:, :-1] * weight).to(dtype)
+    lines: Tensor = torch._weight_norm_interface(x.contiguous(), _roots(len(x), root))[0]
+    return (lines.narrow(1, 0, len(weight)) * weight).to(dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -267,7 +275,7 @@ def _floor_of(inner: Any, family: Family) -> float | None:
 def _residual_norm_of(dtype: torch.dtype, modules: Sequence[Any], offset: float) -> Norm:
     weight = modules[0].weight.float() + offset
     root = math.sqrt(len(weight))
-    return lambda x: residual_norm(x, weight, root, dtype)
+    return functools.partial(residual_norm, weight=weight, root=root, dtype=dtype)
 
 
 def _eps_of(norm: Any) -> float:

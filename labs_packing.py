@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -28,19 +29,23 @@ INT4_GROUP = 32  # 4-bit weights that share a scale
 ROWS_AT_ONCE = 512  # of a weight: a copy of an output layer in float32 would be the peak of memory
 MADV_PAGEOUT = 21  # Linux; Python's mmap does not name it
 OFF_GRID = 0.1  # of a step: bfloat16 rounds by less, and numbers of a finer grid are further off
+Rows = Callable[[Tensor], Tensor]  # x [N, in] to [N, out]
+Multiply = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight in the form of its product: multiply(x [..., in], bias [out] or None); unpack().
 
-    tensors: those of int8_product or int4_product, if it is one of these.
+    tensors: those of int8_product or int4_product, if it is one of these. rows: the product of
+    x [N, in] in the weight's dtype, without a bias, if fewer Python calls lead to the kernel so.
     """
 
-    multiply: Callable[[Tensor, Tensor | None], Tensor]
+    multiply: Multiply
     unpack: Callable[[], Tensor]
     nbytes: int
     tensors: tuple[Tensor, ...] = ()
+    rows: Rows | None = None
 
 
 Packing = Callable[[Tensor], PackedWeight]
@@ -65,9 +70,10 @@ def onednn_weight(weight: Tensor) -> PackedWeight:
     which MKL's products in float32 do not give.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-    linear, nbytes = torch.ops.mkldnn._linear_pointwise, weight.nbytes  # the weight itself is freed
+    linear = torch.ops.mkldnn._linear_pointwise.default
     multiply = lambda x, bias: linear(x, packed, bias, "none", [], "")  # noqa: E731
-    return PackedWeight(multiply, packed.to_dense, nbytes)
+    rows = lambda x: linear(x, packed, None, "none", [], "")  # noqa: E731
+    return PackedWeight(multiply, packed.to_dense, weight.nbytes, rows=rows)  # weight is freed
 
 
 def fp16_weight(weight: Tensor) -> PackedWeight:
@@ -88,7 +94,7 @@ def fp16_weight(weight: Tensor) -> PackedWeight:
         return cast("Tensor", kernel(pad(x, (0, 0, 0, more)), packed)[: len(x)])
 
     unpack = lambda: torch.ops.quantized.linear_unpack_fp16(packed)[0]  # noqa: E731
-    return PackedWeight(_by_rows(product), unpack, 2 * weight.numel())
+    return PackedWeight(_by_rows(product, torch.float32), unpack, 2 * weight.numel())
 
 
 def has_fp16_kernel() -> bool:
@@ -147,19 +153,20 @@ def int4_weight(weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]] = ()) -> 
     parts = itertools.zip_longest(torch.split(weight, ROWS_AT_ONCE), grids)
     levels, scales = _joined(_rounded_to_int4(_groups(part), grid) for part, grid in parts)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
-    return int4_product(packed, scales.transpose(0, 1).contiguous(), len(weight))
+    scales = scales.transpose(0, 1).contiguous()
+    return int4_product(packed, scales, len(weight), weight.dtype)
 
 
-def int4_product(packed: Tensor, scales: Tensor, rows: int) -> PackedWeight:
+def int4_product(packed: Tensor, scales: Tensor, lines: int, dtype: torch.dtype) -> PackedWeight:
     """Return the weight of the kernel's tensors [padded, in / 2], [in / INT4_GROUP, padded, 2].
 
-    rows: those of the weight, without the ones that pad them to a multiple of 16.
+    lines, dtype: those of the weight, whose lines are padded to a multiple of 16.
     """
     kernel, columns = torch._weight_int4pack_mm_for_cpu, len(scales) * INT4_GROUP
-    cut: Callable[[Tensor], Tensor] = (lambda y: y[:, :rows]) if rows % 16 else (lambda y: y)
-    multiply = _in_bf16(lambda x: cut(kernel(x, packed, INT4_GROUP, scales)))
-    unpack = lambda: multiply(torch.eye(columns), None).t().contiguous()  # noqa: E731
-    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes, (packed, scales))
+    whole = functools.partial(kernel, mat2=packed, qGroupSize=INT4_GROUP, qScaleAndZeros=scales)
+    product = (lambda x: whole(x)[:, :lines]) if lines % 16 else whole
+    unpack = lambda: _by_rows(product)(torch.eye(columns), None).t().contiguous()  # noqa: E731
+    return _in_bf16(product, unpack, (packed, scales), dtype)
 
 
 def _rounded_to_int4(groups: Tensor, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -179,9 +186,9 @@ def int8_weight(weight: Tensor) -> PackedWeight:
 
 def int8_product(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> PackedWeight:
     """Return the weight of numbers [out, in] and scales [out]. dtype: that of `unpack`."""
-    multiply = _in_bf16(lambda x: torch._weight_int8pack_mm(x, packed, scales))
+    product = functools.partial(torch._weight_int8pack_mm, mat2=packed, scales=scales)
     unpack = lambda: packed.to(dtype) * scales[:, None]  # noqa: E731
-    return PackedWeight(multiply, unpack, packed.nbytes + scales.nbytes, (packed, scales))
+    return _in_bf16(product, unpack, (packed, scales), dtype)
 
 
 def _rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,32 +207,33 @@ def with_more_bits_for_prompts(packed: PackedWeight, weights: Sequence[Tensor]) 
 
     Numbers of few bits are unpacked for each row, so that a prompt would take three times as long.
     """
+    few = packed.rows or (lambda x: packed.multiply(x, None))
 
-    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() <= STEP_ROWS * x.shape[-1]:
-            return packed.multiply(x, bias)
-        product = torch.cat([torch.nn.functional.linear(x, weight) for weight in weights], -1)
-        return product if bias is None else product + bias
+    def rows(x: Tensor) -> Tensor:
+        if len(x) <= STEP_ROWS:
+            return few(x)
+        return torch.cat([torch.nn.functional.linear(x, weight) for weight in weights], -1)
 
-    return replace(packed, multiply=multiply)
+    return replace(packed, multiply=_by_rows(rows, weights[0].dtype), rows=rows)
 
 
-def _by_rows(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return a linear layer's product from a kernel that takes rows [N, in] and no bias."""
+def _by_rows(kernel: Rows, own: torch.dtype = torch.bfloat16) -> Multiply:
+    """Return a linear layer's product from a kernel that takes rows [N, in] of a dtype, no bias."""
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim != 2:
             return multiply(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
-        product = kernel(x)
+        product = kernel(x) if x.dtype == own else kernel(x.to(own)).to(x.dtype)
         return product if bias is None else product + bias
 
     return multiply
 
 
-def _in_bf16(kernel: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Return a product in bfloat16: in other types these kernels are ten times slower."""
-    own = torch.bfloat16
-    return _by_rows(lambda x: kernel(x) if x.dtype == own else kernel(x.bfloat16()).to(x.dtype))
+def _in_bf16(kernel: Rows, unpack: Any, tensors: Sequence[Tensor], dtype: Any) -> PackedWeight:
+    """Return a weight of a kernel that is ten times slower in other types than bfloat16."""
+    rows = kernel if dtype == torch.bfloat16 else None
+    size = sum(each.nbytes for each in tensors)
+    return PackedWeight(_by_rows(kernel), unpack, size, (*tensors,), rows)
 
 
 PACKINGS = {"none": onednn_weight, "fp16": fp16_weight, "int8": int8_weight}

@@ -100,7 +100,7 @@ def _restored(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype)
     in_int4 = [(torch.uint8, (padded, columns // 2)), (torch.bfloat16, (groups, padded, 2))]
     if found != in_int4 or columns % labs_packing.INT4_GROUP:
         raise ValueError(f"{found} is not of a weight {shape}")
-    return labs_packing.int4_product(packed, scales, rows)
+    return labs_packing.int4_product(packed, scales, rows, dtype)
 
 
 def _tidied(folder: Path) -> Path:

@@ -236,17 +236,16 @@ def _has_same_bits(weights: Any, dtype: torch.dtype, rows: int = 17) -> bool:
     numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
     parts = zip(torch.split(numbers, counts), sizes, strict=True)
     q, first, rest = (part.view(*size, layer.dim) for part, size in parts)
-    options = {"scaling": layer.dim**-0.5}
-
-    def attended(queries: Tensor, keys: Any, shared: int) -> Tensor:
-        masks = {"": q.new_zeros((len(queries), 1, 1, first.shape[1] + rest.shape[2]))}
-        together = functools.partial(labs_shared_attention.of_step, shared)
-        of_step: Any = together if shared else labs_attention.of_step
-        attend, masks = of_step(q, layer, masks)
-        output: Tensor = attend(None, queries, keys, keys, masks[""], **options)[0]
-        return output
-
-    together = attended(q, (first, rest), shared)
+    masks, scaling = {"": q.new_zeros((rows, 1, 1, shared + own))}, layer.dim**-0.5
+    attend, pairs = labs_shared_attention.of_step(shared, q, layer, masks)
+    together = attend(None, q, (first, rest), (first, rest), pairs[""], scaling=scaling)[0]
     whole = torch.cat([first.expand(rows, -1, -1, -1), rest], 2)
-    ends = (slice(0, 1), slice(rows - 1, rows))
-    return all(torch.equal(attended(q[i], whole[i], 0), together[i]) for i in ends)
+
+    def alone(i: int) -> Tensor:
+        none = torch.zeros(1, dtype=torch.long)
+        at = labs_decode.Cursor(1, shared + own, shared + own, positions=none, index=none)
+        step = labs_attention.step_of(q, layer, {"": masks[""][:1]}, at)
+        states, mask = whole[i : i + 1], step.masks[""]
+        return step.read_by(q[i : i + 1].transpose(1, 2), states, states, mask, scaling)
+
+    return all(torch.equal(alone(i).flatten(), together[i].flatten()) for i in (0, rows - 1))

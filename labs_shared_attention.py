@@ -23,11 +23,11 @@ MOST = 128  # queries of a call in 16 bits: with more, the kernel makes larger p
 
 
 def of_step(shared: int, x: Tensor, layer: Any, masks: Masks) -> tuple[Attention, Masks]:
-    """Return what labs_attention.of_step does, for rows that share so many first columns."""
+    """Return a function of transformers' kind and its masks, for rows that share first columns."""
     exact, pairs = x.dtype == torch.float32, {}
     for kind, mask in masks.items():
         own = mask[..., shared:] if exact else mask[..., shared // SUMMED * SUMMED :]
-        own = for_heads(own, layer) if exact else own
+        own = for_heads(own, layer.groups, layer.heads // layer.groups) if exact else own
         pairs[kind] = _of_shared(mask[..., :shared], layer.heads // layer.groups), own
     return attend_exactly if exact else attend_in_parts, pairs
 
@@ -45,7 +45,7 @@ def _of_shared(mask: Tensor, queries: int) -> Tensor:
 def attend_exactly(
     module: Any, q: Tensor, keys: Pair, values: Pair, masks: Pair, *, scaling: float
 ) -> tuple[Tensor, None]:
-    """Compute labs_attention.attend for rows that share their first columns.
+    """Compute attention [B, 1, heads, dim] in float32 for rows that share their first columns.
 
     keys, values: the shared ones [groups, S, dim] and the rows' own [B, groups, T, dim].
     """

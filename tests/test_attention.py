@@ -37,12 +37,16 @@ def call_of(rows: Sequence[Row], columns: int, window: int | None = None) -> lis
 
 
 def attended(q: Any, keys: Any, values: Any, mask: Any, copies: int = 1) -> torch.Tensor:
-    layer = SimpleNamespace(heads=q.shape[1], groups=GROUPS)
-    found = labs_attention.of_step(q, layer, {"": mask})
-    assert found
-    assert found[0] is labs_attention.attend_aligned
-    given = q.expand(copies, -1, -1, -1) if copies > 1 else q
-    return found[0](None, given, keys, values, found[1][""], scaling=DIM**-0.5)[0]
+    """Return attention [rows, 1, heads, DIM] of queries [rows, heads, 1, DIM]."""
+    (rows, heads), columns = q.shape[:2], keys.shape[2]
+    layer = SimpleNamespace(heads=heads, groups=GROUPS, dim=DIM)
+    at = torch.zeros(rows, dtype=torch.long)
+    cursor = decode.Cursor(rows, columns, columns, positions=at, index=at)
+    step = labs_attention.step_of(q, layer, {"": mask}, cursor)
+    given = q.transpose(1, 2)
+    given = given.expand(copies, -1, -1, -1) if copies > 1 else given
+    output = step.read_by(given, keys, values, step.masks[""], DIM**-0.5)
+    return output.reshape(len(given), 1, heads, DIM)
 
 
 @pytest.mark.parametrize("window", [None, 40])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from kit import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import labs_attention
 import labs_decode as decode
 import labs_loop as loop
 
@@ -164,25 +166,44 @@ def test_slots_have_few_lengths() -> None:
     assert {n: decode.Slots(None, n).cursor.columns for n in lengths} == lengths
 
 
-@pytest.mark.parametrize("shared", [0, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first_row", [0, 2])
-def test_a_step_of_one_row_writes_the_column_that_a_step_of_many_does(first_row, shared) -> None:
+def test_a_step_of_one_row_writes_the_column_that_a_step_of_many_does(first_row, dtype) -> None:
     torch.manual_seed(0)
-    states = torch.randn(2, 2, 3, 1, 8)  # keys and values; a lone row has a copy beside it
-    found = []
-    for write_from, position in ((150, 7), (-1, 150)):  # only the second reads positions
-        at = decode.Cursor(4, 256, 192, write_from, first_row, shared=shared)
+    states = torch.randn(2, 2, 1, 3, 8).to(dtype)  # keys, values; a lone row has a copy beside it
+    found, heads = [], SimpleNamespace(heads=6, groups=3, dim=8)
+    for write_from, position in ((150, 7), (-1, 150), (None, 150)):  # the first reads no positions
+        at = decode.Cursor(4, 256, 192, write_from or 0, first_row)
         at.positions, at.index = torch.tensor([position]), torch.tensor([first_row])
         layer = decode.SlotLayer(at)
-        layer.lazy_initialization(*states)
+        layer.lazy_initialization(*states.transpose(2, 3))
         for buffer in layer.buffers:
             buffer.zero_()
-        found.append([*layer.buffers, *layer.update(*states)])
-    for one, many in zip(*found, strict=True):
-        assert torch.equal(one, many)
+        mask = torch.zeros(1, 1, 1, 192, dtype=dtype)
+        if write_from is None:
+            read = layer.update(*states.transpose(2, 3))
+        else:
+            step = labs_attention.step_of(states[0], heads, {"": mask}, at)
+            read = step.written(layer, *(states if write_from >= 0 else states[:, :1]))
+        found.append([*layer.buffers, *read])
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], each, strict=True))
     for buffer, (written, _) in zip(found[0], states, strict=False):
-        assert torch.equal(buffer[first_row, :, 150 - shared], written[:, 0])
-        assert buffer.count_nonzero() == written.numel()
+        assert torch.equal(buffer[first_row, :, 150], written[0])
+        assert buffer.count_nonzero() == written[0].numel()
+
+
+def test_a_step_reads_where_the_slots_are_now() -> None:
+    decoder = prepare(random_model("llama"))
+    batch = joined(decoder, [1, 3])
+    for columns in (64, 256, 192):
+        batch.cache.resize(2, 4, max(columns, batch.cache.cursor.columns))
+        assert all(layer.views is None for layer in batch.cache.layers)
+        decode.forward(decoder, batch)
+        for layer in batch.cache.layers:
+            write, read = layer.views[1][0], layer.views[1][2]
+            assert write.data_ptr() == read.data_ptr() == layer.keys.data_ptr()
+        batch.cache.resize(2, 8, batch.cache.cursor.columns + 64)
 
 
 def test_rows_that_step_one_by_one_write_what_they_write_together() -> None:
@@ -259,9 +280,15 @@ def test_a_part_of_the_columns_that_a_window_hides_has_no_weight() -> None:
 def test_a_forward_that_failed_halfway_can_be_repeated_with_the_same_logits(monkeypatch) -> None:
     decoder, _ = reference("llama")
     batch = joined(decoder, [1, 3])
-    expected = decode.forward(decoder, batch)
+    expected, written = decode.forward(decoder, batch), labs_attention.Step.written
+
+    def broken(step: Any, slots: Any, *states: Any) -> Any:
+        if slots is batch.cache.layers[2]:
+            raise RuntimeError("broken")
+        return written(step, slots, *states)
+
     with monkeypatch.context() as patch:
-        patch.setattr(batch.cache.layers[2], "update", raising(RuntimeError("broken")))
+        patch.setattr(labs_attention.Step, "written", broken)
         with pytest.raises(RuntimeError, match="broken"):
             loop.step(decoder, batch)
     assert torch.equal(decode.forward(decoder, batch), expected)

@@ -33,6 +33,7 @@ from decoding import (
 from kit import NEW_TOKENS, PROMPTS, newcomer, prepare, random_model, row_of
 
 import labs
+import labs_attention
 import labs_calls
 import labs_decode as decode
 import labs_fast as fast
@@ -226,7 +227,35 @@ def test_a_model_in_fewer_bits_is_the_one_of_its_rounded_weights(kind: str, meth
     logits = [decode.forward(d, newcomer(d, FOUR[2])) for d in (decoder, prepare(plain))]
     found, expected = logits  # int8 and int4 also round each layer's input to bfloat16
     assert (found - expected).norm() < (1e-5 if method == "fp16" else 0.03) * expected.norm()
-    assert decoder.duplicates_lone_row == (method == "fp16")
+    assert not decoder.duplicates_lone_row  # the products see to it
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("moody", [False, True])
+def test_a_product_of_one_row_has_copies_beside_it_only_where_the_kernel_needs_them(
+    moody: bool, bias: bool
+) -> None:
+    sizes, linears = [], [torch.nn.Linear(96, 40, bias=bias) for _ in range(2)]
+
+    def packing(weight: torch.Tensor) -> labs_packing.PackedWeight:
+        def multiply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            sizes.append(x[..., 0].numel())
+            other = 1 + 2**-20 if moody and sizes[-1] == 1 else 1.0
+            y = (x[..., None, :] * weight).sum(-1) * other
+            return y if bias is None else y + bias
+
+        return labs_packing.PackedWeight(multiply, lambda: weight, 0)
+
+    fused = fast.FusedWeight(linears, packing)
+    fast.duplicate_lone_rows([fused])
+    x = torch.randn(7, 96)
+    together = fused.product(x)
+    for shape in ((1, 96), (1, 1, 96), (96,)):
+        sizes.clear()
+        alone = fused.packed.multiply(x[3].view(shape), fused.bias)
+        assert torch.equal(alone, together[3].view(*shape[:-1], 80))
+        assert sizes == [decode.LONE_ROW_COPIES if moody else 1]
+    assert torch.equal(fused.product(x[3:4]), together[3:4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -425,20 +454,20 @@ def test_graphs_keep_the_tokens_of_rows_that_join_and_leave(kind: str, recorded:
 
 def test_a_graph_of_one_row_has_no_fixed_column(recorded: Recorded, monkeypatch: Any) -> None:
     decoder, seen = graphed(), []
-    batch, update = newcomer(decoder, FOUR[1]), decode.SlotLayer.update
+    batch, written = newcomer(decoder, FOUR[1]), labs_attention.Step.written
 
-    def watched(layer: decode.SlotLayer, *states: Any) -> Any:
-        seen.append(layer.cursor.write_from)
-        return update(layer, *states)
+    def watched(step: labs_attention.Step, *states: Any) -> Any:
+        seen.append(step.column)
+        return written(step, *states)
 
-    monkeypatch.setattr(decode.SlotLayer, "update", watched)
+    monkeypatch.setattr(labs_attention.Step, "written", watched)
     for replays in (0, 1, 2, 3):  # a step before the graph, its capture, and three replays
         seen.clear()
-        [row], written = batch.rows, batch.rows[0].written
+        [row], column = batch.rows, batch.rows[0].written
         batch, _ = loop.step(decoder, batch)
         assert recorded.replays == replays
-        assert (row.written, {*seen[-4:]}) == (written + 1, {-1 if replays else written})
-        assert all(buffer[0, :, written].any() for buffer in batch.cache.buffers)
+        assert (row.written, {*seen[-4:]}) == (column + 1, {-1 if replays else column})
+        assert all(buffer[0, :, column].any() for buffer in batch.cache.buffers)
         assert not any(buffer[0, :, row.written :].any() for buffer in batch.cache.buffers)
 
 

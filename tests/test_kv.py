@@ -256,8 +256,8 @@ def test_other_kinds_of_numbers_are_refused() -> None:
     assert msgspec.to_builtins(config.model.quantization)["kv_dtype"] == "int8"
 
 
-@pytest.mark.parametrize("method", ["none", "int8"])
-def test_a_lone_row_is_computed_beside_as_many_copies_as_without(method: str) -> None:
-    decoder = prepare(random_model("llama", intermediate_size=128), method=method)
-    found = labs_kv.in_bytes(decoder)
-    assert found.duplicates_lone_row == decoder.duplicates_lone_row == (method == "none")
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_lone_row_is_computed_beside_as_many_copies_as_without(copies: bool) -> None:
+    decoder = prepare(random_model("llama", intermediate_size=128))
+    decoder = dataclasses.replace(decoder, duplicates_lone_row=copies)
+    assert labs_kv.in_bytes(decoder).duplicates_lone_row == copies
