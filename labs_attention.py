@@ -6,23 +6,20 @@
 
 A row has the same bits in any company: a product of four or more rows on MKL gives each row the
 bits that it has in any such product, and sums go over SUMMED columns each in the same order. This
-file needs labs_decode.py.
+file needs labs_decode.py and labs_kernels.py.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import labs_decode
-from labs_decode import COLUMNS, SUMMED, Tensor
+from labs_decode import SUMMED, Tensor
+from labs_kernels import FEWEST, queries_multiple
 
-FEWEST = 4  # queries of a product: in float32, fewer round otherwise, and take no less time
 Masks = dict[str, Any]
-Attention = Callable[..., tuple[Tensor, None]]
 Views = tuple[Tensor, Tensor, Tensor, Tensor]  # keys and values to write, and those to read
 
 
@@ -67,11 +64,13 @@ class Step:
         mask = mask.reshape(-1, self.total // SUMMED, 1, SUMMED)
         return mask, mask.amax(3) == -torch.inf
 
-    def attend(self, slots: Any, mask: Any, layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v [B, 1, groups, dim] to the slots; return attention [B, groups, N, dim] of q.
+    def attend(self, slots: Any, mask: Any, layer: Any, *states: Tensor) -> Tensor:
+        """Write keys and values to the slots; return attention [B, groups, N, dim].
 
-        The copies of a lone row have no keys of their own: they get the row's output.
+        states: queries, keys and values [B, 1, heads, dim]. The copies of a lone row have no keys
+        of their own: they get the row's output.
         """
+        q, k, v = states
         return self.read_by(q, *self.written(slots, k, v), mask, layer.options["scaling"])
 
     def read_by(self, q: Tensor, keys: Tensor, values: Tensor, mask: Any, scaling: float) -> Tensor:
@@ -138,37 +137,3 @@ class ExactStep(Step):
 def for_heads(mask: Tensor, groups: int, heads: int) -> Tensor:
     """Return a mask [B, 1, 1, T] as [B * groups, N, T], for the N heads that share keys."""
     return mask.expand(-1, groups, max(FEWEST, heads), -1).flatten(0, 1)
-
-
-def at_least(lines: Tensor) -> Tensor:
-    """Return [N, L, ...] with zeros for at least FEWEST lines."""
-    missing = FEWEST - lines.shape[1]
-    return torch.nn.functional.pad(lines, (0, 0, 0, missing)) if missing > 0 else lines
-
-
-def of_heads(output: Tensor, q: Tensor) -> Tensor:
-    """Return output [B, groups, N, dim] as [rows of q, 1, heads, dim]."""
-    (rows, groups, padded, dim), (copies, heads) = output.shape, q.shape[:2]
-    output = output if padded * groups == heads else output[:, :, : heads // groups]
-    output = output.reshape(rows, 1, heads, dim)
-    return output if rows == copies else output.expand(copies, -1, -1, -1)
-
-
-@functools.cache
-def queries_multiple(dtype: torch.dtype, dim: int) -> int:
-    """Return 4 if so many queries give a row the same bits in any company here, else ALIGNED.
-
-    Four take three quarters of the time, but leave the buffers of every second thread unaligned,
-    which a library for products may mind.
-    """
-    rows = 33
-    for columns in (COLUMNS, 2 * COLUMNS, SUMMED):
-        counts = [rows * dim * FEWEST, *[rows * dim * columns] * 2]
-        numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
-        q, k, v = (each.view(rows, 1, -1, dim) for each in torch.split(numbers, counts))
-        together = labs_decode.flash(q, k, v, None, 1.0)[0]
-        for i in range(rows):
-            alone = labs_decode.flash(q[i : i + 1], k[i : i + 1], v[i : i + 1], None, 1.0)[0]
-            if not torch.equal(alone[0], together[i]):
-                return labs_decode.ALIGNED
-    return FEWEST

@@ -4,8 +4,8 @@
     decoder = labs_decode.prepare(model)
     decoder = labs_fast.speed_up(decoder, "int4", batch_invariant=True, cuda_graphs=True)
 
-labs.load_model calls it if this file is present. This file needs labs_decode.py, labs_graphs.py
-and labs_packing.py.
+labs.load_model calls it if this file is present. This file needs labs_decode.py, labs_graphs.py,
+labs_kernels.py and labs_packing.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 import labs_decode
 import labs_graphs
+import labs_kernels
 import labs_packing
 from labs_decode import Decoder, Tensor
 from labs_packing import Make, Packing
@@ -46,7 +47,6 @@ def speed_up(
     """
     model, devices = decoder.model, {each.device for each in decoder.model.parameters()}
     on_one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-    has_fp32 = any(each.dtype == torch.float32 for each in model.parameters())
     on_cpu = {device.type for device in devices} == {"cpu"}
     kind = _kind_of(decoder, method, on_cpu)
     if decoder.packable:  # other models read `weight` at each step, which would unpack it
@@ -59,17 +59,26 @@ def speed_up(
     captures = cuda_graphs and on_one_gpu and decoder.can_reuse_prefix
     if captures:  # slots that grow would lose their graphs
         decoder = replace(decoder, grow=None)
-    exact = batch_invariant and (not has_fp32 or torch.float32 in labs_packing.packed_types())
-    decoder = labs_decode.with_invariance(decoder, exact)
-    if decoder.duplicates_lone_row and kind in ("none", "fp16"):  # others unpack for each row
+    decoder = _with_invariance(decoder, batch_invariant, left)
+    if decoder.invariant and kind in ("none", "fp16"):  # others unpack for each row
         duplicate_lone_rows(packed)
     return replace(
         decoder,
-        duplicates_lone_row=decoder.duplicates_lone_row and left > 0,
         weight_bytes=sum(each.nbytes for each in weights),
         graphs=labs_graphs.Graphs(devices.pop()) if captures else None,
         quant_method=kind if packed else "none",
     )
+
+
+def _with_invariance(decoder: Decoder, wanted: bool, left: int) -> Decoder:
+    """Return labs_decode.with_invariance; packed layers see to lone rows themselves.
+
+    left: how many numbers are in layers that are not packed.
+    """
+    has_fp32 = any(each.dtype == torch.float32 for each in decoder.model.parameters())
+    exact = wanted and (not has_fp32 or torch.float32 in labs_kernels.packed_types())
+    decoder = labs_decode.with_invariance(decoder, exact)
+    return replace(decoder, duplicates_lone_row=decoder.duplicates_lone_row and left > 0)
 
 
 def _left(model: Any, method: str, packed: int) -> int:
@@ -206,7 +215,7 @@ def pack(model: Any, method: str = "none", make: Make = labs_packing.as_one) -> 
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     types = [torch.float32, torch.bfloat16, torch.float16]
-    types = {"none": labs_packing.packed_types(), "fp16": types[:1]}.get(method, types)
+    types = {"none": labs_kernels.packed_types(), "fp16": types[:1]}.get(method, types)
     named = model.named_modules()
     for path, parent in [each for each in named if type(each[1]) is not torch.nn.Linear]:
         children = dict(parent.named_children())

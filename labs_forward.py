@@ -129,7 +129,7 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _attention_of(weights: Weights, x: Tensor, masks: Any, cache: Any) -> tuple[Any, Any]:
-    """Return a function of slots, mask, layer, q, k, v [B, Q, heads, dim], and masks for it."""
+    """Return a function of slots, mask, layer and q, k, v [B, Q, heads, dim], and its masks."""
     attend = ALL_ATTENTION_FUNCTIONS[weights.config._attn_implementation]
     offset, layer = cache.get_query_offset(), weights.layers[0]
     steps = isinstance(offset, Tensor) and offset.ndim == 1 and weights.steps
@@ -141,13 +141,10 @@ def _attention_of(weights: Weights, x: Tensor, masks: Any, cache: Any) -> tuple[
     return functools.partial(_attend, attend), masks
 
 
-def _attend(
-    function: Any, slots: Any, mask: Any, layer: Layer, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
+def _attend(function: Any, slots: Any, mask: Any, layer: Layer, *states: Tensor) -> Tensor:
     """Write keys and values to the slots; return attention by a function of transformers' kind."""
-    keys, values = slots.update(k.transpose(1, 2), v.transpose(1, 2))
-    q = q.transpose(1, 2)
-    output: Tensor = function(layer.module, q, keys, values, mask, **layer.options)[0]
+    q, k, v = (each.transpose(1, 2) for each in states)
+    output: Tensor = function(layer.module, q, *slots.update(k, v), mask, **layer.options)[0]
     return output
 
 
@@ -169,7 +166,7 @@ def _rotation(weights: Weights, kind: str, x: Tensor, positions: Tensor) -> Call
         shape = heads.shape
         part = heads if width == shape[-1] else heads[..., :width]
         part = part.view(*shape[:-1], *split)
-        turned = (part * cos).addcmul_(part.flip(at), sin)
+        turned: Tensor = (part * cos).addcmul_(part.flip(at), sin)
         turned = turned if turned.dtype == heads.dtype else turned.to(heads.dtype)
         if width == shape[-1]:
             return turned.view(shape)

@@ -256,10 +256,3 @@ def give_back(weights: Sequence[Tensor]) -> None:
             span = map(ctypes.c_size_t, (first, max(0, end - first)))
             library.madvise(*span, MADV_PAGEOUT)  # weights that are read again come back
         library.malloc_trim(0)
-
-
-def packed_types() -> list[torch.dtype]:
-    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return []
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [torch.float32, torch.bfloat16] if bf16 else [torch.float32]

@@ -4,20 +4,23 @@
     function, masks = labs_shared_attention.of_step(512, x, layer, masks)
 
 A row has the bits that labs_attention.py gives it alone: the same columns are summed in the same
-order. This file needs labs_attention.py and labs_decode.py.
+order. This file needs labs_attention.py, labs_decode.py and labs_kernels.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 import labs_decode
-from labs_attention import Attention, Masks, at_least, for_heads, of_heads, queries_multiple
+from labs_attention import Masks, for_heads
 from labs_decode import SUMMED, Pair, Tensor, padded
+from labs_kernels import FEWEST, queries_multiple
+
+Attention = Callable[..., tuple[Tensor, None]]
 
 MOST = 128  # queries of a call in 16 bits: with more, the kernel makes larger products of them
 
@@ -138,3 +141,20 @@ def _own_parts(states: Pair) -> list[Tensor]:
     whole = own.shape[2] // SUMMED * SUMMED
     parts += [own[:, :, :whole], own[:, :, whole:]]
     return [part.flatten(0, 1) for part in parts if part.shape[2]]
+
+
+# ---------------------------------------------------------------- heads
+
+
+def at_least(lines: Tensor) -> Tensor:
+    """Return [N, L, ...] with zeros for at least FEWEST lines."""
+    missing = FEWEST - lines.shape[1]
+    return torch.nn.functional.pad(lines, (0, 0, 0, missing)) if missing > 0 else lines
+
+
+def of_heads(output: Tensor, q: Tensor) -> Tensor:
+    """Return output [B, groups, N, dim] as [rows of q, 1, heads, dim]."""
+    (rows, groups, padded, dim), (copies, heads) = output.shape, q.shape[:2]
+    output = output if padded * groups == heads else output[:, :, : heads // groups]
+    output = output.reshape(rows, 1, heads, dim)
+    return output if rows == copies else output.expand(copies, -1, -1, -1)

@@ -12,6 +12,7 @@ import torch
 
 import labs_attention
 import labs_decode as decode
+import labs_kernels
 
 GROUPS, DIM, DTYPE = 2, 64, torch.bfloat16
 Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -78,7 +79,7 @@ def test_a_row_has_the_same_bits_alone_and_beside_longer_rows(each, window) -> N
 def test_queries_come_in_fours_where_other_rows_change_no_bits_and_in_eights_elsewhere(
     monkeypatch: Any,
 ) -> None:
-    flash, find = decode.flash, labs_attention.queries_multiple.__wrapped__
+    flash, find = decode.flash, labs_kernels.queries_multiple.__wrapped__
 
     def one_by_one(q: Any, k: Any, v: Any, *options: Any) -> Any:
         rows = [flash(*row, *options) for row in zip(*(s.split(1) for s in (q, k, v)), strict=True)]

@@ -38,6 +38,7 @@ import labs_calls
 import labs_decode as decode
 import labs_fast as fast
 import labs_graphs
+import labs_kernels
 import labs_loop as loop
 import labs_packing
 import labs_shell
@@ -45,7 +46,7 @@ import labs_shell
 SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
 METHODS = ("fp16", "int8", "int4")
 packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN here")
-BF16 = labs_packing.packed_types()[1:]
+BF16 = labs_kernels.packed_types()[1:]
 no_bf16 = pytest.mark.skipif(not BF16, reason="oneDNN has no bfloat16 on this processor")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=no_bf16)]

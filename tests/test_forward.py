@@ -24,8 +24,8 @@ import labs_compare
 import labs_decode as decode
 import labs_explain
 import labs_forward
+import labs_kernels
 import labs_layers
-import labs_packing
 
 # {model_type: settings in which its tiny model differs from that of kit.ARCHITECTURES}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def test_rows_keep_their_bits_in_any_company_with_heads_of_any_size_and_long_row
     model = random_model(kind, head_dim=dim, max_position_embeddings=2048).to(dtype)
     decoder = prepare(model)
     decoder = decoder if own else dataclasses.replace(decoder, forward=None)
-    assert decoder.invariant or not {torch.float32, dtype} <= {*labs_packing.packed_types()}
+    assert decoder.invariant or not {torch.float32, dtype} <= {*labs_kernels.packed_types()}
     prompts = [(PROMPTS[5] * 30)[:length] for length in (3, 700, 80, 300, 1100)]
     alone = [logits_of(decoder, [prompt])[0] for prompt in prompts]
     for found, expected in zip(logits_of(decoder, prompts), alone, strict=True):
