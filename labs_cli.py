@@ -450,9 +450,15 @@ def main() -> None:
     ending_at_once(labs_commands.Commands(run))
 
 
+# How torch's threads wait (see labs_apart.py), and that weights of 2 MB and more lie in huge pages
+# (Linux), which saves up to a tenth of a step. torch reads both when it is imported.
+TORCH = {"GOMP_SPINCOUNT": "5000", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
 def ending_at_once(command: click.Command) -> None:
     """Run a program and exit without freeing memory, which takes a fifth of the time."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see labs_apart.py; before torch is imported
+    for name, value in TORCH.items():
+        os.environ.setdefault(name, value)
     try:
         start(command)
     except SystemExit as end:
