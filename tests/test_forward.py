@@ -313,12 +313,13 @@ def test_a_norm_computes_in_float32_while_another_model_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("width", [1411, 2816, 40_000])
+@pytest.mark.parametrize("width", [100, 1411, 2816, 40_000])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("function", [torch.nn.functional.silu, torch.tanh])
 def test_other_rows_change_no_bits_of_an_activation_with_any_number_of_threads(
-    count, width, function
+    count, width, function, gated
 ) -> None:
-    x = torch.randn(31, 2 * width)[:, :width]
+    x = torch.randn(31, 2 * width)[:, :width] if gated else torch.randn(31, width)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
