@@ -17,7 +17,7 @@ import torch
 
 import labs_decode
 from labs_decode import SUMMED, Tensor
-from labs_kernels import FEWEST, queries_multiple
+from labs_kernels import FEWEST, columns_read, queries_multiple
 
 Masks = dict[str, Any]
 Views = tuple[Tensor, Tensor, Tensor, Tensor]  # keys and values to write, and those to read
@@ -39,14 +39,15 @@ class Step:
     """
 
     def __init__(self, x: Tensor, layer: Any, masks: Masks, cursor: Any) -> None:
-        self.rows, self.total, self.column = cursor.queries, cursor.read_to, cursor.write_from
+        self.rows, self.column = cursor.queries, cursor.write_from
         self.groups: int = layer.groups
         self.heads: int = layer.heads // layer.groups
         self.places = cursor.index[:, None], cursor.positions[:, None]
         self.read = cursor.first_row, 1 if cursor.speculative else self.rows
-        self.masks = {kind: self.mask_of(mask) for kind, mask in masks.items()}
         lines = self.padded_heads(x.dtype, layer.dim)
         self.queries = x.new_zeros((self.rows, self.groups, lines, layer.dim))
+        self.total = columns_read(cursor, self.queries)
+        self.masks = {kind: self.mask_of(mask[..., : self.total]) for kind, mask in masks.items()}
         self.own = self.queries[:, :, : self.heads]
 
     def padded_heads(self, dtype: torch.dtype, dim: int) -> int:

@@ -10,13 +10,16 @@ This file needs labs_decode.py.
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import torch
 
 import labs_decode
-from labs_decode import COLUMNS, SUMMED
+from labs_decode import COLUMNS, SUMMED, Tensor
 
 FEWEST = 4  # queries of a product: in float32, fewer round otherwise, and take no less time
+FINE, FINEST = 2 * COLUMNS, COLUMNS // 2  # a step reads up to FINE columns in multiples of FINEST
 
 
 def packed_types() -> list[torch.dtype]:
@@ -45,3 +48,34 @@ def queries_multiple(dtype: torch.dtype, dim: int) -> int:
             if not torch.equal(alone[0], together[i]):
                 return labs_decode.ALIGNED
     return FEWEST
+
+
+def columns_read(cursor: Any, queries: Tensor) -> int:
+    """Return how many columns a step reads: `cursor.read_to`, or fewer if these are few.
+
+    queries: [B, groups, N, dim] of the step.
+    """
+    total: int = cursor.read_to
+    if total > FINE or queries.dtype == torch.float32:
+        return total
+    if not sums_finely(queries.dtype, *queries.shape[2:]):
+        return total
+    last = cursor.write_from if cursor.write_from >= 0 else int(cursor.positions.max())
+    return min(total, last // FINEST * FINEST + FINEST)
+
+
+@functools.cache
+def sums_finely(dtype: torch.dtype, lines: int, dim: int) -> bool:
+    """Return whether attention of so many lines to multiples of FINEST columns sums as to FINE."""
+    rows = 9
+    counts = [rows * dim * lines, *[rows * dim * SUMMED] * 2]
+    numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
+    q, *states = (each.view(rows, 1, -1, dim) for each in torch.split(numbers, counts))
+    for seen in range(FINEST // 2 - 1, FINE + 1, FINEST // 2):
+        mask = q.new_full((rows, 1, 1, SUMMED), -torch.inf).index_fill(3, torch.arange(seen), 0)
+        totals = [*range(math.ceil(seen / FINEST) * FINEST, FINE + 1, FINEST), SUMMED]
+        parts = ([each[:, :, :total] for each in (*states, mask.mT)] for total in totals)
+        found = [labs_decode.flash(q, k, v, m.mT.contiguous(), 1.0)[0] for k, v, m in parts]
+        if not all(torch.equal(found[0], each) for each in found[1:]):
+            return False
+    return True

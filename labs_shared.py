@@ -242,8 +242,9 @@ def _has_same_bits(weights: Any, dtype: torch.dtype, rows: int = 17) -> bool:
     whole = torch.cat([first.expand(rows, -1, -1, -1), rest], 2)
 
     def alone(i: int) -> Tensor:
-        none = torch.zeros(1, dtype=torch.long)
-        at = labs_decode.Cursor(1, shared + own, shared + own, positions=none, index=none)
+        last = torch.tensor([shared + own - 1])
+        at = labs_decode.Cursor(1, shared + own, shared + own, int(last), positions=last)
+        at.index = torch.zeros(1, dtype=torch.long)
         step = labs_attention.step_of(q, layer, {"": masks[""][:1]}, at)
         states, mask = whole[i : i + 1], step.masks[""]
         return step.read_by(q[i : i + 1].transpose(1, 2), states, states, mask, scaling)

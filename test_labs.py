@@ -689,7 +689,7 @@ ROOMS = {
     "labs_layers.py": (300, "decode"),
     "labs_attention.py": (140, "decode kernels"),
     "labs_shared_attention.py": (180, "attention decode kernels"),
-    "labs_kernels.py": (60, "decode"),
+    "labs_kernels.py": (100, "decode"),
     "labs_shared.py": (260, "attention calls decode loop prefixes shared_attention"),
     "labs_alone.py": (60, "decode"),
     "labs_calls.py": (300, "alone decode loop states waiting"),

@@ -41,11 +41,13 @@ def attended(q: Any, keys: Any, values: Any, mask: Any, copies: int = 1) -> torc
     """Return attention [rows, 1, heads, DIM] of queries [rows, heads, 1, DIM]."""
     (rows, heads), columns = q.shape[:2], keys.shape[2]
     layer = SimpleNamespace(heads=heads, groups=GROUPS, dim=DIM)
-    at = torch.zeros(rows, dtype=torch.long)
-    cursor = decode.Cursor(rows, columns, columns, positions=at, index=at)
+    last = columns - 1 - (mask[:, 0, 0] == 0).int().flip(-1).argmax(-1)
+    at = torch.arange(rows), last
+    cursor = decode.Cursor(rows, columns, columns, -1, index=at[0], positions=at[1])
     step = labs_attention.step_of(q, layer, {"": mask}, cursor)
     given = q.transpose(1, 2)
     given = given.expand(copies, -1, -1, -1) if copies > 1 else given
+    keys, values = (each[:, :, : step.total] for each in (keys, values))
     output = step.read_by(given, keys, values, step.masks[""], DIM**-0.5)
     return output.reshape(len(given), 1, heads, DIM)
 
@@ -66,7 +68,7 @@ def test_a_step_in_16_bits_has_the_numbers_of_invariant_attention(columns, each,
 def test_a_row_has_the_same_bits_alone_and_beside_longer_rows(each, window) -> None:
     torch.manual_seed(1)
     others = [row_of(each, length) for length in range(100, 1024, 60)]
-    for length in (1, 60, 64, 100, 200, 256, 300, 512, 700):
+    for length in (1, 20, 32, 33, 60, 64, 65, 90, 96, 97, 100, 128, 129, 200, 256, 300, 512, 700):
         row, own = row_of(each, length), decode.blocks(length)
         alone = attended(*call_of([row], own, window))
         assert torch.equal(attended(*call_of([row], own, window), copies=2)[1], alone[0])
@@ -92,6 +94,34 @@ def test_queries_come_in_fours_where_other_rows_change_no_bits_and_in_eights_els
     for kernel, multiple in ((one_by_one, 4), (moody, decode.ALIGNED)):
         monkeypatch.setattr(decode, "flash", kernel)
         assert find(DTYPE, DIM) == multiple
+
+
+@pytest.mark.parametrize("finely", [True, False])
+def test_a_step_reads_few_columns_in_multiples_of_32_where_these_sum_alike(
+    monkeypatch: Any, finely: bool
+) -> None:
+    flash, find = decode.flash, labs_kernels.sums_finely.__wrapped__
+
+    def moody(q: Any, k: Any, v: Any, *options: Any) -> Any:
+        output, sums = flash(q, k, v, *options)
+        return output * (1 + (k.shape[2] == 96 and not finely) * 2**-6), sums
+
+    monkeypatch.setattr(decode, "flash", moody)
+    monkeypatch.setattr(labs_kernels, "sums_finely", find)
+    queries = torch.zeros(2, GROUPS, 4, DIM, dtype=DTYPE)
+    for read_to, last, fine in (
+        (64, 3, 32),
+        (64, 31, 32),
+        (64, 32, 64),
+        (128, 64, 96),
+        (256, 9, 256),
+    ):
+        expected = fine if finely else read_to
+        many = decode.Cursor(2, 512, read_to, -1, positions=torch.tensor([2, last]))
+        alone = decode.Cursor(2, 512, read_to, last, positions=torch.tensor([last]))
+        for cursor in (many, alone):
+            assert labs_kernels.columns_read(cursor, queries) == expected
+            assert labs_kernels.columns_read(cursor, queries.float()) == read_to
 
 
 @pytest.fixture
