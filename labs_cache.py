@@ -4,8 +4,8 @@
     folder = labs_cache.converted(Path("model.gguf"), None, "bf16")
     labs_cache.digest(folder)                                          # "9f86d0..."
 
-Functions take plain values and raise SourceError. This file needs no other file of labs; GGUF files
-need transformers, gguf, accelerate and filelock.
+Functions take plain values and raise SourceError. This file needs labs_files.py; GGUF files need
+transformers, gguf, accelerate and filelock.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import logging
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import labs_files
+
 log = logging.getLogger("labs")
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+RECORD = "complete.json"  # in the folder of a conversion: its files and their digests
 DIGESTED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py")  # of a folder
 
 
@@ -78,7 +80,7 @@ def _convert_into(folder: Path, gguf: Path, dtype: str) -> None:
                 if folder.exists():
                     shutil.rmtree(folder)
                 os.replace(scratch, folder)
-                _flush_folder(cache)
+                labs_files.flush_folder(cache)
     except OSError as error:
         raise SourceError(f"{gguf.name}: cannot be converted in {cache}") from error
 
@@ -127,32 +129,12 @@ def _seal(folder: Path) -> None:
         with path.open("r+b") as file:
             os.fsync(file.fileno())
     _record(folder, {path.name: _digest_of_file(path) for path in files})
-    _flush_folder(folder)
+    labs_files.flush_folder(folder)
 
 
 def _record(folder: Path, digests: dict[str, str]) -> None:
     known = {name: [digest, *_state(folder / name)] for name, digest in digests.items()}
-    _write_whole(folder / "complete.json", json.dumps(known))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that no reader ever sees a part of it."""
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk, if the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    labs_files.write_whole(folder / RECORD, [json.dumps(known).encode()])
 
 
 def _state(path: Path) -> list[int]:
@@ -164,7 +146,7 @@ def _state(path: Path) -> list[int]:
 def _is_complete(folder: Path) -> bool:
     """Return whether a folder holds a whole conversion; only changed files are read again."""
     try:
-        known = json.loads((folder / "complete.json").read_text("utf-8"))
+        known = json.loads((folder / RECORD).read_text("utf-8"))
         digests = {name: digest for name, (digest, *_) in known.items()}
         moved = [name for name, (_, *state) in known.items() if state != _state(folder / name)]
         if any(_digest_of_file(folder / name) != digests[name] for name in moved):
@@ -251,7 +233,7 @@ def digest(place: Path, cache: str | None = None) -> str:
     found = digests[0] if place.is_file() else hashlib.sha256(lines.encode()).hexdigest()
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(memory, found)
+        labs_files.write_whole(memory, [found.encode()])
     return found
 
 

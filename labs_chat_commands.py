@@ -4,7 +4,7 @@
     talk = labs_chat_commands.run("/undo", talk, host)  # raises EOFError for /exit
 
 COMMANDS is the only list of them: help, completion and hints for wrong names are made from it.
-Needs labs.py, labs_chat_settings.py, labs_clipboard.py, labs_dialogue.py, labs_talk.py,
+Needs labs.py, labs_chat_settings.py, labs_clipboard.py, labs_dialogue.py, labs_files.py, labs_talk.py,
 labs_terminal.py and click.
 """
 
@@ -24,6 +24,7 @@ from msgspec.structs import replace
 import labs
 import labs_clipboard
 import labs_dialogue
+import labs_files
 from labs_chat_settings import change_settings, generation_settings, show_stats, switch_model
 from labs_talk import Host, Messages, Talk, instead_of, nearest
 from labs_terminal import hint, is_for_person, tell
@@ -201,9 +202,8 @@ def save(talk: Talk, name: str, host: Host) -> Talk:
         except labs.InputError as error:
             why = "there is such a file, and it holds no conversation: give another name"
             raise labs.InputError(f"{name}: {why}") from error
-    with open(f"{name}.part", "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(talk.messages)) + b"\n")
-    os.replace(f"{name}.part", name)
+    text = msgspec.json.format(msgspec.json.encode(talk.messages))
+    labs_files.write_whole(name, [text, b"\n"])
     hint(f"[{len(talk.messages)} messages written to {name}]")
     return talk
 

@@ -5,7 +5,8 @@
         decoder = labs_fast.speed_up(decoder, "gguf", make=make, ...)
 
 The file is in the folder of the conversion, which is removed or replaced as a whole. This file
-needs labs_cache.py, labs_decode.py, labs_packing.py, labs_settings.py and safetensors.
+needs labs_cache.py, labs_decode.py, labs_files.py, labs_packing.py, labs_settings.py and
+safetensors.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 import transformers
 
 import labs_cache
+import labs_files
 import labs_packing
 from labs_decode import Tensor
 from labs_packing import Make, PackedWeight, Packing
@@ -39,7 +39,6 @@ MOST_FILES = 4  # of a conversion: other methods, other versions, processors tha
 ABANDONED_S = 3600.0  # the age of a part of a file whose writer must have died
 ALIGNED = 64  # bytes, as torch aligns its own memory
 TYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16"}  # in a safetensors file
-RECORD = "complete.json"  # of labs_cache, which writes it anew after a copy
 log = logging.getLogger("labs")
 
 
@@ -105,7 +104,7 @@ def _restored(tensors: list[Tensor], shape: tuple[int, int], dtype: torch.dtype)
 
 def _tidied(folder: Path) -> Path:
     """Delete the oldest files of a conversion, and parts whose writers died. Raises OSError."""
-    (folder / RECORD).stat()  # other folders are the user's
+    (folder / labs_cache.RECORD).stat()  # other folders are the user's
     found = sorted((each.stat().st_mtime, each) for each in folder.glob(".packed-*"))
     for index, (written, file) in enumerate(found, MOST_FILES - len(found)):
         if index < 0 or ("." in file.name[1:] and written < time.time() - ABANDONED_S):
@@ -116,7 +115,9 @@ def _tidied(folder: Path) -> Path:
 def _key(folder: Path, method: str, dtype: str) -> str:
     """Return a digest of everything that the bytes depend on. Raises OSError if that is unknown."""
     files = [
-        each for each in sorted(folder.iterdir()) if each.name[0] != "." and each.name != RECORD
+        each
+        for each in sorted(folder.iterdir())
+        if each.name[0] != "." and each.name != labs_cache.RECORD  # written anew after a copy
     ]
     states = [(each.name, (s := each.stat()).st_size, s.st_mtime_ns) for each in files]
     versions = [str(torch.__version__), transformers.__version__, CODE]
@@ -135,19 +136,10 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file so that no reader ever sees a part of it, or leave none."""
-    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
-        with new.open("wb") as opened:
-            for part in _parts(tensors):
-                opened.write(part)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(new, file)
+        labs_files.write_whole(file, _parts(tensors))
     except OSError as error:
         log.debug("%s cannot be written, so weights are packed at each load: %s", file, error)
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
 
 
 def _parts(tensors: dict[str, Tensor]) -> Iterator[Any]:

@@ -5,7 +5,8 @@
         tally = labs_jsonl.Tally(watch=findings.add)     # which counts each line of the run
 
 The file has no script and asks no server; every text in it is escaped. It is written when the run
-ends, however it ends. Counts need the same memory for any number of lines. Needs labs.py.
+ends, however it ends. Counts need the same memory for any number of lines. Needs labs.py and
+labs_files.py.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import html
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import labs
+import labs_files
 
 BINS = 120  # of the time line; twice as long each whenever they are full
 GROUPS, LINES = 50, 12  # kinds of errors, and numbers of lines that are shown of each
@@ -118,16 +119,9 @@ def check(target: str, files: tuple[str, str]) -> None:
 
 def write(target: str, text: str) -> None:
     """Write a file whole or not at all. Raises LabsError."""
-    folder, temporary = os.path.dirname(target) or ".", ""
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        labs_files.write_whole(target, [text.encode()])
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
         raise labs.LabsError(f"--report {target}: {error.strerror}") from error
 
 

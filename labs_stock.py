@@ -117,7 +117,7 @@ def conversions(config: labs.Config) -> Iterator[Kept]:
     """Yield the converted GGUF files in the caches of all configured models."""
     files = labs_mapped.files()
     for cache in _caches(config):
-        for marker in sorted(cache.glob("*/complete.json")):
+        for marker in sorted(cache.glob(f"*/{labs_cache.RECORD}")):
             folder = marker.parent
             if folder.name.startswith(".") or folder.is_symlink():
                 continue

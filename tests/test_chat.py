@@ -82,7 +82,7 @@ WRONG = {
     "/quit": "did you mean /exit?",
     "/reset all": "/reset takes nothing after it, but 'all' was given",
     "/save": "/save needs FILE",
-    "/save no/such/folder.json": "no/such/folder.json.part: No such file or directory",
+    "/save no/such/folder.json": "no/such/folder.json: No such file or directory",
     "/load no.json": "no.json: No such file or directory",
     "/load .": "this is not a file",
     "/load wrong.json": "wrong.json: ",
