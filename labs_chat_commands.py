@@ -4,8 +4,8 @@
     talk = labs_chat_commands.run("/undo", talk, host)  # raises EOFError for /exit
 
 COMMANDS is the only list of them: help, completion and hints for wrong names are made from it.
-Needs labs.py, labs_chat_settings.py, labs_clipboard.py, labs_dialogue.py, labs_files.py, labs_talk.py,
-labs_terminal.py and click.
+Needs labs.py, labs_chat_settings.py, labs_clipboard.py, labs_dialogue.py, labs_files.py,
+labs_talk.py, labs_terminal.py and click.
 """
 
 from __future__ import annotations
