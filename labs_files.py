@@ -15,27 +15,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+KEPT = 40  # characters, of four bytes each at most: names have 255 bytes on most disks
+
 
 def write_whole(file: Path | str, parts: Iterable[Any]) -> None:
     """Write bytes-like objects to a file, completely or not at all.
 
-    They are written to a file beside it, which is named like it with a dot and 32 digits more and
-    takes its place in the end. Raises OSError, which names `file`.
+    They are written to a file beside it, which has the first characters of its name, a dot and 32
+    digits, and takes its place in the end. Raises OSError, which names `file` as it was given.
     """
-    path = Path(file)
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    folder, name = os.path.split(file)
+    new = os.path.join(folder, f"{name[:KEPT]}.{uuid.uuid4().hex}")
     try:
-        with new.open("xb") as opened:
-            for part in parts:
-                opened.write(part)
+        with open(new, "xb") as opened:
+            opened.writelines(parts)
             opened.flush()
             os.fsync(opened.fileno())
-        os.replace(new, path)
+        os.replace(new, file)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            os.unlink(new)
+        # Parts that are read from elsewhere raise errors of their own.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, new):
+            raise OSError(error.errno, error.strerror, str(file)) from error
         raise
 
 
