@@ -91,6 +91,7 @@ COPIED = {
     "": CORE,
     "decode": CORE,
     "typed": TYPED,
+    "cache": files("cache", "files"),
     "jsonl": files("jsonl", "names", "progress", "hub", *REQUEST),
 }
 COPIED |= {
