@@ -75,8 +75,11 @@ def _with_invariance(decoder: Decoder, wanted: bool, left: int) -> Decoder:
 
     left: how many numbers are in layers that are not packed.
     """
-    has_fp32 = any(each.dtype == torch.float32 for each in decoder.model.parameters())
-    exact = wanted and (not has_fp32 or torch.float32 in labs_kernels.packed_types())
+    weights = [each for each in decoder.model.parameters() if each.dtype == torch.float32]
+    # Experts are not packed, and each has the rows of a batch that are routed to it.
+    mixes = any(each.ndim == 3 for each in weights)
+    packs = torch.float32 in labs_kernels.packed_types()
+    exact = wanted and (not weights or (packs and not mixes))
     decoder = labs_decode.with_invariance(decoder, exact)
     return replace(decoder, duplicates_lone_row=decoder.duplicates_lone_row and left > 0)
 

@@ -46,7 +46,7 @@ import labs_shell
 SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
 METHODS = ("fp16", "int8", "int4")
 packs = pytest.mark.skipif(not torch._C._has_mkldnn, reason="torch has no oneDNN here")
-BF16 = labs_kernels.packed_types()[1:]
+FLOAT32, BF16 = labs_kernels.packed_types()[:1], labs_kernels.packed_types()[1:]
 no_bf16 = pytest.mark.skipif(not BF16, reason="oneDNN has no bfloat16 on this processor")
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=no_bf16)]
@@ -229,6 +229,13 @@ def test_a_model_in_fewer_bits_is_the_one_of_its_rounded_weights(kind: str, meth
     found, expected = logits  # int8 and int4 also round each layer's input to bfloat16
     assert (found - expected).norm() < (1e-5 if method == "fp16" else 0.03) * expected.norm()
     assert not decoder.duplicates_lone_row  # the products see to it
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3"])
+def test_experts_in_float32_keep_no_promise_about_bits(kind: str) -> None:
+    decoder = prepare(random_model(kind))
+    assert decoder.invariant == (kind == "qwen3" and decoder.packable and bool(FLOAT32))
+    assert prepare(random_model(kind).bfloat16()).invariant
 
 
 @pytest.mark.parametrize("bias", [False, True])
