@@ -184,14 +184,14 @@ def _beside_copies(packed: labs_packing.PackedWeight) -> labs_packing.PackedWeig
     several, direct, copies = packed.multiply, packed.rows, labs_decode.LONE_ROW_COPIES
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() > x.shape[-1]:
+        if x.numel() != x.shape[-1]:
             return several(x, bias)
         product = several(torch.cat([x.reshape(1, -1)] * copies), bias)
         return product[:1].view(*x.shape[:-1], -1)
 
     def rows(x: Tensor) -> Tensor:
         assert direct is not None
-        return direct(x) if len(x) > 1 else direct(torch.cat([x] * copies)).narrow(0, 0, 1)
+        return direct(x) if len(x) != 1 else direct(torch.cat([x] * copies)).narrow(0, 0, 1)
 
     return replace(packed, multiply=multiply, rows=direct and rows)
 

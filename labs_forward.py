@@ -116,12 +116,14 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     A CPU cuts more than PIECE numbers among its threads, and rounds what is left of a cut behind
     whole vectors otherwise. So if cuts are not at whole vectors, a call gets a piece of the rows.
     """
-    if x.shape[-1] % VECTOR and x.is_contiguous():  # else the kernel takes all rows as one
-        x = torch.nn.functional.pad(x, (0, 1))[..., :-1]
-    count = x.numel()
-    if count <= PIECE or not x.is_cpu:
+    if not x.is_cpu:
         return function(x)
-    width, threads = x.shape[-1], min(torch.get_num_threads(), math.ceil(count / PIECE))
+    width, count = x.shape[-1], x.numel()
+    if width % VECTOR and x.is_contiguous():  # else the kernel takes all rows as one
+        x = torch.nn.functional.pad(x, (0, 1))[..., :-1]
+    if count <= PIECE:
+        return function(x)
+    threads = min(torch.get_num_threads(), math.ceil(count / PIECE))
     cuts_vectors = width % VECTOR or math.ceil(count / threads) % VECTOR
     most = max(1, PIECE // width)
     if threads < 2 or not cuts_vectors or count <= most * width:

@@ -264,6 +264,7 @@ def test_a_product_of_one_row_has_copies_beside_it_only_where_the_kernel_needs_t
         assert torch.equal(alone, together[3].view(*shape[:-1], 80))
         assert sizes == [decode.LONE_ROW_COPIES if moody else 1]
     assert torch.equal(fused.product(x[3:4]), together[3:4])
+    assert fused.product(x[:0]).shape == fused.packed.multiply(x[:0], fused.bias).shape == (0, 80)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
