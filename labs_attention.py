@@ -107,7 +107,7 @@ class Step:
     def views_of(self, slots: Any, k: Tensor, v: Tensor) -> Views:
         """Return views of the rows' slots, which serve until other columns or rows are read."""
         known, which = slots.views, (*self.read, self.rows, self.total, self.column < 0)
-        if known is None or known[0] != which:
+        if known is None or known[0] != which or known[2] is not slots.keys:
             if not slots.is_initialized:
                 slots.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
             first, count = self.read
@@ -115,7 +115,7 @@ class Step:
             read = (each.expand(self.rows, -1, -1, -1) for each in read)
             write = (each.transpose(1, 2) for each in slots.buffers)
             write = (each[first : first + 1] if self.column >= 0 else each for each in write)
-            slots.views = known = which, (*write, *read)
+            slots.views = known = which, (*write, *read), slots.keys
         views: Views = known[1]
         return views
 

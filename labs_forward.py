@@ -98,7 +98,7 @@ def attention(layer: Layer, x: Tensor, call: Call) -> Tensor:
     qk = qk if layer.qk_norm is None else layer.qk_norm(qk)
     qk = turn(qk) if layer.rotates else qk
     q, k = qk.split_with_sizes([layer.heads, layer.groups], 2)
-    return layer.out(attend(q, k, v).reshape(x.shape[0], -1))
+    return layer.out(attend(q, k, v).reshape(x.shape[0], -1).contiguous())
 
 
 def mlp(layer: Layer, x: Tensor) -> Tensor:

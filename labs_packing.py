@@ -223,7 +223,8 @@ def _by_rows(kernel: Rows, own: torch.dtype = torch.bfloat16) -> Multiply:
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim != 2:
             return multiply(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
-        product = kernel(x) if x.dtype == own else kernel(x.to(own)).to(x.dtype)
+        lines = x.contiguous()  # as some kernels need them
+        product = kernel(lines) if x.dtype == own else kernel(lines.to(own)).to(x.dtype)
         return product if bias is None else product + bias
 
     return multiply

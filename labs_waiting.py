@@ -223,19 +223,19 @@ def _stays(batch: Batch, groups: Groups, tight: bool) -> bool:
 
 def _move_layer(old: Sequence[Batch], made: Sequence[Batch], number: int, name: str) -> None:
     """Copy the keys or values of one layer to other batches, and free them."""
-    places = {row: (batch, i) for batch in old for i, row in enumerate(batch.rows)}
+    layers: list[Any] = [batch.cache.layers[number] for batch in old]
+    buffers = zip(old, (getattr(layer, name) for layer in layers), strict=True)
+    slots = {row: buffer[i] for batch, buffer in buffers for i, row in enumerate(batch.rows)}
     for batch in made:
-        at, layer = batch.cache.cursor, batch.cache.layers[number]
-        like = getattr(layer, name)
+        at, like = batch.cache.cursor, getattr(batch.cache.layers[number], name)
         new = like.new_zeros((at.rows, like.shape[1], at.columns - at.shared, like.shape[3]))
         for index, row in enumerate(batch.rows):
-            source, slot = places[row]
-            buffer = getattr(source.cache.layers[number], name)
             own = slice(row.written - at.shared)
-            new[index, :, own] = buffer[slot, :, own]
-        setattr(layer, name, new)
-    for batch in old:  # other threads may look at these layers
-        setattr(batch.cache.layers[number], name, getattr(made[0].cache.layers[number], name))
+            new[index, :, own] = slots[row][:, own]
+        setattr(batch.cache.layers[number], name, new)
+    for layer in layers:  # other threads may look at them
+        setattr(layer, name, getattr(made[0].cache.layers[number], name))
+        layer.views = None
 
 
 def _empty(decoder: Decoder, like: Batch, rows: Sequence[Row], columns: int) -> Batch:
@@ -246,5 +246,5 @@ def _empty(decoder: Decoder, like: Batch, rows: Sequence[Row], columns: int) -> 
     cache.cursor = replace(like.cache.cursor, rows=slots, columns=columns)
     cache.captured, cache.layers = {}, [copy.copy(layer) for layer in cache.layers]
     for layer in cache.stateful_layers:
-        layer.cursor = cache.cursor
+        layer.cursor, layer.views = cache.cursor, None
     return replace(like, rows=tuple(rows), cache=cache, graphs=None)

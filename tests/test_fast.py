@@ -232,10 +232,54 @@ def test_a_model_in_fewer_bits_is_the_one_of_its_rounded_weights(kind: str, meth
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3"])
-def test_experts_in_float32_keep_no_promise_about_bits(kind: str) -> None:
-    decoder = prepare(random_model(kind))
-    assert decoder.invariant == (kind == "qwen3" and decoder.packable and bool(FLOAT32))
-    assert prepare(random_model(kind).bfloat16()).invariant
+def test_experts_keep_no_promise_about_bits(kind: str) -> None:
+    assert prepare(random_model(kind)).invariant == (kind == "qwen3" and bool(FLOAT32))
+    assert prepare(random_model(kind).bfloat16()).invariant == (kind == "qwen3")
+
+
+def test_layers_in_float32_that_are_not_packed_keep_no_promise_about_bits() -> None:
+    assert not prepare(random_model("gpt2")).invariant
+    assert prepare(random_model("gpt2").bfloat16()).invariant
+
+
+def test_a_router_is_no_linear_layer() -> None:
+    decoder = prepare(random_model("llama4_text").bfloat16())
+    assert labs_calls.steadied(dataclasses.replace(decoder, invariant=True)).mode == "joins"
+    assert labs_calls.steadied(decoder) is decoder
+
+
+@pytest.mark.parametrize("columns", [576, 1024, 1100, 1536, 2048, 2049])
+@pytest.mark.parametrize("lines", [16, 64, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, *BF16])
+@torch.inference_mode()
+def test_a_lone_row_has_its_bits_for_every_weight(dtype: Any, lines: int, columns: int) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        linear = torch.nn.Linear(columns, lines, bias=False).to(dtype)
+        fused = fast.FusedWeight([linear], labs_packing.onednn_weight)
+        fast.duplicate_lone_rows([fused])
+        x = torch.randn(max(20_000 // lines, 40), columns).to(dtype)
+        parts = torch.split(x, 32)  # with more rows, AMX rounds otherwise
+        together = torch.cat([fused.product(part) for part in parts])
+        assert torch.equal(torch.cat([fused.product(row) for row in torch.split(x, 1)]), together)
+
+
+@pytest.mark.parametrize("method", ["int8", "gguf"])
+def test_eight_bits_are_not_for_weights_that_their_kernel_cannot_read(method: str) -> None:
+    model = random_model("llama", intermediate_size=100)
+    model.config.gguf_types = ["Q8_0"]
+    decoder = prepare(model, method=method)
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert decode.forward(decoder, newcomer(decoder, FOUR[2])).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_padded_heads_of_one_group_reach_a_kernel_as_it_needs_them(method: str) -> None:
+    heads = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+    model = random_model("llama", intermediate_size=128, **heads).bfloat16()
+    decoder = prepare(model, method=method)
+    batch = decode.join(newcomer(decoder, FOUR[1], 0), newcomer(decoder, FOUR[2], 1))
+    assert decode.forward(decoder, batch).isfinite().all()
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -196,15 +196,17 @@ def test_no_request_is_lost_without_an_error_when_a_replica_dies(server):
 
     def ask(number: int) -> tuple[int, str]:
         body = {"prompt": f"story {number}", "max_new_tokens": 3000, **A}
-        answer = server.post("/generate/stream" if number % 2 else "/generate", json=body)
-        if answer.status_code != 200 or number % 2 == 0:
+        streams = number % 3 == 0  # requests go to the replicas in turn: each gets both kinds
+        answer = server.post("/generate/stream" if streams else "/generate", json=body)
+        if answer.status_code != 200 or not streams:
             return answer.status_code, answer.text
         ((kind, data),) = re.findall(r"^event: (\w+)\ndata: (.*)\n\n\Z", answer.text, re.MULTILINE)
         return 200, kind + data * (kind == "error")
 
     with ThreadPoolExecutor(16) as pool:
         pending = [pool.submit(ask, n) for n in range(16)]
-        until(lambda: min(metric(server, "labs_num_requests_running").values()) >= 2)
+        names = "labs_num_requests_running", "labs_num_requests_waiting"
+        until(lambda: sum(sum(metric(server, name).values()) for name in names) == 16)
         processes("ServeReplica:labs:replicas")[0].kill()
         found = [each.result(WAIT_S) for each in pending]
         later = [*pool.map(ask, range(8))]

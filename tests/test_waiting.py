@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from decoding import failing_at, rows_of
-from kit import model_around, options, prepare, prompt, random_model, read, row_of
+from kit import model_around, newcomer, options, prepare, prompt, random_model, read, row_of
 
 import labs
 import labs_decode as decode
@@ -215,6 +216,34 @@ def test_if_other_programs_take_memory_the_oldest_row_goes_on(bound: Bound) -> N
 
     assert answered(decoder, rows_of(LENGTHS), see) == expected
     assert max(most) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_arranged_anew_read_their_new_slots_and_leave_the_old_ones(dtype) -> None:
+    decoder = prepare(random_model("llama").to(dtype))
+
+    def logits(arranged: bool) -> list[torch.Tensor]:
+        batch = functools.reduce(
+            decode.join, [newcomer(decoder, [5 + i, 7, 9], i) for i in range(3)]
+        )
+        found = []
+        for step in range(70):  # beyond 32 columns, and 64
+            if step == 3 and arranged:  # from four slots to three, of as many columns
+                old = [weakref.ref(buffer) for buffer in batch.cache.buffers]
+                columns = dict.fromkeys(batch.rows, batch.cache.cursor.columns)
+                before, [batch] = (
+                    [batch],
+                    labs_waiting._arrange(decoder, [batch], columns, tight=True),
+                )
+                assert [buffer() for buffer in old] == [None] * len(old)
+                del before
+            found.append(decode.forward(decoder, batch))
+            for row, token in zip(batch.rows, found[-1].argmax(-1).tolist(), strict=True):
+                row.take(token)
+            decoder.grow(batch)
+        return found
+
+    assert all(map(torch.equal, logits(False), logits(True)))
 
 
 def test_memory_that_runs_out_while_rows_are_arranged_changes_no_token(
