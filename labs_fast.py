@@ -27,6 +27,8 @@ from labs_decode import Decoder, Tensor
 from labs_packing import Make, Packing
 
 SAMPLE = 16  # lines of a weight whose products are compared, see duplicate_lone_rows
+# Their kernels unpack the weight for each row, so a row's company changes nothing.
+QUANTISED = (labs_packing.int4_weight, labs_packing.int8_weight, labs_packing.gguf_weight)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -60,7 +62,7 @@ def speed_up(
     if captures:  # slots that grow would lose their graphs
         decoder = replace(decoder, grow=None)
     decoder = _with_invariance(decoder, batch_invariant, left)
-    if decoder.invariant and kind in ("none", "fp16"):  # others unpack for each row
+    if decoder.invariant:
         duplicate_lone_rows(packed)
     return replace(
         decoder,
@@ -75,20 +77,16 @@ def _with_invariance(decoder: Decoder, wanted: bool, left: int) -> Decoder:
 
     left: how many numbers are in layers that are not packed.
     """
-    embeddings = [each.weight for each in decoder.model.modules() if _is_embedding(each)]
-    known = {id(each) for each in embeddings}
-    weights = [each for each in decoder.model.parameters() if id(each) not in known]
-    in_fp32 = [each for each in weights if each.dtype == torch.float32]
-    packs = torch.float32 in labs_kernels.packed_types()
-    exact = packs and all(each.ndim == 1 for each in in_fp32) if in_fp32 else True
+    modules = decoder.model.modules()
+    tables = {id(each.weight) for each in modules if isinstance(each, torch.nn.Embedding)}
+    weights = [each for each in decoder.model.parameters() if id(each) not in tables]
     # Each of the experts, which are not packed, has the rows of a batch that are routed to it.
-    exact = wanted and exact and all(each.ndim < 3 for each in weights)
+    routed = any(each.ndim > 2 for each in weights)
+    in_fp32 = [each for each in weights if each.dtype == torch.float32]
+    packed = torch.float32 in labs_kernels.packed_types() and all(w.ndim == 1 for w in in_fp32)
+    exact = wanted and not routed and (packed or not in_fp32)
     decoder = labs_decode.with_invariance(decoder, exact)
     return replace(decoder, duplicates_lone_row=decoder.duplicates_lone_row and left > 0)
-
-
-def _is_embedding(module: Any) -> bool:
-    return isinstance(module, torch.nn.Embedding)
 
 
 def _left(model: Any, method: str, packed: int) -> int:
@@ -145,8 +143,10 @@ class FusedWeight:
             self.packed = labs_packing.with_more_bits_for_prompts(self.packed, weights)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        places = torch.linspace(0, len(weights[-1]) - 1, SAMPLE).long()
-        self.sample = weights[-1][places].clone()  # lines of the weight
+        self.sample: Tensor | None = None  # lines of a weight, for duplicate_lone_rows
+        if packing not in QUANTISED and weights[-1].is_cpu:
+            places = torch.linspace(0, len(weights[-1]) - 1, SAMPLE).long()
+            self.sample = weights[-1][places].clone()
         self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple, set atomically
 
     @property
@@ -172,24 +172,28 @@ def duplicate_lone_rows(weights: Iterable[FusedWeight]) -> None:
     """
     known: dict[Any, bool] = {}
     for fused in weights:
+        if fused.sample is None:
+            continue
         shape = sum(fused.sizes), fused.sample.shape, fused.packed.rows is None
         if shape not in known:
-            known[shape] = _rounds_otherwise_alone(fused)
+            known[shape] = _rounds_otherwise_alone(fused.packed.multiply, fused.sample)
         if known[shape]:
             fused.packed = _beside_copies(fused.packed)
+        fused.sample = None
 
 
-def _rounds_otherwise_alone(fused: FusedWeight) -> bool:
+def _rounds_otherwise_alone(multiply: labs_packing.Multiply, lines: Tensor) -> bool:
     """Return whether products of one row have other bits than those of several.
 
+    lines: some of the weight [n, in].
     Of common numbers, 16 bits would hide most of it. A line of the weight whose numbers are
     exchanged in pairs, one of each negated, times that line is 0, but for what its sum rounds off.
     """
-    columns, multiply = fused.sample.shape[1], fused.packed.multiply
+    columns = lines.shape[1]
     pairs = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
     a, b = pairs[: columns // 2], pairs[columns // 2 : columns // 2 * 2]
-    x = torch.zeros_like(fused.sample)
-    x[:, a], x[:, b] = fused.sample[:, b], -fused.sample[:, a]
+    x = torch.zeros_like(lines)
+    x[:, a], x[:, b] = lines[:, b], -lines[:, a]
     alone = torch.cat([multiply(row.clone(), None) for row in torch.split(x, 1)])
     return not torch.equal(alone, multiply(x, None))
 

@@ -39,15 +39,21 @@ def queries_multiple(dtype: torch.dtype, dim: int) -> int:
     """
     rows = 33
     for columns in (COLUMNS, 2 * COLUMNS, SUMMED):
-        counts = [rows * dim * FEWEST, *[rows * dim * columns] * 2]
-        numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
-        q, k, v = (each.view(rows, 1, -1, dim) for each in torch.split(numbers, counts))
+        q, k, v = _states((rows, 1, FEWEST, dim), columns, dtype)
         together = labs_decode.flash(q, k, v, None, 1.0)[0]
         for i in range(rows):
             alone = labs_decode.flash(q[i : i + 1], k[i : i + 1], v[i : i + 1], None, 1.0)[0]
             if not torch.equal(alone[0], together[i]):
                 return labs_decode.ALIGNED
     return FEWEST
+
+
+def _states(shape: tuple[int, int, int, int], columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return queries [rows, groups, N, dim] of a shape, and keys and values of so many columns."""
+    rows, groups, lines, dim = shape
+    counts = [rows * groups * dim * each for each in (lines, columns, columns)]
+    numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
+    return [each.view(rows, groups, -1, dim) for each in torch.split(numbers, counts)]
 
 
 def columns_read(cursor: Any, queries: Tensor) -> int:
@@ -68,9 +74,7 @@ def columns_read(cursor: Any, queries: Tensor) -> int:
 def sums_finely(dtype: torch.dtype, lines: int, dim: int) -> bool:
     """Return whether attention of so many lines to multiples of FINEST columns sums as to FINE."""
     rows = 9
-    counts = [rows * dim * lines, *[rows * dim * SUMMED] * 2]
-    numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
-    q, *states = (each.view(rows, 1, -1, dim) for each in torch.split(numbers, counts))
+    q, *states = _states((rows, 1, lines, dim), SUMMED, dtype)
     for seen in range(FINEST // 2 - 1, FINE + 1, FINEST // 2):
         mask = q.new_full((rows, 1, 1, SUMMED), -torch.inf).index_fill(3, torch.arange(seen), 0)
         totals = [*range(math.ceil(seen / FINEST) * FINEST, FINE + 1, FINEST), SUMMED]
