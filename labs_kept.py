@@ -113,12 +113,14 @@ function session(name, value) {  // kept until the tab is closed, if the browser
     return sessionStorage.getItem(name);
   } catch { return null; }
 }
-function read(name) {  // a stored conversation, or null if it cannot be read
+function parsed(written) {  // a conversation, or null if it cannot be read
   try {
-    const found = JSON.parse(localStorage.getItem(name));
-    const turns = found.turns.map(turnOf);
+    const found = JSON.parse(written), turns = found.turns.map(turnOf);
     return { ...found, name: `${found.name}`, turns, settings: textsOf(found.settings) };
   } catch { return null; }
+}
+function read(name) {  // a stored conversation
+  try { return parsed(localStorage.getItem(name)); } catch { return null; }
 }
 function stored() {  // all conversations, the newest first; the open one need not be stored
   let names = [];
@@ -138,16 +140,26 @@ function store(owner) {  // whether it is kept
   const there = read(memory + owner.id);
   if (there && there.version !== owner.version) {
     Object.assign(owner, { id: draw(), name: `${owner.name} (copy)` });
+    if (owner === chat) session("chat", owner.id);
     say("Another tab changed this conversation too. Both versions are kept.");
   }
-  const next = { ...owner, version: draw(), at: Date.now() };
+  const next = { ...owner, after: owner.version, version: draw(), at: Date.now() };
   const written = JSON.stringify(next, (name, value) => name === "tokens" ? undefined : value);
   try {
     if (owner.turns.length) localStorage.setItem(memory + owner.id, written);
     else { owner.name = ""; localStorage.removeItem(memory + owner.id); }
-    owner.version = next.version;
+    ours.add(owner.version = next.version);
     return true;
   } catch { return false; }
+}
+function met(name, written) {  // another tab changed something
+  const there = name === memory + chat.id && read(name), mine = chat.version;
+  // Tabs see each other's writes late: two may write at once, and the last one stays. It was not
+  // made from what the other one wrote, and that one, told of it here, writes its own again.
+  if (there && there.version !== mine)
+    if (ours.has(mine) && parsed(written)?.after !== mine) save();
+    else if (!request) { chat = there; fill(); show(); }
+  showList();
 }
 function showList() {
   const sought = find.value.toLowerCase();

@@ -116,6 +116,7 @@ SCRIPT = r"""
 const at = Object.fromEntries([...document.querySelectorAll("[id]")].map((e) => [e.id, e]));
 const { chats, find, list, model, rival, log, notice, text, send, panel, settings, key, tip } = at;
 const memory = "labs.chat.", views = new WeakMap(), live = new Set();  // answers; those that grow
+const ours = new Set();  // versions of conversations that this tab wrote
 let chat, request, edited, context = new Map(), known = new Set();
 
 function say(words, label, action) {
@@ -183,7 +184,7 @@ function showTurn(turn) {
 }
 function showAnswer(parent, turn, held) {  // held: the turn that the conversation goes on from
   const box = add(parent, "article.model"), { page } = turn;
-  add(box, "h2", page.model || "Answer");
+  const title = add(box, "h2");
   const thought = add(box, "details"), summary = add(thought, "summary");
   const reason = add(thought, "div.raw"), body = add(box, "div"), more = add(box, "div");
   const tools = add(box, "div"), figures = add(box, "small"), actions = add(box, "div.actions");
@@ -213,7 +214,7 @@ function showAnswer(parent, turn, held) {  // held: the turn that the conversati
     const over = !live.has(turn), first = turn.tokens ? "tokens" : "text";
     thought.hidden = !turn.reasoning_content; reason.textContent = turn.reasoning_content ?? "";
     summary.textContent = page.thought ? `Thought for ${page.thought} s` : "Thinking …";
-    box.ariaBusy = !over;
+    box.ariaBusy = !over; title.textContent = page.model || "Answer";
     if (!chosen && mode !== first) set(first); else write(turn.content, turn);
     const wrong = over && page.problem, told = [...page.notes ?? [], page.figures, wrong];
     figures.textContent = told.filter(Boolean).join(" · ");
@@ -326,12 +327,12 @@ async function stream(owner, turn, { messages, signal, goesOn }) {  // returns w
   live.delete(turn); views.get(turn)();
   return page.problem;
 }
-function gather(turn, { error, choices: [choice] = [], usage, documents }, clock) {
+function gather(turn, { error, model: by, choices: [choice] = [], usage, documents }, clock) {
   const { page } = turn, { content, tool_calls: calls = [], ...delta } = choice?.delta ?? {};
   const thought = delta.reasoning_content ?? delta.reasoning;
   const now = (Date.now() - clock.began) / 1000;
   if (error) throw Error(error.message);
-  page.documents = documents ?? page.documents;
+  page.documents = documents ?? page.documents; page.model ||= by;  // it was asked for none
   if (thought) turn.reasoning_content = (turn.reasoning_content ?? "") + thought;
   else if (turn.reasoning_content) page.thought ??= now.toFixed(1);
   turn.content += content ?? "";
@@ -400,11 +401,7 @@ settings.onchange = model.onchange = () => {
 at.reset.onclick = () => { fill({}); settings.onchange(); };
 key.onchange = () => { say(""); session("key", key.value); start(); };
 addEventListener("pagehide", () => { if (request) save(); });
-addEventListener("storage", ({ key: name }) => {  // another tab changed something
-  const there = name === memory + chat.id && !request && read(name);
-  if (there) { chat = there; fill(); show(); }
-  showList();
-});
+addEventListener("storage", ({ key: name, newValue }) => met(name, newValue));
 key.value = session("key") ?? ""; chat = empty();
 start(); open(read(memory + session("chat")) ?? chat);
 """

@@ -336,7 +336,39 @@ def test_two_tabs_lose_nothing_of_one_conversation(tab, site):
     both = "(words) => { chat.turns.push({role: 'user', content: words, page: {}}); save(); }"
     tab.page.evaluate("() => { request = { abort() {} }; }")  # an answer comes in this tab
     other.evaluate(both, "there")
+    tab.page.wait_for_function("() => read(memory + chat.id).turns.length === 5")
     tab.page.evaluate(both, "here")
     expect(tab.notice).to_contain_text("Both versions are kept.")
     last = {each["turns"][-1]["content"] for each in tab.stored()}
     assert last == {"here", "there"}
+
+
+@pytest.mark.parametrize("busy", ["neither", "first", "last"])
+def test_tabs_that_write_at_once_lose_nothing(tab, site, busy):
+    tab.ask("one")
+    tab.done()
+    other = second(tab, site)
+    other.locator("#list li > button").click()
+    expect(other.locator("article.user .raw")).to_have_text("one")
+    both = [(tab.page, "first"), (other, "last")]
+    for page, name in both:  # until both have written, neither sees or is told of the other's
+        page.evaluate("() => { before = { read, met, told: [], there: read(memory + chat.id) };"
+                      " met = (...each) => before.told.push(each);"
+                      " read = (name) => name.endsWith(chat.id) ? before.there"
+                      " : before.read(name); }")  # fmt: skip
+        if name == busy:
+            page.evaluate("() => { request = { abort() {} }; }")
+    write = "(words) => { chat.turns.push({role: 'user', content: words, page: {}}); save(); }"
+    tab.page.evaluate(write, "here")
+    other.evaluate(write, "there")
+    for page, _ in both:
+        page.wait_for_function("() => before.told.length")
+        page.evaluate(
+            "() => { ({ read, met } = before); before.told.forEach((each) => met(...each)); }"
+        )
+    expect(tab.notice).to_contain_text("Both versions are kept.")
+    expect(tab.list).to_have_count(2)
+    kept = {each["name"]: each["turns"][-1]["content"] for each in tab.stored()}
+    assert kept == {"one": "there", "one (copy)": "here"}
+    tab.page.reload()
+    expect(tab.page.locator("article.user .raw")).to_have_text(["one", "here"])

@@ -36,6 +36,23 @@ def test_the_page_works_under_a_prefix_with_or_without_its_slash(tab, site):
     assert tab.addresses.count(f"{site.url}/a/prefix/v1/chat/completions") == 2
 
 
+def test_a_question_asked_before_the_list_of_models_arrives_gets_all_its_figures(tab, site):
+    tab.page.goto("about:blank")
+    late = []
+    tab.page.route("**/v1/models", lambda route: late.append(route))
+    tab.page.goto(site.url)
+    tab.page.wait_for_function("() => known.size")
+    rest = threading.Event()
+    site.pieces = ["Bonjour", rest, " à tous"]
+    tab.ask("Hello?")
+    expect(tab.answer).to_contain_text("Bonjour")
+    late[0].continue_()
+    expect(tab.models).to_have_text(["tiny"])
+    rest.set()
+    expect(tab.notes.last).to_have_text(re.compile("tokens · context 7 of 4096$"))
+    expect(tab.answer.get_by_role("heading")).to_have_text("tiny")
+
+
 @pytest.mark.parametrize("cuts", [False, True])
 def test_an_answer_grows_and_ends_with_its_figures(tab, site, cuts):
     rest = threading.Event()
