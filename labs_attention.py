@@ -4,9 +4,8 @@
     step = labs_attention.step_of(x, layer, masks, cache.cursor)
     output = step.attend(slots, step.masks[kind], layer, q, k, v)
 
-A row has the same bits in any company: a product of four or more rows on MKL gives each row the
-bits that it has in any such product, and sums go over SUMMED columns each in the same order. This
-file needs labs_decode.py and labs_kernels.py.
+A row has the same bits in any company: whatever else is in a batch, its products have the same
+number of lines, and its sums go over SUMMED columns each in the same order. This file needs labs_decode.py and labs_kernels.py.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class Step:
 
 
 class ExactStep(Step):
-    """The same in float32, in three kernels: the N heads that share keys are rows of a product."""
+    """The same in float32, in four kernels: the N heads that share keys are rows of a product."""
 
     def padded_heads(self, dtype: torch.dtype, dim: int) -> int:
         return max(FEWEST, self.heads)
@@ -131,7 +130,9 @@ class ExactStep(Step):
 
     def output(self, keys: Tensor, values: Tensor, mask: Any, scaling: float) -> Tensor:
         queries, keys, values = (each.flatten(0, 1) for each in (self.queries, keys, values))
-        scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling)
+        # With the mask added in it (baddbmm), MKL rounds by the number of columns on Intel's CPUs.
+        scores = labs_decode.product(queries, keys.transpose(1, 2))
+        scores = torch.add(mask, scores, alpha=scaling)
         return labs_decode.weighted(scores.softmax(-1), values).view(self.queries.shape)
 
 

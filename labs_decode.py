@@ -478,7 +478,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Return q k [B, groups, N, T], in float32 on a GPU, as fused attention kernels compute it."""
     q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
     wide = q.is_cuda and q.dtype != torch.float32
-    scores = torch.bmm(q3, k3.mT, out_dtype=torch.float32) if wide else torch.bmm(q3, k3.mT)
+    scores = torch.bmm(q3, k3.mT, out_dtype=torch.float32) if wide else product(q3, k3.mT)
     return scores.view(*q.shape[:3], -1)
 
 
@@ -486,8 +486,20 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Return weights [..., G, T] @ values [..., T, dim]; on a CPU its sums have a fixed order."""
     # MKL cuts longer sums than SUMMED by their length: zeros at the end would change bits.
     size = SUMMED if weights.is_cpu else max(1, weights.shape[-1])
-    parts = zip(torch.split(weights, size, -1), torch.split(values, size, -2), strict=True)
-    return functools.reduce(torch.add, itertools.starmap(torch.matmul, parts))
+    w, v = weights.flatten(0, -3), values.flatten(0, -3)
+    parts = zip(torch.split(w, size, -1), torch.split(v, size, -2), strict=True)
+    summed = functools.reduce(torch.add, itertools.starmap(product, parts))
+    return summed.view(*weights.shape[:-1], -1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a [N, L, K] @ b [N, K, M]; on a CPU an item has the same bits whatever N is.
+
+    MKL's threads would cut a lone item's sums, by L and M, so it is computed twice.
+    """
+    if len(a) > 1 or not a.is_cpu:
+        return torch.bmm(a, b)
+    return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
 
 
 def _too_few_heads_for_sdpa(q: Tensor, k: Tensor) -> bool:

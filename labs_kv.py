@@ -151,7 +151,8 @@ def key_products(queries: Tensor, keys: Tensor) -> Tensor:
     numbers = queries.new_empty((min(size, lines), total, width))
     parts = (torch.split(each, size) for each in (queries, keys, products))
     for query, block, to in zip(*parts, strict=True):
-        torch.bmm(query, numbers[: len(block)].copy_(block).transpose(1, 2), out=to)
+        block = numbers[: len(block)].copy_(block).transpose(1, 2)
+        to.copy_(labs_decode.product(query, block))
     return products.mul_(scales(keys).transpose(1, 2))
 
 

@@ -227,26 +227,32 @@ def speed_up(decoder: Decoder) -> Decoder:
     return replace(decoder, join=join) if alike else decoder
 
 
+# Shared columns, and all of them.
+TRIED = ((COLUMNS, SUMMED), (SUMMED + COLUMNS, 2 * SUMMED), (3 * SUMMED, 4 * SUMMED))
+
+
 @torch.inference_mode()
-def _has_same_bits(weights: Any, dtype: torch.dtype, rows: int = 17) -> bool:
-    """Return whether attention of rows with shared columns has the bits of each row alone."""
-    layer, (shared, own) = weights.layers[0], (5 * COLUMNS, 3 * COLUMNS)
-    sizes = [(rows, layer.heads, 1), (layer.groups, shared), (rows, layer.groups, own)]
+def _has_same_bits(weights: Any, dtype: torch.dtype) -> bool:
+    """Return whether attention of rows with shared columns has the bits of rows without them."""
+    layer = weights.layers[0]
+    lines = labs_shared_attention.MOST // (layer.heads // layer.groups)
+    return all(_alike(layer, lines + 3, *columns, dtype) for columns in TRIED)
+
+
+def _alike(layer: Any, rows: int, shared: int, total: int, dtype: torch.dtype) -> bool:
+    """Return _has_same_bits for so many rows, of so many columns."""
+    sizes = [(rows, layer.heads, 1), (layer.groups, shared), (rows, layer.groups, total - shared)]
     counts = [math.prod(size) * layer.dim for size in sizes]
     numbers = torch.arange(sum(counts)).sin().mul(1e4).sin().to(dtype)
     parts = zip(torch.split(numbers, counts), sizes, strict=True)
     q, first, rest = (part.view(*size, layer.dim) for part, size in parts)
-    masks, scaling = {"": q.new_zeros((rows, 1, 1, shared + own))}, layer.dim**-0.5
+    masks, scaling = {"": q.new_zeros((rows, 1, 1, total))}, layer.dim**-0.5
     attend, pairs = labs_shared_attention.of_step(shared, q, layer, masks)
     together = attend(None, q, (first, rest), (first, rest), pairs[""], scaling=scaling)[0]
+    last = torch.full((rows,), total - 1)
+    at = labs_decode.Cursor(rows, total, total, -1, positions=last)
+    at.index = torch.arange(rows)
+    step = labs_attention.step_of(q, layer, masks, at)
     whole = torch.cat([first.expand(rows, -1, -1, -1), rest], 2)
-
-    def alone(i: int) -> Tensor:
-        last = torch.tensor([shared + own - 1])
-        at = labs_decode.Cursor(1, shared + own, shared + own, int(last), positions=last)
-        at.index = torch.zeros(1, dtype=torch.long)
-        step = labs_attention.step_of(q, layer, {"": masks[""][:1]}, at)
-        states, mask = whole[i : i + 1], step.masks[""]
-        return step.read_by(q[i : i + 1].transpose(1, 2), states, states, mask, scaling)
-
-    return all(torch.equal(alone(i).flatten(), together[i].flatten()) for i in (0, rows - 1))
+    alone = step.read_by(q.transpose(1, 2), whole, whole, step.masks[""], scaling)
+    return torch.equal(alone.flatten(), together.flatten())

@@ -22,7 +22,7 @@ from labs_kernels import FEWEST, queries_multiple
 
 Attention = Callable[..., tuple[Tensor, None]]
 
-MOST = 128  # queries of a call in 16 bits: with more, the kernel makes larger products of them
+LINES, MOST = 24, 48  # a product with shared columns has so many lines, with zeros behind them
 
 
 def of_step(shared: int, x: Tensor, layer: Any, masks: Masks) -> tuple[Attention, Masks]:
@@ -55,13 +55,11 @@ def attend_exactly(
     rows, groups = keys[1].shape[:2]
     queries = q[:rows].reshape(rows, groups, -1, q.shape[-1])
     each, alone = queries.shape[2], at_least(queries.flatten(0, 1))
-    together = at_least(queries.transpose(0, 1).reshape(groups, rows * each, -1))
-    mask = at_least(masks[0]) if masks[0].shape[1] > 1 else masks[0]
-    mask = mask.expand(groups, -1, -1)
-    first = torch.baddbmm(mask, together, keys[0].transpose(1, 2), alpha=scaling)
-    first = first[:, : rows * each].reshape(groups, rows, each, -1).transpose(0, 1)
+    together = queries.transpose(0, 1).reshape(groups, rows * each, -1)
+    first = _in_pieces(labs_decode.product, together, keys[0].transpose(1, 2))
+    first = torch.add(masks[0], first, alpha=scaling).view(groups, rows, each, -1).transpose(0, 1)
     keys_t = keys[1].flatten(0, 1).transpose(1, 2)
-    own = torch.baddbmm(masks[1], alone, keys_t, alpha=scaling)[:, :each]
+    own = torch.add(masks[1], labs_decode.product(alone, keys_t), alpha=scaling)[:, :each]
     weights = torch.cat([first, own.reshape(rows, groups, each, -1)], -1).softmax(-1)
     return of_heads(_weighted(weights, values), q), None
 
@@ -72,13 +70,25 @@ def _weighted(weights: Tensor, values: Pair) -> Tensor:
     whole, sums = values[0].shape[1] // SUMMED * SUMMED, list[Tensor]()
     if whole:
         together = weights[..., :whole].transpose(0, 1).reshape(groups, rows * each, whole)
-        first = labs_decode.weighted(at_least(together), values[0][:, :whole])[:, : rows * each]
-        sums.append(first.reshape(groups, rows, each, -1).transpose(0, 1))
+        first = _in_pieces(labs_decode.weighted, together, values[0][:, :whole])
+        sums.append(first.view(groups, rows, each, -1).transpose(0, 1))
     parts = [piece for part in _own_parts(values) for piece in torch.split(part, SUMMED, 1)]
     own = at_least(weights[..., whole:].flatten(0, 1))
     pairs = zip(torch.split(own, [part.shape[1] for part in parts], -1), parts, strict=True)
-    sums += [torch.matmul(w, v)[:, :each].reshape(rows, groups, each, -1) for w, v in pairs]
+    sums += [labs_decode.product(w, v)[:, :each].reshape(rows, groups, each, -1) for w, v in pairs]
     return functools.reduce(torch.add, sums)
+
+
+def _in_pieces(
+    function: Callable[[Tensor, Tensor], Tensor], lines: Tensor, other: Tensor
+) -> Tensor:
+    """Return what a function makes of lines [groups, L, ...], for MOST lines at a time.
+
+    Libraries round by the number of lines, so there are few of these (labs_shared tries all).
+    """
+    parts = torch.split(lines, MOST, 1)
+    found = [function(padded(part, LINES), other)[:, : part.shape[1]] for part in parts]
+    return torch.cat(found, 1)
 
 
 # ---------------------------------------------------------------- 16 bits
@@ -111,12 +121,11 @@ def _to_shared(queries: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: flo
     groups, each = len(k), queries.shape[1]
     together = queries.view(-1, groups, *queries.shape[1:]).transpose(0, 1).flatten(1, 2)
     parts, mask = torch.split(together, MOST, 1), mask[..., : k.shape[1]]
-    multiple = queries_multiple(k.dtype, k.shape[2])
     masks = torch.split(mask, MOST, 1) if mask.shape[1] > 1 else [mask] * len(parts)
     found = []
     for part, seen in zip(parts, masks, strict=True):
-        seen = (padded(seen, multiple) if seen.shape[1] > 1 else seen).expand(groups, -1, -1)
-        pieces = labs_decode.flash_parts(padded(part, multiple), k, v, seen, scaling)
+        seen = (padded(seen, LINES) if seen.shape[1] > 1 else seen).expand(groups, -1, -1)
+        pieces = labs_decode.flash_parts(padded(part, LINES), k, v, seen, scaling)
         found.append([piece[:, :, : part.shape[1]] for piece in pieces])
     output, sums = (torch.cat(pieces, 2) for pieces in zip(*found, strict=True))
     rows = len(queries) // groups  # [groups, parts, B * N, ...] to [B, groups, parts, N, ...]

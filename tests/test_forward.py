@@ -103,13 +103,15 @@ def test_rows_that_come_and_go_have_the_tokens_of_generate(kind) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (2, 1), (16, 1), (32, 2)])  # heads, groups
 @pytest.mark.parametrize(
     ("kind", "dim"), [*(("llama", n) for n in (16, 40, 64, 80, 128)), ("gemma2", 24)]
 )
 def test_rows_keep_their_bits_in_any_company_with_heads_of_any_size_and_long_rows(
-    kind, dim, dtype, own
+    kind, dim, shape, dtype, own
 ) -> None:
-    model = random_model(kind, head_dim=dim, max_position_embeddings=2048).to(dtype)
+    heads = dict(zip(("num_attention_heads", "num_key_value_heads"), shape, strict=False))
+    model = random_model(kind, head_dim=dim, max_position_embeddings=2048, **heads).to(dtype)
     decoder = prepare(model)
     decoder = decoder if own else dataclasses.replace(decoder, forward=None)
     assert decoder.invariant or not {torch.float32, dtype} <= {*labs_kernels.packed_types()}
