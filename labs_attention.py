@@ -5,7 +5,7 @@
     output = step.attend(slots, step.masks[kind], layer, q, k, v)
 
 A row has the same bits in any company: whatever else is in a batch, its products have the same
-number of lines, and its sums go over SUMMED columns each in the same order. This file needs labs_decode.py and labs_kernels.py.
+number of lines, and its sums go over SUMMED columns each. It needs labs_decode.py, labs_kernels.py.
 """
 
 from __future__ import annotations
@@ -130,9 +130,8 @@ class ExactStep(Step):
 
     def output(self, keys: Tensor, values: Tensor, mask: Any, scaling: float) -> Tensor:
         queries, keys, values = (each.flatten(0, 1) for each in (self.queries, keys, values))
-        # With the mask added in it (baddbmm), MKL rounds by the number of columns on Intel's CPUs.
-        scores = labs_decode.product(queries, keys.transpose(1, 2))
-        scores = torch.add(mask, scores, alpha=scaling)
+        # If it added the mask too, MKL would round by the number of columns on Intel's CPUs.
+        scores = mask.add(labs_decode.product(queries, keys.transpose(1, 2)), alpha=scaling)
         return labs_decode.weighted(scores.softmax(-1), values).view(self.queries.shape)
 
 

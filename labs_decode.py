@@ -22,7 +22,6 @@ import ctypes
 import functools
 import gc
 import inspect
-import itertools
 import math
 import sys
 import time
@@ -460,8 +459,10 @@ def _eager_attention(
     if queries > CHUNK:  # scores are much larger than queries and keys
         parts = zip(*(torch.split(each, CHUNK, 2) for each in (q, mask)), strict=True)
         return torch.cat([_eager_attention(part, k, v, seen, options) for part, seen in parts], 1)
-    scores = _scores(q.reshape(batch, groups, -1, dim), k)
-    scores = scores.mul_(options.get("scaling") or dim**-0.5)
+    q3, k3 = q.reshape(batch * groups, -1, dim), k.reshape(batch * groups, total, dim)
+    wide = q.is_cuda and q.dtype != torch.float32  # fused kernels compute in float32
+    scores = torch.bmm(q3, k3.mT, out_dtype=torch.float32) if wide else product(q3, k3.mT)
+    scores = scores.mul_(options.get("scaling") or dim**-0.5).view(batch, groups, -1, total)
     if (cap := options.get("softcap")) is not None:
         scores = cap * torch.tanh(scores / cap)
     if mask.dtype == torch.bool:
@@ -474,29 +475,17 @@ def _eager_attention(
     return weighted(weights, v).view(batch, heads, queries, -1).transpose(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return q k [B, groups, N, T], in float32 on a GPU, as fused attention kernels compute it."""
-    q3, k3 = (each.reshape(-1, *each.shape[2:]) for each in (q, k))
-    wide = q.is_cuda and q.dtype != torch.float32
-    scores = torch.bmm(q3, k3.mT, out_dtype=torch.float32) if wide else product(q3, k3.mT)
-    return scores.view(*q.shape[:3], -1)
-
-
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Return weights [..., G, T] @ values [..., T, dim]; on a CPU its sums have a fixed order."""
     # MKL cuts longer sums than SUMMED by their length: zeros at the end would change bits.
     size = SUMMED if weights.is_cpu else max(1, weights.shape[-1])
     w, v = weights.flatten(0, -3), values.flatten(0, -3)
-    parts = zip(torch.split(w, size, -1), torch.split(v, size, -2), strict=True)
-    summed = functools.reduce(torch.add, itertools.starmap(product, parts))
-    return summed.view(*weights.shape[:-1], -1)
+    parts = map(product, torch.split(w, size, -1), torch.split(v, size, -2))
+    return functools.reduce(torch.add, parts).view(*weights.shape[:-1], -1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a [N, L, K] @ b [N, K, M]; on a CPU an item has the same bits whatever N is.
-
-    MKL's threads would cut a lone item's sums, by L and M, so it is computed twice.
-    """
+    """Return a [N, L, K] @ b [N, K, M]; a lone item twice on a CPU: threads would cut its sums."""
     if len(a) > 1 or not a.is_cpu:
         return torch.bmm(a, b)
     return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
