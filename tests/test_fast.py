@@ -266,6 +266,8 @@ def test_a_lone_row_has_its_bits_for_every_weight(dtype: Any, lines: int, column
 
 @pytest.mark.parametrize("method", ["int8", "gguf"])
 def test_eight_bits_are_not_for_weights_that_their_kernel_cannot_read(method: str) -> None:
+    if method == "gguf" and not labs_packing.has_quantised_kernels():
+        pytest.skip("on this CPU, gguf means fp16, which has no such limit")
     model = random_model("llama", intermediate_size=100)
     model.config.gguf_types = ["Q8_0"]
     decoder = prepare(model, method=method)
