@@ -452,7 +452,7 @@ def main() -> None:
 
 # How torch's threads wait (see labs_apart.py), and that weights of 2 MB and more lie in huge pages
 # (Linux), which saves up to a tenth of a step. torch reads both when it is imported.
-TORCH = {"GOMP_SPINCOUNT": "5000", "THP_MEM_ALLOC_ENABLE": "1"}
+TORCH = {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def ending_at_once(command: click.Command) -> None:
