@@ -9,10 +9,10 @@ of spinning for the next one (libgomp, GOMP_SPINCOUNT), and each product waits f
 On two cores, a step of the default model then takes 19 ms instead of 13.
 
 GOMP_SPINCOUNT also bounds the spinning, which is 3 ms by default: too long where other programs
-want the same CPUs, as two of them may then wait for each other's turns. The commands set 10000, 0.1
-ms: longer than what lies between two products. 5000 is too short for that on some CPUs, where a step
-took 30 ms instead of 23; beside two busy programs it took 28 ms with 5000 and 70 by default. No
-other file of labs is needed.
+want the same CPUs, as two of them may then wait for each other's turns. The commands set 10000,
+about 0.1 ms, which is longer than what lies between two products. With 5000, a step beside two busy
+programs took 28 ms instead of 70, but on some CPUs 30 instead of 23 without them.
+No other file of labs is needed.
 """
 
 from __future__ import annotations

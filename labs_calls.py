@@ -24,7 +24,6 @@ import labs_states
 import labs_waiting
 from labs_decode import Batch, CacheLayer, Decoder, Pair, Row, Slots, Tensor
 
-STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
 NGRAMS = (3, 2)  # a guess needs as many equal tokens before it
 
 
@@ -264,37 +263,3 @@ def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
 
 
 # ---------------------------------------------------------------- bits of products
-
-
-@torch.inference_mode()
-def steadied(decoder: Decoder) -> Decoder:
-    """Limit the rows per call of an invariant decoder to a number that does not change their bits.
-
-    With AMX, products of more than 32 rows in bf16 round differently. If the number of rows changes
-    even smaller products, the decoder is not invariant.
-    """
-    if not decoder.invariant:
-        return decoder
-    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
-    layers = {
-        (type(layer), layer.in_features, layer.out_features): layer
-        for layer in decoder.model.modules()
-        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
-    }
-    fewest = 2 if decoder.duplicates_lone_row else 1
-    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
-        return labs_decode.with_invariance(decoder, False)
-    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # small products hardly show a difference
-    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
-    changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
-    return replace(decoder, steady=STEADY_ROWS if changes else 0)
-
-
-def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    """Return whether products of these numbers of rows differ from those of STEADY_ROWS rows."""
-    x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
-    x = x.view(-1, layer.in_features).to(dtype)
-    parts = [layer(part.clone()) for part in torch.split(x, STEADY_ROWS)]
-    if not isinstance(parts[0], Tensor):  # of a router of experts
-        return False
-    return any(not torch.equal(layer(x[:n].clone()), torch.cat(parts)[:n]) for n in sizes)

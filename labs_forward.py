@@ -6,14 +6,13 @@
 transformers' modules take as long as the products of a small model. Here a decoder layer is one
 function, `layer_forward`, over a struct of the tensors and products that the modules hold. Both
 forwards are compared at load; where they differ, and for other models, transformers' own runs. This
-file needs labs_attention.py, labs_decode.py, labs_layers.py and labs_probe.py.
+file needs labs_attention.py, labs_decode.py, labs_layers.py, labs_probe.py and labs_steady.py.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,19 +26,24 @@ import labs_attention
 import labs_decode
 import labs_layers
 import labs_probe
+import labs_steady
 from labs_decode import Decoder, Tensor
 from labs_layers import Layer, Weights
+from labs_steady import steady
 
 # Batch and queries, the function of attention with the layer's slots and mask, its rotation.
 Call = tuple[torch.Size, Callable[..., Tensor], Callable[[Tensor], Tensor]]
 
-PIECE = 32_768  # numbers that torch computes in one thread
-VECTOR = 64  # numbers, a multiple of those in a vector of any CPU
 MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
-SOURCES = (__file__, labs_layers.__file__, labs_attention.__file__)  # of what is compared at load
+SOURCES = (
+    __file__,
+    labs_layers.__file__,
+    labs_attention.__file__,
+    labs_steady.__file__,
+)  # of what is compared at load
 
 
 # ---------------------------------------------------------------- the forward
@@ -108,28 +112,6 @@ def mlp(layer: Layer, x: Tensor) -> Tensor:
         return layer.down(steady(layer.activation, h))
     gate, up = h.chunk(2, -1)
     return layer.down(steady(layer.activation, gate).mul_(up))
-
-
-def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return a function of each number of x [..., width]; other rows change no bits of a row.
-
-    A CPU cuts more than PIECE numbers among its threads, and rounds what is left of a cut behind
-    whole vectors otherwise. So if cuts are not at whole vectors, a call gets a piece of the rows.
-    """
-    if not x.is_cpu:
-        return function(x)
-    width, count = x.shape[-1], x.numel()
-    if width % VECTOR and x.is_contiguous():  # else the kernel takes all rows as one
-        x = torch.nn.functional.pad(x, (0, 1))[..., :-1]
-    if count <= PIECE:
-        return function(x)
-    threads = min(torch.get_num_threads(), math.ceil(count / PIECE))
-    cuts_vectors = width % VECTOR or math.ceil(count / threads) % VECTOR
-    most = max(1, PIECE // width)
-    if threads < 2 or not cuts_vectors or count <= most * width:
-        return function(x)
-    parts = torch.split(x.flatten(0, -2), most)
-    return torch.cat([function(part) for part in parts]).view(x.shape)
 
 
 def _attention_of(weights: Weights, x: Tensor, masks: Any, cache: Any) -> tuple[Any, Any]:

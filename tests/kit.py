@@ -59,6 +59,7 @@ import labs_replay
 import labs_request
 import labs_serve
 import labs_shared
+import labs_steady
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 60  # the longest that a test waits for an event that should come at once
@@ -399,7 +400,7 @@ def prepare(
     decoder = fast.speed_up(decoder, method, **options)
     weights = labs_layers.weights_of(decoder)
     if isinstance(weights, str):
-        return decoder
+        return labs_steady.steady_modules(decoder)
     return labs_shared.speed_up(labs_forward.with_forward(decoder, weights))
 
 

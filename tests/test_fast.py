@@ -42,6 +42,7 @@ import labs_kernels
 import labs_loop as loop
 import labs_packing
 import labs_shell
+import labs_steady
 
 SOME = ["llama", "gemma3_text", "gpt_oss"]  # plain, with windows, with sinks
 METHODS = ("fp16", "int8", "int4")
@@ -244,8 +245,8 @@ def test_layers_in_float32_that_are_not_packed_keep_no_promise_about_bits() -> N
 
 def test_a_router_is_no_linear_layer() -> None:
     decoder = prepare(random_model("llama4_text").bfloat16())
-    assert labs_calls.steadied(dataclasses.replace(decoder, invariant=True)).mode == "joins"
-    assert labs_calls.steadied(decoder) is decoder
+    assert labs_steady.steadied(dataclasses.replace(decoder, invariant=True)).mode == "joins"
+    assert labs_steady.steadied(decoder) is decoder
 
 
 @pytest.mark.parametrize("columns", [576, 1024, 1100, 1536, 2048, 2049])
@@ -833,7 +834,7 @@ def test_products_that_change_with_the_number_of_rows_limit_a_call_or_end_invari
     made = Border(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
     made.border, made.weight.data = border, torch.ones_like(made.weight).bfloat16()
     layer.up_proj = made
-    steady = labs_calls.steadied(decoder)
+    steady = labs_steady.steadied(decoder)
     expected = (True, True, 32) if border == 40 else (False, False, 0)
     assert (steady.invariant, steady.duplicates_lone_row, steady.steady) == expected
 

@@ -15,6 +15,7 @@ import torch
 import transformers
 from decoding import raising, run_at_random
 from kit import PROMPTS, SLIDING, by_transformers, prepare, random_model
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import labs
@@ -26,6 +27,7 @@ import labs_explain
 import labs_forward
 import labs_kernels
 import labs_layers
+import labs_steady
 
 # {model_type: settings in which its tiny model differs from that of kit.ARCHITECTURES}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -231,7 +233,8 @@ def test_an_interrupted_write_of_the_comparison_is_no_result(tmp_path, monkeypat
 def test_the_comparison_is_made_anew_if_a_file_of_the_forward_has_changed(
     tmp_path, monkeypatch
 ) -> None:
-    files = {module.__file__ for module in (labs_forward, labs_layers, labs_attention)}
+    rooms = labs_forward, labs_layers, labs_attention, labs_steady
+    files = {room.__file__ for room in rooms}
     assert files == {*labs_forward.SOURCES}
     decoder = labs_calls.speed_up(decode.prepare(random_model("llama")))
     sources = [*labs_forward.SOURCES]
@@ -314,20 +317,42 @@ def test_a_norm_computes_in_float32_while_another_model_is_loaded() -> None:
     assert torch.equal(own(x), expected)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("width", [100, 1411, 2816, 40_000])
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("function", [torch.nn.functional.silu, torch.tanh])
-def test_other_rows_change_no_bits_of_an_activation_with_any_number_of_threads(
-    count, width, function, gated
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [100, 192])
+@pytest.mark.parametrize("name", ["gelu", "quick_gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("kind", ["llama", "starcoder2", "gpt_neox"])
+def test_rows_keep_their_bits_in_any_company_with_any_activation(
+    kind, name, width, dtype, own, monkeypatch
 ) -> None:
+    if not own:
+        monkeypatch.setattr(labs_layers, "FAMILIES", {})
+    model = random_model(kind, intermediate_size=width, hidden_act=name).to(dtype)
+    decoder = prepare(model)
+    assert (decoder.forward is not None) == (own and kind in TYPES)
+    prompts = [PROMPTS[5][:length] for length in (3, 9, 5, 4, 7, 8, 6)]
+    alone = [logits_of(decoder, [prompt])[0] for prompt in prompts]
+    together = torch.stack(alone)
+    assert not decoder.invariant or torch.equal(logits_of(decoder, prompts), together)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("width", [100, 1411, 1536, 2816, 40_000])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", "quick_gelu", "gelu_pytorch_tanh", "mish", "tanh"]
+)
+def test_other_rows_change_no_bits_of_an_activation_with_any_number_of_threads(
+    count, width, name, gated
+) -> None:
+    function = labs_layers._function_of(ACT2FN[name])
     x = torch.randn(31, 2 * width)[:, :width] if gated else torch.randn(31, width)
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        together = labs_forward.steady(function, x)
-        alone = [labs_forward.steady(function, row[None])[0] for row in x]
+        together = labs_steady.steady(function, x)
+        alone = [labs_steady.steady(function, row[None])[0] for row in x]
     finally:
         torch.set_num_threads(before)
     assert torch.equal(together, torch.stack(alone))
-    assert torch.allclose(together, function(x))
+    assert torch.allclose(together, function(x), atol=1e-5)  # exact gelu has two kernels
