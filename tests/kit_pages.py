@@ -95,6 +95,7 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     playwright = pytest.importorskip("playwright.sync_api")
+    playwright.expect.set_options(timeout=20_000)  # 5 s are too few beside a busy test
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
