@@ -38,7 +38,7 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     of the rows. Some functions (gelu) have another kernel for rows that do not lie side by side,
     and a single row always does.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or x.ndim < 2:
         return function(x)
     width, count = x.shape[-1], x.numel()
     if short := -width % VECTOR:
