@@ -246,8 +246,8 @@ def _alike(layer: Any, dtype: torch.dtype, rows: int, columns: Sequence[int], se
     shared, total = columns
     sizes = [(rows, layer.heads, 1), (layer.groups, shared), (rows, layer.groups, total - shared)]
     counts = [math.prod(size) * layer.dim for size in sizes]
-    numbers = torch.arange(sum(counts)).sin().mul(seed).sin().to(dtype)
-    parts = zip(torch.split(numbers, counts), sizes, strict=True)
+    numbers = torch.arange(65_521).sin().mul(seed).sin().to(dtype).repeat(sum(counts) // 65_521 + 1)
+    parts = zip(torch.split(numbers[: sum(counts)], counts), sizes, strict=True)
     q, first, rest = (part.view(*size, layer.dim) for part, size in parts)
     masks, scaling = {"": q.new_zeros((rows, 1, 1, total))}, layer.dim**-0.5
     attend, pairs = labs_shared_attention.of_step(shared, q, layer, masks)
