@@ -5,7 +5,7 @@
     output = step.attend(slots, step.masks[kind], layer, q, k, v)
 
 A row has the same bits in any company: whatever else is in a batch, its products have the same
-number of lines, and its sums go over SUMMED columns each. It needs labs_decode.py, labs_kernels.py.
+number of lines, and its sums go over SUMMED columns each. Needs labs_decode.py and labs_kernels.py.
 """
 
 from __future__ import annotations

@@ -460,7 +460,7 @@ def _eager_attention(
         parts = zip(*(torch.split(each, CHUNK, 2) for each in (q, mask)), strict=True)
         return torch.cat([_eager_attention(part, k, v, seen, options) for part, seen in parts], 1)
     q3, k3 = q.reshape(batch * groups, -1, dim), k.reshape(batch * groups, total, dim)
-    wide = q.is_cuda and q.dtype != torch.float32  # fused kernels compute in float32
+    wide = q.is_cuda and q.dtype != torch.float32  # as fused attention kernels compute it
     scores = torch.bmm(q3, k3.mT, out_dtype=torch.float32) if wide else product(q3, k3.mT)
     scores = scores.mul_(options.get("scaling") or dim**-0.5).view(batch, groups, -1, total)
     if (cap := options.get("softcap")) is not None:

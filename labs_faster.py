@@ -35,4 +35,4 @@ def speed_up(decoder: Decoder, spec: ModelSpec) -> Decoder:
         decoder = labs_kv.in_bytes(decoder) if spec.quantization.kv_dtype == "int8" else decoder
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: {error}") from error
-    return labs_shared.speed_up(labs_steady.steadied(labs_steady.steady_modules(decoder)))
+    return labs_shared.speed_up(labs_steady.steady_modules(labs_steady.steadied(decoder)))

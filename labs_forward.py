@@ -29,7 +29,6 @@ import labs_probe
 import labs_steady
 from labs_decode import Decoder, Tensor
 from labs_layers import Layer, Weights
-from labs_steady import steady
 
 # Batch and queries, the function of attention with the layer's slots and mask, its rotation.
 Call = tuple[torch.Size, Callable[..., Tensor], Callable[[Tensor], Tensor]]
@@ -38,12 +37,8 @@ MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
-SOURCES = (
-    __file__,
-    labs_layers.__file__,
-    labs_attention.__file__,
-    labs_steady.__file__,
-)  # of what is compared at load
+# If one of these files changes, the comparison at load is made anew.
+SOURCES = __file__, labs_layers.__file__, labs_attention.__file__, labs_steady.__file__
 
 
 # ---------------------------------------------------------------- the forward
@@ -71,7 +66,7 @@ def forward(weights: Weights, ids: Tensor, positions: Tensor, cache: Any, wanted
     logits = weights.head(x if weights.norm is None else weights.norm(x)).view(*batch, -1)
     logits = logits if weights.logits_scale == 1 else logits * weights.logits_scale
     cap = weights.softcap
-    return logits if cap is None else steady(torch.tanh, logits / cap) * cap
+    return logits if cap is None else labs_steady.steady(torch.tanh, logits / cap) * cap
 
 
 def layer_forward(layer: Layer, x: Tensor, stream: Tensor, call: Call, scale: float) -> None:
@@ -109,9 +104,9 @@ def mlp(layer: Layer, x: Tensor) -> Tensor:
     """Return down(activation(gate(x)) * up(x)) (arXiv 2002.05202), or the same without a gate."""
     h = layer.up(x)
     if not layer.gated:
-        return layer.down(steady(layer.activation, h))
+        return layer.down(labs_steady.steady(layer.activation, h))
     gate, up = h.chunk(2, -1)
-    return layer.down(steady(layer.activation, gate).mul_(up))
+    return layer.down(labs_steady.steady(layer.activation, gate).mul_(up))
 
 
 def _attention_of(weights: Weights, x: Tensor, masks: Any, cache: Any) -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ function parsed(written) {  // a conversation, or null if it cannot be read
     return { ...found, name: `${found.name}`, turns, settings: textsOf(found.settings) };
   } catch { return null; }
 }
-function read(name) {  // a stored conversation
+function read(name) {  // a stored conversation, or null
   try { return parsed(localStorage.getItem(name)); } catch { return null; }
 }
 function stored() {  // all conversations, the newest first; the open one need not be stored
@@ -154,8 +154,8 @@ function store(owner) {  // whether it is kept
 }
 function met(name, written) {  // another tab changed something
   const there = name === memory + chat.id && read(name), mine = chat.version;
-  // Tabs see each other's writes late: two may write at once, and the last one stays. It was not
-  // made from what the other one wrote, and that one, told of it here, writes its own again.
+  // Tabs see each other's writes late, so two may write at once, and the later write replaces the
+  // earlier one. The tab that loses its write is told here, and keeps it as a copy.
   if (there && there.version !== mine)
     if (ours.has(mine) && parsed(written)?.after !== mine) save();
     else if (!request) { chat = there; fill(); show(); }

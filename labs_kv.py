@@ -152,7 +152,10 @@ def key_products(queries: Tensor, keys: Tensor) -> Tensor:
     parts = (torch.split(each, size) for each in (queries, keys, products))
     for query, block, to in zip(*parts, strict=True):
         block = numbers[: len(block)].copy_(block).transpose(1, 2)
-        to.copy_(labs_decode.product(query, block))
+        if len(block) > 1:
+            torch.bmm(query, block, out=to)
+        else:
+            to.copy_(labs_decode.product(query, block))
     return products.mul_(scales(keys).transpose(1, 2))
 
 

@@ -217,7 +217,7 @@ def _spread(decoder: Decoder, batch: Batch) -> list[Batch]:
 def speed_up(decoder: Decoder) -> Decoder:
     """Let rows share columns on a CPU, where a row has the same bits if it shares them.
 
-    The forward has to be that of labs_forward, without a soft cap in attention.
+    It takes the forward of labs_forward, without soft caps in attention, and slots not in 8 bits.
     """
     weights, plain = getattr(decoder.forward, "args", (None,))[0], decoder.slots is Slots
     usable = plain and decoder.can_reuse_prefix and decoder.grow and decoder.mode == "joins"
@@ -227,7 +227,7 @@ def speed_up(decoder: Decoder) -> Decoder:
     return replace(decoder, join=join) if alike else decoder
 
 
-TRIED = ((COLUMNS, SUMMED), (SUMMED + COLUMNS, 2 * SUMMED), (3 * SUMMED, 4 * SUMMED))  # of _alike
+TRIED = (COLUMNS, SUMMED), (SUMMED + COLUMNS, 2 * SUMMED), (3 * SUMMED, 4 * SUMMED)  # shared, all
 
 
 @torch.inference_mode()
@@ -252,8 +252,8 @@ def _alike(layer: Any, dtype: torch.dtype, rows: int, columns: Sequence[int], se
     masks, scaling = {"": q.new_zeros((rows, 1, 1, total))}, layer.dim**-0.5
     attend, pairs = labs_shared_attention.of_step(shared, q, layer, masks)
     together = attend(None, q, (first, rest), (first, rest), pairs[""], scaling=scaling)[0]
-    places = torch.full((rows,), total - 1), torch.arange(rows)
-    at = labs_decode.Cursor(rows, total, total, -1, 0, *places)
+    at = labs_decode.Cursor(rows, total, total, -1, positions=torch.full((rows,), total - 1))
+    at.index = torch.arange(rows)
     whole = torch.cat([first.expand(rows, -1, -1, -1), rest], 2)
     step = labs_attention.step_of(q, layer, masks, at)
     alone = step.read_by(q.transpose(1, 2), whole, whole, step.masks[""], scaling)

@@ -22,7 +22,7 @@ from labs_kernels import FEWEST, queries_multiple
 
 Attention = Callable[..., tuple[Tensor, None]]
 
-LINES, MOST = 24, 48  # a product with shared columns has so many lines, with zeros behind them
+LINES, MOST = 24, 48  # a product with shared columns has one of these numbers of lines
 
 
 def of_step(shared: int, x: Tensor, layer: Any, masks: Masks) -> tuple[Attention, Masks]:
@@ -84,7 +84,7 @@ def _in_pieces(
 ) -> Tensor:
     """Return what a function makes of lines [groups, L, ...], for MOST lines at a time.
 
-    Libraries round by the number of lines, so there are few of these (labs_shared tries all).
+    Libraries round by the number of lines, so a product has LINES or MOST: labs_shared tries both.
     """
     parts = torch.split(lines, MOST, 1)
     found = [function(padded(part, LINES), other)[:, : part.shape[1]] for part in parts]

@@ -24,8 +24,10 @@ from labs_decode import Decoder, Tensor
 STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
 PIECE, GRAIN = 16_384, 32_768  # numbers that torch computes in one thread: of gelu, of others
 VECTOR = 64  # numbers, a multiple of those in a vector of any CPU
+# Classes of modules that compute each number by itself; some come with their arguments.
 CLASSES = [each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()]
 ACTIVATIONS: Any = tuple(each for each in CLASSES if isinstance(each, type))
+
 
 # ---------------------------------------------------------------- activations
 
