@@ -582,16 +582,16 @@ class Decoder:
     "alone": each row runs by itself through transformers' generate. packable: labs_fast may replace
     its linear layers. can_reuse_prefix: a row's first columns can begin another row.
     forward_parameters: the names that the model's forward takes. invariant: the bits of a row do
-    not depend on other rows; for that, at most `steady` rows share a call (0: any number), and with
-    duplicates_lone_row a lone row is computed beside copies of itself. came_with: each
-    configuration in the model and its attention before labs changed it. forward: replaces the
-    model's own; why_forward: why it does or not. quant_method: how weights are packed.
-    prefill_packed: None if each prompt is prefilled alone. step_alone: steps a lone row by one
-    token and guessed ones. halves: splits a batch in two after memory ran out. grow: adds columns
-    before a step; None if slots have all from the beginning. waiting: a labs_waiting.Waiting, None
-    if rows begin only where memory has all columns they may need. stepwise: yields the logits of a
-    row in mode "alone" and receives its tokens. join: replaces labs_loop.join_best. slots:
-    their kind.
+    not depend on other rows; for that, at most `steady` rows share a call (0: any number), as do
+    prompts that are all longer, with steady_prompts, and with duplicates_lone_row a lone row is
+    computed beside copies of itself. came_with: each configuration in the model and its attention
+    before labs changed it. forward: replaces the model's own; why_forward: why it does or not.
+    quant_method: how weights are packed. prefill_packed: None if each prompt is prefilled alone.
+    step_alone: steps a lone row by one token and guessed ones. halves: splits a batch in two after
+    memory ran out. grow: adds columns before a step; None if slots have all from the beginning.
+    waiting: a labs_waiting.Waiting, None if rows begin only where memory has all columns they may
+    need. stepwise: yields the logits of a row in mode "alone", receives its tokens. join: replaces
+    labs_loop.join_best. slots: their kind.
     """
 
     model: PretrainedModel
@@ -604,6 +604,7 @@ class Decoder:
     invariant: bool = False
     duplicates_lone_row: bool = False
     steady: int = 0
+    steady_prompts: bool = False
     came_with: tuple[tuple[PretrainedConfig, str], ...] = ()
     graphs: StepGraphs | None = None
     forward: Forward | None = None
@@ -817,13 +818,11 @@ def keep(batch: Batch, ids: Iterable[int]) -> Batch | None:
 # ---------------------------------------------------------------- forward
 
 
-def upload(
-    values: Sequence[object], device: torch.device, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return values as a tensor on a device, copied to a GPU without waiting for it."""
+def upload(x: Sequence[object], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers as a tensor on a device, copied to a GPU without waiting for it."""
     if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(x, dtype=dtype, device=device)
+    return torch.tensor(x, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@
     decoder = labs_fast.speed_up(decoder, "int4", batch_invariant=True, cuda_graphs=True)
 
 labs.load_model calls it if this file is present. This file needs labs_decode.py, labs_graphs.py,
-labs_kernels.py and labs_packing.py.
+labs_kernels.py, labs_packing.py and labs_products.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +23,10 @@ import labs_decode
 import labs_graphs
 import labs_kernels
 import labs_packing
+import labs_products
 from labs_decode import Decoder, Tensor
 from labs_packing import Make, Packing
 
-SAMPLE = 16  # lines of a weight whose products are compared, see duplicate_lone_rows
 # Their kernels unpack the weight for each row, so a row's company changes nothing.
 QUANTISED = (labs_packing.int4_weight, labs_packing.int8_weight, labs_packing.gguf_weight)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -63,7 +63,7 @@ def speed_up(
         decoder = replace(decoder, grow=None)
     decoder = _with_invariance(decoder, batch_invariant, left)
     if decoder.invariant:
-        duplicate_lone_rows(packed)
+        decoder = replace(decoder, steady_prompts=_with_steady_products(model, packed, left))
     return replace(
         decoder,
         weight_bytes=sum(each.nbytes for each in weights),
@@ -87,6 +87,16 @@ def _with_invariance(decoder: Decoder, wanted: bool, left: int) -> Decoder:
     exact = wanted and not routed and (packed or not in_fp32)
     decoder = labs_decode.with_invariance(decoder, exact)
     return replace(decoder, duplicates_lone_row=decoder.duplicates_lone_row and left > 0)
+
+
+def _with_steady_products(model: Any, packed: set[FusedWeight], left: int) -> bool:
+    """Return whether prompts have the same bits beside others. left: as for _with_invariance.
+
+    No more rows than those of a step reach the output layer, but for scores of a single request.
+    """
+    head = {getattr(model.get_output_embeddings(), "fused", None)} & packed
+    labs_products.steady(head, sizes=())
+    return labs_products.steady(packed - head) and not left
 
 
 def _left(model: Any, method: str, packed: int) -> int:
@@ -143,10 +153,8 @@ class FusedWeight:
             self.packed = labs_packing.with_more_bits_for_prompts(self.packed, weights)
         biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.sample: Tensor | None = None  # lines of a weight, for duplicate_lone_rows
-        if packing not in QUANTISED and weights[-1].is_cpu:
-            places = torch.linspace(0, len(weights[-1]) - 1, SAMPLE).long()
-            self.sample = weights[-1][places].clone()
+        linear = packing not in QUANTISED and weights[-1].is_cpu
+        self.sample = labs_products.sample(weights[-1]) if linear else None
         self.last: tuple[Tensor | None, Sequence[Tensor]] = None, ()  # one tuple, set atomically
 
     @property
@@ -162,56 +170,6 @@ class FusedWeight:
             parts = torch.split(self.packed.multiply(x, self.bias), self.sizes, -1)
         self.last = (x, parts) if index + 1 < len(parts) else (None, ())
         return parts[index]
-
-
-@torch.inference_mode()
-def duplicate_lone_rows(weights: Iterable[FusedWeight]) -> None:
-    """Compute a product of one row beside copies of the row, where it has other bits alone.
-
-    That depends on the kernel, so the first weight of each shape tells it for all of them.
-    """
-    known: dict[Any, bool] = {}
-    for fused in weights:
-        if fused.sample is None:
-            continue
-        shape = sum(fused.sizes), fused.sample.shape, fused.packed.rows is None
-        if shape not in known:
-            known[shape] = _rounds_otherwise_alone(fused.packed.multiply, fused.sample)
-        if known[shape]:
-            fused.packed = _beside_copies(fused.packed)
-        fused.sample = None
-
-
-def _rounds_otherwise_alone(multiply: labs_packing.Multiply, lines: Tensor) -> bool:
-    """Return whether products of one row have other bits than those of several.
-
-    lines: some of the weight [n, in].
-    Of common numbers, 16 bits would hide most of it. A line of the weight whose numbers are
-    exchanged in pairs, one of each negated, times that line is 0, but for what its sum rounds off.
-    """
-    columns = lines.shape[1]
-    pairs = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
-    a, b = pairs[: columns // 2], pairs[columns // 2 : columns // 2 * 2]
-    x = torch.zeros_like(lines)
-    x[:, a], x[:, b] = lines[:, b], -lines[:, a]
-    alone = torch.cat([multiply(row.clone(), None) for row in torch.split(x, 1)])
-    return not torch.equal(alone, multiply(x, None))
-
-
-def _beside_copies(packed: labs_packing.PackedWeight) -> labs_packing.PackedWeight:
-    several, direct, copies = packed.multiply, packed.rows, labs_decode.LONE_ROW_COPIES
-
-    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() != x.shape[-1]:
-            return several(x, bias)
-        product = several(torch.cat([x.reshape(1, -1)] * copies), bias)
-        return product[:1].view(*x.shape[:-1], -1)
-
-    def rows(x: Tensor) -> Tensor:
-        assert direct is not None
-        return direct(x) if len(x) != 1 else direct(torch.cat([x] * copies)).narrow(0, 0, 1)
-
-    return replace(packed, multiply=multiply, rows=direct and rows)
 
 
 class PackedLinear(torch.nn.Module):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 import labs_decode
-from labs_decode import Batch, Decoder, PrefixStore, Processor, Row, Sampling, Tensor, upload
+from labs_decode import Batch, Decoder, PretrainedModel, Processor, Row, Sampling, Tensor, upload
 
 COLDEST = 1e-30  # lower temperatures are greedy: dividing by them overflows float32
 LOW_32 = 0xFFFFFFFF  # a mask of 32 bits
@@ -79,7 +79,7 @@ class Loop:
     steps: int = 0
     oom_splits: int = 0
     one_prompt_per_call: bool = False
-    prefixes: PrefixStore | None = None
+    prefixes: labs_decode.PrefixStore | None = None
 
 
 def run(decoder: Decoder, rows: Waiting, limit: int, loop: Loop) -> Outcomes:
@@ -313,12 +313,15 @@ def join_best(decoder: Decoder, batches: Sequence[Batch], newcomer: Batch) -> li
 def prompts_for_one_call(decoder: Decoder, newcomers: Sequence[Batch]) -> list[Batch]:
     """Return the first newcomers whose whole prompts fit into one prefill call.
 
-    A prompt of one token is prefilled alone, because a product of one line rounds differently.
+    A prompt of one token is prefilled alone, because a product of one line rounds differently. For
+    the same reason, prompts longer than `decoder.steady` are only prefilled with such others.
     """
-    together, most = list[Batch](), decoder.steady or decoder.chunk
+    together, most, fewest = list[Batch](), decoder.steady or decoder.chunk, 2
+    if decoder.steady_prompts and newcomers and newcomers[0].pending > most:
+        most, fewest = decoder.chunk, most + 1
     for newcomer in newcomers if decoder.prefill_packed else ():
         tokens = sum(each.pending for each in (*together, newcomer))
-        if newcomer.rows[0].written or newcomer.pending < 2 or tokens > most:
+        if newcomer.rows[0].written or newcomer.pending < fewest or tokens > most:
             break
         together.append(newcomer)
     return together or list(newcomers[:1])
@@ -354,9 +357,7 @@ def rows_in_memory(decoder: Decoder, most: int = MOST_ROWS) -> int:
 # ---------------------------------------------------------------- choose
 
 
-def eos_token_ids_of(
-    model: labs_decode.PretrainedModel, tokenizer: labs_decode.Tokenizer
-) -> frozenset[int]:
+def eos_token_ids_of(model: PretrainedModel, tokenizer: labs_decode.Tokenizer) -> frozenset[int]:
     """Return the ids of the tokens that end an answer."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     ids = stated if isinstance(stated, list) else [stated]

@@ -24,7 +24,7 @@ import labs_decode
 from labs_decode import Tensor
 
 PACKED_ROWS = 16  # rows that oneDNN chooses its blocks for, as fast for 1 row and for 256
-STEP_ROWS = 32  # at most, of a step or of guesses: see labs_steady
+STEP_ROWS = 32  # at most, of a step or of guesses: see labs_products
 INT4_GROUP = 32  # 4-bit weights that share a scale
 ROWS_AT_ONCE = 512  # of a weight: a copy of an output layer in float32 would be the peak of memory
 MADV_PAGEOUT = 21  # Linux; Python's mmap does not name it

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations and products that give a row the same bits however many rows share a call.
+"""Activations that give a row the same bits however many rows share a call.
 
     h = labs_steady.steady(torch.nn.functional.gelu, x)
-    decoder = labs_steady.steadied(decoder)
 
 This file needs labs_decode.py.
 """
@@ -12,24 +11,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.activations import ACT2CLS
 
-import labs_decode
 from labs_decode import Decoder, Tensor
 
-STEADY_ROWS = 32  # with more rows, kernels for matrices (AMX) round differently
 PIECE, GRAIN = 16_384, 32_768  # numbers that torch computes in one thread: of gelu, of others
 VECTOR = 64  # numbers, a multiple of those in a vector of any CPU
 # Classes of modules that compute each number by itself; some come with their arguments.
 CLASSES = [each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()]
 ACTIVATIONS: Any = tuple(each for each in CLASSES if isinstance(each, type))
-
-
-# ---------------------------------------------------------------- activations
 
 
 def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -67,40 +60,3 @@ def steady_modules(decoder: Decoder) -> Decoder:
             if isinstance(module, ACTIVATIONS):
                 module.forward = functools.partial(steady, module.forward)
     return decoder
-
-
-# ---------------------------------------------------------------- products
-
-
-@torch.inference_mode()
-def steadied(decoder: Decoder) -> Decoder:
-    """Limit the rows per call of an invariant decoder to a number that does not change their bits.
-
-    With AMX, products of more than 32 rows in bf16 round differently. If the number of rows changes
-    even smaller products, the decoder is not invariant.
-    """
-    if not decoder.invariant:
-        return decoder
-    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
-    layers = {
-        (type(layer), layer.in_features, layer.out_features): layer
-        for layer in decoder.model.modules()
-        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
-    }
-    fewest = 2 if decoder.duplicates_lone_row else 1
-    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
-        return labs_decode.with_invariance(decoder, False)
-    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # small products hardly show a difference
-    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
-    changes = any(_rounds_otherwise(layer, dtype, (8 * STEADY_ROWS,)) for layer in several)
-    return replace(decoder, steady=STEADY_ROWS if changes else 0)
-
-
-def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    """Return whether products of these numbers of rows differ from those of STEADY_ROWS rows."""
-    x = torch.linspace(-3, 3, max(*sizes, STEADY_ROWS) * layer.in_features).sin().mul(1000).sin()
-    x = x.view(-1, layer.in_features).to(dtype)
-    parts = [layer(part.clone()) for part in torch.split(x, STEADY_ROWS)]
-    if not isinstance(parts[0], Tensor):  # of a router of experts
-        return False
-    return any(not torch.equal(layer(x[:n].clone()), torch.cat(parts)[:n]) for n in sizes)

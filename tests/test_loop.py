@@ -45,10 +45,17 @@ def test_prompts_whose_cache_is_more_than_keys_and_values_go_one_at_a_time(kind:
         ([254, 2], 0, 2),
         ([12] * 5, 0, 5),
         ([12] * 5, 32, 2),  # no more rows than keep their bits
+        ([40] * 5, 32, 1),
+        ([40] * 7, -32, 6),  # longer ones keep theirs beside each other
+        ([33, 200, 40], -32, 2),
+        ([33, 32, 40], -32, 1),
+        ([12, 12, 40], -32, 2),
+        ([300, 40], -32, 1),
     ],
 )
 def test_prompts_share_a_call_up_to_one_chunk(lengths: Any, steady: int, count: int) -> None:
-    decoder = dataclasses.replace(reference("llama")[0], steady=steady)
+    flags = {"steady": abs(steady), "steady_prompts": steady < 0}
+    decoder = dataclasses.replace(reference("llama")[0], **flags)
     waiting = [decode.new_batch(decoder, row_of([5] * length)) for length in lengths]
     assert len(loop.prompts_for_one_call(decoder, waiting)) == count
 
