@@ -23,8 +23,8 @@ from labs_decode import Decoder, Tensor
 from labs_packing import STEP_ROWS, Multiply, PackedWeight, Rows
 
 SAMPLE = 16  # lines of a weight whose products are compared
-# Numbers of rows of which the longer products are made, and others that are tried with them.
-SIZES, ODD = range(2 * STEP_ROWS, labs_decode.CHUNK + 1, STEP_ROWS), (STEP_ROWS + 1, 255)
+# Numbers of rows that longer products are cut to, all fast with AMX, and others that are tried.
+SIZES, ODD = (48, 64, 80, 96, 112, 128, 144, 176, 208, labs_decode.CHUNK), (STEP_ROWS + 1, 255)
 ANY = (0,)  # any number of rows
 
 
@@ -119,8 +119,9 @@ def _in_sizes(packed: PackedWeight, copies: bool, sizes: Sequence[int]) -> Packe
             return product(x)
         pieces = math.ceil(count / most)
         size = min(each for each in sizes if each * pieces >= count)
-        padded = torch.nn.functional.pad(x, (0, 0, 0, pieces * size - count))
-        parts = [product(part) for part in torch.split(padded, size)]
+        if more := pieces * size - count:
+            x = torch.cat([x, x.new_zeros((more, x.shape[-1]))])
+        parts = [product(part) for part in torch.split(x, size)] if pieces > 1 else [product(x)]
         return (torch.cat(parts) if pieces > 1 else parts[0]).narrow(0, 0, count)
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
