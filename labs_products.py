@@ -10,6 +10,7 @@ This file needs labs_decode.py and labs_packing.py.
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,9 @@ from labs_decode import Decoder, Tensor
 from labs_packing import STEP_ROWS, Multiply, PackedWeight, Rows
 
 SAMPLE = 16  # lines of a weight whose products are compared
-# Numbers of rows that longer products are cut to, all fast with AMX, and others that are tried.
-SIZES, ODD = (48, 64, 80, 96, 112, 128, 144, 176, 208, labs_decode.CHUNK), (STEP_ROWS + 1, 255)
+# Numbers of rows that longer products are cut to: few, as each takes oneDNN 2 ms the first time,
+# and fast ones with AMX. Without it, all numbers of rows round alike, which the others show.
+SIZES, OTHERS = (48, 64, 96, 144, 208, labs_decode.CHUNK), (STEP_ROWS, STEP_ROWS + 1, 255)
 ANY = (0,)  # any number of rows
 
 
@@ -86,18 +88,18 @@ def _rounds_otherwise_alone(multiply: Multiply, x: Tensor) -> bool:
 
 def _alike(multiply: Multiply, x: Tensor, sizes: Sequence[int]) -> Sequence[int]:
     """Return as many of these sizes as have the same bits; ANY if no number of rows changes any."""
-    tried, kinds = (STEP_ROWS, *ODD, *sizes), list[tuple[Tensor, list[int]]]()
-    for size in tried if sizes else ():
-        product = multiply(_lines(x, size), None)
-        kind = next((k for k in kinds if torch.equal(product, _lines(k[0], size))), None)
-        if kind is None:
-            first = product[: len(x)].clone()
-            if not torch.equal(product, _lines(first, size)):
-                continue  # a row's place among others changes its bits
-            kinds.append(kind := (first, []))
-        kind[1].append(size)
-    found = [[size for size in kind if size in sizes] for _, kind in kinds]
-    return ANY if [kind for _, kind in kinds] == [[*tried]] else max(found, key=len, default=())
+    kinds = collections.defaultdict[bytes, list[int]](list)
+
+    def repeats(first: Tensor, size: int) -> bool:
+        return torch.equal(multiply(_lines(x, size), None), _lines(first, size))
+
+    if sizes and all(repeats(multiply(x, None), size) for size in (*OTHERS, sizes[-1])):
+        return ANY
+    for size in sizes:
+        first = multiply(_lines(x, size), None)[: len(x)]
+        if repeats(first, size):  # else a row's place among others changes its bits
+            kinds[first.contiguous().view(torch.uint8).numpy().tobytes()].append(size)
+    return max(kinds.values(), key=len, default=())
 
 
 def _lines(x: Tensor, count: int) -> Tensor:
