@@ -260,6 +260,3 @@ def _rewrite(decoder: Decoder, rows: Sequence[Row]) -> Batch:
         newcomer = replace(newcomer, logits=None)  # its next token was chosen already
         batches = [labs_decode.join(batches[0], newcomer) if batches else newcomer]
     return batches[0]
-
-
-# ---------------------------------------------------------------- bits of products

@@ -62,8 +62,7 @@ def speed_up(
     if captures:  # slots that grow would lose their graphs
         decoder = replace(decoder, grow=None)
     decoder = _with_invariance(decoder, batch_invariant, left)
-    if decoder.invariant:
-        decoder = replace(decoder, steady_prompts=_with_steady_products(model, packed, left))
+    decoder = labs_products.steadied(decoder, packed)
     return replace(
         decoder,
         weight_bytes=sum(each.nbytes for each in weights),
@@ -87,16 +86,6 @@ def _with_invariance(decoder: Decoder, wanted: bool, left: int) -> Decoder:
     exact = wanted and not routed and (packed or not in_fp32)
     decoder = labs_decode.with_invariance(decoder, exact)
     return replace(decoder, duplicates_lone_row=decoder.duplicates_lone_row and left > 0)
-
-
-def _with_steady_products(model: Any, packed: set[FusedWeight], left: int) -> bool:
-    """Return whether prompts have the same bits beside others. left: as for _with_invariance.
-
-    No more rows than those of a step reach the output layer, but for scores of a single request.
-    """
-    head = {getattr(model.get_output_embeddings(), "fused", None)} & packed
-    labs_products.steady(head, sizes=())
-    return labs_products.steady(packed - head) and not left
 
 
 def _left(model: Any, method: str, packed: int) -> int:

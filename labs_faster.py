@@ -5,7 +5,7 @@
 
 The order counts: labs_probe tries what the calls of labs_calls need, and labs_forward takes over
 the weights as labs_fast has packed them. labs_packing_file stores them.
-Needs labs_settings.py and these nine files.
+Needs labs_settings.py and these eight files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import labs_forward
 import labs_kv
 import labs_packing_file
 import labs_probe
-import labs_products
 import labs_shared
 import labs_steady
 from labs_decode import Decoder
@@ -36,4 +35,4 @@ def speed_up(decoder: Decoder, spec: ModelSpec) -> Decoder:
         decoder = labs_kv.in_bytes(decoder) if spec.quantization.kv_dtype == "int8" else decoder
     except ValueError as error:
         raise ModelError(f"{spec.model_name}: {error}") from error
-    return labs_shared.speed_up(labs_steady.steady_modules(labs_products.steadied(decoder)))
+    return labs_shared.speed_up(labs_steady.steady_modules(decoder))

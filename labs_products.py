@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products that give a row the same bits however many rows share a call, on a CPU.
 
-    tried = labs_products.steady(weights)  # labs_fast.FusedWeight
-    decoder = labs_products.steadied(decoder)
+    decoder = labs_products.steadied(decoder, packed)  # packed: each labs_fast.FusedWeight
 
-What rounds otherwise with another number of rows depends on the CPU, so it is tried at load.
-This file needs labs_decode.py and labs_packing.py.
+With which numbers of rows a kernel rounds otherwise depends on the CPU and on torch's number of
+threads, so it is tried at load. This file needs labs_decode.py and labs_packing.py.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,47 +24,100 @@ from labs_decode import Decoder, Tensor
 from labs_packing import STEP_ROWS, Multiply, PackedWeight, Rows
 
 SAMPLE = 16  # lines of a weight whose products are compared
-# Numbers of rows that longer products are cut to: few, as each takes oneDNN 2 ms the first time,
-# and fast ones with AMX. Without it, all numbers of rows round alike, which the others show.
-SIZES, OTHERS = (48, 64, 96, 144, 208, labs_decode.CHUNK), (STEP_ROWS, STEP_ROWS + 1, 255)
-ANY = (0,)  # any number of rows
+# Numbers of rows of a step, and of longer products: with AMX, only those that round alike are used.
+# They are few, as each takes oneDNN up to 2 ms the first time, and fast.
+COUNTS = (1, 2, 4, 8, 16, 24, STEP_ROWS)
+SIZES = (48, 64, 96, 144, 208, labs_decode.CHUNK)
+FREE = (2, 5, 18, 26, 31, STEP_ROWS + 1, 255, labs_decode.CHUNK)  # tried if all may round alike
+ANY = (0,)  # in place of sizes: any number of rows
+AGAIN = 150  # rows more take as long as reading a weight again
+
+# [n] is the number of rows that n of a step are filled up to, () if none keeps the bits of a row;
+# the sizes that longer products are cut into, ANY, or () if none keeps the bits.
+Plan = tuple[Sequence[int], Sequence[int]]
+
+
+@torch.inference_mode()
+def steadied(decoder: Decoder, packed: Collection[Any] = ()) -> Decoder:
+    """Return an invariant decoder whose calls have no more rows than keep their bits.
+
+    packed: weights as labs_fast.FusedWeight, whose `packed` is changed to call its kernel with
+    numbers of rows that round alike. Other linear layers stay as they are: if few rows change their
+    bits, or may do so (AMX), the decoder is not invariant; if many do, calls get STEP_ROWS at most.
+    """
+    if not decoder.invariant:
+        return decoder
+    head = decoder.model.get_output_embeddings()
+    tried = {each for each in packed if each.sample is not None}
+    # No more rows than those of a step reach the output layer, but for scores of one request.
+    last = tried & {getattr(head, "fused", None)}
+    plans = [*_steady(last, ()), *_steady(tried - last, SIZES)]
+    others, dtype = _others(decoder, tried), decoder.model.dtype
+    fewest = 2 if decoder.duplicates_lone_row else 1
+    wrong = any(_rounds_otherwise(each, dtype, (fewest, *FREE[:-3])) for each in others)
+    if wrong or not all(fill for fill, _ in plans):
+        return labs_decode.with_invariance(decoder, False)
+    limited = any(_rounds_otherwise(each, dtype, FREE[-1:]) for each in others)
+    limited |= any(sizes != ANY for _, sizes in plans)
+    cut = all(sizes for _, sizes in plans) and not others
+    return replace(decoder, steady=STEP_ROWS if limited else 0, steady_prompts=cut)
+
+
+def uses_amx(dtype: torch.dtype) -> bool:
+    """Return whether products may run on a CPU's units for matrices, or if this is not known.
+
+    These round in many ways, by the number of rows, the shape of the weight and the threads.
+    """
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    without = most not in ("DEFAULT", "ALL") and "AMX" not in most
+    known = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    return dtype != torch.float32 and not without and bool(known())
 
 
 # ---------------------------------------------------------------- packed weights
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Return some lines of a weight, which `steady` needs."""
+    """Return some lines of a weight [out, in], by whose products `steadied` tries its kernel."""
     return weight[torch.linspace(0, len(weight) - 1, SAMPLE).long()].clone()
 
 
-@torch.inference_mode()
-def steady(weights: Iterable[Any], sizes: Sequence[int] = SIZES) -> bool:
-    """Make the bits of a row independent of other rows; return whether those of prompts are.
-
-    Changes `packed` of weights whose kernel needs it. One row is computed beside copies of itself,
-    where it has other bits alone. More than STEP_ROWS rows are cut and padded to `sizes` with the
-    same bits, where their number changes these (oneDNN with AMX); () leaves them as they are. A
-    prompt then has the same bits beside others if each has more than STEP_ROWS tokens. The first
-    weight of each shape tells it for all of them, but for those that have no sample.
-    """
-    known: dict[Any, tuple[bool, Sequence[int]]] = {}
-    kept = True
+def _steady(weights: Iterable[Any], sizes: Sequence[int]) -> list[Plan]:
+    """Change weights to keep to their plans, which are returned; the first of a shape is tried."""
+    plans: dict[Any, Plan] = {}
     for fused in weights:
-        if fused.sample is None:
-            kept = False
-            continue
         shape = sum(fused.sizes), fused.sample.shape, fused.packed.rows is None
-        if shape not in known:
-            multiply, x = fused.packed.multiply, _cancelling(fused.sample)
-            known[shape] = _rounds_otherwise_alone(multiply, x), _alike(multiply, x, sizes)
-        alone, alike = known[shape]
-        kept &= bool(alike)
-        cuts = alike if alike != ANY else ()
-        if alone or cuts:
-            fused.packed = _in_sizes(fused.packed, alone, cuts)
+        if shape not in plans:
+            plans[shape] = _plan(fused.packed.multiply, _cancelling(fused.sample), sizes)
+        if plans[shape] != ((*range(STEP_ROWS + 1),), ANY):
+            fused.packed = _planned(fused.packed, *plans[shape])
         fused.sample = None
-    return kept
+    return [*plans.values()]
+
+
+def _plan(multiply: Multiply, x: Tensor, sizes: Sequence[int]) -> Plan:
+    """Return how products of x [n, in] keep their bits. sizes: to choose from; () cuts nothing."""
+
+    def alike(count: int, first: Tensor) -> bool:
+        parts = torch.split(_lines(x, count * max(1, len(x) // count)), count)
+        product = torch.cat([multiply(part.clone(), None) for part in parts])
+        return torch.equal(product, _lines(first, len(product)))
+
+    def first_of(count: int) -> Tensor:
+        return multiply(_lines(x, count), None)[: len(x)].clone()
+
+    first, amx = first_of(STEP_ROWS), uses_amx(x.dtype)
+    if not amx and all(alike(count, first) for count in FREE):
+        lone = 1 if alike(1, first) else labs_decode.LONE_ROW_COPIES
+        return (0, lone, *range(2, STEP_ROWS + 1)), ANY
+    counts = [count for count in COUNTS if alike(count, first)]
+    fill = [0, *(next((c for c in counts if c >= n), 0) for n in range(1, STEP_ROWS + 1))]
+    kinds = collections.defaultdict[bytes, list[int]](list)
+    for size in sizes:
+        if alike(size, first := first_of(size)):  # else a row's place changes its bits
+            kinds[first.view(torch.uint8).numpy().tobytes()].append(size)
+    chosen = min(kinds.values(), key=_time, default=()) if sizes else ANY
+    return fill if fill[-1] else (), chosen
 
 
 def _cancelling(lines: Tensor) -> Tensor:
@@ -81,50 +134,39 @@ def _cancelling(lines: Tensor) -> Tensor:
     return x
 
 
-def _rounds_otherwise_alone(multiply: Multiply, x: Tensor) -> bool:
-    alone = torch.cat([multiply(row.clone(), None) for row in torch.split(x, 1)])
-    return not torch.equal(alone, multiply(x, None))
-
-
-def _alike(multiply: Multiply, x: Tensor, sizes: Sequence[int]) -> Sequence[int]:
-    """Return as many of these sizes as have the same bits; ANY if no number of rows changes any."""
-    kinds = collections.defaultdict[bytes, list[int]](list)
-
-    def repeats(first: Tensor, size: int) -> bool:
-        return torch.equal(multiply(_lines(x, size), None), _lines(first, size))
-
-    if sizes and all(repeats(multiply(x, None), size) for size in (*OTHERS, sizes[-1])):
-        return ANY
-    for size in sizes:
-        first = multiply(_lines(x, size), None)[: len(x)]
-        if repeats(first, size):  # else a row's place among others changes its bits
-            kinds[first.contiguous().view(torch.uint8).numpy().tobytes()].append(size)
-    return max(kinds.values(), key=len, default=())
-
-
 def _lines(x: Tensor, count: int) -> Tensor:
-    return x.repeat(math.ceil(count / len(x)), 1)[:count]
+    """Return so many rows: those of x, again and again."""
+    return x if count == len(x) else torch.cat([x] * math.ceil(count / len(x))).narrow(0, 0, count)
 
 
-def _in_sizes(packed: PackedWeight, copies: bool, sizes: Sequence[int]) -> PackedWeight:
-    """Return a weight whose kernel gets only steady numbers of rows.
+def _time(sizes: Sequence[int]) -> int:
+    """Return how long prompts of all lengths take in products of these sizes, in rows."""
+    cuts = [_cut(count, sizes) for count in SIZES]
+    return sum(pieces * (size + AGAIN) for pieces, size in cuts)
 
-    copies: one row comes beside copies of itself. sizes: to which more than STEP_ROWS are cut.
-    """
-    several, direct, most = packed.multiply, packed.rows, max(sizes, default=0)
+
+def _cut(count: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """Return into how many pieces of which size so many rows are cut."""
+    pieces = math.ceil(count / max(sizes))
+    return pieces, min(size for size in sizes if size * pieces >= count)
+
+
+def _planned(packed: PackedWeight, fill: Sequence[int], sizes: Sequence[int]) -> PackedWeight:
+    """Return a weight whose kernel gets only numbers of rows that round alike."""
+    several, direct = packed.multiply, packed.rows
+    cuts = bool(sizes) and sizes != ANY
 
     def through(product: Rows, x: Tensor) -> Tensor:
-        count = len(x)
-        if count == 1 and copies:
-            return product(torch.cat([x] * labs_decode.LONE_ROW_COPIES)).narrow(0, 0, 1)
-        if count <= STEP_ROWS or not most:
+        count, pieces = len(x), 1
+        if count <= STEP_ROWS:
+            size = fill[count] if fill else count
+        else:
+            pieces, size = _cut(count, sizes) if cuts else (1, count)
+        if pieces * size == count and pieces == 1:
             return product(x)
-        pieces = math.ceil(count / most)
-        size = min(each for each in sizes if each * pieces >= count)
-        if more := pieces * size - count:
-            x = torch.cat([x, x.new_zeros((more, x.shape[-1]))])
-        parts = [product(part) for part in torch.split(x, size)] if pieces > 1 else [product(x)]
-        return (torch.cat(parts) if pieces > 1 else parts[0]).narrow(0, 0, count)
+        lines = _lines(x, pieces * size)
+        parts = [product(part) for part in torch.split(lines, size)] if pieces > 1 else []
+        return (torch.cat(parts) if parts else product(lines)).narrow(0, 0, count)
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         lines = through(lambda rows: several(rows, bias), x.reshape(-1, x.shape[-1]))
@@ -133,38 +175,34 @@ def _in_sizes(packed: PackedWeight, copies: bool, sizes: Sequence[int]) -> Packe
     return replace(packed, multiply=multiply, rows=direct and functools.partial(through, direct))
 
 
-# ---------------------------------------------------------------- whole models
+# ---------------------------------------------------------------- other layers
 
 
-@torch.inference_mode()
-def steadied(decoder: Decoder) -> Decoder:
-    """Limit the rows per call of an invariant decoder to a number that does not change their bits.
-
-    With AMX, products of more than 32 rows in bf16 round differently. If the number of rows changes
-    even smaller products, the decoder is not invariant.
-    """
-    if not decoder.invariant:
-        return decoder
-    head, dtype = decoder.model.get_output_embeddings(), decoder.model.dtype
-    layers = {
-        (type(layer), layer.in_features, layer.out_features): layer
-        for layer in decoder.model.modules()
-        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
-    }
-    fewest = 2 if decoder.duplicates_lone_row else 1
-    if any(_rounds_otherwise(layer, dtype, (fewest, 4, 17)) for layer in layers.values()):
-        return labs_decode.with_invariance(decoder, False)
-    large = torch.nn.Linear(1024, 1024, dtype=dtype)  # small products hardly show a difference
-    several = [*layers.values(), *([large] if layers and dtype != torch.float32 else [])]
-    changes = any(_rounds_otherwise(layer, dtype, (8 * STEP_ROWS,)) for layer in several)
-    return replace(decoder, steady=STEP_ROWS if changes else 0)
+def _others(decoder: Decoder, tried: Collection[Any]) -> list[Any]:
+    """Return a linear layer of each kind and shape whose weight is not among those tried."""
+    head, found = decoder.model.get_output_embeddings(), dict[Any, Any]()
+    for layer in decoder.model.modules():
+        shape = _width(layer), getattr(layer, "out_features", getattr(layer, "nf", 0))
+        if layer is not head and all(shape) and getattr(layer, "fused", None) not in tried:
+            found[type(layer), shape] = layer
+    return [*found.values()]
 
 
-def _rounds_otherwise(layer: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
-    """Return whether products of these numbers of rows differ from those of STEP_ROWS rows."""
-    x = torch.linspace(-3, 3, max(*sizes, STEP_ROWS) * layer.in_features).sin().mul(1000).sin()
-    x = x.view(-1, layer.in_features).to(dtype)
+def _width(layer: Any) -> int:
+    return int(getattr(layer, "in_features", getattr(layer, "nx", 0)))  # nx: of GPT-2's layers
+
+
+def _rounds_otherwise(layer: Any, dtype: torch.dtype, counts: Sequence[int]) -> bool:
+    """Return whether products of so many rows differ from those of STEP_ROWS rows each."""
+    width, weight = _width(layer), layer._parameters.get("weight")  # none in a PackedLinear
+    if weight is not None and uses_amx(weight.dtype):
+        return True
+    most = max(*counts, STEP_ROWS)
+    x = torch.linspace(-3, 3, most * width).sin().mul(1000).sin().view(-1, STEP_ROWS, width)
+    if weight is not None and weight.ndim == 2:
+        x[:, :SAMPLE] = _cancelling(sample(weight.T if hasattr(layer, "nf") else weight))
+    x = x.flatten(0, 1).to(dtype)
     parts = [layer(part.clone()) for part in torch.split(x, STEP_ROWS)]
     if not isinstance(parts[0], Tensor):  # of a router of experts
         return False
-    return any(not torch.equal(layer(x[:n].clone()), torch.cat(parts)[:n]) for n in sizes)
+    return any(not torch.equal(layer(x[:n].clone()), torch.cat(parts)[:n]) for n in counts)

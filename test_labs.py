@@ -691,7 +691,7 @@ ROOMS = {
     "labs_shared_attention.py": (180, "attention decode kernels"),
     "labs_kernels.py": (100, "decode"),
     "labs_steady.py": (80, "decode"),
-    "labs_products.py": (180, "decode packing"),
+    "labs_products.py": (220, "decode packing"),
     "labs_shared.py": (260, "attention calls decode loop prefixes shared_attention"),
     "labs_alone.py": (60, "decode"),
     "labs_calls.py": (300, "alone decode loop states waiting"),
@@ -702,7 +702,7 @@ ROOMS = {
     "labs_fast.py": (340, "decode graphs kernels packing products"),
     "labs_faster.py": (
         60,
-        "settings decode calls probe fast forward kv packing_file products shared steady",
+        "settings decode calls probe fast forward kv packing_file shared steady",
     ),
     "labs_kv.py": (300, "decode compare"),
     "labs_adapter.py": (160, "settings sources cache hub"),

@@ -240,7 +240,8 @@ def test_experts_keep_no_promise_about_bits(kind: str) -> None:
 
 def test_layers_in_float32_that_are_not_packed_keep_no_promise_about_bits() -> None:
     assert not prepare(random_model("gpt2")).invariant
-    assert prepare(random_model("gpt2").bfloat16()).invariant
+    amx = labs_products.uses_amx(torch.bfloat16)
+    assert prepare(random_model("gpt2").bfloat16()).invariant == (not amx)
 
 
 def test_a_router_is_no_linear_layer() -> None:
@@ -258,7 +259,7 @@ def test_a_lone_row_has_its_bits_for_every_weight(dtype: Any, lines: int, column
         torch.manual_seed(seed)
         linear = torch.nn.Linear(columns, lines, bias=False).to(dtype)
         fused = fast.FusedWeight([linear], labs_packing.onednn_weight)
-        labs_products.steady([fused])
+        labs_products._steady([fused], ())
         x = torch.randn(max(20_000 // lines, 40), columns).to(dtype)
         parts = torch.split(x, 32)  # with more rows, AMX rounds otherwise
         together = torch.cat([fused.product(part) for part in parts])
@@ -274,7 +275,8 @@ def test_lines_of_prompts_have_their_bits_beside_any_number_of_others(
     torch.manual_seed(columns)
     linear = torch.nn.Linear(columns, lines).to(dtype)
     fused = fast.FusedWeight([linear], labs_packing.onednn_weight)
-    assert labs_products.steady([fused])
+    [plan] = labs_products._steady([fused], labs_products.SIZES)
+    assert all(plan)
     x = torch.randn(32, columns).to(dtype)
     x[:16] = labs_products._cancelling(linear.weight[:16])  # these show each rounding
     whole = x.repeat(11, 1)
@@ -301,7 +303,7 @@ def test_products_of_many_rows_are_cut_into_sizes_that_round_alike() -> None:
         return labs_packing.PackedWeight(multiply, lambda: weight, 0)
 
     fused = fast.FusedWeight([torch.nn.Linear(96, 40)], packing)
-    assert labs_products.steady([fused])
+    assert labs_products._steady([fused], labs_products.SIZES)[0][1] == [96, 144, 208]
     for count, sizes in (
         (33, [96]),
         (96, [96]),
@@ -318,6 +320,53 @@ def test_products_of_many_rows_are_cut_into_sizes_that_round_alike() -> None:
     assert called == [32]
 
 
+def test_with_amx_only_numbers_of_rows_that_were_tried_reach_a_kernel(monkeypatch: Any) -> None:
+    called: list[int] = []
+
+    def packing(weight: torch.Tensor) -> labs_packing.PackedWeight:
+        def multiply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            called.append(len(x))
+            return (x[:, None] * weight).sum(-1) * (
+                1 if len(x) in (4, 16, 32, 64, 208) else 1 + len(x) / 999
+            )
+
+        return labs_packing.PackedWeight(
+            multiply, lambda: weight, 0, rows=lambda x: multiply(x, None)
+        )
+
+    monkeypatch.setattr(labs_products, "uses_amx", lambda dtype: True)
+    fused = fast.FusedWeight([torch.nn.Linear(96, 40, bias=False)], packing)
+    [(fill, sizes)] = labs_products._steady([fused], labs_products.SIZES)
+    assert (sorted({*fill}), sizes) == ([0, 4, 16, 32], [64, 208])
+    x = torch.randn(300, 96)
+    whole = fused.product(x[:64])
+    for count in range(300):
+        called.clear()
+        product = fused.product(x[:count])
+        assert product.shape == (count, 40)
+        assert {*called} <= {0, 4, 16, 32, 64, 208}
+        assert torch.equal(product[:64], whole[:count])
+
+
+def test_with_amx_layers_that_are_not_packed_keep_no_promise(monkeypatch: Any) -> None:
+    for amx in (False, True):
+        monkeypatch.setattr(labs_products, "uses_amx", lambda dtype, amx=amx: amx)
+        assert prepare(random_model("gpt2").bfloat16()).invariant == (not amx)
+        assert prepare(random_model("llama").bfloat16()).invariant
+
+
+@pytest.mark.parametrize(
+    ("limit", "amx"), [("AVX512_CORE_BF16", False), ("avx2", False), ("AVX512_CORE_AMX", True)]
+)
+def test_amx_counts_unless_onednn_is_kept_from_it(limit: str, amx: bool, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert labs_products.uses_amx(torch.bfloat16) == amx
+    assert not labs_products.uses_amx(torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not labs_products.uses_amx(torch.bfloat16)
+
+
 def test_no_size_is_taken_if_a_rows_place_changes_its_bits() -> None:
     def packing(weight: torch.Tensor) -> labs_packing.PackedWeight:
         def multiply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -326,7 +375,7 @@ def test_no_size_is_taken_if_a_rows_place_changes_its_bits() -> None:
         return labs_packing.PackedWeight(multiply, lambda: weight, 0)
 
     fused = fast.FusedWeight([torch.nn.Linear(96, 40)], packing)
-    assert not labs_products.steady([fused])
+    assert labs_products._steady([fused], labs_products.SIZES) == [((), ())]
 
 
 def have_the_same_bits_alone(decoder: decode.Decoder, prompts: list[list[int]]) -> list[int]:
@@ -351,9 +400,7 @@ def test_prompts_have_the_same_bits_beside_others(method: str) -> None:
         pytest.skip("this build of torch packs no weights")
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
-    decoder = labs_products.steadied(
-        prepare(random_model("llama", **sizes).bfloat16(), method=method)
-    )
+    decoder = prepare(random_model("llama", **sizes).bfloat16(), method=method)
     draw = random.Random(7)
     prompts = [draw.choices(range(3, 200), k=n) for n in (40, 33, 90, 64, 20, 9, 200, 45, 250, 6)]
     calls = have_the_same_bits_alone(decoder, prompts)
@@ -398,7 +445,7 @@ def test_a_product_of_one_row_has_copies_beside_it_only_where_the_kernel_needs_t
         return labs_packing.PackedWeight(multiply, lambda: weight, 0)
 
     fused = fast.FusedWeight(linears, packing)
-    labs_products.steady([fused])
+    labs_products._steady([fused], labs_products.SIZES)
     x = torch.randn(7, 96)
     together = fused.product(x)
     for shape in ((1, 96), (1, 1, 96), (96,)):
@@ -924,14 +971,16 @@ class Border(torch.nn.Linear):
 def test_products_that_change_with_the_number_of_rows_limit_a_call_or_end_invariance(
     border: int,
 ) -> None:
-    decoder = decode.prepare(random_model("llama").bfloat16())
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    decoder = decode.prepare(random_model("llama", **heads).bfloat16())
     assert decoder.invariant
     layer = decoder.model.model.layers[1].mlp
     made = Border(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
     made.border, made.weight.data = border, torch.ones_like(made.weight).bfloat16()
     layer.up_proj = made
     steady = labs_products.steadied(decoder)
-    expected = (True, True, 32) if border == 40 else (False, False, 0)
+    kept = border == 40 and not labs_products.uses_amx(torch.bfloat16)
+    expected = (True, True, 32) if kept else (False, False, 0)
     assert (steady.invariant, steady.duplicates_lone_row, steady.steady) == expected
 
 

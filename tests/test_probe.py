@@ -249,13 +249,34 @@ assert texts[::5] == [labs.generate(model, each, options).text for each in input
 """
 
 
+COUNTS = """
+import torch, labs_fast, labs_packing, labs_products
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    for columns, lines in ((576, 960), (1536, 576), (1024, 128), (512, 64), (4864, 896)):
+        linear = torch.nn.Linear(columns, lines, bias=False).bfloat16()
+        x = labs_products._cancelling(linear.weight.detach()[torch.randint(0, lines, (32,))])
+        fused = labs_fast.FusedWeight([linear], labs_packing.onednn_weight)
+        [plan] = labs_products._steady([fused], labs_products.SIZES)
+        assert all(plan), plan
+        with torch.inference_mode():
+            for first, counts in ((32, range(33)), (40, range(33, 300, 7))):
+                product = fused.product(x.repeat(2, 1)[:first])[:32]
+                for n in counts:
+                    lines = x.repeat(10, 1)[:n]
+                    same = torch.equal(fused.product(lines), product.repeat(10, 1)[:n])
+                    assert same, (threads, columns, n)
+"""
+
+
 @pytest.mark.real
 @pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX for bf16")
-def test_with_amx_texts_are_the_same_beside_forty_others() -> None:
+@pytest.mark.parametrize("code", [FORTY, COUNTS], ids=["texts", "products"])
+def test_with_amx_texts_and_products_are_the_same_beside_others(code: str) -> None:
     own = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # of conftest.py
     environment = {name: value for name, value in os.environ.items() if name not in own}
     environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([sys.executable, "-c", FORTY], env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
