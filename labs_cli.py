@@ -12,6 +12,7 @@ import contextlib
 import gc
 import importlib
 import io
+import itertools
 import logging
 import os
 import shlex
@@ -187,9 +188,11 @@ def replay(config: labs.Config, flags: labs_flags.Values) -> None:
     import labs_replay
 
     counts = dict.fromkeys(("same", "differs", "not comparable"), 0)
-    context = labs_request.open_context(config)
     with labs_jsonl.opened(flags["replay"]) as file:
-        model, lines = load_model(config), enumerate(file, 1)
+        first = list(itertools.islice(file, 1))
+        config = labs_replay.with_their_weights(config, b"".join(first))
+        context = labs_request.open_context(config)
+        model, lines = load_model(config), enumerate(itertools.chain(first, file), 1)
         verdicts = labs_replay.replay(model, context, lines, flags["batch_rows"])
         shown = not sys.stdout.isatty()  # else each verdict is a line there
         for found in labs_progress.over(verdicts, "Comparing", "answers") if shown else verdicts:

@@ -202,10 +202,7 @@ class Engine:
             )
 
     def close(self, deadline_s: float = 0.0) -> bool:
-        """Refuse new requests, give current ones until the deadline, then cancel the rest.
-
-        Returns whether all of them ended before the deadline.
-        """
+        """Refuse new requests, cancel others at the deadline; return whether all ended before."""
         end = time.monotonic() + deadline_s
         with self._lock:
             self._closing = True
@@ -222,7 +219,7 @@ class Engine:
 
     def _check_room(self, owner: str) -> None:
         if self._closing:
-            raise Busy("the server is shutting down")
+            raise Busy(labs_turns.CLOSING)
         if self._stopped:
             raise Busy("the engine stopped after an error; the server's log has the reason")
         full = len(self._jobs) >= self.max_rows + self.max_waiting
@@ -314,6 +311,9 @@ class Engine:
     def _deliver(self, index: int, event: labs.Event) -> None:
         """Pass an event to its listener; before the last event the request leaves the table."""
         job = self._jobs[index]
+        begun, why = job.stream.row.generated, getattr(event, "finish_reason", "")
+        if self._closing and why == "cancelled" and not begun:  # as if it had been refused
+            event = labs.Failed(Busy(labs_turns.CLOSING))
         if isinstance(event, labs.Done | labs.Failed):
             with self._lock:
                 del self._jobs[index]

@@ -2,11 +2,12 @@
 """Tell what determines the answers of a loaded model, as fields of labs.Fingerprint.
 
 labs.load_model calls `read` if this file is present. Needs labs_cache.py and labs_settings.py;
-labs_adapter.py for adapters.
+labs_adapter.py for adapters; labs_products.py, if it is there, knows of AMX.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,20 +40,25 @@ def read(
     return {
         "model": spec.model_name,
         "revision": revision,
-        "hardware": hardware(decoder.device),
+        "hardware": hardware(decoder.device, decoder.model.dtype),
         "quantization": {f.name: used[f.name] for f in fields(wanted) if used[f.name] != f.default},
         "batch_invariant": decoder.invariant,
         "versions": versions(packages),
     }
 
 
-def hardware(device: Any) -> str:
-    """Return the hardware of a torch device, as far as it can change the bits of a result."""
+def hardware(device: Any, dtype: Any) -> str:
+    """Return a torch device's hardware, as far as it can change the bits of results of a dtype."""
     import torch
 
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    parts = [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    with contextlib.suppress(ImportError):  # a copied set of files may lack it
+        import labs_products
+
+        parts[1:1] = ["AMX"] * labs_products.uses_amx(dtype)
+    return ", ".join(parts)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ labs_jsonl.py wrote. Needs labs.py, labs_jsonl.py and labs_request.py.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -54,6 +55,21 @@ def replay(
     how = labs_jsonl.Batching(rows=batch_rows, ordered=True)
     for task in labs_jsonl.complete(model, plain, tasks(), how):
         yield _compare(model, answers.pop(task.order), task)
+
+
+def with_their_weights(config: labs.Config, answer: bytes) -> labs.Config:
+    """Return a configuration whose weights have the form that made an answer, a line of a file.
+
+    What the configuration itself says of weights stays.
+    """
+    spec, said = config.model, config.model.quantization
+    if spec.torch_dtype != "auto" or said != labs.Quantization(kv_dtype=said.kv_dtype):
+        return config
+    with contextlib.suppress(labs.LabsError):  # a line that is no answer is reported later
+        if old := labs_jsonl.read_answer(answer, "").fingerprint:
+            quantization = labs.evolve(said, **old.quantization)
+            return replace(config, model=replace(spec, quantization=quantization))
+    return config
 
 
 def _with_tokens(prepared: labs_request.Prepared) -> labs_request.Prepared:

@@ -31,6 +31,7 @@ Put = Callable[[tuple[int, labs.Event]], Any]  # receives (ticket of the answer,
 # Pauses, and text to show; it returns a finish reason, None for "stop", or DECODE.
 Parts = Generator[labs.Delta | None, None, str | None]
 Work = Callable[[Any, Any], Iterator[labs.Delta | None]]  # (labs_decode.Row, PrefixStore) -> Parts
+CLOSING = "the server is shutting down"
 DECODE = "decode"  # what a work returns whose request is decoded after it
 
 

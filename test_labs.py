@@ -722,7 +722,7 @@ ROOMS = {
     "labs_machine.py": (220, "labs decode sizes explain shell"),
     "labs_doctor.py": (260, "labs cache faults flags machine names progress shell stock"),
     "labs_apart.py": (60, ""),
-    "labs_fingerprint.py": (100, "settings decode cache adapter"),
+    "labs_fingerprint.py": (100, "settings decode cache adapter products"),
     "labs_keys.py": (60, "settings"),
     "labs_dialogue.py": (260, "settings shown template"),
     "labs_shown.py": (200, "settings"),
