@@ -527,7 +527,12 @@ def test_closing_cancels_late_rows_and_works_and_refuses_new_ones(start):
                 ask()
         gate.let(math.inf)
         assert not closing.result(WAIT_S)
-    assert reasons(answers) == ["cancelled"] * 4
+    _, begun, *_ = ends = [read(answer)[1] for answer in answers]
+    assert begun.finish_reason == "cancelled"
+    assert begun.usage.completion_tokens
+    refused = [end for end in ends if end is not begun]  # nothing of theirs was computed
+    assert ["shutting down" in str(end.error) for end in refused] == [True] * 3
+    assert {type(end.error) for end in refused} == {labs_engine.Busy}
     assert not engine._thread.is_alive()
 
 

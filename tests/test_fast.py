@@ -37,6 +37,7 @@ import labs_attention
 import labs_calls
 import labs_decode as decode
 import labs_fast as fast
+import labs_fingerprint
 import labs_graphs
 import labs_kernels
 import labs_loop as loop
@@ -362,6 +363,8 @@ def test_amx_counts_unless_onednn_is_kept_from_it(limit: str, amx: bool, monkeyp
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert labs_products.uses_amx(torch.bfloat16) == amx
+    told = labs_fingerprint.hardware(torch.device("cpu"), torch.bfloat16)
+    assert (", AMX, " in told) == amx
     assert not labs_products.uses_amx(torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert not labs_products.uses_amx(torch.bfloat16)

@@ -671,6 +671,23 @@ def test_the_token_that_differs_may_be_an_end_or_a_part_of_a_character(tiny, now
         assert verdict(tiny, {**row, "text": before}).token == token
 
 
+@pytest.mark.parametrize("method", ["gguf", "int8"])
+def test_replay_takes_the_form_of_the_weights_from_the_answers(tiny, method):
+    row = answer(tiny, {"id": "a", "prompt": "one", **ONLY_A})
+    row["fingerprint"]["quantization"] = {"quant_method": method}
+    line, plain = json.dumps(row).encode(), labs.load_config(env={})
+    taken = labs_replay.with_their_weights(plain, line).model.quantization
+    assert taken.quant_method == method
+    for settings in ({"quant_method": "int4"}, {"torch_dtype": "fp32"}):
+        own = labs.load_config(env={}, overrides=settings)
+        assert labs_replay.with_their_weights(own, line) == own
+    bare = {**row, "fingerprint": None}
+    wrong = {**row, "fingerprint": {**row["fingerprint"], "quantization": {"quant_method": "x"}}}
+    other = {**row, "fingerprint": {**row["fingerprint"], "quantization": {"nothing": 1}}}
+    for each in (b"", b"{", b"[]", *(json.dumps(x).encode() for x in (bare, wrong, other))):
+        assert labs_replay.with_their_weights(plain, each) == plain
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
