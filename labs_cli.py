@@ -436,7 +436,11 @@ def start(command: click.Command) -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     labs_progress.show()
     arguments = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in sys.argv[1:]]
-    command(arguments, prog_name=command.name)
+    try:
+        command(arguments, prog_name=command.name)
+    except OSError as error:  # click could not write its own text, such as that of --help
+        labs_commands.settle_output()
+        sys.exit(f"Error: standard output: {error.strerror}")
 
 
 def _open_if_closed(descriptor: int) -> bool:

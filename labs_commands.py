@@ -11,6 +11,7 @@ click.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -300,8 +301,8 @@ def sentence(exc: Exception) -> str:
     """Describe an error in one sentence. An unexpected error keeps the name of its type."""
     if isinstance(exc, labs.LabsError):
         return str(exc)
-    if isinstance(exc, OSError) and exc.filename:
-        return f"{exc.filename}: {exc.strerror}"
+    if isinstance(exc, OSError) and (exc.filename or exc.errno == errno.ENOSPC):
+        return f"{exc.filename or 'standard output, or a file'}: {exc.strerror}"
     return f"{type(exc).__name__}: {exc} (LABS_DEBUG=1 shows the traceback)"
 
 

@@ -35,9 +35,15 @@ OPTIONS: labs_flags.Options = (
     *(option for name in ("vendor", "batch") for option in labs_flags.SUBCOMMANDS[name].options),
 )
 NAMES = [labs_flags.name_of(flag) for flag, *_ in OPTIONS]
+# Each option of a subcommand needs the old flag that it became; batch_rows is one of two.
 NEEDS = (
-    *("output input", "ordered input", "batch_rows input replay", "ray input"),
-    *(*labs_flags.RAY_NEEDS, "rooms vendor", "check vendor"),
+    *("output input", "batch_rows input replay", *labs_flags.RAY_NEEDS),
+    *(
+        f"{name} {mode}"
+        for mode, row in (("input", "batch"), ("vendor", "vendor"))
+        for flag, *_ in labs_flags.SUBCOMMANDS[row].options
+        if (name := labs_flags.name_of(flag)) != "batch_rows"
+    ),
 )
 SETTINGS = {"config", *labs_flags.KEYS}
 

@@ -345,6 +345,9 @@ def test_old_flags_are_in_no_help():
     [
         (["--output", "out", "--prompt", "Hi"], "--output needs --input"),
         (["--batch-rows", "2", "Hi"], "--batch-rows needs --input or --replay"),
+        (["--report", "report.html", "Hi"], "--report needs --input"),
+        (["--ordered", "Hi"], "--ordered needs --input"),
+        (["--rooms", "cli", "Hi"], "--rooms needs --vendor"),
         (["--vendor", "x", "--no-do-sample"], "--vendor and --do-sample exclude each other"),
         (["--chat", "--continue-final-message"], "--chat and --continue-final-message exclude"),
         (["--chat", "--json"], "--chat and --json exclude each other"),
@@ -633,12 +636,13 @@ def test_any_locale_is_utf8():
     assert text in done.stdout.decode()
 
 
+@pytest.mark.parametrize("given", ["config", "--help", "--version", "batch --help"])
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
-def test_standard_output_that_is_closed_or_full_is_one_line(redirection):
-    command = f'"{sys.executable}" "{ROOT / "labs_cli.py"}" config {redirection}'
+def test_standard_output_that_is_closed_or_full_is_one_line(redirection, given):
+    command = f'"{sys.executable}" "{ROOT / "labs_cli.py"}" {given} {redirection}'
     done = subprocess.run(command, shell=True, capture_output=True, check=False)
     assert done.returncode == 1
-    assert re.fullmatch(rb"Error: standard output(:| is) .*\n", done.stderr)
+    assert re.fullmatch(rb"Error: standard output(:| is|, or a file:) .*\n", done.stderr)
 
 
 # ---------------------------------------------------------------- what is shipped
