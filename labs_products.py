@@ -195,12 +195,13 @@ def _width(layer: Any) -> int:
 def _rounds_otherwise(layer: Any, dtype: torch.dtype, counts: Sequence[int]) -> bool:
     """Return whether products of so many rows differ from those of STEP_ROWS rows each."""
     width, weight = _width(layer), layer._parameters.get("weight")  # none in a PackedLinear
-    if weight is not None and uses_amx(weight.dtype):
+    if weight is not None and uses_amx(dtype):
         return True
     most = max(*counts, STEP_ROWS)
     x = torch.linspace(-3, 3, most * width).sin().mul(1000).sin().view(-1, STEP_ROWS, width)
-    if weight is not None and weight.ndim == 2:
-        x[:, :SAMPLE] = _cancelling(sample(weight.T if hasattr(layer, "nf") else weight))
+    lines = weight.T if hasattr(layer, "nf") else weight
+    if lines is not None and lines.shape[1:] == (width,) and lines.is_floating_point():
+        x[:, :SAMPLE] = _cancelling(sample(lines))
     x = x.flatten(0, 1).to(dtype)
     parts = [layer(part.clone()) for part in torch.split(x, STEP_ROWS)]
     if not isinstance(parts[0], Tensor):  # of a router of experts

@@ -289,7 +289,8 @@ class TextReplies(Replies):
         tops: list[dict[str, float]] = []
         for each in found:
             tops.append({})
-            for token, logprob in each.top:
+            absent = each.token not in dict(each.top)  # OpenAI adds the chosen token
+            for token, logprob in (*each.top, *[(each.token, each.logprob)] * absent):
                 tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
         known = [not math.isnan(each.logprob) for each in found]  # but a prompt's first token
         return {

@@ -313,7 +313,7 @@ def test_a_folder_is_hashed_once(folder, tiny_folder, fresh, hashed):
 def test_the_revision_of_a_gguf_file_is_its_sha256_and_of_a_hub_model_its_commit(made):
     digest = hashlib.sha256(Path(made[0].model_name).read_bytes()).hexdigest()
     assert revision(labs.load_model(made[0])) == f"sha256:{digest}"
-    model = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"))
+    model = SimpleNamespace(config=SimpleNamespace(_commit_hash="c0ffee"), dtype=torch.float32)
     given = {"device": torch.device("cpu"), "invariant": True, "quant_method": "none"}
     decoder: Any = SimpleNamespace(model=model, **given)
     spec = labs.ModelSpec(model_name="org/name", device_map="cpu")
