@@ -77,7 +77,11 @@ def test_openais_client_reads_the_bytes_of_half_an_emoji(url: str, model: str) -
         (choice,) = legacy.choices
         found = choice.logprobs
         assert found is not None
-        assert all(len(top) == 5 for top in found.top_logprobs or [])
+        tops = found.top_logprobs or []
+        assert [len(top) for top in tops] == [
+            5 + (token not in [*top][:5])
+            for token, top in zip(found.tokens or [], tops, strict=True)
+        ]
         offsets = found.text_offset or []
         assert offsets == sorted(offsets)
         assert offsets[-1] <= len(choice.text)
