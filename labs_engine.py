@@ -311,8 +311,8 @@ class Engine:
     def _deliver(self, index: int, event: labs.Event) -> None:
         """Pass an event to its listener; before the last event the request leaves the table."""
         job = self._jobs[index]
-        begun, why = job.stream.row.generated, getattr(event, "finish_reason", "")
-        if self._closing and why == "cancelled" and not begun:  # as if it had been refused
+        why = getattr(event, "finish_reason", "") if self._closing else ""
+        if why == "cancelled" and not job.stream.row.generated:  # as if it had been refused
             event = labs.Failed(Busy(labs_turns.CLOSING))
         if isinstance(event, labs.Done | labs.Failed):
             with self._lock:

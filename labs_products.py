@@ -103,18 +103,17 @@ def _plan(multiply: Multiply, x: Tensor, sizes: Sequence[int]) -> Plan:
         product = torch.cat([multiply(part.clone(), None) for part in parts])
         return torch.equal(product, _lines(first, len(product)))
 
-    def first_of(count: int) -> Tensor:
-        return multiply(_lines(x, count), None)[: len(x)].clone()
-
-    first, amx = first_of(STEP_ROWS), uses_amx(x.dtype)
-    if not amx and all(alike(count, first) for count in FREE):
+    first = multiply(_lines(x, STEP_ROWS), None)[: len(x)].clone()
+    if not uses_amx(x.dtype) and all(alike(count, first) for count in FREE):
         lone = 1 if alike(1, first) else labs_decode.LONE_ROW_COPIES
         return (0, lone, *range(2, STEP_ROWS + 1)), ANY
     counts = [count for count in COUNTS if alike(count, first)]
     fill = [0, *(next((c for c in counts if c >= n), 0) for n in range(1, STEP_ROWS + 1))]
     kinds = collections.defaultdict[bytes, list[int]](list)
     for size in sizes:
-        if alike(size, first := first_of(size)):  # else a row's place changes its bits
+        product = multiply(_lines(x, size), None)
+        first = product[: len(x)].clone()
+        if torch.equal(product, _lines(first, size)):  # else a row's place changes its bits
             kinds[first.view(torch.uint8).numpy().tobytes()].append(size)
     chosen = min(kinds.values(), key=_time, default=()) if sizes else ANY
     return fill if fill[-1] else (), chosen
@@ -158,15 +157,13 @@ def _planned(packed: PackedWeight, fill: Sequence[int], sizes: Sequence[int]) ->
 
     def through(product: Rows, x: Tensor) -> Tensor:
         count, pieces = len(x), 1
-        if count <= STEP_ROWS:
-            size = fill[count] if fill else count
-        else:
-            pieces, size = _cut(count, sizes) if cuts else (1, count)
-        if pieces * size == count and pieces == 1:
-            return product(x)
-        lines = _lines(x, pieces * size)
-        parts = [product(part) for part in torch.split(lines, size)] if pieces > 1 else []
-        return (torch.cat(parts) if parts else product(lines)).narrow(0, 0, count)
+        size = fill[count] if fill and count <= STEP_ROWS else count
+        if cuts and count > STEP_ROWS:
+            pieces, size = _cut(count, sizes)
+        if pieces == 1:
+            return product(x) if size == count else product(_lines(x, size)).narrow(0, 0, count)
+        parts = torch.split(_lines(x, pieces * size), size)
+        return torch.cat([product(part) for part in parts]).narrow(0, 0, count)
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         lines = through(lambda rows: several(rows, bias), x.reshape(-1, x.shape[-1]))

@@ -62,13 +62,9 @@ def with_their_weights(config: labs.Config, answer: bytes) -> labs.Config:
 
     What the configuration itself says of weights stays.
     """
-    spec, said = config.model, config.model.quantization
-    if spec.torch_dtype != "auto" or said != labs.Quantization(kv_dtype=said.kv_dtype):
-        return config
     with contextlib.suppress(labs.LabsError):  # a line that is no answer is reported later
         if old := labs_jsonl.read_answer(answer, "").fingerprint:
-            quantization = labs.evolve(said, **old.quantization)
-            return replace(config, model=replace(spec, quantization=quantization))
+            return labs_request.with_weights(config, **old.quantization)
     return config
 
 

@@ -289,8 +289,8 @@ class TextReplies(Replies):
         tops: list[dict[str, float]] = []
         for each in found:
             tops.append({})
-            absent = each.token not in dict(each.top)  # OpenAI adds the chosen token
-            for token, logprob in (*each.top, *[(each.token, each.logprob)] * absent):
+            chosen = [] if each.token in dict(each.top) else [(each.token, each.logprob)]
+            for token, logprob in (*each.top, *chosen):  # as OpenAI does
                 tops[-1][places.spelling.name_of(token, tops[-1])] = logprob
         known = [not math.isnan(each.logprob) for each in found]  # but a prompt's first token
         return {

@@ -63,6 +63,18 @@ class Context(Struct, frozen=True, eq=False):
     encoder: labs_rag.Encoder | None = None
 
 
+def with_weights(config: labs.Config, /, **quantization: Any) -> labs.Config:
+    """Return a configuration with fields of `quantization`, unless it says something of weights itself.
+
+    Raises ConfigError for a field or value that there is not.
+    """
+    spec, said = config.model, config.model.quantization
+    if spec.torch_dtype != "auto" or said != labs.Quantization(kv_dtype=said.kv_dtype):
+        return config
+    spec = replace(spec, quantization=labs.evolve(said, **quantization))
+    return replace(config, model=spec)
+
+
 def open_context(config: labs.Config, *, tell: Tell | None = None) -> Context:
     """Compile the filters and find the encoder. Raises LabsError when a setting cannot work.
 

@@ -47,13 +47,7 @@ class Session(NamedTuple):
 
 def for_one_stream(config: labs.Config) -> labs.Config:
     """Let a GGUF file keep its 4 or 8 bits, with which a single stream is faster."""
-    spec, quantization = config.model, config.model.quantization
-    usual = labs.Quantization(kv_dtype=quantization.kv_dtype)
-    if spec.torch_dtype != "auto" or quantization != usual:
-        return config
-    quantization = msgspec.structs.replace(quantization, quant_method="gguf")
-    spec = msgspec.structs.replace(spec, quantization=quantization)
-    return msgspec.structs.replace(config, model=spec)
+    return labs_request.with_weights(config, quant_method="gguf")
 
 
 def write(text: str) -> None:

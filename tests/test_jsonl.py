@@ -684,7 +684,9 @@ def test_replay_takes_the_form_of_the_weights_from_the_answers(tiny, method):
     bare = {**row, "fingerprint": None}
     wrong = {**row, "fingerprint": {**row["fingerprint"], "quantization": {"quant_method": "x"}}}
     other = {**row, "fingerprint": {**row["fingerprint"], "quantization": {"nothing": 1}}}
-    for each in (b"", b"{", b"[]", *(json.dumps(x).encode() for x in (bare, wrong, other))):
+    named = {**row, "fingerprint": {**row["fingerprint"], "quantization": {"config": 1}}}
+    lines = [json.dumps(each).encode() for each in (bare, wrong, other, named)]
+    for each in (b"", b"{", b"[]", *lines):
         assert labs_replay.with_their_weights(plain, each) == plain
 
 

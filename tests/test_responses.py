@@ -800,8 +800,9 @@ def test_what_a_rule_refuses_does_not_get_out_in_items_or_events(text, items, st
     if status == "incomplete":
         assert found["incomplete_details"] == {"reason": "content_filter"}
     answer = site.post(PATH, {"input": "hi", "tools": [tool], "stream": True})
-    for event in events_of(answer):  # an id may hold these three letters
-        assert not re.search(r"\bbad\b|x@y\.co", json.dumps(event))
+    for event in events_of(answer):
+        said_by_labs = re.sub(r"[0-9a-f]{32}", "", json.dumps(event))  # an id may hold "bad"
+        assert not any(word in said_by_labs for word in ("bad", "x@y.co"))
 
 
 # ---------------------------------------------------------------- cost
