@@ -64,7 +64,7 @@ class Context(Struct, frozen=True, eq=False):
 
 
 def with_weights(config: labs.Config, /, **quantization: Any) -> labs.Config:
-    """Return a configuration with fields of `quantization`, unless it has some about weights itself.
+    """Return a configuration with fields of `quantization`, unless it has some on weights itself.
 
     Raises ConfigError for a field or value that there is not.
     """
